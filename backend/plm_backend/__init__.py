@@ -1,0 +1,1 @@
+"""The application: one composition root over the packages below it."""

@@ -1,0 +1,1 @@
+"""The control plane decides; the agent runtime runs."""
