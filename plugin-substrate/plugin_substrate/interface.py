@@ -1,0 +1,271 @@
+"""What a plugin author sees: the class to derive from and the values that surround a call. Standard library only.
+
+A plugin is one class in its own environment. The host creates it in a worker process, calls ``initialize`` once with
+the configuration, then ``execute`` for every call, from as many threads as the host was told to use. Progress, usage
+and cancellation belong to the call that the executing thread is in, never to the worker as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import re
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from plugin_substrate.errors import PluginCancelledError, PluginInputError
+
+DATA_DIR_VARIABLE = "CJM_PLUGIN_DATA_DIR"
+
+_logger = logging.getLogger(__name__)
+_MIME_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*(;[ -~]*)?")
+_ACTION_TAG = "__plugin_action__"
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class CallContext:
+    """Who asked for a call and under which keys.
+
+    ``step_key`` stays the same when a step is repeated: an idempotent plugin applies the effect of one key once.
+    ``deadline`` is a Unix time in seconds, or None.
+    """
+
+    call_id: str
+    tenant_id: str = ""
+    run_id: str = ""
+    step_key: str = ""
+    traceparent: str = ""
+    deadline: float | None = None
+
+
+@dataclass(frozen=True)
+class _NamedBytes:
+    name: str
+    mime_type: str
+    data: bytes = field(repr=False)
+
+    def __post_init__(self) -> None:
+        kind = type(self).__name__
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= 255 or self.name in {".", ".."}:
+            raise ValueError(f"{kind}.name must be a file name of 1 to 255 characters, not {self.name!r}")
+        if any(character in "/\\" or not character.isprintable() for character in self.name):
+            raise ValueError(f"{kind}.name must not hold separators or control characters: {self.name!r}")
+        if not isinstance(self.mime_type, str) or not _MIME_TYPE.fullmatch(self.mime_type):
+            raise ValueError(f"{kind}.mime_type must look like 'text/html', not {self.mime_type!r}")
+        if type(self.data) is not bytes:
+            raise TypeError(f"{kind}.data must be bytes, not {type(self.data).__name__}")
+
+
+@dataclass(frozen=True)
+class InputFile(_NamedBytes):
+    """A file handed to a plugin; may stand anywhere in the arguments. ``name`` is a bare file name, never a path."""
+
+
+@dataclass(frozen=True)
+class OutputFile(_NamedBytes):
+    """A file a plugin made; may stand anywhere in the result. ``name`` is a bare file name, never a path."""
+
+
+class ActiveCall:
+    """A running call: its context, its way back to the caller, its cancel flag. Made by whoever runs plugins."""
+
+    def __init__(
+        self,
+        context: CallContext,
+        *,
+        on_progress: Callable[[float, str], None],
+        on_usage: Callable[[dict[str, float]], None],
+    ) -> None:
+        self.context = context
+        self.on_progress = on_progress
+        self.on_usage = on_usage
+        self._cancelled = threading.Event()
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], object]] = []
+
+    @property
+    def cancelled(self) -> bool:
+        """Tell whether the end of this call was asked for."""
+        return self._cancelled.is_set()
+
+    def request_cancel(self) -> None:
+        """Set the flag and fire the callbacks in order, once; one that raises is logged and the rest still run."""
+        with self._lock:
+            self._cancelled.set()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            _fire(callback)
+
+    def add_callback(self, callback: Callable[[], object]) -> None:
+        """Register ``callback``; it fires at once when the call is already cancelled."""
+        with self._lock:
+            if not self._cancelled.is_set():
+                self._callbacks.append(callback)
+                return
+        _fire(callback)
+
+    def remove_callback(self, callback: Callable[[], object]) -> None:
+        """Forget ``callback``; nothing happens when it already fired."""
+        with self._lock:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Make this the current call of the running thread."""
+        token = current_call.set(self)
+        try:
+            yield
+        finally:
+            current_call.reset(token)
+
+
+current_call: ContextVar[ActiveCall | None] = ContextVar("plugin_substrate_current_call", default=None)
+
+
+def _fire(callback: Callable[[], object]) -> None:
+    try:
+        callback()
+    except Exception:
+        _logger.exception("a cancel callback failed")
+
+
+def _active() -> ActiveCall:
+    call = current_call.get()
+    if call is None:
+        raise LookupError(
+            "no call is running in this thread: call context, progress, usage and cancellation exist only inside "
+            "execute() (a thread that the plugin starts needs contextvars.copy_context().run)"
+        )
+    return call
+
+
+class PluginInterface(ABC):
+    """Base class of every plugin."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The plugin's name."""
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """The plugin's version."""
+
+    @abstractmethod
+    def initialize(self, config: dict[str, Any]) -> None:
+        """Prepare for calls; called once, before the first, with ``{}`` when nothing is configured."""
+
+    @abstractmethod
+    def execute(self, *args: Any, **kwargs: Any) -> Any:
+        """Do the work. A capability is called as ``execute(action="<capability id>", **arguments)``."""
+
+    @abstractmethod
+    def get_config_schema(self) -> dict[str, Any]:
+        """Return the JSON Schema of the configuration, ``{}`` when there is none."""
+
+    @abstractmethod
+    def get_current_config(self) -> dict[str, Any]:
+        """Return the configuration in use."""
+
+    def run_action(self, action: str, **arguments: Any) -> Any:
+        """Call the method tagged with ``action``, for use in ``execute``; an unknown one is a `PluginInputError`."""
+        actions = _actions(type(self))
+        if action not in actions:
+            known = ", ".join(sorted(actions)) or "none"
+            raise PluginInputError(f"{self.name} has no action {action!r}; it has: {known}", fields_invalid=["action"])
+        return getattr(self, actions[action])(**arguments)
+
+    def cleanup(self) -> None:  # noqa: B027 - an optional hook: doing nothing is its right default
+        """Release what is held; called once on unload."""
+
+    @property
+    def call(self) -> CallContext:
+        """The call this thread is in; a LookupError outside of one."""
+        return _active().context
+
+    @property
+    def data_dir(self) -> Path:
+        """The plugin's own writable folder; a LookupError when the host gave none."""
+        try:
+            return Path(os.environ[DATA_DIR_VARIABLE])
+        except KeyError:
+            raise LookupError(f"this process has no {DATA_DIR_VARIABLE}: the host sets it in every worker") from None
+
+    def report_progress(self, progress: float, message: str = "") -> None:
+        """Tell the caller how far this call is: 0 to 1, or -1 when nobody can know. Other numbers are a ValueError."""
+        call = _active()
+        if not (progress == -1 or 0 <= progress <= 1):
+            raise ValueError(f"progress must be between 0 and 1, or -1 for indeterminate, not {progress!r}")
+        call.on_progress(float(progress), str(message))
+
+    def report_usage(self, usage: Mapping[str, float]) -> None:
+        """Tell what this call has consumed so far, by unit; a later report replaces an earlier one.
+
+        Units are text, amounts are finite and not negative; anything else is a ValueError.
+        """
+        call = _active()
+        for unit, amount in usage.items():
+            number = isinstance(amount, int | float) and not isinstance(amount, bool)
+            if not (isinstance(unit, str) and number and math.isfinite(amount) and amount >= 0):
+                raise ValueError(f"usage maps units to finite amounts of 0 or more, not {unit!r} to {amount!r}")
+        call.on_usage(dict(usage))
+
+    def cancel(self) -> None:
+        """Ask the current call to end; runs in a thread of its own, inside the call it is meant for."""
+        _active().request_cancel()
+
+    def check_cancel(self) -> None:
+        """Raise `PluginCancelledError` when the end of this call was asked for. Call it wherever stopping is safe."""
+        if _active().cancelled:
+            raise PluginCancelledError
+
+    def register_cancel_callback(self, callback: Callable[[], object]) -> None:
+        """Call ``callback`` when this call is cancelled, from another thread; at once when it already is."""
+        _active().add_callback(callback)
+
+    @contextmanager
+    def cancel_signal_to(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Like `register_cancel_callback`, for the length of a with-block."""
+        call = _active()
+        call.add_callback(callback)
+        try:
+            yield
+        finally:
+            call.remove_callback(callback)
+
+
+def plugin_action(name: str) -> Callable[[Method], Method]:
+    """Tag a method as the implementation of the capability ``name``."""
+
+    def tag(method: Method) -> Method:
+        setattr(method, _ACTION_TAG, name)
+        return method
+
+    return tag
+
+
+def collect_plugin_actions(cls: type) -> set[str]:
+    """Return the capabilities that methods of a class and its bases are tagged with."""
+    return set(_actions(cls))
+
+
+def _actions(cls: type) -> dict[str, str]:
+    """Map each tagged capability to its method's name, so that an overriding method needs no second tag."""
+    actions: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        for attribute, value in vars(base).items():
+            action = getattr(value, _ACTION_TAG, None)
+            if isinstance(action, str) and actions.setdefault(action, attribute) != attribute:
+                raise ValueError(f"{cls.__name__}.{attribute} and .{actions[action]} are both tagged {action!r}")
+    return actions

@@ -1,0 +1,253 @@
+"""Manifest 2.0: one JSON file per installed plugin. Reading one checks every type and lists every violation.
+
+A manifest that breaks a rule is never half-used: `load_manifest` raises a `ManifestError` that names all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any, TypeVar, get_type_hints
+
+from plugin_substrate.errors import ManifestError
+
+FORMAT_VERSION = "2.0"
+MAX_MANIFEST_BYTES = 1 << 20
+
+NAME_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+CAPABILITY_PATTERN = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z][a-z0-9_-]*)+")
+_MODULE_PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+_CLASS_PATTERN = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_VARIABLE_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstallSection:
+    """Where the plugin lives on this machine: facts of the installer."""
+
+    python_path: str
+    conda_env: str = ""
+    db_path: str = ""
+    package_source: str = ""
+    installer_version: str = ""
+    installed_at: str = ""
+    env_vars: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeSection:
+    """What the plugin says about itself in its ``meta`` module."""
+
+    name: str
+    version: str
+    description: str
+    module: str
+    class_name: str
+    interface: str
+    idempotent: bool = False
+    stateless: bool = False
+    capabilities: tuple[str, ...] = ()
+    taxonomy: dict[str, Any] | None = None
+    resources: dict[str, Any] | None = None
+    config_schema: dict[str, Any] | None = None
+    worker_env: tuple[dict[str, Any], ...] = ()
+    regenerated_at: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriftSection:
+    """What the schema was when the manifest was written."""
+
+    config_schema_hash: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManifestV2:
+    """A valid manifest."""
+
+    install: InstallSection
+    code: CodeSection
+    drift_tracking: DriftSection = DriftSection()
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+def compute_config_schema_hash(schema: Mapping[str, Any] | None) -> str:
+    """Return ``sha256:<hex>`` of the schema with sorted keys and no spaces; a missing schema counts as ``{}``."""
+    text = json.dumps(schema or {}, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_manifest(path: Path) -> ManifestV2:
+    """Read and check one file; anything wrong with it is one `ManifestError`."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_MANIFEST_BYTES + 1)
+    except OSError as error:
+        raise ManifestError([f"cannot be read: {error.strerror}"], source=str(path)) from error
+    if len(raw) > MAX_MANIFEST_BYTES:
+        raise ManifestError([f"is larger than {MAX_MANIFEST_BYTES} bytes"], source=str(path))
+    try:
+        data = json.loads(raw.decode(), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError([f"is not JSON in UTF-8: {error}"], source=str(path)) from error
+    return parse_manifest(data, source=str(path))
+
+
+def parse_manifest(data: object, *, source: str = "") -> ManifestV2:
+    """Turn a decoded JSON value into a manifest, or raise a `ManifestError` with every violation."""
+    if not isinstance(data, dict):
+        raise ManifestError(["the top level must be an object"], source=source)
+    if data.get("format_version") != FORMAT_VERSION:
+        found = data.get("format_version")
+        raise ManifestError([f'format_version must be the text "{FORMAT_VERSION}", not {found!r}'], source=source)
+    problems: list[str] = []
+    sections = {"format_version", "install", "code", "drift_tracking", "overrides"}
+    problems += [f"unknown key {key!r}" for key in data if key not in sections]
+    values = {name: _checked(data, name, kind, problems) for name, kind in _SECTIONS.items()}
+    overrides = data.get("overrides", {})
+    if not isinstance(overrides, dict):
+        problems.append(f"overrides must be an object, not {overrides!r}")
+    if not problems:
+        problems += _rules(values["install"], values["code"], values["drift_tracking"])
+    if problems:
+        raise ManifestError(problems, source=source)
+    return ManifestV2(
+        install=InstallSection(**values["install"]),
+        code=CodeSection(**values["code"]),
+        drift_tracking=DriftSection(**values["drift_tracking"]),
+        overrides=overrides,
+    )
+
+
+def manifest_to_dict(manifest: ManifestV2) -> dict[str, Any]:
+    """Return the manifest as it stands in its file; what is empty is left out of ``install`` and ``code``."""
+    code = {("class" if key == "class_name" else key): value for key, value in _set_fields(manifest.code).items()}
+    for key in ("capabilities", "worker_env"):
+        if key in code:
+            code[key] = list(code[key])
+    return {
+        "format_version": FORMAT_VERSION,
+        "install": _set_fields(manifest.install),
+        "code": code,
+        "drift_tracking": {"config_schema_hash": manifest.drift_tracking.config_schema_hash},
+        "overrides": manifest.overrides,
+    }
+
+
+def write_manifest(path: Path, manifest: ManifestV2) -> None:
+    """Write the file in one step: a reader sees the old content or the new, never a part."""
+    text = json.dumps(manifest_to_dict(manifest), indent=2, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+_SECTIONS: dict[str, type] = {"install": InstallSection, "code": CodeSection, "drift_tracking": DriftSection}
+_REQUIRED = {
+    "install": ("python_path",),
+    "code": ("name", "version", "description", "module", "class", "interface"),
+    "drift_tracking": (),
+}
+
+
+def _checked(data: dict[str, Any], name: str, kind: type, problems: list[str]) -> dict[str, Any]:
+    """Check keys and types of one section and return keyword arguments for its class."""
+    section = data.get(name, {})
+    if not isinstance(section, dict):
+        problems.append(f"{name} must be an object, not {section!r}")
+        return {}
+    hints = {("class" if key == "class_name" else key): hint for key, hint in get_type_hints(kind).items()}
+    problems += [f"unknown key {f'{name}.{key}'!r}" for key in section if key not in hints]
+    problems += [f"{name}.{key} is missing" for key in _REQUIRED[name] if key not in section]
+    values: dict[str, Any] = {}
+    for key, hint in hints.items():
+        if key not in section:
+            continue
+        wanted, value = _convert(hint, section[key])
+        if wanted:
+            problems.append(f"{name}.{key} must be {wanted}, not {section[key]!r}")
+        elif key in _REQUIRED[name] and not value.strip():
+            problems.append(f"{name}.{key} must not be empty")
+        values["class_name" if key == "class" else key] = value
+    return values
+
+
+def _convert(hint: Any, value: Any) -> tuple[str, Any]:
+    """Return what was wanted when ``value`` does not fit ``hint`` (else an empty text), and the value to store."""
+    if hint is str:
+        return ("" if isinstance(value, str) else "text"), value
+    if hint is bool:
+        return ("" if isinstance(value, bool) else "true or false"), value
+    if hint == str | None:
+        return ("" if value is None or isinstance(value, str) else "text or null"), value
+    if hint == dict[str, str]:
+        fits = isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+        return ("" if fits else "an object of texts"), value
+    if hint == tuple[str, ...]:
+        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        return ("" if fits else "a list of texts"), tuple(value) if fits else value
+    if hint == tuple[dict[str, Any], ...]:
+        fits = isinstance(value, list) and all(isinstance(item, dict) for item in value)
+        return ("" if fits else "a list of objects"), tuple(value) if fits else value
+    return ("" if value is None or isinstance(value, dict) else "an object"), value
+
+
+def _rules(install: dict[str, Any], code: dict[str, Any], drift: dict[str, Any]) -> list[str]:
+    """Return the rules that well-typed sections still break."""
+    problems = []
+    if not PurePath(install["python_path"]).is_absolute():
+        problems.append(f"install.python_path must be absolute, not {install['python_path']!r}")
+    for variable, value in install.get("env_vars", {}).items():
+        if not _VARIABLE_PATTERN.fullmatch(variable) or "\0" in value:
+            problems.append(f"install.env_vars has an impossible variable {variable!r}")
+    patterns = (
+        ("name", NAME_PATTERN, "1 to 64 letters, digits, - or _"),
+        ("module", _MODULE_PATTERN, "a dotted module name"),
+        ("class_name", _CLASS_PATTERN, "a class name"),
+    )
+    for key, pattern, wanted in patterns:
+        if not pattern.fullmatch(code[key]):
+            problems.append(f"code.{key.removesuffix('_name')} must be {wanted}, not {code[key]!r}")
+    if "." not in code["interface"]:
+        problems.append(f"code.interface must be a dotted name, not {code['interface']!r}")
+    taxonomy = code.get("taxonomy") or {}
+    if taxonomy.get("interface_fqcn", code["interface"]) != code["interface"]:
+        problems.append("code.taxonomy.interface_fqcn must equal code.interface")
+    capabilities = code.get("capabilities", ())
+    wrong = [capability for capability in capabilities if not CAPABILITY_PATTERN.fullmatch(capability)]
+    problems += [f"code.capabilities: {capability!r} is not like 'bom.read'" for capability in wrong]
+    if len(set(capabilities)) != len(capabilities):
+        problems.append("code.capabilities names one capability twice")
+    stored = drift.get("config_schema_hash")
+    if stored is not None and not re.fullmatch(r"sha256:[0-9a-f]{64}", stored):
+        problems.append(f"drift_tracking.config_schema_hash must look like 'sha256:<64 hex digits>', not {stored!r}")
+    return problems
+
+
+def _set_fields(section: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(section).items() if value not in ("", None, (), {})}
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return result
