@@ -1,0 +1,260 @@
+"""One embedded server: make, start, adopt, stop, remove."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from plm_shared.embedded_postgres.accounts import Account, server_account
+from plm_shared.embedded_postgres.binaries import (
+    ServerBinaries,
+    choose_server,
+    data_major,
+    find_servers,
+    inspect_server,
+    reachable,
+)
+from plm_shared.embedded_postgres.errors import LocationUnsuitable, ServerStartFailed
+from plm_shared.embedded_postgres.places import Places, lay_out, private_folder, write_secret
+
+_SUPERUSER = "postgres"
+_START_SECONDS = 60
+_ALWAYS = {
+    "listen_addresses": "",
+    "password_encryption": "scram-sha-256",
+    "unix_socket_permissions": "0700",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    # One file per weekday, overwritten a week later: the log cannot grow without bound.
+    "logging_collector": "on",
+    "log_filename": "server-%a.log",
+    "log_rotation_age": "1d",
+    "log_rotation_size": "0",
+    "log_truncate_on_rotation": "on",
+}
+_FORGETFUL = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+
+
+class EmbeddedPostgres:
+    """A PostgreSQL server of our own in one folder, shared by every process that names the same folder.
+
+    ``start`` makes the folder's cluster when there is none, and adopts a server that already runs there, be it left by
+    a crash or in use by another process; ``stop`` stops it when no other process of ours still uses it. With
+    ``durable=False`` a power cut loses data: for tests.
+
+    Every method raises a class of ``PostgresUnavailable`` whose message ends with the remedy.
+    """
+
+    def __init__(
+        self, data_dir: Path, *, bin_dir: Path | None = None, major: int | None = None, durable: bool = True
+    ) -> None:
+        self._data_dir = Path(data_dir)
+        self._bin_dir = bin_dir
+        self._major = major
+        self._durable = durable
+        self._use: int | None = None
+        self._ready: tuple[Account, Places, ServerBinaries] | None = None
+
+    def __repr__(self) -> str:
+        return f"EmbeddedPostgres({str(self._data_dir)!r}, running={self.running})"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def admin_dsn(self) -> str:
+        """The superuser's address, ``postgresql://…``; contains the password, so it belongs in no log."""
+        _, places, _ = self._parts()
+        password = _read_password(places)
+        return f"postgresql://{_SUPERUSER}:{password}@/postgres?host={places.socket_dir}"
+
+    @property
+    def cluster_dir(self) -> Path:
+        """Where the data is; below ``data_dir`` unless the server's account cannot enter that."""
+        return self._parts()[1].cluster
+
+    @property
+    def major(self) -> int:
+        """The server's major version."""
+        return self._parts()[2].major
+
+    @property
+    def running(self) -> bool:
+        """Whether the server accepts connections now."""
+        if self._ready is None:
+            return False
+        account, places, server = self._ready
+        return account.run([server.bin_dir / "pg_isready", "-q", "-h", places.socket_dir]).returncode == 0
+
+    def start(self) -> None:
+        """Make the cluster if needed and have its server accept connections; does nothing when it already does."""
+        account, places, server = self._parts()
+        with _exclusive(places.data_dir / "lock"):
+            self._use = _hold(places.data_dir / "users", self._use)
+            try:
+                if data_major(places.cluster) is None:
+                    _make_cluster(account, places, server, durable=self._durable)
+                _read_password(places)
+                private_folder(places.socket_dir, account)
+                if not self.running and not self._adopt(account, places):
+                    self._launch(account, places, server)
+            except BaseException:
+                self._release()
+                raise
+
+    def stop(self) -> None:
+        """Leave the server, and stop it when we were its last user; does nothing when it is not running."""
+        if self._ready is None:
+            return
+        account, places, server = self._ready
+        with _exclusive(places.data_dir / "lock"):
+            self._release()
+            if not _unused(places.data_dir / "users") or _postmaster(places) is None:
+                return
+            done = account.run([server.bin_dir / "pg_ctl", "stop", "-D", places.cluster, "-m", "fast", "-w"])
+            if done.returncode != 0 and _postmaster(places) is not None:
+                raise ServerStartFailed("pg_ctl stop", done.stderr or done.stdout)
+            with suppress(OSError):
+                places.socket_dir.rmdir()
+
+    def remove(self) -> None:
+        """Stop the server and delete its data, password and folders for good."""
+        _, places, _ = self._parts()
+        self.stop()
+        for path in (places.cluster, places.socket_dir, places.data_dir):
+            if path.exists():
+                shutil.rmtree(path)
+        self._ready = None
+
+    def _parts(self) -> tuple[Account, Places, ServerBinaries]:
+        if self._ready is None:
+            account = server_account()
+            places = lay_out(self._data_dir, account)
+            servers = [inspect_server(self._bin_dir)] if self._bin_dir else find_servers()
+            server = choose_server(servers, major=self._major, cluster=places.cluster)
+            self._ready = (account, places, reachable(server, account))
+        return self._ready
+
+    def _adopt(self, account: Account, places: Places) -> bool:
+        """Wait for a postmaster that lives but does not answer yet; clear away the file of a dead one."""
+        deadline = time.monotonic() + _START_SECONDS
+        while _postmaster(places) is not None:
+            if self.running:
+                return True
+            if time.monotonic() > deadline:
+                raise ServerStartFailed("running server", _tail(account, places))
+            time.sleep(0.05)
+        (places.cluster / "postmaster.pid").unlink(missing_ok=True)
+        return False
+
+    def _launch(self, account: Account, places: Places, server: ServerBinaries) -> None:
+        settings = {**_ALWAYS, **({} if self._durable else _FORGETFUL), "unix_socket_directories": places.socket_dir}
+        # pg_ctl hands -o to a shell: only our own constants and the socket folder's plain name go in, quoted.
+        options = shlex.join(part for name, value in settings.items() for part in ("-c", f"{name}={value}"))
+        command: list[str | Path] = [server.bin_dir / "pg_ctl", "start", "-D", places.cluster, "-l", places.start_log]
+        done = account.run([*command, "-o", options, "-s", "-w", "-t", str(_START_SECONDS)])
+        if done.returncode != 0:
+            raise ServerStartFailed("pg_ctl start", done.stderr + _tail(account, places))
+
+    def _release(self) -> None:
+        if self._use is not None:
+            os.close(self._use)
+            self._use = None
+
+
+def _make_cluster(account: Account, places: Places, server: ServerBinaries, *, durable: bool) -> None:
+    """Run initdb beside the final place and rename, so that a crash never leaves half a cluster behind."""
+    fresh = places.cluster.with_name(places.cluster.name + ".new")
+    handed_over = places.cluster.with_name(places.cluster.name + ".password")
+    if fresh.exists():
+        shutil.rmtree(fresh)
+    private_folder(fresh, account)
+    password = secrets.token_hex(24)
+    write_secret(places.password_file, password)
+    write_secret(handed_over, password, account)
+    initdb: list[str | Path] = [server.bin_dir / "initdb", "-D", fresh, "-U", _SUPERUSER, f"--pwfile={handed_over}"]
+    initdb += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", *([] if durable else ["--no-sync"])]
+    try:
+        done = account.run(initdb)
+    finally:
+        handed_over.unlink()
+    if done.returncode != 0:
+        shutil.rmtree(fresh)
+        raise ServerStartFailed("initdb", done.stderr or done.stdout)
+    fresh.rename(places.cluster)
+
+
+def _read_password(places: Places) -> str:
+    try:
+        return places.password_file.read_text(encoding="ascii").strip()
+    except FileNotFoundError:
+        raise LocationUnsuitable(
+            places.password_file, "the superuser's password is missing", "Start the server once, or restore the file."
+        ) from None
+
+
+def _postmaster(places: Places) -> int | None:
+    """The pid of the live postmaster of this cluster.
+
+    A pid file outlives a crash, and its number may by now be another process: only one whose working folder is the
+    cluster is the postmaster. Where that cannot be seen (no /proc), a live pid is believed.
+    """
+    try:
+        pid = int((places.cluster / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
+        os.kill(pid, 0)
+        if sys.platform == "linux" and not Path(f"/proc/{pid}/cwd").samefile(places.cluster):
+            return None
+    except (FileNotFoundError, ProcessLookupError, PermissionError, ValueError):
+        return None
+    return pid
+
+
+def _tail(account: Account, places: Places) -> str:
+    """The end of the logs, read as the account: a link that it planted shows nothing it could not read itself."""
+    logs = sorted(path for path in (places.cluster / "log").glob("*.log"))
+    said = [account.run(["tail", "-n", "10", log]).stdout for log in (places.start_log, *logs[-1:])]
+    return "\n".join(said)
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _hold(path: Path, held: int | None) -> int:
+    """Mark this object as a user of the server; the kernel takes the mark back when the process dies."""
+    if held is not None:
+        return held
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
+
+
+def _unused(path: Path) -> bool:
+    with path.open("r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

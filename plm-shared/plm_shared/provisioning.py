@@ -1,0 +1,149 @@
+"""Roles and databases: the only statements that need a superuser.
+
+After ``provision`` every migration runs as ``plm_owner``, which is no superuser. The roles belong to the whole
+cluster:
+
+=====================  ========  ==============================================================
+``plm_owner``          login     owns databases and tables; may become ``plm_migrator``
+``plm_app``            login     the application; member of the two writer groups, nothing else
+``plm_kernel_writer``  group     what the application may do with plm-shared's tables
+``plm_engine_writer``  group     the same for the engine's tables
+``plm_migrator``       group     BYPASSRLS: work that spans tenants, only by narrow functions
+=====================  ========  ==============================================================
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.conninfo import conninfo_to_dict
+
+from plm_shared.addresses import DatabaseUrls, build_dsn, driver_dsn
+
+OWNER = "plm_owner"
+APP = "plm_app"
+KERNEL_WRITER = "plm_kernel_writer"
+ENGINE_WRITER = "plm_engine_writer"
+MIGRATOR = "plm_migrator"
+
+_LOCK = 0x706C6D01  # one provisioning per cluster at a time; any constant number serves
+_IDLE_IN_TRANSACTION = "60s"  # a forgotten transaction would hold back every feed across streams
+_RESTRICTED = "NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION"
+_MEMBERSHIPS = ((KERNEL_WRITER, APP), (ENGINE_WRITER, APP), (MIGRATOR, OWNER))
+
+Cursor = psycopg.Cursor[tuple[Any, ...]]
+
+
+class ProvisioningRefused(RuntimeError):  # noqa: N818 - named after what happened to the request
+    """Nothing was changed in the database named; the message says who must do what."""
+
+
+def provision(
+    admin_dsn: str, database: str, *, owner_password: str | None = None, app_password: str | None = None
+) -> DatabaseUrls:
+    """Create the roles and the database where they are absent, and answer the three addresses.
+
+    A password that is not given is made at random, which replaces an existing role's: pass the old ones to keep them.
+    Passwords reach the server only as scram verifiers.
+
+    Raises:
+        ProvisioningRefused: the login may not create roles, or the database exists and belongs to another role.
+        psycopg.OperationalError: the server cannot be reached.
+    """
+    owner_password = owner_password or secrets.token_hex(24)
+    app_password = app_password or secrets.token_hex(24)
+    address = conninfo_to_dict(driver_dsn(admin_dsn))
+    try:
+        with _cursor(address) as cursor:
+            cursor.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
+            _make_roles(cursor)
+            _set_password(cursor, OWNER, owner_password)
+            _set_password(cursor, APP, app_password)
+            _make_database(cursor, database)
+            secure_database(cursor, database)
+        with _cursor({**address, "dbname": database}) as cursor:
+            _secure_schema(cursor)
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise ProvisioningRefused(
+            f"the login of the admin address may not do this ({error.diag.message_primary}); use a superuser's"
+        ) from error
+    return database_urls(admin_dsn, database, owner_password=owner_password, app_password=app_password)
+
+
+def database_urls(admin_dsn: str, database: str, *, owner_password: str, app_password: str) -> DatabaseUrls:
+    """The three addresses of a database on the server that ``admin_dsn`` names."""
+    address = {key: str(value) for key, value in conninfo_to_dict(driver_dsn(admin_dsn)).items()}
+    address["dbname"] = database
+    return DatabaseUrls(
+        admin=build_dsn(address),
+        owner=build_dsn({**address, "user": OWNER, "password": owner_password}),
+        app=build_dsn({**address, "user": APP, "password": app_password}),
+    )
+
+
+def secure_database(cursor: Cursor, database: str) -> None:
+    """Let only the owner and the application connect; a copy of a database does not inherit this."""
+    name = sql.Identifier(database)
+    cursor.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
+    cursor.execute(sql.SQL("GRANT CONNECT ON DATABASE {} TO {}").format(name, sql.Identifier(APP)))
+
+
+def _make_roles(cursor: Cursor) -> None:
+    for role, wanted in {
+        OWNER: "LOGIN NOBYPASSRLS",
+        APP: "LOGIN NOBYPASSRLS",
+        KERNEL_WRITER: "NOLOGIN NOBYPASSRLS",
+        ENGINE_WRITER: "NOLOGIN NOBYPASSRLS",
+        MIGRATOR: "NOLOGIN BYPASSRLS",
+    }.items():
+        found = cursor.execute("SELECT FROM pg_roles WHERE rolname = %s", (role,)).fetchone()
+        verb = "ALTER" if found is not None else "CREATE"
+        attributes = sql.SQL(f"{wanted} {_RESTRICTED}")  # type: ignore[arg-type,unused-ignore]
+        cursor.execute(sql.SQL("{} ROLE {} {}").format(sql.SQL(verb), sql.Identifier(role), attributes))
+    for group, member in _MEMBERSHIPS:
+        cursor.execute(sql.SQL("GRANT {} TO {}").format(sql.Identifier(group), sql.Identifier(member)))
+    for role in (OWNER, APP):
+        cursor.execute(
+            sql.SQL("ALTER ROLE {} SET idle_in_transaction_session_timeout = {}").format(
+                sql.Identifier(role), sql.Literal(_IDLE_IN_TRANSACTION)
+            )
+        )
+
+
+def _set_password(cursor: Cursor, role: str, password: str) -> None:
+    verifier = cursor.connection.pgconn.encrypt_password(password.encode(), role.encode(), b"scram-sha-256")
+    cursor.execute(
+        sql.SQL("ALTER ROLE {} PASSWORD {}").format(sql.Identifier(role), sql.Literal(verifier.decode("ascii")))
+    )
+
+
+def _make_database(cursor: Cursor, database: str) -> None:
+    row = cursor.execute("SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = %s", (database,)).fetchone()
+    if row is None:
+        cursor.execute(sql.SQL("CREATE DATABASE {} OWNER {}").format(sql.Identifier(database), sql.Identifier(OWNER)))
+    elif row[0] != OWNER:
+        raise ProvisioningRefused(
+            f"database {database!r} exists and belongs to {row[0]!r}; give it to {OWNER} or choose another name"
+        )
+
+
+def _secure_schema(cursor: Cursor) -> None:
+    """Nothing for everybody: neither the public schema nor functions that the owner will create."""
+    cursor.execute("REVOKE ALL ON SCHEMA public FROM PUBLIC")
+    for kind in ("FUNCTIONS", "TYPES"):
+        cursor.execute(
+            sql.SQL("ALTER DEFAULT PRIVILEGES FOR ROLE {} REVOKE ALL ON {} FROM PUBLIC").format(
+                sql.Identifier(OWNER), sql.SQL(kind)
+            )
+        )
+
+
+@contextmanager
+def _cursor(address: dict[str, Any]) -> Iterator[Cursor]:
+    with psycopg.connect(**address, autocommit=True) as connection, connection.cursor() as cursor:
+        yield cursor
