@@ -134,12 +134,19 @@ class EmbeddedPostgres:
                 places.socket_dir.rmdir()
 
     def remove(self) -> None:
-        """Stop the server and delete its data, password and folders for good."""
+        """Stop the server and delete its data, password and folders for good.
+
+        Raises:
+            LocationUnsuitable: another process still uses the server.
+        """
         _, places, _ = self._parts()
         self.stop()
-        for path in (places.cluster, places.socket_dir, places.data_dir):
-            if path.exists():
-                shutil.rmtree(path)
+        with _exclusive(places.data_dir / "lock"):
+            if not _unused(places.data_dir / "users"):
+                raise LocationUnsuitable(places.data_dir, "others still use this server", "Stop them first.")
+            for path in (places.cluster, places.socket_dir, places.data_dir):
+                if path.exists():
+                    shutil.rmtree(path)
         self._ready = None
 
     def _parts(self) -> tuple[Account, Places, ServerBinaries]:
@@ -252,9 +259,11 @@ def _hold(path: Path, held: int | None) -> int:
 
 
 def _unused(path: Path) -> bool:
-    with path.open("r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True

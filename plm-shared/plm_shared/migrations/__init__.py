@@ -1,0 +1,66 @@
+"""The kernel's schema, revisions 0001 to 0012, and the three verbs that move a database through them.
+
+They run as ``plm_owner`` after ``provision``, or as a superuser on a bare database. The revisions are frozen: a later
+change is a new revision, and the engine's own revisions live in its own chain with its own version table.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from plm_shared.addresses import sqlalchemy_url
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+__all__ = ["VERSION_TABLE", "current", "downgrade", "sql_for", "upgrade"]
+
+VERSION_TABLE = "alembic_version_plm_shared"
+
+
+def upgrade(dsn: str, revision: str = "head") -> None:
+    """Bring the database up to a revision; does nothing when it is there. All steps are one transaction."""
+    from alembic import command
+
+    command.upgrade(_config(dsn), revision)
+
+
+def downgrade(dsn: str, revision: str = "base") -> None:
+    """Take the database back to a revision. Data of the tables that go is lost; roles of the cluster may stay."""
+    from alembic import command
+
+    command.downgrade(_config(dsn), revision)
+
+
+def current(dsn: str) -> str | None:
+    """The revision the database stands at, or None before the first."""
+    from alembic.runtime.migration import MigrationContext
+    from sqlalchemy import create_engine, pool
+
+    engine = create_engine(sqlalchemy_url(dsn), poolclass=pool.NullPool)
+    with engine.connect() as connection:
+        return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+
+
+def sql_for(revision: str = "head") -> str:
+    """The statements of ``upgrade`` from an empty database, for an administrator who runs them by hand."""
+    import io
+
+    from alembic import command
+
+    script = io.StringIO()
+    config = _config("postgresql://")
+    config.output_buffer = script
+    command.upgrade(config, revision, sql=True)
+    return script.getvalue()
+
+
+def _config(dsn: str) -> Config:
+    from alembic.config import Config
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    config.attributes["url"] = sqlalchemy_url(dsn)
+    return config
