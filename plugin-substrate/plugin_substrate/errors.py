@@ -12,6 +12,7 @@
     ├── PluginFatalError            a fault in the plugin: report it to its author
     │   └── PluginLoadError         the plugin could not be started; names phase and last log lines
     ├── PluginNotLoadedError        load the plugin first
+    ├── CallNotStartedError         whoever had to allow the call did not; nothing was sent
     ├── WireValueError              a value has no encoding; names its path (also a TypeError)
     ├── ProtocolError               the other side broke the frame protocol
     └── ManifestError               a manifest breaks its rules; lists every violation (also a ValueError)
@@ -191,6 +192,12 @@ class PluginLoadError(PluginFatalError):
 
 class PluginNotLoadedError(PluginError):
     """No instance has this id."""
+
+
+class CallNotStartedError(PluginError):
+    """The last check before sending said no, or failed; the failure is then ``__cause__``. Nothing was sent."""
+
+    category = ErrorCategory.TRANSIENT
 
 
 class WireValueError(PluginError, TypeError):

@@ -1,0 +1,68 @@
+"""One event loop owns the workers; asynchronous callers run on it, synchronous ones hand their work over to it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class HomeLoop:
+    """The loop of the first asynchronous caller, or a private one in a thread when only synchronous callers exist."""
+
+    def __init__(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+
+    def adopt(self) -> asyncio.AbstractEventLoop:
+        """Make the running loop the owner; a RuntimeError when another one already is."""
+        running = asyncio.get_running_loop()
+        with self._lock:
+            if self._loop is None:
+                self._loop = running
+            elif self._loop is not running:
+                raise RuntimeError("this PluginManager belongs to another event loop; unload everything there first")
+        return running
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Run ``work`` on the owner and wait for it; a RuntimeError when called from the owner's own thread."""
+        with self._lock:
+            if self._loop is None:
+                self._start_private_loop()
+            loop = self._loop
+        if loop is None or _is_running_here(loop):
+            raise RuntimeError("inside the event loop use the asynchronous form of this method")
+        return asyncio.run_coroutine_threadsafe(work(), loop).result()
+
+    def release(self) -> None:
+        """Forget the owner, for when nothing is left that belongs to it."""
+        with self._lock:
+            loop, thread = self._loop, self._thread
+            self._loop = self._thread = None
+        if thread is not None and loop is not None and thread is not threading.current_thread():
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+    def _start_private_loop(self) -> None:
+        loop = asyncio.new_event_loop()
+
+        def live() -> None:
+            try:
+                loop.run_forever()
+            finally:
+                loop.close()
+
+        self._loop = loop
+        self._thread = threading.Thread(target=live, name="plugin-manager", daemon=True)
+        self._thread.start()
+
+
+def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False

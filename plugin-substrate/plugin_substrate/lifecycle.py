@@ -1,0 +1,214 @@
+"""The host's end of a supervisor: start it, have it fork workers, hear of their deaths, and see that nothing stays."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from plugin_substrate.errors import PluginFatalError
+from plugin_substrate.log_pipe import LogPipe
+from plugin_substrate.worker.confine import Limits
+from plugin_substrate.worker.supervisor import MAX_MESSAGE_BYTES
+
+WORKER_MAIN = Path(__file__).parent / "worker" / "__main__.py"
+LOG_TAIL_LINES = 200
+
+_SOCKET_BUFFER_BYTES = 1 << 20
+_CLOSE_SECONDS = 5.0
+
+
+def interpreter_command(python: str, *arguments: str) -> list[str]:
+    """Return the command that runs our files by path: isolated, without site, never writing bytecode beside them."""
+    return [python, "-I", "-S", "-B", str(WORKER_MAIN), *arguments]
+
+
+@dataclass(kw_only=True)
+class WorkerProcess:
+    """A forked worker: its socket, its log pipe's read end, and a future of its return code (None if nobody knows)."""
+
+    connection: socket.socket
+    log_descriptor: int
+    pid: int
+    pidfd: int
+    returncode: asyncio.Future[int | None]
+
+    def kill(self) -> None:
+        """Kill it through its pidfd, which never means another process."""
+        if self.pidfd < 0:
+            return
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def close(self) -> None:
+        """Give up the descriptors."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+
+class Supervisor:
+    """One supervisor process and the control socket to it. Belongs to the event loop it was started on."""
+
+    def __init__(self, python: str) -> None:
+        """Start the process. An interpreter that cannot be started is an OSError."""
+        self._loop = asyncio.get_running_loop()
+        self._counter = 0
+        self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
+        self._exits: dict[int, asyncio.Future[int | None]] = {}
+        self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+        self._control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        log_read, log_write = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                interpreter_command(python, "supervise", str(remote.fileno()), str(os.getpid())),
+                stdin=subprocess.DEVNULL,
+                stdout=log_write,
+                stderr=log_write,
+                env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+                cwd="/",
+                pass_fds=(remote.fileno(),),
+                start_new_session=True,
+            )
+        except OSError:
+            self._control.close()
+            os.close(log_read)
+            raise
+        finally:
+            remote.close()
+            os.close(log_write)
+        self._log = LogPipe(log_read, self._lines.append)
+        self._ended = self._watch_end()
+        self._control.setblocking(False)
+        self._loop.add_reader(self._control, self._on_control)
+
+    @property
+    def pid(self) -> int:
+        """The process id, for display only."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether the control socket still stands."""
+        return self._control.fileno() >= 0
+
+    @property
+    def log_tail(self) -> tuple[str, ...]:
+        """The last lines the supervisor itself wrote, which is only ever an accident."""
+        return tuple(self._lines)
+
+    async def spawn(self, *, env: dict[str, str], cwd: Path, limits: Limits) -> WorkerProcess:
+        """Fork a worker. A `PluginFatalError` when the supervisor cannot, or is gone."""
+        if not self.alive:
+            raise PluginFatalError(f"the supervisor is gone: {' | '.join(self._lines) or 'no last words'}")
+        self._counter += 1
+        number = self._counter
+        spawned = self._spawning[number] = self._loop.create_future()
+        returncode = self._exits[number] = self._loop.create_future()
+        connection, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        log_read, log_write = os.pipe()
+        try:
+            for end in (connection, remote):
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
+            request = {"spawn": number, "env": env, "cwd": str(cwd), "limits": asdict(limits)}
+            self._send(request, [remote.fileno(), log_write])
+            pid, pidfd = await spawned
+        except BaseException:
+            connection.close()
+            os.close(log_read)
+            raise
+        finally:
+            remote.close()
+            os.close(log_write)
+        return WorkerProcess(
+            connection=connection, log_descriptor=log_read, pid=pid, pidfd=pidfd, returncode=returncode
+        )
+
+    async def close(self) -> None:
+        """Let the supervisor kill and reap everything below it and exit; kill it if it does not within 5 seconds."""
+        self._lose_control()
+        self._process.send_signal(signal.SIGCONT)  # a stopped one must see that its time has come
+        try:
+            await asyncio.wait_for(asyncio.shield(self._ended), _CLOSE_SECONDS)
+        except TimeoutError:
+            self._process.kill()
+            await self._ended
+
+    def _send(self, request: dict[str, Any], descriptors: list[int]) -> None:
+        raw = json.dumps(request).encode()
+        if len(raw) > MAX_MESSAGE_BYTES:
+            raise PluginFatalError(f"the worker's environment is too large: {len(raw)} of {MAX_MESSAGE_BYTES} bytes")
+        try:
+            socket.send_fds(self._control, [raw], descriptors)
+        except OSError as error:
+            self._lose_control()
+            raise PluginFatalError(f"the supervisor cannot be reached: {error}") from error
+
+    def _on_control(self) -> None:
+        try:
+            raw, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 1)
+        except BlockingIOError:
+            return
+        except OSError:
+            raw, descriptors = b"", []
+        if not raw:
+            self._lose_control()
+            return
+        message = json.loads(raw)
+        match message:
+            case {"spawned": number, "pid": pid}:
+                _resolve(self._spawning.pop(number), (pid, descriptors[0]), lambda: os.close(descriptors[0]))
+            case {"refused": number, "reason": reason}:
+                _resolve(self._spawning.pop(number), PluginFatalError(f"the worker cannot be forked: {reason}"))
+            case {"exited": number, "returncode": returncode}:
+                _resolve(self._exits.pop(number), returncode)
+
+    def _lose_control(self) -> None:
+        """Close our end; whoever waits for a message learns that none will come."""
+        if not self.alive:
+            return
+        self._loop.remove_reader(self._control)
+        self._control.close()
+        self._log.drain()
+        for spawned in self._spawning.values():
+            _resolve(spawned, PluginFatalError(f"the supervisor died: {' | '.join(self._lines) or 'no last words'}"))
+        for returncode in self._exits.values():
+            _resolve(returncode, None)
+        self._spawning.clear()
+        self._exits.clear()
+
+    def _watch_end(self) -> asyncio.Future[None]:
+        """Reap the supervisor as soon as it ends, so that no zombie waits for somebody to ask."""
+        ended: asyncio.Future[None] = self._loop.create_future()
+        pidfd = os.pidfd_open(self._process.pid)
+
+        def reap() -> None:
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+            self._process.wait()
+            self._lose_control()
+            self._log.close()
+            _resolve(ended, None)
+
+        self._loop.add_reader(pidfd, reap)
+        return ended
+
+
+def _resolve(future: asyncio.Future[Any], outcome: Any, otherwise: Callable[[], object] = lambda: None) -> None:
+    """Complete a future that may have been cancelled by its waiter; ``otherwise`` then disposes of the outcome."""
+    if future.done():
+        otherwise()
+    elif isinstance(outcome, Exception):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)

@@ -1,0 +1,281 @@
+"""Loads plugins, calls them and unloads them: the public verbs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from plugin_substrate.discovery import find_manifests, manifest_folders
+from plugin_substrate.errors import PluginConfigError, PluginError, PluginNotLoadedError
+from plugin_substrate.home_loop import HomeLoop
+from plugin_substrate.instance import CallListeners, CancelOutcome, InstanceSettings, LoadedInstance
+from plugin_substrate.interface import CallContext
+from plugin_substrate.manifest import NAME_PATTERN
+from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta, RejectedManifest
+from plugin_substrate.supervisors import SupervisorPool
+from plugin_substrate.worker.confine import Limits
+
+_logger = logging.getLogger(__name__)
+
+
+class PluginManager:
+    """Owns the plugin processes of one host.
+
+    The asynchronous methods belong to the event loop they are first used on; the synchronous ones hand their work to
+    that loop, or to a private one. A call is sent at most once: repeating is the caller's decision. A worker that died
+    is replaced at the next call.
+    """
+
+    def __init__(
+        self,
+        *,
+        data_dir: Path,
+        search_paths: Sequence[Path] = (),
+        grace_seconds: float = 3.0,
+        load_timeout: float = 60.0,
+        limits: Limits | None = None,
+    ) -> None:
+        self._data_dir = data_dir.resolve()
+        self._folders = manifest_folders(self._data_dir, search_paths)
+        self._grace_seconds = grace_seconds
+        self._load_timeout = load_timeout
+        self._limits = limits or Limits()
+        self._home = HomeLoop()
+        self._discovered: dict[str, PluginMeta] = {}
+        self._rejected: tuple[RejectedManifest, ...] = ()
+        self._instances: dict[str, LoadedInstance] = {}
+        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._supervisors = SupervisorPool()
+
+    # -- finding
+
+    def discover_manifests(self) -> list[PluginMeta]:
+        """Read the manifest folders anew and return the plugins found; what is wrong is in `rejected_manifests`."""
+        found, rejected = find_manifests(self._folders)
+        self._discovered = {meta.name: meta for meta in found}
+        self._rejected = tuple(rejected)
+        for bad in rejected:
+            _logger.error("manifest %s is not used: %s", bad.path, bad.reason)
+        return found
+
+    @property
+    def rejected_manifests(self) -> tuple[RejectedManifest, ...]:
+        """The manifests the last discovery did not take, each with its reason."""
+        return self._rejected
+
+    def get_discovered_meta(self, name: str) -> PluginMeta | None:
+        """Return what the last discovery found under a name."""
+        return self._discovered.get(name)
+
+    def get_instance(self, instance_id: str) -> PluginInstance:
+        """Return an instance as it stands; a `PluginNotLoadedError` when there is none."""
+        return self._instance(instance_id).view()
+
+    def list_instances(self, plugin_name: str | None = None) -> list[PluginInstance]:
+        """Return the loaded instances, of one plugin or of all."""
+        views = [instance.view() for instance in self._instances.values()]
+        return [view for view in views if plugin_name in (None, view.plugin_name)]
+
+    # -- loading
+
+    async def load_plugin_async(
+        self,
+        meta: PluginMeta,
+        config: Mapping[str, Any] | None = None,
+        *,
+        instance_id: str | None = None,
+        max_concurrent_requests: int = 1,
+    ) -> PluginInstance:
+        """Start a worker and initialise the plugin in it; an id that is loaded already is returned as it is.
+
+        Concurrent loads of one id give one worker. A `PluginConfigError` is found before anything is started; a
+        `PluginLoadError` names plugin, phase and last log lines, and leaves no process.
+        """
+        loop = self._home.adopt()
+        chosen = meta.name if instance_id is None else instance_id
+        if not NAME_PATTERN.fullmatch(chosen):
+            raise ValueError(f"instance_id must be 1 to 64 letters, digits, - or _, not {chosen!r}")
+        if max_concurrent_requests < 1:
+            raise ValueError(f"max_concurrent_requests must be at least 1, not {max_concurrent_requests}")
+        if chosen not in self._instances:
+            if chosen not in self._loading:
+                settings = self._settings(chosen, meta, config, max_concurrent_requests)
+                task = loop.create_task(self._load(settings))
+                self._loading[chosen] = task
+                task.add_done_callback(lambda _: self._loading.pop(chosen, None))
+            await asyncio.shield(self._loading[chosen])
+        return self.get_instance(chosen)
+
+    def load_plugin(
+        self,
+        meta: PluginMeta,
+        config: Mapping[str, Any] | None = None,
+        *,
+        instance_id: str | None = None,
+        max_concurrent_requests: int = 1,
+    ) -> bool:
+        """Load synchronously; a failure is logged and is False. A wrong ``instance_id`` is a ValueError."""
+        try:
+            self._home.run(
+                lambda: self.load_plugin_async(
+                    meta, config, instance_id=instance_id, max_concurrent_requests=max_concurrent_requests
+                )
+            )
+        except PluginError:
+            _logger.exception("plugin %s could not be loaded", meta.name)
+            return False
+        return True
+
+    async def unload_plugin_async(self, instance_id: str) -> bool:
+        """Unload; False when nothing has this id. Calls still running lose their worker after the grace."""
+        self._home.adopt()
+        if instance_id in self._loading:
+            await asyncio.wait({self._loading[instance_id]})
+        instance = self._instances.pop(instance_id, None)
+        if instance is None:
+            return False
+        await instance.close()
+        await self._supervisors.leave(_supervisor_key(instance.settings.meta))
+        return True
+
+    def unload_plugin(self, instance_id: str) -> bool:
+        """Unload synchronously; False when nothing has this id."""
+        return self._home.run(lambda: self.unload_plugin_async(instance_id))
+
+    async def unload_all_async(self) -> None:
+        """Unload everything; when this returns no process of any plugin is left."""
+        self._home.adopt()
+        await asyncio.gather(*(self.unload_plugin_async(name) for name in {*self._instances, *self._loading}))
+        self._home.release()
+
+    def unload_all(self) -> None:
+        """Unload everything, synchronously."""
+        self._home.run(self.unload_all_async)
+        self._home.release()
+
+    # -- calling
+
+    async def execute_call(
+        self,
+        instance_id: str,
+        /,
+        *args: Any,
+        call: CallContext | None = None,
+        before_start: Callable[[], Awaitable[bool]] | None = None,
+        on_started: Callable[[], object] | None = None,
+        on_progress: Callable[[float, str], object] | None = None,
+        on_usage: Callable[[dict[str, float]], object] | None = None,
+        on_log: Callable[[str], object] | None = None,
+        **kwargs: Any,
+    ) -> CallResult:
+        """Call ``execute(*args, **kwargs)`` of an instance and return value, usage and log lines.
+
+        Waits for a free slot, then for a live worker, then awaits ``before_start``, then sends; ``on_started`` is
+        called at that moment. Every failure is a `PluginError`; its ``outcome_known`` is False when the call was sent
+        and its effect cannot be known. Cancelling the awaiting task cancels the call.
+        """
+        self._home.adopt()
+        instance = self._instance(instance_id)
+        context = call or CallContext(call_id=uuid.uuid4().hex)
+        listeners = CallListeners(
+            before_start=before_start,
+            on_started=on_started,
+            on_progress=on_progress,
+            on_usage=on_usage,
+            on_log=on_log,
+        )
+        return await instance.execute(args, kwargs, context, listeners)
+
+    async def execute_plugin_async(
+        self,
+        instance_id: str,
+        /,
+        *args: Any,
+        call: CallContext | None = None,
+        on_progress: Callable[[float, str], object] | None = None,
+        on_log: Callable[[str], object] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Like `execute_call`, and return the value alone."""
+        result = await self.execute_call(
+            instance_id, *args, call=call, on_progress=on_progress, on_log=on_log, **kwargs
+        )
+        return result.value
+
+    def execute_plugin(self, instance_id: str, /, *args: Any, call: CallContext | None = None, **kwargs: Any) -> Any:
+        """Like `execute_plugin_async`, synchronously."""
+        return self._home.run(lambda: self.execute_plugin_async(instance_id, *args, call=call, **kwargs))
+
+    async def cancel_call(self, instance_id: str, call_id: str) -> CancelOutcome:
+        """Ask a call to end; after the grace its worker is killed, and with it every other call in that worker."""
+        self._home.adopt()
+        return await self._instance(instance_id).cancel(call_id)
+
+    # -- around
+
+    async def __aenter__(self) -> PluginManager:
+        self._home.adopt()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.unload_all_async()
+
+    def _instance(self, instance_id: str) -> LoadedInstance:
+        try:
+            return self._instances[instance_id]
+        except KeyError:
+            raise PluginNotLoadedError(f"no plugin is loaded as {instance_id!r}") from None
+
+    def _settings(
+        self, instance_id: str, meta: PluginMeta, config: Mapping[str, Any] | None, max_concurrent_requests: int
+    ) -> InstanceSettings:
+        folder = self._data_dir / "data" / meta.name
+        (folder / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        return InstanceSettings(
+            instance_id=instance_id,
+            meta=meta,
+            config=_effective_config(meta, config or {}),
+            data_dir=folder,
+            max_concurrent_requests=max_concurrent_requests,
+            grace_seconds=self._grace_seconds,
+            load_timeout=self._load_timeout,
+            limits=self._limits,
+        )
+
+    async def _load(self, settings: InstanceSettings) -> None:
+        key = _supervisor_key(settings.meta)
+        instance = LoadedInstance(settings, lambda: self._supervisors.get(key))
+        self._supervisors.join(key)
+        try:
+            await instance.worker()
+        except BaseException:
+            await self._supervisors.leave(key)
+            raise
+        self._instances[settings.instance_id] = instance
+
+
+def _supervisor_key(meta: PluginMeta) -> tuple[str, str]:
+    return meta.name, meta.manifest.install.python_path
+
+
+def _effective_config(meta: PluginMeta, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the schema's defaults with the given values over them; unknown keys are a `PluginConfigError`."""
+    properties = meta.config_schema.get("properties")
+    if not isinstance(properties, dict):
+        return dict(config)
+    unknown = sorted(set(config) - set(properties))
+    if unknown:
+        known = ", ".join(sorted(properties)) or "none"
+        raise PluginConfigError(
+            f"plugin {meta.name!r} has no setting {', '.join(unknown)}; it has: {known}", fields_invalid=unknown
+        )
+    defaults = {name: schema["default"] for name, schema in properties.items() if "default" in schema}
+    return {**defaults, **config}

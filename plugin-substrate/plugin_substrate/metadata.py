@@ -1,0 +1,95 @@
+"""What the host knows about plugins: those it found, and those it loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from plugin_substrate.manifest import ManifestV2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginMeta:
+    """A plugin that was found: its manifest and where that lies."""
+
+    manifest: ManifestV2
+    source: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """The name, unique among the plugins of a host."""
+        return self.manifest.code.name
+
+    @property
+    def version(self) -> str:
+        """The plugin's own version."""
+        return self.manifest.code.version
+
+    @property
+    def description(self) -> str:
+        """One line for people."""
+        return self.manifest.code.description
+
+    @property
+    def interface(self) -> str:
+        """The dotted name of the class it implements."""
+        return self.manifest.code.interface
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """The operations it serves through ``execute(action=...)``."""
+        return self.manifest.code.capabilities
+
+    @property
+    def idempotent(self) -> bool:
+        """Whether a call may be repeated under the same step key."""
+        return self.manifest.code.idempotent
+
+    @property
+    def stateless(self) -> bool:
+        """Whether one worker may serve several tenants."""
+        return self.manifest.code.stateless
+
+    @property
+    def config_schema(self) -> Mapping[str, Any]:
+        """The JSON Schema of its configuration, empty when there is none."""
+        return self.manifest.code.config_schema or {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RejectedManifest:
+    """A manifest that discovery did not take, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginInstance:
+    """A loaded plugin at one moment: ``layers`` names the confinement that its worker reported as in force."""
+
+    instance_id: str
+    plugin_name: str
+    plugin_version: str
+    config: Mapping[str, Any]
+    created_at: datetime
+    max_concurrent_requests: int
+    running_calls: int
+    alive: bool
+    pid: int | None
+    supervisor_pid: int | None
+    python_version: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallResult:
+    """What a call gave: the value, the last usage it reported, and the last lines it logged."""
+
+    value: Any
+    usage: Mapping[str, float] = field(default_factory=dict)
+    logs: tuple[str, ...] = ()
+    duration_seconds: float = 0.0

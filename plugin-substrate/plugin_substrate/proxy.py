@@ -1,0 +1,347 @@
+"""The host-side handle of one worker: frames out, frames in, and a typed error for every way it can end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import signal
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from plugin_substrate.errors import (
+    PluginCancelledError,
+    PluginError,
+    PluginLoadError,
+    ProtocolError,
+    WireValueError,
+    WorkerDiedError,
+)
+from plugin_substrate.interface import CallContext
+from plugin_substrate.lifecycle import LOG_TAIL_LINES, WorkerProcess
+from plugin_substrate.log_pipe import LogPipe, clean_line
+from plugin_substrate.worker.failures import restore_error
+from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, FrameDecoder, encode_frame
+from plugin_substrate.worker.values import decode_value, encode_value
+
+_logger = logging.getLogger(__name__)
+
+_EXIT_REPORT_SECONDS = 2.0
+
+
+class PendingCall:
+    """A call in a worker, as the host sees it."""
+
+    def __init__(
+        self,
+        context: CallContext,
+        *,
+        on_progress: Callable[[float, str], object] | None = None,
+        on_usage: Callable[[dict[str, float]], object] | None = None,
+        on_log: Callable[[str], object] | None = None,
+    ) -> None:
+        self.context = context
+        self.usage: dict[str, float] = {}
+        self.logs: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+        self.forced = False
+        self.value: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._on_progress = on_progress
+        self._on_usage = on_usage
+        self._on_log = on_log
+
+    def progress(self, progress: float, message: str) -> None:
+        """Pass a progress report on."""
+        _tell(self._on_progress, progress, message)
+
+    def replace_usage(self, usage: dict[str, float]) -> None:
+        """Keep the latest usage and pass it on."""
+        self.usage = usage
+        _tell(self._on_usage, dict(usage))
+
+    def log(self, line: str) -> None:
+        """Keep a line and pass it on."""
+        self.logs.append(line)
+        _tell(self._on_log, line)
+
+    def finish(self, value: Any) -> None:
+        """End with a value."""
+        if not self.value.done():
+            self.value.set_result(value)
+
+    def fail(self, error: Exception) -> None:
+        """End with an error."""
+        if not self.value.done():
+            self.value.set_exception(error)
+            self.value.exception()  # read once here: a caller that went away must not cause a warning
+
+
+class RemotePluginProxy(asyncio.Protocol):
+    """One worker's connection. Created by `connect`; of no use after `alive` turned false."""
+
+    def __init__(self, process: WorkerProcess) -> None:
+        self._process = process
+        self._decoder = FrameDecoder()
+        self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
+        self._log = LogPipe(process.log_descriptor, self._on_pipe_line)
+        self._calls: dict[str, PendingCall] = {}
+        self._transport: asyncio.Transport | None = None
+        self._broken: ProtocolError | None = None
+        loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = loop.create_future()
+        self._gone: asyncio.Future[WorkerDiedError] = loop.create_future()
+        self.layers: tuple[str, ...] = ()
+        self.python_version = ""
+
+    @classmethod
+    async def connect(cls, process: WorkerProcess) -> RemotePluginProxy:
+        """Take over a forked worker."""
+        _, proxy = await asyncio.get_running_loop().create_unix_connection(
+            lambda: cls(process), sock=process.connection
+        )
+        return proxy
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id, for display only."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether a frame can still be sent."""
+        return self._transport is not None and not self._transport.is_closing()
+
+    @property
+    def log_tail(self) -> tuple[str, ...]:
+        """The last lines of the worker, of all calls and of none."""
+        return tuple(self._lines)
+
+    @property
+    def calls(self) -> Mapping[str, PendingCall]:
+        """The calls in the worker, by call id."""
+        return self._calls
+
+    # -- what the host asks
+
+    async def load(self, module: str, class_name: str, config: Mapping[str, Any], threads: int) -> None:
+        """Have the plugin imported, created and initialised, or raise `PluginLoadError` or `WorkerDiedError`."""
+        segments: list[bytes] = []
+        encoded = encode_value(dict(config), "config", segments)
+        self._send(
+            {"type": "load", "module": module, "class": class_name, "config": encoded, "threads": threads}, segments
+        )
+        ends: set[asyncio.Future[Any]] = {self._ready, self._gone}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if self._ready.done():
+            self._ready.result()
+            return
+        raise self._gone.result()
+
+    def encode_call(self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bytes]:
+        """Return a call's frame, ready to send; a value that cannot cross is a `WireValueError` before anything is."""
+        segments: list[bytes] = []
+        arguments = {
+            "args": encode_value(list(args), "args", segments),
+            "kwargs": encode_value(kwargs, "kwargs", segments),
+        }
+        try:
+            return encode_frame({"type": "call", "context": asdict(context), "arguments": arguments}, segments)
+        except ProtocolError as error:
+            raise WireValueError(f"the arguments are too large: {error}", path="args") from error
+
+    def send_call(self, call: PendingCall, frame: list[bytes]) -> None:
+        """Write a call's frame. From here on nobody but the worker can say whether it took effect."""
+        self._calls[call.context.call_id] = call
+        self._write(frame)
+
+    def request_cancel(self, call_id: str) -> None:
+        """Ask the plugin to end one call."""
+        self._send({"type": "cancel", "id": call_id})
+
+    async def unload(self, grace_seconds: float) -> None:
+        """Let the plugin clean up and leave; kill it when it has not within the grace. Returns when it is dead."""
+        if self.alive:
+            self._send({"type": "unload"})
+            await asyncio.wait({self._gone}, timeout=grace_seconds)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """Kill the worker and wait until it is dead; calls in it fail as `WorkerDiedError`."""
+        self._process.kill()
+        await asyncio.wait({self._gone})
+
+    # -- what the worker says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        if isinstance(transport, asyncio.Transport):
+            self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """Handle what arrived; a worker that breaks the protocol is killed."""
+        try:
+            for frame in self._decoder.feed(data):
+                self._handle(frame)
+        except ProtocolError as error:
+            self._broken = error
+            self._process.kill()
+            if self._transport is not None:
+                self._transport.abort()
+
+    def connection_lost(self, _: Exception | None) -> None:
+        """Find out how the worker ended, then tell everyone who waits."""
+        self._process.kill()  # it may have closed its socket and still run
+        self._burial = asyncio.get_running_loop().create_task(self._bury())
+
+    async def _bury(self) -> None:
+        await asyncio.wait({self._process.returncode}, timeout=_EXIT_REPORT_SECONDS)
+        self._process.close()
+        self._log.close()
+        error = self._death()
+        self._gone.set_result(error)
+        calls, self._calls = self._calls, {}
+        for call in calls.values():
+            if call.forced:
+                cause = PluginCancelledError(
+                    f"call {call.context.call_id} did not end in time, so its worker was killed",
+                    forced=True,
+                    outcome_known=False,
+                )
+                cause.__cause__ = error
+                call.fail(cause)
+            else:
+                call.fail(self._death())
+
+    def _death(self) -> WorkerDiedError:
+        returncode = self._process.returncode.result() if self._process.returncode.done() else None
+        name = _signal_name(returncode)
+        how = (
+            f"was ended by {name}" if name else f"ended with status {returncode}" if returncode is not None else "ended"
+        )
+        if self._broken is not None:
+            how = f"broke the protocol ({self._broken}) and {how}"
+        error = WorkerDiedError(
+            f"the worker {how}", returncode=returncode, signal_name=name, log_tail=tuple(self._lines)[-20:]
+        )
+        error.__cause__ = self._broken
+        return error
+
+    def _handle(self, frame: Frame) -> None:
+        header = frame.header
+        match header.get("type"):
+            case "hello":
+                self._on_hello(header)
+            case "ready":
+                _set(self._ready, None)
+            case "load_failed":
+                self._on_load_failed(header)
+            case "log":
+                self._on_log(header)
+            case "progress" | "usage" as kind:
+                self._on_report(kind, header)
+            case "result" | "error" as kind:
+                self._on_end(kind, frame)
+            case "unloaded":
+                pass  # its end follows
+            case unknown:
+                raise ProtocolError(f"unknown frame {unknown!r:.80}")
+
+    def _on_hello(self, header: dict[str, Any]) -> None:
+        if header.get("protocol") != PROTOCOL_VERSION:
+            raise ProtocolError(f"the worker speaks protocol {header.get('protocol')!r:.20}, not {PROTOCOL_VERSION}")
+        if self._ready.done() or self.layers:
+            raise ProtocolError("a second hello")
+        self.layers = tuple(str(layer)[:64] for layer in header.get("layers", ()))[:64]
+        self.python_version = str(header.get("python"))[:32]
+
+    def _on_load_failed(self, header: dict[str, Any]) -> None:
+        cause = restore_error(header.get("error"))
+        phase = str(header.get("phase"))[:32]
+        error = PluginLoadError(str(cause), phase=phase, log_tail=tuple(self._lines)[-20:])
+        error.__cause__ = cause
+        _set(self._ready, error)
+
+    def _on_log(self, header: dict[str, Any]) -> None:
+        line = clean_line(str(header.get("line", "")))
+        self._lines.append(line)
+        call = self._calls.get(str(header.get("id")))
+        if call is not None:
+            call.log(line)
+
+    def _on_pipe_line(self, line: str) -> None:
+        """A line without a call belongs to the only call there is, or to none."""
+        self._lines.append(line)
+        if len(self._calls) == 1:
+            next(iter(self._calls.values())).log(line)
+
+    def _on_report(self, kind: str, header: dict[str, Any]) -> None:
+        call = self._calls.get(str(header.get("id")))
+        if call is None:
+            return  # a thread that outlived its call
+        if kind == "progress":
+            progress = _number(header.get("progress"))
+            if progress != -1 and not 0 <= progress <= 1:
+                raise ProtocolError(f"progress of {progress}")
+            call.progress(progress, clean_line(str(header.get("message", ""))))
+        else:
+            usage = header.get("usage")
+            if not isinstance(usage, dict) or any(_number(amount) < 0 for amount in usage.values()):
+                raise ProtocolError("usage is not an object of amounts")
+            call.replace_usage(usage)
+
+    def _on_end(self, kind: str, frame: Frame) -> None:
+        call = self._calls.get(str(frame.header.get("id")))
+        if call is None:
+            raise ProtocolError("an answer to a call that is not running")
+        if kind == "error":
+            error = restore_error(frame.header.get("error"))
+            # The work was done and only its result is lost: the caller must not take it for undone.
+            error.outcome_known = not (isinstance(error, WireValueError) and error.path.startswith("result"))
+            call_error: PluginError | None = error
+        else:
+            value, call_error = decode_value(frame.header.get("value"), frame.segments), None
+        del self._calls[call.context.call_id]
+        call.fail(call_error) if call_error else call.finish(value)
+
+    def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
+        self._write(encode_frame(header, segments or []))
+
+    def _write(self, frame: list[bytes]) -> None:
+        if self._transport is not None:
+            self._transport.writelines(frame)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return value
+    raise ProtocolError(f"{value!r:.80} is not a number")
+
+
+def _signal_name(returncode: int | None) -> str:
+    if returncode is None or returncode >= 0:
+        return ""
+    try:
+        return signal.Signals(-returncode).name
+    except ValueError:
+        return f"signal {-returncode}"
+
+
+def _set(future: asyncio.Future[None], outcome: Exception | None) -> None:
+    if future.done():
+        raise ProtocolError("a second answer to the load request")
+    if outcome is None:
+        future.set_result(None)
+    else:
+        future.set_exception(outcome)
+        future.exception()
+
+
+def _tell(callback: Callable[..., object] | None, *values: Any) -> None:
+    """Call a listener; its failure is its own and must not reach the connection."""
+    if callback is None:
+        return
+    try:
+        callback(*values)
+    except Exception:
+        _logger.exception("a listener of a call failed")

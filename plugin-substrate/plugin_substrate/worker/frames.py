@@ -1,0 +1,96 @@
+"""The frames between host and worker, without any I/O: both sides feed bytes in and get frames out.
+
+A frame is two unsigned 32-bit numbers in network order (length of all that follows, length of the header), the header
+(a JSON object in UTF-8) and raw binary segments, whose lengths the header lists under ``segments``. Bytes never pass
+through JSON, and nothing is ever unpickled. What breaks these rules is a `ProtocolError`; the decoder is useless after
+it.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from plugin_substrate.errors import ProtocolError
+
+PROTOCOL_VERSION = 1
+MAX_FRAME_BYTES = 256 << 20
+MAX_HEADER_BYTES = 32 << 20
+MAX_SEGMENTS = 4096
+
+_PREFIX = struct.Struct(">II")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message: a JSON object and the binary segments it refers to."""
+
+    header: dict[str, Any]
+    segments: tuple[bytes, ...] = ()
+
+
+def encode_frame(header: dict[str, Any], segments: Sequence[bytes] = ()) -> list[bytes]:
+    """Return the pieces to write, in order; a frame over the limits is a `ProtocolError`."""
+    lengths = [len(segment) for segment in segments]
+    raw = json.dumps({**header, "segments": lengths}, separators=(",", ":"), allow_nan=False).encode("ascii")
+    total = len(raw) + sum(map(len, segments))
+    if len(raw) > MAX_HEADER_BYTES or total > MAX_FRAME_BYTES or len(segments) > MAX_SEGMENTS:
+        raise ProtocolError(
+            f"a frame of {total} bytes ({len(raw)} of them values, {len(segments)} binary segments) is over the "
+            f"limit of {MAX_FRAME_BYTES} bytes ({MAX_HEADER_BYTES} values, {MAX_SEGMENTS} segments)"
+        )
+    return [_PREFIX.pack(total, len(raw)) + raw, *segments]
+
+
+class FrameDecoder:
+    """Turns a byte stream into frames. Memory is bounded by one frame, and grows only as its bytes really arrive."""
+
+    def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
+        self._buffer = bytearray()
+        self._limit = max_frame_bytes
+
+    def feed(self, data: bytes) -> Iterator[Frame]:
+        """Yield the frames that ``data`` completes."""
+        self._buffer += data
+        start = 0
+        while len(self._buffer) - start >= _PREFIX.size:
+            total, header_length = _PREFIX.unpack_from(self._buffer, start)
+            if total > self._limit or header_length > min(total, MAX_HEADER_BYTES):
+                raise ProtocolError(f"a frame announces {total} bytes with a header of {header_length}")
+            end = start + _PREFIX.size + total
+            if len(self._buffer) < end:
+                break
+            frame = _parse(self._buffer, start + _PREFIX.size, header_length, end)
+            start = end
+            yield frame
+        del self._buffer[:start]
+
+    @property
+    def pending(self) -> int:
+        """How many bytes of an unfinished frame are held."""
+        return len(self._buffer)
+
+
+def _parse(buffer: bytearray, start: int, header_length: int, end: int) -> Frame:
+    body = start + header_length
+    try:
+        header = json.loads(buffer[start:body].decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a frame header is not JSON: {error}") from error
+    lengths = header.pop("segments", None) if isinstance(header, dict) else None
+    if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
+        raise ProtocolError("a frame header is not an object with a list of segment lengths")
+    if len(lengths) > MAX_SEGMENTS or sum(lengths) != end - body:
+        raise ProtocolError("the segments of a frame do not add up to its length")
+    segments = []
+    for length in lengths:
+        segments.append(bytes(memoryview(buffer)[body : body + length]))
+        body += length
+    return Frame(header, tuple(segments))
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not a JSON number")

@@ -1,0 +1,202 @@
+"""The plugin worker: one plugin object, a reader thread that always listens, and threads that execute calls.
+
+Frames from the host: ``load``, ``call``, ``cancel``, ``unload``. To the host: ``hello`` (before any plugin code is
+imported), ``ready`` or ``load_failed``, for each call any number of ``log``, ``progress`` and ``usage`` and then one
+``result`` or ``error``, and ``unloaded``. What plugin code prints never enters this stream.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import platform
+import queue
+import site
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, NoReturn
+
+from plugin_substrate.errors import PluginCancelledError, PluginConfigError, ProtocolError, WireValueError
+from plugin_substrate.interface import ActiveCall, CallContext, PluginInterface
+from plugin_substrate.worker.failures import describe_error
+from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, FrameDecoder, encode_frame
+from plugin_substrate.worker.logs import capture_output
+from plugin_substrate.worker.values import decode_value, encode_value
+
+_READ_BYTES = 1 << 18
+_CONTEXT_FIELDS = {field.name for field in fields(CallContext)}
+
+
+class WorkerRuntime:
+    """Serves one socket until its host closes it or asks to unload."""
+
+    def __init__(self, connection: socket.socket, layers: tuple[str, ...]) -> None:
+        self._connection = connection
+        self._layers = layers
+        self._send_lock = threading.Lock()
+        self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._calls: dict[str, ActiveCall] = {}
+        self._plugin: PluginInterface | None = None
+        self._log_streams = capture_output(self._send_log)
+
+    def serve(self) -> NoReturn:
+        """Run until the end of the process: the main thread executes, a second one reads."""
+        self._send({
+            "type": "hello",
+            "protocol": PROTOCOL_VERSION,
+            "pid": os.getpid(),
+            "python": platform.python_version(),
+            "layers": list(self._layers),
+        })  # fmt: skip
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        self._work()
+
+    def _work(self) -> NoReturn:
+        while True:
+            self._tasks.get()()
+
+    def _read(self) -> None:
+        """Hear the host; whatever ends this thread ends the process, as nobody could cancel it any more."""
+        decoder = FrameDecoder()
+        try:
+            while data := self._connection.recv(_READ_BYTES):
+                for frame in decoder.feed(data):
+                    self._handle(frame)
+        except OSError:
+            os._exit(0)
+        except ProtocolError as error:
+            os.write(2, f"the host broke the protocol: {error}\n".encode())
+            os._exit(1)
+        os._exit(0)
+
+    def _handle(self, frame: Frame) -> None:
+        header = frame.header
+        match header.get("type"):
+            case "load":
+                self._tasks.put(lambda: self._load(header, frame.segments))
+            case "call":
+                self._accept(frame)
+            case "cancel":
+                self._cancel(header["id"])
+            case "unload":
+                self._tasks.put(self._unload)
+            case unknown:
+                raise ProtocolError(f"unknown frame {unknown!r}")
+
+    # -- the plugin's life
+
+    def _load(self, request: dict[str, Any], segments: tuple[bytes, ...]) -> None:
+        started, phase = time.monotonic(), "environment"
+        try:
+            site.main()  # the interpreter was started without it: only now may the environment's own code run
+            logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="[%(levelname)s] %(name)s: %(message)s")
+            phase = "import"
+            module = importlib.import_module(request["module"])
+            phase = "class"
+            cls = getattr(module, request["class"])
+            if not (isinstance(cls, type) and issubclass(cls, PluginInterface)):
+                raise PluginConfigError(f"{request['module']}.{request['class']} is not a PluginInterface")  # noqa: TRY301
+            phase = "create"
+            plugin = cls()
+            phase = "initialize"
+            plugin.initialize(decode_value(request["config"], segments))
+        except BaseException as error:  # noqa: BLE001 - SystemExit in plugin code is a failed load too
+            self._send({"type": "load_failed", "phase": phase, "error": describe_error(error)})
+            return
+        self._plugin = plugin
+        for number in range(1, request["threads"]):
+            threading.Thread(target=self._work, name=f"executor-{number}", daemon=True).start()
+        self._send({"type": "ready", "seconds": time.monotonic() - started})
+
+    def _unload(self) -> None:
+        if self._plugin is not None:
+            try:
+                self._plugin.cleanup()
+            except BaseException:
+                logging.getLogger(__name__).exception("cleanup failed")
+        self._flush_logs("")
+        self._send({"type": "unloaded"})
+        os._exit(0)
+
+    # -- calls
+
+    def _accept(self, frame: Frame) -> None:
+        context = frame.header["context"]
+        call = ActiveCall(
+            CallContext(**{name: value for name, value in context.items() if name in _CONTEXT_FIELDS}),
+            on_progress=lambda progress, message: self._send(
+                {"type": "progress", "id": call.context.call_id, "progress": progress, "message": message[:1000]}
+            ),
+            on_usage=lambda usage: self._send({"type": "usage", "id": call.context.call_id, "usage": usage}),
+        )
+        self._calls[call.context.call_id] = call  # known before it runs, so that a cancel cannot miss it
+        self._tasks.put(lambda: self._execute(call, frame))
+
+    def _execute(self, call: ActiveCall, frame: Frame) -> None:
+        call_id, started = call.context.call_id, time.monotonic()
+        segments: list[bytes] = []
+        try:
+            with call.entered():
+                answer = {"type": "result", "value": self._run(call, frame, segments)}
+        except BaseException as error:  # noqa: BLE001 - sys.exit() in a plugin must not end the worker
+            answer = {"type": "error", "error": describe_error(error)}
+            segments = []
+        self._flush_logs(call_id)
+        self._calls.pop(call_id, None)
+        self._answer({**answer, "id": call_id, "seconds": time.monotonic() - started}, segments)
+
+    def _run(self, call: ActiveCall, frame: Frame, segments: list[bytes]) -> Any:
+        if call.cancelled:
+            raise PluginCancelledError
+        if self._plugin is None:
+            raise ProtocolError("a call before the plugin was ready")
+        arguments = decode_value(frame.header["arguments"], frame.segments)
+        result = self._plugin.execute(*arguments["args"], **arguments["kwargs"])
+        return encode_value(result, "result", segments)
+
+    def _answer(self, header: dict[str, Any], segments: list[bytes]) -> None:
+        try:
+            self._send(header, segments)
+        except ProtocolError as error:  # the result is over the frame limit
+            lost = WireValueError(f"result: {error}", path="result")
+            self._send(
+                {"type": "error", "id": header["id"], "seconds": header["seconds"], "error": describe_error(lost)}
+            )
+
+    def _cancel(self, call_id: str) -> None:
+        call = self._calls.get(call_id)
+        if call is None:
+            return  # it ended while the request was on its way
+        threading.Thread(target=self._cancel_call, args=(call,), name="cancel", daemon=True).start()
+
+    def _cancel_call(self, call: ActiveCall) -> None:
+        call.request_cancel()  # first, so that it holds whatever an overridden cancel() does
+        with call.entered():
+            try:
+                if self._plugin is not None:
+                    self._plugin.cancel()
+            except Exception:
+                logging.getLogger(__name__).exception("cancel failed")
+
+    # -- the way out
+
+    def _send_log(self, call_id: str, line: str) -> None:
+        self._send({"type": "log", "id": call_id, "line": line})
+
+    def _flush_logs(self, call_id: str) -> None:
+        for stream in self._log_streams:
+            stream.end_call(call_id)
+
+    def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
+        pieces = encode_frame(header, segments or [])
+        try:
+            with self._send_lock:
+                for piece in pieces:
+                    self._connection.sendall(piece)
+        except OSError:
+            os._exit(0)  # the host is gone, and with it everyone this work was for

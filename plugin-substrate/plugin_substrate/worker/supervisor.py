@@ -1,0 +1,164 @@
+"""The small process between host and workers: fork template, child subreaper, reaper. It never imports plugin code.
+
+It stays single-threaded, so that forking is well defined, and listens to its control socket alone. When the host is
+gone, however it went, the socket ends: everything below is killed and reaped until nothing is left, then it exits.
+
+Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "limits": {...}}`` with two
+descriptors (the worker's socket and its log pipe). To the host: ``{"spawned": n, "pid": p}`` with a pidfd,
+``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r}`` (negative: the signal, as in subprocess).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from plugin_substrate.worker import confine, runtime
+
+MAX_MESSAGE_BYTES = 1 << 16
+
+_EXIT_CHILD_FAILED = 70  # EX_SOFTWARE of sysexits.h
+
+
+def supervise(control: socket.socket, host: int) -> None:
+    """Serve the host until its end of ``control`` is closed; when this returns, no descendant is left."""
+    confine.confine_supervisor(host)
+    supervisor = _Supervisor(control)
+    gc.freeze()  # what is here now is shared by all workers and never garbage
+    try:
+        supervisor.serve()
+    finally:
+        supervisor.kill_everything()
+
+
+class _Supervisor:
+    def __init__(self, control: socket.socket) -> None:
+        self._control = control
+        self._workers: dict[int, int] = {}  # pid -> number
+        self._wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
+
+    def serve(self) -> None:
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while True:
+            ready = {descriptor for descriptor, _ in poll.poll()}
+            try:
+                if self._wake in ready:
+                    os.read(self._wake, 512)
+                    self._reap()
+                if self._control.fileno() in ready and not self._handle():
+                    return
+            except (BrokenPipeError, ConnectionResetError):
+                return
+
+    def _handle(self) -> bool:
+        """Carry out one message; False at the end of the host."""
+        raw, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 2)
+        if not raw:
+            return False
+        try:
+            self._spawn(json.loads(raw), descriptors)
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+        return True
+
+    def _spawn(self, request: dict[str, Any], descriptors: list[int]) -> None:
+        number, me = request["spawn"], os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            self._send({"refused": number, "reason": str(error)})
+            return
+        if pid == 0:
+            _become_worker(request, descriptors, me)
+        self._workers[pid] = number
+        pidfd = os.pidfd_open(pid)  # still our unreaped child, so the pid cannot mean another process
+        try:
+            self._send({"spawned": number, "pid": pid}, [pidfd])
+        finally:
+            os.close(pidfd)
+
+    def _reap(self) -> None:
+        died = False
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                break
+            if pid == 0:
+                break
+            died = True
+            if pid in self._workers:
+                number = self._workers.pop(pid)
+                self._send({"exited": number, "returncode": os.waitstatus_to_exitcode(status)})
+        if died:
+            self._kill_orphans()
+
+    def _kill_orphans(self) -> None:
+        """Kill what dead workers left behind: each child that is no worker; its own children arrive as it is reaped."""
+        for pid in _children():
+            if pid not in self._workers:
+                _kill(pid)
+
+    def kill_everything(self) -> None:
+        """Kill and reap until no child is left; descendants of the killed arrive here, as this is their subreaper."""
+        while True:
+            for pid in {*self._workers, *_children()}:
+                _kill(pid)
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            self._workers.pop(pid, None)
+            if pid == 0:
+                time.sleep(0.0005)
+
+    def _send(self, message: dict[str, Any], descriptors: list[int] | None = None) -> None:
+        socket.send_fds(self._control, [json.dumps(message).encode()], descriptors or [])
+
+
+def _become_worker(request: dict[str, Any], descriptors: list[int], supervisor: int) -> NoReturn:
+    """Turn the forked child into a worker; it never returns to the supervisor's code."""
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        confine.close_descriptors(descriptors[0], errors_to=descriptors[1])
+        os.environ.clear()
+        os.environ.update(request["env"])
+        os.chdir(request["cwd"])
+        layers = confine.confine_worker(confine.Limits(**request["limits"]), supervisor)
+        runtime.WorkerRuntime(socket.socket(fileno=confine.FIRST_FREE_DESCRIPTOR), layers).serve()
+    except BaseException:  # noqa: BLE001 - nothing may climb into the supervisor's stack
+        os.write(2, traceback.format_exc().encode(errors="replace"))
+    finally:
+        os._exit(_EXIT_CHILD_FAILED)
+
+
+def _children() -> list[int]:
+    """Return this process's children, adopted ones too; the kernel may miss some that come or go meanwhile."""
+    if sys.platform != "linux":
+        return []
+    text = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text(encoding="ascii")
+    return [int(pid) for pid in text.split()]
+
+
+def _kill(pid: int) -> None:
+    """Kill an own child: nobody else reaps it, so its number cannot have passed to another process."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return

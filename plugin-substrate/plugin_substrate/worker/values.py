@@ -1,0 +1,192 @@
+"""How argument and result values cross the border: the same value arrives, or a typed error names where it stands.
+
+JSON's own types (text, whole numbers of any size up to 4000 digits, finite floats, true, false, null, lists, objects
+with text keys) stand for themselves. Everything else is an object with the key ``$``:
+
+    {"$": "bytes", "segment": 0}        raw, in the frame's binary segments
+    {"$": "tuple", "items": [...]}      {"$": "path", "text": "a/b"}
+    {"$": "datetime", "text": ISO}      {"$": "date", "text": ISO}      a time zone arrives as its fixed offset
+    {"$": "decimal", "text": "1.50"}    {"$": "uuid", "text": "..."}
+    {"$": "input_file" | "output_file", "name": ..., "mime_type": ..., "segment": 1}
+    {"$": "dict", "items": {...}}       a user's own object that has the key "$"
+
+Types are exact: a subclass (an enum member, a numpy scalar) would arrive as something else, so it is refused, and the
+error says what to convert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date, datetime
+from decimal import Decimal
+from pathlib import Path, PurePath
+from typing import Any
+from uuid import UUID
+
+from plugin_substrate.errors import ProtocolError, WireValueError
+from plugin_substrate.interface import InputFile, OutputFile
+
+MAX_DEPTH = 64
+_MAX_INTEGER = 10**4000  # the interpreter's own limit for turning text into a number is 4300 digits
+
+_TAG = "$"
+
+Encoder = Callable[[Any, list[bytes], int], Any]
+
+
+def encode_value(value: Any, path: str, segments: list[bytes]) -> Any:
+    """Return ``value`` as JSON, appending its binary parts to ``segments``; a `WireValueError` names what cannot cross.
+
+    ``path`` is what the value is called in errors: ``args``, ``kwargs`` or ``result``.
+    """
+    try:
+        return _encode(value, segments, 0)
+    except _RefusedError as refused:
+        path += "".join(reversed(refused.steps))
+        raise WireValueError(f"{path}: {refused}", path=path) from None
+
+
+def decode_value(value: Any, segments: Sequence[bytes]) -> Any:
+    """Return the value that `encode_value` was given; a malformed one is a `ProtocolError`."""
+    try:
+        return _decode(value, segments, 0)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ProtocolError(f"a value in a frame is malformed: {error!r}") from error
+
+
+class _RefusedError(Exception):
+    """Carries the reason up; each level adds its step, so that no path is built for values that are fine."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.steps: list[str] = []
+
+
+def _encode(value: Any, segments: list[bytes], depth: int) -> Any:
+    if value is None or type(value) in (bool, str):
+        return value
+    if depth > MAX_DEPTH:
+        raise _RefusedError(f"nested deeper than {MAX_DEPTH} levels")
+    encoder = _ENCODERS.get(type(value))
+    if encoder is not None:
+        return encoder(value, segments, depth)
+    if isinstance(value, PurePath):
+        return {_TAG: "path", "text": str(value)}
+    raise _type_refused(value)
+
+
+def _int(value: int, _segments: list[bytes], _depth: int) -> int:
+    if -_MAX_INTEGER < value < _MAX_INTEGER:
+        return value
+    raise _RefusedError("a whole number of more than 4000 digits cannot cross")
+
+
+def _float(value: float, _segments: list[bytes], _depth: int) -> float:
+    if math.isfinite(value):
+        return value
+    raise _RefusedError(f"{value} is not a finite number; use None for a missing one")
+
+
+def _items(values: Iterable[Any], segments: list[bytes], depth: int) -> list[Any]:
+    items: list[Any] = []
+    try:
+        for value in values:
+            items.append(_encode(value, segments, depth + 1))  # noqa: PERF401 - its length is the failing index
+    except _RefusedError as refused:
+        refused.steps.append(f"[{len(items)}]")
+        raise
+    return items
+
+
+def _dict(value: dict[Any, Any], segments: list[bytes], depth: int) -> dict[str, Any]:
+    items = {}
+    for key, item in value.items():
+        if type(key) is not str:
+            raise _RefusedError(f"the key {key!r:.80} is of type {type(key).__name__}; keys must be text")
+        try:
+            items[key] = _encode(item, segments, depth + 1)
+        except _RefusedError as refused:
+            refused.steps.append(f".{key}" if key.isidentifier() else f"[{key!r:.80}]")
+            raise
+    return {_TAG: "dict", "items": items} if _TAG in items else items
+
+
+def _decimal(value: Decimal, _segments: list[bytes], _depth: int) -> dict[str, Any]:
+    if value.is_finite():
+        return {_TAG: "decimal", "text": str(value)}
+    raise _RefusedError(f"Decimal({str(value)!r}) is not a finite number")
+
+
+def _file(value: InputFile | OutputFile, segments: list[bytes], _depth: int) -> dict[str, Any]:
+    tag = "input_file" if type(value) is InputFile else "output_file"
+    return {_TAG: tag, "name": value.name, "mime_type": value.mime_type, "segment": _segment(value.data, segments)}
+
+
+def _segment(data: bytes, segments: list[bytes]) -> int:
+    segments.append(data)
+    return len(segments) - 1
+
+
+def _type_refused(value: object) -> _RefusedError:
+    cls = type(value)
+    allowed = (str, int, float, bytes, list, tuple, dict, datetime, date, Decimal)
+    base = next((known.__name__ for known in allowed if isinstance(value, known)), "")
+    remedy = f"convert it, for example with {base}(value)" if base else "convert it to a value that can"
+    return _RefusedError(f"{cls.__module__}.{cls.__qualname__} cannot cross the process border; {remedy}")
+
+
+_ENCODERS: dict[type, Encoder] = {
+    int: _int,
+    float: _float,
+    list: _items,
+    dict: _dict,
+    Decimal: _decimal,
+    InputFile: _file,
+    OutputFile: _file,
+    tuple: lambda value, segments, depth: {_TAG: "tuple", "items": _items(value, segments, depth)},
+    bytes: lambda value, segments, _: {_TAG: "bytes", "segment": _segment(value, segments)},
+    datetime: lambda value, _segments, _depth: {_TAG: "datetime", "text": value.isoformat()},
+    date: lambda value, _segments, _depth: {_TAG: "date", "text": value.isoformat()},
+    UUID: lambda value, _segments, _depth: {_TAG: "uuid", "text": str(value)},
+}
+
+
+def _decode(value: Any, segments: Sequence[bytes], depth: int) -> Any:
+    if depth > MAX_DEPTH + 2:  # a frame may wrap what was encoded
+        raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+    if isinstance(value, list):
+        return [_decode(item, segments, depth + 1) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tag = value.get(_TAG)
+    if _TAG not in value:
+        return {key: _decode(item, segments, depth + 1) for key, item in value.items()}
+    if tag == "dict":
+        return {key: _decode(item, segments, depth + 1) for key, item in value["items"].items()}
+    if tag == "tuple":
+        return tuple(_decode(item, segments, depth + 1) for item in value["items"])
+    return _decode_leaf(tag, value, segments)
+
+
+def _decode_leaf(tag: object, value: dict[str, Any], segments: Sequence[bytes]) -> Any:
+    if tag in ("bytes", "input_file", "output_file"):
+        index = value["segment"]
+        if type(index) is not int or index < 0:
+            raise ValueError(f"{index!r} is not a segment")
+        if tag == "bytes":
+            return segments[index]
+        kind = InputFile if tag == "input_file" else OutputFile
+        return kind(value["name"], value["mime_type"], segments[index])
+    if isinstance(tag, str) and tag in _PARSERS:
+        return _PARSERS[tag](value["text"])
+    raise ValueError(f"unknown tag {tag!r:.80}")
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "path": Path,
+    "datetime": datetime.fromisoformat,
+    "date": date.fromisoformat,
+    "decimal": Decimal,
+    "uuid": UUID,
+}
