@@ -1,0 +1,71 @@
+"""What an agent is: something that looks at the history of its run and says what it would like to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from plm_engine_core.control_plane.runs.run import Run, Step
+from plm_engine_core.control_plane.vocabulary import Reason, StepState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Propose:
+    """The next use of a capability; `arguments` are JSON values."""
+
+    step_id: str
+    capability: str
+    resource: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finish:
+    """The end of the run."""
+
+    succeeded: bool
+    result: Any = None
+    reason: str | None = None
+    message: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """A run's recorded past: what it was given and every attempt of every step, refusals included."""
+
+    run: Run
+    steps: Sequence[Step]
+
+    def latest(self, step_id: str) -> Step | None:
+        """The last attempt of a step."""
+        return next((step for step in reversed(self.steps) if step.step_id == step_id), None)
+
+    def outputs(self) -> dict[str, Any]:
+        """The recorded output of every step that succeeded."""
+        return {step.step_id: step.output for step in self.steps if step.state is StepState.SUCCEEDED}
+
+
+class Agent(Protocol):
+    """Proposes; has no power of its own. The same history must give the same answer."""
+
+    def next(self, history: History) -> Propose | Finish:
+        """The next proposal, or the end."""
+        ...
+
+
+def refusal(step: Step) -> tuple[str, str]:
+    """Why an attempt did not succeed: a reason code and a sentence."""
+    error = step.error or {}
+    return str(error.get("reason") or error.get("category") or step.state.value), str(error.get("message") or "")
+
+
+REPEATABLE_REFUSALS = frozenset({Reason.RATE_LIMIT_EXCEEDED.value, Reason.HALTED.value})
+"""Refusals that say "not now": the same proposal is made again."""
+
+
+def is_open(step: Step) -> bool:
+    """Whether an attempt came to nothing and its step is to be proposed again."""
+    if step.state in (StepState.NOT_STARTED, StepState.SUPERSEDED, StepState.AWAITING_APPROVAL):
+        return True
+    return step.state is StepState.DENIED and refusal(step)[0] in REPEATABLE_REFUSALS

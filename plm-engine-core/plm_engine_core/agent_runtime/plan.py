@@ -1,0 +1,181 @@
+"""PlanAgent: an agent whose whole behaviour is a plan from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from plm_shared.idempotency import compute_content_hash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from plm_engine_core.agent_runtime.agent import Finish, History, Propose, is_open, refusal
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.vocabulary import StepState
+
+_IDENTIFIER = r"^[a-z][a-z0-9_]*$"
+
+
+class PlanInput(BaseModel):
+    """One input: a `file` arrives as an artifact reference, anything else as its JSON value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    type: Literal["file", "string", "integer", "number", "boolean", "object", "array"]
+    description: str = ""
+    default: Any = None
+
+
+class PlanStep(BaseModel):
+    """One step: a capability with arguments; `{ref: a.b.c}` anywhere in them stands for an earlier value."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(pattern=_IDENTIFIER)
+    capability: str
+    resource: str = ""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class Plan(BaseModel):
+    """A named list of steps. References reach only inputs and the outputs of earlier steps, checked when it is read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    agent: str = Field(min_length=1, max_length=120)
+    version: str = Field(min_length=1)
+    description: str = ""
+    inputs: dict[str, PlanInput] = Field(default_factory=dict)
+    steps: tuple[PlanStep, ...] = Field(min_length=1, max_length=1000)
+    result: Any = None
+
+    @model_validator(mode="after")
+    def _references_reach_back(self) -> Self:
+        known: set[str] = set()
+        for step in self.steps:
+            if step.id in known:
+                raise ValueError(f"step {step.id!r} stands twice")
+            for path in _references(step.arguments):
+                self._check(path, known, f"step {step.id!r}")
+            known.add(step.id)
+        for path in _references(self.result):
+            self._check(path, known, "result")
+        return self
+
+    def _check(self, path: str, known: set[str], where: str) -> None:
+        head, _, rest = path.partition(".")
+        name = rest.split(".")[0]
+        if head == "inputs" and name in self.inputs:
+            return
+        if head == "steps" and name in known and rest.split(".")[1:2] == ["output"]:
+            return
+        raise ValueError(f"{where} refers to {path!r}; only inputs.<name> and steps.<earlier step>.output exist there")
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical content, lower-case hex."""
+        return compute_content_hash(self.model_dump(mode="json"))
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run stores of its agent."""
+        return {
+            "name": self.agent,
+            "version": self.version,
+            "digest": self.digest,
+            "plan": self.model_dump(mode="json"),
+        }
+
+
+def load_plan(path: Path) -> Plan:
+    """Read a plan from YAML.
+
+    Raises:
+        InvalidRequest: naming the file and the entry that is wrong.
+    """
+    try:
+        return Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InvalidRequest(f"the plan {path} cannot be read: {error.strerror}", field="plan") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"the plan {path} is not YAML: {error}", field="plan") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "plan"
+        raise InvalidRequest(f"{path}: {where}: {first['msg']}", field=where) from error
+
+
+class PlanAgent:
+    """Walks its plan step by step; the first refusal or failure ends the run with its reason."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def next(self, history: History) -> Propose | Finish:
+        """The first step that has not succeeded, or the end."""
+        values = {
+            "inputs": history.run.input,
+            "steps": {step_id: {"output": output} for step_id, output in history.outputs().items()},
+        }
+        for step in self._plan.steps:
+            attempt = history.latest(step.id)
+            if attempt is not None and attempt.state is StepState.SUCCEEDED:
+                continue
+            if attempt is not None and not is_open(attempt):
+                reason, message = refusal(attempt)
+                return Finish(succeeded=False, reason=reason, message=f"step {step.id}: {message}")
+            try:
+                arguments = resolve(step.arguments, values)
+            except LookupError as error:
+                return Finish(succeeded=False, reason="reference_missing", message=f"step {step.id}: {error.args[0]}")
+            return Propose(
+                step_id=step.id,
+                capability=step.capability,
+                resource=step.resource or step.capability,
+                arguments=arguments,
+            )
+        try:
+            return Finish(succeeded=True, result=resolve(self._plan.result, values))
+        except LookupError as error:
+            return Finish(succeeded=False, reason="reference_missing", message=f"result: {error.args[0]}")
+
+
+def resolve(value: Any, values: Mapping[str, Any]) -> Any:
+    """`value` with every `{ref: path}` replaced by what the path leads to.
+
+    Raises:
+        LookupError: the path leads nowhere; the message names it.
+    """
+    if _is_reference(value):
+        return _follow(value["ref"], values)
+    if isinstance(value, dict):
+        return {key: resolve(each, values) for key, each in value.items()}
+    if isinstance(value, list):
+        return [resolve(each, values) for each in value]
+    return value
+
+
+def _is_reference(value: Any) -> bool:
+    return isinstance(value, dict) and value.keys() == {"ref"} and isinstance(value["ref"], str)
+
+
+def _follow(path: str, values: Mapping[str, Any]) -> Any:
+    found: Any = values
+    for part in path.split("."):
+        if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+            found = found[int(part)]
+        elif isinstance(found, Mapping) and part in found:
+            found = found[part]
+        else:
+            raise LookupError(f"{path!r} leads nowhere: there is no {part!r}")
+    return found
+
+
+def _references(value: Any) -> list[str]:
+    if _is_reference(value):
+        return [value["ref"]]
+    if isinstance(value, dict):
+        return [path for each in value.values() for path in _references(each)]
+    if isinstance(value, list):
+        return [path for each in value for path in _references(each)]
+    return []

@@ -1,0 +1,1 @@
+"""Admission and settlement: the two doors between deciding and doing."""

@@ -1,0 +1,154 @@
+"""Admission: from a proposal to Denied, Steered, Pending or Granted, in one transaction."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from plm_shared.idempotency import compute_content_hash
+
+from plm_engine_core.control_plane.admission.grants import Grant
+from plm_engine_core.control_plane.admission.prepare import prepare
+from plm_engine_core.control_plane.admission.proposal import Proposal, proposal_digest
+from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.limits.budgets import demand
+from plm_engine_core.control_plane.policy import Decision, PolicySnapshot, Verdict, decide
+from plm_engine_core.control_plane.registry import CapabilityRegistry
+from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCommand, Connection
+from plm_engine_core.control_plane.vocabulary import Reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denied:
+    """Refused; `limit` names the budget that was too small, when one was."""
+
+    reason: Reason
+    message: str
+    retry_after_ms: int = 0
+    limit: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steered:
+    """Refused with guidance on what to propose instead."""
+
+    guidance: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pending:
+    """Parked until somebody decides the ticket; nothing is reserved meanwhile."""
+
+    ticket_id: UUID
+    deadline: datetime
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Granted:
+    """Allowed once; the budget is reserved."""
+
+    grant: Grant
+
+
+Admission = Denied | Steered | Pending | Granted
+
+
+async def admit(
+    proposal: Proposal,
+    *,
+    policy: PolicySnapshot,
+    registry: CapabilityRegistry,
+    storage: AdmissionStore,
+    connection: Connection | None = None,
+) -> Admission:
+    """Decide one proposal and book the answer.
+
+    The same proposal admitted again, after a lost reply, answers the same and reserves nothing more. On the caller's
+    `connection` nothing is committed here.
+
+    Raises:
+        FencingLost: the caller no longer holds the run; it must stop.
+        IdempotencyConflict: this attempt was already proposed with other content.
+    """
+    digest = proposal_digest(proposal, registry.get(proposal.capability))
+    try:
+        facts = await prepare(proposal, policy=policy, registry=registry, storage=storage)
+        decision = decide(policy, facts)
+        command = _command(proposal, policy, decision, digest)
+        answer = await storage.admit(command, connection=connection)
+    except StorageUnavailable as error:
+        # Nothing was booked. A driver may ask again with the same command.
+        return Denied(reason=Reason.STORAGE_BUSY, message=str(error), retry_after_ms=200)
+    return _admission(proposal, decision, answer)
+
+
+def _command(proposal: Proposal, policy: PolicySnapshot, decision: Decision, digest: str) -> AdmitCommand:
+    return AdmitCommand(
+        tenant_id=proposal.tenant_id,
+        run_id=proposal.run_id,
+        fencing_token=proposal.fencing_token,
+        command_id=proposal.command_id,
+        command_digest=compute_content_hash([digest, dict(proposal.arguments), proposal.step_id]),
+        step_index=proposal.step_index,
+        attempt=proposal.attempt,
+        step_id=proposal.step_id,
+        step_key=proposal.step_key,
+        capability=proposal.capability,
+        resource=proposal.resource,
+        arguments=proposal.arguments,
+        digest=digest,
+        policy_digest=policy.digest,
+        executor_kind=proposal.executor_kind,
+        requester=proposal.principal.user_id,
+        actor=proposal.principal.actor,
+        decision=decision.to_json(),
+        ticket_id=proposal.ticket_id,
+        new_ticket_id=new_id(),
+        ticket_seconds=policy.approval.timeout_seconds,
+        grant_id=new_id(),
+        grant_seconds=policy.grant_seconds,
+        span_id=secrets.token_hex(8),
+        reserve=demand(proposal.tenant_id, proposal.run_id, decision.reserve)
+        if decision.outcome in (Verdict.ALLOW, Verdict.ASK)
+        else (),
+    )
+
+
+def _admission(proposal: Proposal, decision: Decision, answer: Mapping[str, Any]) -> Admission:
+    match answer["status"]:
+        case "granted":
+            return Granted(
+                grant=Grant(
+                    id=UUID(answer["grant_id"]),
+                    tenant_id=proposal.tenant_id,
+                    run_id=proposal.run_id,
+                    step_index=proposal.step_index,
+                    attempt=proposal.attempt,
+                    step_key=proposal.step_key,
+                    fencing_token=proposal.fencing_token,
+                    span_id=answer["span_id"],
+                    expires_at=datetime.fromisoformat(answer["expires_at"]),
+                )
+            )
+        case "pending":
+            return Pending(
+                ticket_id=UUID(answer["ticket_id"]),
+                deadline=datetime.fromisoformat(answer["deadline"]),
+                message=answer["message"] or "",
+            )
+        case "steered":
+            return Steered(guidance=answer["guidance"], message=answer["message"])
+        case _:
+            return Denied(
+                reason=Reason(answer["reason"]),
+                message=answer["message"],
+                retry_after_ms=decision.retry_after_ms,
+                limit=answer.get("limit") or {},
+            )

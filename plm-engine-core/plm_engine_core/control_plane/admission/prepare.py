@@ -1,0 +1,31 @@
+"""Gathers the facts a decision needs. Everything slow or outside happens here, before the books are opened."""
+
+from __future__ import annotations
+
+from plm_engine_core.control_plane.admission.proposal import Proposal
+from plm_engine_core.control_plane.policy import Facts, PolicySnapshot
+from plm_engine_core.control_plane.registry import CapabilityRegistry
+from plm_engine_core.control_plane.storage.ports import AdmissionStore
+from plm_engine_core.control_plane.vocabulary import AutonomyLevel
+
+
+async def prepare(
+    proposal: Proposal, *, policy: PolicySnapshot, registry: CapabilityRegistry, storage: AdmissionStore
+) -> Facts:
+    """Read the rate, the capability and the principal of one proposal.
+
+    Raises:
+        StorageUnavailable: a fact could not be had; nothing was decided.
+    """
+    reading = await storage.take_rate(
+        proposal.tenant_id, "tenant", per_second=policy.rate_limit.per_second, burst=policy.rate_limit.burst
+    )
+    return Facts(
+        capability=registry.get(proposal.capability),
+        principal_scopes=proposal.principal.scopes,
+        requester=proposal.principal.user_id,
+        # The level an agent may ask for is a ceiling of its registration; until then everyone gets the policy's.
+        autonomy=AutonomyLevel.L3,
+        rate_allowed=reading.allowed,
+        retry_after_ms=reading.retry_after_ms,
+    )

@@ -1,0 +1,91 @@
+"""A proposal: what an agent would like to do, before anybody decided anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+from uuid import UUID
+
+from plm_shared.idempotency import compute_content_hash
+
+from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
+from plm_engine_core.control_plane.vocabulary import ExecutorKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Principal:
+    """On whose behalf a run acts; a run worker never has more than this."""
+
+    user_id: UUID
+    actor_kind: str
+    scopes: frozenset[str]
+
+    @property
+    def actor(self) -> str:
+        """How events name it: `human:<user id>`."""
+        return f"{self.actor_kind}:{self.user_id}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The stored form."""
+        return {"user_id": str(self.user_id), "actor_kind": self.actor_kind, "scopes": sorted(self.scopes)}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Principal:
+        """Back from the stored form."""
+        return cls(user_id=UUID(stored["user_id"]), actor_kind=stored["actor_kind"], scopes=frozenset(stored["scopes"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """One use of one capability, as an agent would like it.
+
+    `arguments` are JSON values; files stand in them as artifact references. `step_key` is the same for every attempt of
+    a step, so that an idempotent plugin applies its effect once. `ticket_id` names the approval an earlier admission of
+    the same attempt asked for.
+    """
+
+    tenant_id: UUID
+    run_id: UUID
+    fencing_token: int
+    step_index: int
+    attempt: int
+    step_id: str
+    capability: str
+    resource: str
+    arguments: Mapping[str, Any]
+    principal: Principal
+    executor_kind: ExecutorKind = ExecutorKind.PLUGIN
+    ticket_id: UUID | None = None
+
+    @property
+    def step_key(self) -> str:
+        """Names the effect of this step, whichever attempt applies it."""
+        return f"{self.run_id}/{self.step_index}"
+
+    @property
+    def command_id(self) -> str:
+        """Names this admission, so that asking twice decides once."""
+        ticket = f"/{self.ticket_id}" if self.ticket_id else ""
+        return f"{self.run_id}/{self.step_index}/{self.attempt}{ticket}"
+
+
+def proposal_digest(proposal: Proposal, capability: CapabilityDescriptor | None) -> str:
+    """What an approval is bound to: capability, version, resource and the security-relevant arguments.
+
+    A marked argument that is missing never equals one that is present, whatever its value.
+    """
+    names = capability.security_relevant if capability is not None and capability.security_relevant else None
+    arguments = (
+        {name: [proposal.arguments[name]] if name in proposal.arguments else [] for name in names}
+        if names is not None
+        else {name: [value] for name, value in proposal.arguments.items()}
+    )
+    return compute_content_hash(
+        {
+            "capability": proposal.capability,
+            "version": capability.version if capability is not None else None,
+            "resource": proposal.resource,
+            "arguments": arguments,
+        }
+    )

@@ -1,0 +1,184 @@
+"""Settlement: what a granted call did, written with its cost, its artifacts and its ledger rows in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from plm_shared.idempotency import IdempotencyKey, compute_content_hash
+from plm_shared.kernel_api import EmitConnectorCallArgs, EmitTelemetryArgs
+
+from plm_engine_core.control_plane.admission.grants import Grant
+from plm_engine_core.control_plane.registry import CapabilityDescriptor
+from plm_engine_core.control_plane.storage.ports import AdmissionStore, Connection, LedgerEntry, SettleCommand
+from plm_engine_core.control_plane.vocabulary import BudgetUnit, Evidence, OutcomeStatus
+
+CAPABILITY_CALL = "capability_call"
+UNSPENT = frozenset({OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactRecord:
+    """A file that a call left in the artifact store."""
+
+    id: UUID
+    name: str
+    mime_type: str
+    size_bytes: int
+    sha256: str
+    backend: str
+    storage_uri: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The stored form."""
+        return {
+            "id": str(self.id),
+            "name": self.name,
+            "mime_type": self.mime_type,
+            "size_bytes": self.size_bytes,
+            "sha256": self.sha256,
+            "backend": self.backend,
+            "storage_uri": self.storage_uri,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of one granted call.
+
+    `usage` is measured, in the plugin's units. `output` and `error` are JSON values; `error` has `category`, `message`
+    and whatever the executor knows beyond that.
+    """
+
+    status: OutcomeStatus
+    output: Any = None
+    error: Mapping[str, Any] | None = None
+    usage: Mapping[str, Decimal] = field(default_factory=dict)
+    artifacts: Sequence[ArtifactRecord] = ()
+    evidence: Evidence = Evidence.MEASURED
+    layers: Sequence[str] = ()
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal outcomes; settling a grant again must present the same."""
+        return compute_content_hash(
+            {
+                "status": self.status.value,
+                "output": self.output,
+                "error": dict(self.error) if self.error is not None else None,
+                "usage": {unit: str(amount) for unit, amount in self.usage.items()},
+                "artifacts": [artifact.sha256 for artifact in self.artifacts],
+            }
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settlement:
+    """What settlement wrote."""
+
+    status: OutcomeStatus
+    spent: Mapping[str, str]
+
+
+async def settle(
+    grant: Grant,
+    outcome: Outcome,
+    *,
+    fencing_token: int,
+    capability: CapabilityDescriptor,
+    trace_id: str,
+    actor: str,
+    storage: AdmissionStore,
+    connection: Connection | None = None,
+) -> Settlement:
+    """Close a grant with what its call did.
+
+    `fencing_token` is that of the lease the caller holds now, which may be later than the grant's own. An overspend is
+    charged in full. What never started, or is superseded by a repeat under the same step key, costs nothing.
+
+    Raises:
+        FencingLost: another run worker holds the run; nothing was written, the ledger rows included.
+        IdempotencyConflict: the grant was already settled with another outcome.
+        StorageUnavailable: nothing was written; settling again is safe.
+    """
+    charges = _charges(outcome, capability)
+    answer = await storage.settle(
+        SettleCommand(
+            tenant_id=grant.tenant_id,
+            run_id=grant.run_id,
+            grant_id=grant.id,
+            fencing_token=fencing_token,
+            status=outcome.status,
+            outcome_digest=outcome.digest,
+            evidence=outcome.evidence,
+            output=outcome.output,
+            error=dict(outcome.error) if outcome.error is not None else None,
+            usage={unit: str(amount) for unit, amount in outcome.usage.items()},
+            charges=charges,
+            artifacts=[artifact.to_json() for artifact in outcome.artifacts],
+            trace_id=trace_id,
+            actor=actor,
+            ledger=_ledger(grant, outcome, capability, trace_id, charges),
+        ),
+        connection=connection,
+    )
+    return Settlement(status=OutcomeStatus(answer["status"]), spent=answer.get("spent") or {})
+
+
+def _charges(outcome: Outcome, capability: CapabilityDescriptor) -> dict[str, str]:
+    """Amount per unit; a unit left out is charged as reserved."""
+    if outcome.status in UNSPENT:
+        return {BudgetUnit.EUR.value: "0", BudgetUnit.CALLS.value: "0"}
+    if outcome.status is OutcomeStatus.OUTCOME_UNKNOWN:
+        return {}
+    return {BudgetUnit.EUR.value: str(capability.cost.price(outcome.usage)), BudgetUnit.CALLS.value: "1"}
+
+
+def _ledger(
+    grant: Grant, outcome: Outcome, capability: CapabilityDescriptor, trace_id: str, charges: Mapping[str, str]
+) -> tuple[LedgerEntry, ...]:
+    """One telemetry row and one connector row for a call that left the host, keyed by the grant's own span."""
+    if outcome.status in UNSPENT:
+        return ()
+    facts = {
+        "run_id": str(grant.run_id),
+        "step": grant.step_index,
+        "attempt": grant.attempt,
+        "grant_id": str(grant.id),
+        "status": outcome.status.value,
+        "evidence": outcome.evidence.value,
+        "layers": list(outcome.layers),
+    }
+    cost = charges.get(BudgetUnit.EUR.value)
+
+    def key(event_type: str) -> IdempotencyKey:
+        return IdempotencyKey(
+            tenant_id=str(grant.tenant_id),
+            trace_id=trace_id,
+            span_id=grant.span_id,
+            event_type=event_type,
+            content_hash=compute_content_hash({**facts, "cost_eur": cost}),
+        )
+
+    return (
+        EmitTelemetryArgs(
+            event_type=CAPABILITY_CALL,
+            span_id=grant.span_id,
+            capability=capability.id,
+            payload=facts,
+            idempotency_key=key(CAPABILITY_CALL),
+        ),
+        EmitConnectorCallArgs(
+            span_id=grant.span_id,
+            connector_id=capability.plugin,
+            capability=capability.id,
+            envelope=facts,
+            pricing_version="overrides-static" if cost is not None else "unavailable",
+            cost_eur=Decimal(cost) if cost is not None else None,
+            cost_status="calculated" if cost is not None else "unavailable",
+            idempotency_key=key("connector_call"),
+        ),
+    )

@@ -1,0 +1,84 @@
+"""Errors of the control plane; a class says what the caller can do, its fields say about what.
+
+    ControlPlaneError
+    ├── InvalidRequest        change the request: `field` is wrong
+    ├── NotFound              nothing of that id in this tenant
+    ├── Forbidden             the caller lacks a scope or may not decide this
+    ├── Conflict              the state does not allow it (any more): read it again
+    │   └── IdempotencyConflict   the same key was used for other content
+    ├── FencingLost           another run worker took the run over: drop everything
+    └── StorageUnavailable    nothing was changed: try again later
+
+A refused *proposal* is not an error: it is an answer of admission with a reason.
+"""
+
+from __future__ import annotations
+
+
+class ControlPlaneError(Exception):
+    """Base of everything the control plane raises on purpose."""
+
+    code = "control_plane_error"
+
+
+class InvalidRequest(ControlPlaneError):
+    """The request cannot be carried out as written."""
+
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, field: str = "") -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class NotFound(ControlPlaneError):
+    """Nothing with this id exists in the caller's tenant."""
+
+    code = "not_found"
+
+    def __init__(self, kind: str, identifier: object) -> None:
+        super().__init__(f"{kind} {identifier} does not exist")
+        self.kind = kind
+        self.identifier = str(identifier)
+
+
+class Forbidden(ControlPlaneError):
+    """The caller is known and may not do this."""
+
+    code = "forbidden"
+
+    def __init__(self, message: str, *, reason: str, missing_scopes: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.missing_scopes = missing_scopes
+
+
+class Conflict(ControlPlaneError):
+    """The present state does not allow this; `reason` is machine-readable."""
+
+    code = "conflict"
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class IdempotencyConflict(Conflict):
+    """The same idempotency key was used before, for other content."""
+
+    code = "idempotency_conflict"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason="idempotency_conflict")
+
+
+class FencingLost(ControlPlaneError):
+    """The caller no longer holds the lease it writes under; nothing was written."""
+
+    code = "fencing_lost"
+
+
+class StorageUnavailable(ControlPlaneError):
+    """The database could not be reached or was too busy in time; nothing was changed."""
+
+    code = "storage_unavailable"

@@ -1,0 +1,240 @@
+"""The control plane as one object: what hosts, run workers and APIs call."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from plm_engine_core.control_plane.admission.admit import Admission, admit
+from plm_engine_core.control_plane.admission.grants import Begun, Grant
+from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
+from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
+from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest
+from plm_engine_core.control_plane.events import Verification, verify_stream
+from plm_engine_core.control_plane.events.signals import NoSignals, Signals
+from plm_engine_core.control_plane.halts import Halt, KillSwitch
+from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket
+from plm_engine_core.control_plane.policy import PolicySnapshot
+from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry
+from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run
+from plm_engine_core.control_plane.storage.ports import Connection, Storage
+from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, Reason, RunKind, RunState, TicketDecision
+
+CREATE_SCOPE = "plm.runs.create"
+OVERRIDE_SCOPE = "plm.cost.override"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRequest:
+    """What somebody asks to be run. `budget` lowers the policy's limits; raising one needs `plm.cost.override`."""
+
+    tenant_id: UUID
+    run_id: UUID
+    agent: Mapping[str, Any]
+    input: Mapping[str, Any]
+    trace_id: str
+    root_span_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    budget: Mapping[BudgetUnit, Decimal] = field(default_factory=dict)
+    artifacts: Sequence[ArtifactRow] = ()
+    idempotency_key: str | None = None
+    request_digest: str = ""
+
+
+class ControlPlane:
+    """Decides and keeps the books. It never performs an effect itself."""
+
+    def __init__(
+        self,
+        *,
+        policy: PolicySnapshot,
+        registry: CapabilityRegistry,
+        storage: Storage,
+        signals: Signals | None = None,
+    ) -> None:
+        self.policy = policy
+        self.registry = registry
+        self.storage = storage
+        self.signals: Signals = signals or NoSignals()
+        self._gate = ApprovalGate(store=storage.approvals, policy=policy)
+        self._kill_switch = KillSwitch(storage.halts)
+
+    def capability(self, capability_id: str) -> CapabilityDescriptor:
+        """A registered capability; only granted proposals name one, so a missing one is a defect of the caller."""
+        found = self.registry.get(capability_id)
+        if found is None:
+            raise InvalidRequest(f"capability {capability_id} is not registered", field="capability")
+        return found
+
+    async def create_run(self, request: RunRequest, *, principal: Principal) -> tuple[Run, bool]:
+        """Create a run that acts as `principal` and let some run worker drive it; the flag says it existed already.
+
+        Raises:
+            Forbidden: the principal lacks `plm.runs.create`, or raises a limit without `plm.cost.override`.
+            IdempotencyConflict: the key was used for another request.
+            NotFound: the tenant does not exist.
+        """
+        if CREATE_SCOPE not in principal.scopes:
+            raise Forbidden(
+                f"creating runs needs the OAuth scope {CREATE_SCOPE}",
+                reason="missing_scopes",
+                missing_scopes=(CREATE_SCOPE,),
+            )
+        run, replayed = await self.storage.runs.create(
+            NewRun(
+                tenant_id=request.tenant_id,
+                run_id=request.run_id,
+                kind=RunKind.HOSTED,
+                agent=request.agent,
+                input=request.input,
+                principal=principal,
+                policy_digest=self.policy.digest,
+                trace_id=request.trace_id,
+                root_span_id=request.root_span_id,
+                budget=self._limits(request.budget, principal),
+                tenant_budget=self.policy.budgets.tenant,
+                artifacts=request.artifacts,
+                idempotency_key=request.idempotency_key,
+                request_digest=request.request_digest,
+            )
+        )
+        await self.signals.changed(run.tenant_id, run.id)
+        return run, replayed
+
+    def _limits(self, asked: Mapping[BudgetUnit, Decimal], principal: Principal) -> dict[BudgetUnit, Decimal]:
+        limits = dict(self.policy.budgets.run)
+        for unit, amount in asked.items():
+            if not amount.is_finite() or amount < 0:
+                raise InvalidRequest(f"the budget in {unit.value} must be a number from 0 up", field="budget")
+            if amount > limits[unit] and OVERRIDE_SCOPE not in principal.scopes:
+                raise Forbidden(
+                    f"the policy allows {limits[unit]} {unit.value} a run; more needs the OAuth scope {OVERRIDE_SCOPE}",
+                    reason="missing_scopes",
+                    missing_scopes=(OVERRIDE_SCOPE,),
+                )
+            limits[unit] = amount
+        return limits
+
+    async def admit(self, proposal: Proposal, *, connection: Connection | None = None) -> Admission:
+        """Decide one proposal and book the answer; see `admission.admit`."""
+        admission = await admit(
+            proposal,
+            policy=self.policy,
+            registry=self.registry,
+            storage=self.storage.admission,
+            connection=connection,
+        )
+        if connection is None:
+            await self.signals.changed(proposal.tenant_id, proposal.run_id)
+        return admission
+
+    async def begin(self, grant: Grant, *, fencing_token: int, actor: str) -> Begun:
+        """Use a grant up, as the last act before its call leaves the host.
+
+        Raises:
+            FencingLost: another run worker holds the run.
+            StorageUnavailable: unknown whether it began; the caller must not make the call.
+        """
+        answer = await self.storage.admission.begin(
+            grant.tenant_id, grant.run_id, grant.id, fencing_token=fencing_token, actor=actor
+        )
+        if answer["status"] != "begun":
+            return Begun(accepted=False, reason=Reason(answer["reason"]), message=answer["message"])
+        await self.signals.changed(grant.tenant_id, grant.run_id)
+        return Begun(accepted=True)
+
+    async def settle(
+        self,
+        grant: Grant,
+        outcome: Outcome,
+        *,
+        capability_id: str,
+        fencing_token: int,
+        trace_id: str,
+        actor: str,
+        connection: Connection | None = None,
+    ) -> Settlement:
+        """Close a grant with what its call did; see `admission.settle`."""
+        settlement = await settle(
+            grant,
+            outcome,
+            fencing_token=fencing_token,
+            capability=self.capability(capability_id),
+            trace_id=trace_id,
+            actor=actor,
+            storage=self.storage.admission,
+            connection=connection,
+        )
+        if connection is None:
+            await self.signals.changed(grant.tenant_id, grant.run_id)
+        return settlement
+
+    async def finish(
+        self,
+        run: Run,
+        *,
+        fencing_token: int,
+        state: RunState,
+        actor: str,
+        reason: str | None = None,
+        message: str | None = None,
+        result: Any = None,
+    ) -> None:
+        """Give a run's lease back with the run in `state`.
+
+        Raises:
+            FencingLost: another run worker holds the run.
+        """
+        await self.storage.runs.finish(
+            run.tenant_id,
+            run.id,
+            fencing_token=fencing_token,
+            state=state,
+            actor=actor,
+            reason=reason,
+            message=message,
+            result=result,
+        )
+        await self.signals.changed(run.tenant_id, run.id)
+
+    async def cancel(self, tenant_id: UUID, run_id: UUID, *, by: Principal) -> Run:
+        """Cancel a run: at once where it is parked, else as soon as its worker hears of it.
+
+        Raises:
+            NotFound: no such run in this tenant.
+            Conflict: it already ended otherwise, or the outcome of a step is unknown.
+        """
+        run = await self.storage.runs.request_cancel(tenant_id, run_id, actor=by.actor)
+        await self.signals.changed(tenant_id, run_id)
+        return run
+
+    async def decide(
+        self, tenant_id: UUID, ticket_id: UUID, decision: TicketDecision, *, approver: Principal, comment: str = ""
+    ) -> ApprovalTicket:
+        """Approve or deny a ticket; see `ApprovalGate.decide`."""
+        ticket = await self._gate.decide(tenant_id, ticket_id, decision, approver=approver, comment=comment)
+        await self.signals.changed(tenant_id, ticket.run_id)
+        return ticket
+
+    async def halt(
+        self, tenant_id: UUID, scope: HaltScope, scope_id: UUID | None, *, reason: str, by: Principal
+    ) -> Halt:
+        """Halt a run, a tenant or the system; see `KillSwitch.trigger`."""
+        halt = await self._kill_switch.trigger(tenant_id, scope, scope_id, reason=reason, by=by)
+        if halt.scope_id is not None:
+            await self.signals.changed(tenant_id, halt.scope_id)
+        return halt
+
+    async def lift(self, tenant_id: UUID, halt_id: UUID, *, by: Principal) -> Halt:
+        """Lift a halt; see `KillSwitch.lift`."""
+        return await self._kill_switch.lift(tenant_id, halt_id, by=by)
+
+    async def verify_events(self, tenant_id: UUID) -> list[Verification]:
+        """Check every stream of a tenant from its first event to its head."""
+        events = self.storage.events
+        return [
+            await verify_stream(head, events.walk(tenant_id, head.stream)) for head in await events.heads(tenant_id)
+        ]

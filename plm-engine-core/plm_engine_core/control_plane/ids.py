@@ -1,0 +1,12 @@
+"""Identifiers made by the engine, never by the server."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+import uuid_utils
+
+
+def new_id() -> UUID:
+    """A UUIDv7 (RFC 9562, section 5.7): unique, and ordered by creation time to the millisecond."""
+    return UUID(bytes=uuid_utils.uuid7().bytes)

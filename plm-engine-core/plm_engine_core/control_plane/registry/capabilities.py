@@ -1,0 +1,92 @@
+"""Capabilities: registered operations with everything admission must know before one is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.policy.snapshot import Amount
+from plm_engine_core.control_plane.vocabulary import CapabilityMode
+
+
+class CostBound(BaseModel):
+    """The most one call may cost in EUR, and what it costs per unit of measured usage.
+
+    `max_eur` is reserved before the call; settlement charges the measured usage, in full even where it exceeds the
+    bound.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_eur: Amount = Decimal(0)
+    eur_per_unit: Mapping[str, Amount] = Field(default_factory=dict)
+
+    def price(self, usage: Mapping[str, Decimal]) -> Decimal:
+        """Cost in EUR of measured usage; units without a price cost nothing."""
+        return sum((self.eur_per_unit.get(unit, Decimal(0)) * amount for unit, amount in usage.items()), Decimal(0))
+
+
+class CapabilityDescriptor(BaseModel):
+    """One registered operation.
+
+    `security_relevant` lists the arguments an approval is bound to; empty means all of them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str = Field(pattern=r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+$", max_length=120)
+    version: str = Field(default="1", min_length=1)
+    description: str = Field(min_length=1)
+    mode: CapabilityMode
+    certified: bool = False
+    idempotent: bool = False
+    plugin: str = Field(min_length=1)
+    required_scopes: frozenset[str] = frozenset()
+    security_relevant: tuple[str, ...] = ()
+    cost: CostBound = CostBound()
+    timeout_seconds: float = Field(default=300.0, gt=0, le=86400)
+
+
+class CapabilityRegistry:
+    """An immutable set of capabilities; whoever needs it is handed it."""
+
+    def __init__(self, capabilities: Iterable[CapabilityDescriptor]) -> None:
+        self._by_id: dict[str, CapabilityDescriptor] = {}
+        for capability in capabilities:
+            if capability.id in self._by_id:
+                raise InvalidRequest(f"capability {capability.id} is registered twice", field="capabilities")
+            self._by_id[capability.id] = capability
+
+    def __iter__(self) -> Iterator[CapabilityDescriptor]:
+        return iter(self._by_id.values())
+
+    def get(self, capability_id: str) -> CapabilityDescriptor | None:
+        """The capability with this id, or None: an unknown one is refused by admission, with its own name."""
+        return self._by_id.get(capability_id)
+
+
+def load_capabilities(path: Path) -> CapabilityRegistry:
+    """Read the operator's capability file (`capabilities:` a list of descriptors).
+
+    Raises:
+        InvalidRequest: naming the file and the entry that is wrong.
+    """
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        entries = document["capabilities"]
+        return CapabilityRegistry(CapabilityDescriptor.model_validate(entry) for entry in entries)
+    except OSError as error:
+        raise InvalidRequest(
+            f"the capability file {path} cannot be read: {error.strerror}", field="capabilities"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InvalidRequest(f"{path} needs a list 'capabilities:' ({error})", field="capabilities") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise InvalidRequest(f"{path}: {where}: {first['msg']} (given: {first['input']!r})", field=where) from error

@@ -1,0 +1,125 @@
+"""A run and its steps, as read from the books."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from plm_engine_core.control_plane.admission.proposal import Principal
+from plm_engine_core.control_plane.vocabulary import (
+    TERMINAL_RUN_STATES,
+    BudgetUnit,
+    Evidence,
+    RunKind,
+    RunState,
+    StepState,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactRow:
+    """A stored file as the database knows it; its bytes are in the artifact store under `storage_uri`."""
+
+    id: UUID
+    run_id: UUID | None
+    trace_id: str
+    mime_type: str
+    size_bytes: int
+    backend: str
+    storage_uri: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewRun:
+    """Everything needed to create a run. `budget` replaces the policy's limits per unit."""
+
+    tenant_id: UUID
+    run_id: UUID
+    kind: RunKind
+    agent: Mapping[str, Any]
+    input: Mapping[str, Any]
+    principal: Principal
+    policy_digest: str
+    trace_id: str
+    root_span_id: str
+    budget: Mapping[BudgetUnit, Decimal]
+    tenant_budget: Mapping[BudgetUnit, Decimal]
+    artifacts: Sequence[ArtifactRow] = ()
+    idempotency_key: str | None = None
+    request_digest: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run as it stands."""
+
+    tenant_id: UUID
+    id: UUID
+    kind: RunKind
+    state: RunState
+    agent: Mapping[str, Any]
+    input: Mapping[str, Any]
+    principal: Principal
+    policy_digest: str
+    trace_id: str
+    root_span_id: str
+    fencing_token: int
+    cancel_requested: bool
+    created_at: datetime
+    updated_at: datetime
+    finished_at: datetime | None = None
+    reason: str | None = None
+    message: str | None = None
+    result: Any = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing can change any more."""
+        return self.state in TERMINAL_RUN_STATES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One attempt of one step as it stands."""
+
+    step_index: int
+    attempt: int
+    step_id: str
+    step_key: str
+    capability: str
+    resource: str
+    arguments: Mapping[str, Any]
+    state: StepState
+    decision: Mapping[str, Any]
+    grant_id: UUID | None = None
+    span_id: str | None = None
+    grant_expires_at: datetime | None = None
+    ticket_id: UUID | None = None
+    evidence: Evidence | None = None
+    output: Any = None
+    error: Mapping[str, Any] | None = None
+    usage: Mapping[str, Any] = field(default_factory=dict)
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """The right to move one run forward, until somebody else takes it: every write presents the fencing token."""
+
+    run: Run
+    fencing_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Heartbeat:
+    """What a run worker learns when it renews its lease."""
+
+    held: bool
+    cancel_requested: bool = False
+    halt: Mapping[str, Any] | None = None

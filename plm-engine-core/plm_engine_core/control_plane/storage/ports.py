@@ -1,0 +1,274 @@
+"""The ports: what the control plane asks of storage, in terms of intent.
+
+Rules live in core code; a port stores, and makes every change conditional on the state it expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Protocol
+from uuid import UUID
+
+from plm_shared.kernel_api import EmitConnectorCallArgs, EmitLlmCallArgs, EmitTelemetryArgs
+
+from plm_engine_core.control_plane.limits.budgets import Budget, Reserve
+from plm_engine_core.control_plane.limits.rate_limit import RateReading
+from plm_engine_core.control_plane.vocabulary import (
+    Evidence,
+    ExecutorKind,
+    HaltScope,
+    OutcomeStatus,
+    RunState,
+    TicketState,
+)
+
+if TYPE_CHECKING:
+    from plm_engine_core.control_plane.events import Event, StreamHead
+    from plm_engine_core.control_plane.halts import Halt
+    from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
+    from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Run, Step
+
+Connection = Any
+"""A psycopg connection of the caller's; on it nothing is committed."""
+
+LedgerEntry = EmitTelemetryArgs | EmitConnectorCallArgs | EmitLlmCallArgs
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdmitCommand:
+    """One decision, ready to be booked."""
+
+    tenant_id: UUID
+    run_id: UUID
+    fencing_token: int
+    command_id: str
+    command_digest: str
+    step_index: int
+    attempt: int
+    step_id: str
+    step_key: str
+    capability: str
+    resource: str
+    arguments: Mapping[str, Any]
+    digest: str
+    policy_digest: str
+    executor_kind: ExecutorKind
+    requester: UUID
+    actor: str
+    decision: Mapping[str, Any]
+    ticket_id: UUID | None
+    new_ticket_id: UUID
+    ticket_seconds: float
+    grant_id: UUID
+    grant_seconds: float
+    span_id: str
+    reserve: Sequence[Reserve]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettleCommand:
+    """One outcome, ready to be booked; `charges` maps units to decimal texts."""
+
+    tenant_id: UUID
+    run_id: UUID
+    grant_id: UUID
+    fencing_token: int
+    status: OutcomeStatus
+    outcome_digest: str
+    evidence: Evidence
+    output: Any
+    error: Mapping[str, Any] | None
+    usage: Mapping[str, str]
+    charges: Mapping[str, str]
+    artifacts: Sequence[Mapping[str, Any]]
+    trace_id: str
+    actor: str
+    ledger: Sequence[LedgerEntry]
+
+
+class Delivery(Protocol):
+    """Tells some run worker to drive a run; trusted to deliver at least once in the end, never once only."""
+
+    async def enqueue(self, connection: Connection, tenant_id: UUID, run_id: UUID) -> None:
+        """Enqueue in the transaction of `connection`, so that the job exists exactly when the change does."""
+        ...
+
+
+class AdmissionStore(Protocol):
+    """The books of admission and settlement."""
+
+    async def take_rate(self, tenant_id: UUID, dimension: str, *, per_second: float, burst: float) -> RateReading:
+        """Take one token from a tenant's bucket."""
+        ...
+
+    async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
+        """Book a decision; the answer has `status` granted, pending, steered or denied."""
+        ...
+
+    async def begin(
+        self, tenant_id: UUID, run_id: UUID, grant_id: UUID, *, fencing_token: int, actor: str
+    ) -> Mapping[str, Any]:
+        """Use a grant up; the answer has `status` begun or refused."""
+        ...
+
+    async def settle(self, command: SettleCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
+        """Book an outcome with its ledger rows."""
+        ...
+
+
+class RunStore(Protocol):
+    """Runs, their steps and their leases."""
+
+    async def create(self, new: NewRun) -> tuple[Run, bool]:
+        """Create a run and enqueue its drive job in one commit; the flag says whether the key was replayed."""
+        ...
+
+    async def get(self, tenant_id: UUID, run_id: UUID) -> Run:
+        """One run."""
+        ...
+
+    async def list(
+        self, tenant_id: UUID, *, limit: int, before: tuple[datetime, UUID] | None, state: RunState | None
+    ) -> Sequence[Run]:
+        """Newest first, at most `limit`, strictly older than `before`."""
+        ...
+
+    async def steps(self, tenant_id: UUID, run_id: UUID) -> Sequence[Step]:
+        """Every attempt of every step, in order."""
+        ...
+
+    async def budgets(self, tenant_id: UUID, run_id: UUID) -> Sequence[Budget]:
+        """The budgets a call of this run draws on, from narrow to wide."""
+        ...
+
+    async def take(self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float) -> Lease | None:
+        """Take the lease of a run that is queued, or whose worker let it run out; None when there is none."""
+        ...
+
+    async def renew(self, tenant_id: UUID, run_id: UUID, *, fencing_token: int, seconds: float) -> Heartbeat:
+        """Renew a lease by the database's clock, and learn of cancels and halts."""
+        ...
+
+    async def finish(
+        self,
+        tenant_id: UUID,
+        run_id: UUID,
+        *,
+        fencing_token: int,
+        state: RunState,
+        actor: str,
+        reason: str | None = None,
+        message: str | None = None,
+        result: Any = None,
+    ) -> None:
+        """Give the lease back with the run in `state` (queued, halted or terminal)."""
+        ...
+
+    async def request_cancel(self, tenant_id: UUID, run_id: UUID, *, actor: str) -> Run:
+        """Cancel a parked run at once, or ask the worker of a running one."""
+        ...
+
+    async def reconcile(self, tenant_id: UUID, run_id: UUID, *, happened: bool, output: Any, actor: str) -> Run:
+        """Say what became of the step whose outcome is unknown; the run continues in the same commit."""
+        ...
+
+    async def abandoned(self, limit: int) -> Sequence[tuple[UUID, UUID]]:
+        """Tenant and id of runs whose lease ran out or whose ticket expired, over all tenants."""
+        ...
+
+    async def revive(self, tenant_id: UUID, run_id: UUID) -> None:
+        """Enqueue a drive job for a run found by `abandoned`."""
+        ...
+
+    async def mcrc(self, tenant_id: UUID, run_id: UUID) -> Mapping[str, Any]:
+        """The run's row in `mcrc_v1_view`."""
+        ...
+
+    async def artifact(self, tenant_id: UUID, artifact_id: UUID) -> ArtifactRow:
+        """One artifact's record."""
+        ...
+
+
+class ApprovalStore(Protocol):
+    """Approval tickets."""
+
+    async def get(self, tenant_id: UUID, ticket_id: UUID) -> ApprovalTicket:
+        """One ticket."""
+        ...
+
+    async def list(
+        self, tenant_id: UUID, *, limit: int, after: tuple[datetime, UUID] | None, state: TicketState | None
+    ) -> Sequence[ApprovalTicket]:
+        """Oldest first, at most `limit`, strictly younger than `after`."""
+        ...
+
+    async def decide(
+        self, tenant_id: UUID, ticket_id: UUID, state: TicketState, *, decided_by: UUID, comment: str, actor: str
+    ) -> Mapping[str, Any]:
+        """Decide once; the answer has `status` decided or refused."""
+        ...
+
+
+class HaltStore(Protocol):
+    """Halts."""
+
+    async def trigger(
+        self, tenant_id: UUID, scope: HaltScope, scope_id: UUID | None, *, reason: str, by: UUID, actor: str
+    ) -> Halt:
+        """Commit a halt once nothing admitted before it is still uncommitted."""
+        ...
+
+    async def get(self, tenant_id: UUID, halt_id: UUID) -> Halt:
+        """One halt of the tenant or of the system."""
+        ...
+
+    async def lift(self, tenant_id: UUID, halt: Halt, *, by: UUID, actor: str) -> Halt:
+        """Lift a halt and enqueue the runs it parked."""
+        ...
+
+
+class EventStore(Protocol):
+    """Event streams."""
+
+    async def read(self, tenant_id: UUID, stream: str, *, after: int = 0, limit: int = 500) -> Sequence[Event]:
+        """Events of one stream in order, from sequence `after` + 1."""
+        ...
+
+    async def heads(self, tenant_id: UUID) -> Sequence[StreamHead]:
+        """Every stream of the tenant with its head."""
+        ...
+
+    def walk(self, tenant_id: UUID, stream: str) -> AsyncIterator[Event]:
+        """The whole stream, in order, without holding it in memory."""
+        ...
+
+
+class Storage(Protocol):
+    """All ports over one database."""
+
+    @property
+    def admission(self) -> AdmissionStore:
+        """Admission and settlement."""
+        ...
+
+    @property
+    def runs(self) -> RunStore:
+        """Runs."""
+        ...
+
+    @property
+    def approvals(self) -> ApprovalStore:
+        """Tickets."""
+        ...
+
+    @property
+    def halts(self) -> HaltStore:
+        """Halts."""
+        ...
+
+    @property
+    def events(self) -> EventStore:
+        """Events."""
+        ...

@@ -1,0 +1,143 @@
+"""Admission and settlement: one function call each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from plm_shared.sqlalchemy_kernel_emitter import ledger_statements
+
+from plm_engine_core.control_plane.limits.rate_limit import RateReading
+from plm_engine_core.control_plane.storage.ports import AdmitCommand, Connection, SettleCommand
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, jsonb, translated
+
+_ADMIT = "SELECT engine_admit_v1(%s) AS answer"
+_SETTLE = "SELECT engine_settle_v1(%s) AS answer"
+
+
+class PostgresAdmission:
+    """The books of admission and settlement in PostgreSQL."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def take_rate(self, tenant_id: UUID, dimension: str, *, per_second: float, burst: float) -> RateReading:
+        """Take one token from a tenant's bucket."""
+        async with self._gateway.connection() as connection:
+            answer = await _scalar(
+                connection,
+                "SELECT engine_take_rate_v1(%s, %s, %s, %s) AS answer",
+                [tenant_id, dimension, per_second, burst],
+            )
+        return RateReading(allowed=answer["allowed"], retry_after_ms=answer["retry_after_ms"])
+
+    async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
+        """Book a decision in one autocommit statement, or in the caller's transaction."""
+        parameters = [jsonb(_admit_json(command))]
+        if connection is not None:
+            with translated():
+                return await _scalar(connection, _ADMIT, parameters)
+        async with self._gateway.connection() as own:
+            return await _scalar(own, _ADMIT, parameters)
+
+    async def begin(
+        self, tenant_id: UUID, run_id: UUID, grant_id: UUID, *, fencing_token: int, actor: str
+    ) -> Mapping[str, Any]:
+        """Use a grant up."""
+        async with self._gateway.connection() as connection:
+            return await _scalar(
+                connection,
+                "SELECT engine_begin_v1(%s, %s, %s, %s, %s) AS answer",
+                [tenant_id, run_id, grant_id, fencing_token, actor],
+            )
+
+    async def settle(self, command: SettleCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
+        """Book an outcome: ledger rows first, then the settle function, in one pipelined transaction."""
+        if connection is not None:
+            with translated():
+                return await _first(await _send_settlement(connection, command))
+        async with self._gateway.connection() as own:
+            try:
+                async with own.pipeline():
+                    await own.execute("BEGIN")
+                    cursor = await _send_settlement(own, command)
+                    await own.execute("COMMIT")
+            except psycopg.Error:
+                if not own.broken:
+                    await own.execute("ROLLBACK")
+                raise
+            return await _first(cursor)
+
+
+async def _send_settlement(connection: Session, command: SettleCommand) -> psycopg.AsyncCursor[Any]:
+    await connection.execute("SELECT engine_enter_v1(%s)", [command.tenant_id])
+    for entry in command.ledger:
+        for statement in ledger_statements(entry, tenant_id=str(command.tenant_id), run_id=command.run_id):
+            await connection.execute(statement.sql.encode(), statement.params)
+    return await connection.execute(_SETTLE, [jsonb(_settle_json(command))])
+
+
+async def _scalar(connection: Session, query: str, parameters: list[Any]) -> Mapping[str, Any]:
+    return await _first(await connection.execute(query.encode(), parameters))
+
+
+async def _first(cursor: psycopg.AsyncCursor[Any]) -> Mapping[str, Any]:
+    row = await cursor.fetchone()
+    answer: Mapping[str, Any] = row["answer"]
+    return answer
+
+
+def _admit_json(command: AdmitCommand) -> dict[str, Any]:
+    return {
+        "tenant_id": str(command.tenant_id),
+        "run_id": str(command.run_id),
+        "fencing_token": command.fencing_token,
+        "command_id": command.command_id,
+        "command_digest": command.command_digest,
+        "step_index": command.step_index,
+        "attempt": command.attempt,
+        "step_id": command.step_id,
+        "step_key": command.step_key,
+        "capability": command.capability,
+        "resource": command.resource,
+        "arguments": dict(command.arguments),
+        "digest": command.digest,
+        "policy_digest": command.policy_digest,
+        "executor_kind": command.executor_kind.value,
+        "requester": str(command.requester),
+        "actor": command.actor,
+        "decision": dict(command.decision),
+        "ticket_id": str(command.ticket_id) if command.ticket_id else None,
+        "ticket": {"id": str(command.new_ticket_id), "seconds": command.ticket_seconds},
+        "grant": {"id": str(command.grant_id), "seconds": command.grant_seconds, "span_id": command.span_id},
+        "reserve": [
+            {
+                "scope_kind": each.scope.value,
+                "scope_id": str(each.scope_id),
+                "unit": each.unit.value,
+                "amount": str(each.amount),
+            }
+            for each in command.reserve
+        ],
+    }
+
+
+def _settle_json(command: SettleCommand) -> dict[str, Any]:
+    return {
+        "tenant_id": str(command.tenant_id),
+        "run_id": str(command.run_id),
+        "grant_id": str(command.grant_id),
+        "fencing_token": command.fencing_token,
+        "status": command.status.value,
+        "outcome_digest": command.outcome_digest,
+        "evidence": command.evidence.value,
+        "output": command.output,
+        "error": command.error,
+        "usage": dict(command.usage),
+        "charges": dict(command.charges),
+        "artifacts": list(command.artifacts),
+        "trace_id": command.trace_id,
+        "actor": command.actor,
+    }

@@ -1,0 +1,111 @@
+"""Database rows as the control plane's own values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+from plm_engine_core.control_plane.admission.proposal import Principal
+from plm_engine_core.control_plane.events.event import Event
+from plm_engine_core.control_plane.halts import Halt
+from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
+from plm_engine_core.control_plane.limits.budgets import Budget
+from plm_engine_core.control_plane.runs.run import Run, Step
+from plm_engine_core.control_plane.vocabulary import (
+    BudgetScope,
+    BudgetUnit,
+    Evidence,
+    HaltScope,
+    RunKind,
+    RunState,
+    StepState,
+    TicketState,
+)
+
+
+def run_row(row: Mapping[str, Any]) -> Run:
+    """One row of `run_states`."""
+    return Run(
+        tenant_id=row["tenant_id"],
+        id=row["run_id"],
+        kind=RunKind(row["kind"]),
+        state=RunState(row["state"]),
+        agent=row["agent"],
+        input=row["input"],
+        principal=Principal.from_json(row["principal"]),
+        policy_digest=row["policy_digest"],
+        trace_id=row["trace_id"],
+        root_span_id=row["root_span_id"],
+        fencing_token=row["fencing_token"],
+        cancel_requested=row["cancel_requested_at"] is not None,
+        created_at=row["created_at"],
+        updated_at=row["updated_at"],
+        finished_at=row["finished_at"],
+        reason=row["reason"],
+        message=row["message"],
+        result=row["result"],
+    )
+
+
+def step_row(row: Mapping[str, Any]) -> Step:
+    """One row of `run_steps`, joined with its grant."""
+    return Step(
+        step_index=row["step_index"],
+        attempt=row["attempt"],
+        step_id=row["step_id"],
+        step_key=row["step_key"],
+        capability=row["capability"],
+        resource=row["resource"],
+        arguments=row["arguments"],
+        state=StepState(row["state"]),
+        decision=row["decision"],
+        grant_id=row["grant_id"],
+        span_id=row["span_id"],
+        grant_expires_at=row["grant_expires_at"],
+        ticket_id=row["ticket_id"],
+        evidence=Evidence(row["evidence"]) if row["evidence"] else None,
+        output=row["output"],
+        error=row["error"],
+        usage=row["usage"] or {},
+        created_at=row["created_at"],
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+    )
+
+
+def budget_row(row: Mapping[str, Any]) -> Budget:
+    """One row of `budgets`."""
+    return Budget(
+        scope=BudgetScope(row["scope_kind"]),
+        scope_id=row["scope_id"],
+        unit=BudgetUnit(row["unit"]),
+        limit=Decimal(row["limit_amount"]),
+        spent=Decimal(row["spent"]),
+        reserved=Decimal(row["reserved"]),
+    )
+
+
+def ticket_row(row: Mapping[str, Any]) -> ApprovalTicket:
+    """One row of `approval_tickets`."""
+    return ApprovalTicket(**{**row, "state": TicketState(row["state"])})
+
+
+def halt_row(row: Mapping[str, Any]) -> Halt:
+    """One row of `halts` or `halts_system`."""
+    return Halt(
+        id=row["id"],
+        scope=HaltScope(row["scope"]) if "scope" in row else HaltScope.SYSTEM,
+        scope_id=row["scope_id"] if row.get("scope") == HaltScope.RUN else None,
+        epoch=row["epoch"],
+        reason=row["reason"],
+        triggered_by=row["triggered_by"],
+        triggered_at=row["triggered_at"],
+        lifted_by=row["lifted_by"],
+        lifted_at=row["lifted_at"],
+    )
+
+
+def event_row(row: Mapping[str, Any]) -> Event:
+    """One row of `events`."""
+    return Event(**row)

@@ -1,0 +1,289 @@
+"""Runs and their steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, NotFound
+from plm_engine_core.control_plane.events.event import run_stream
+from plm_engine_core.control_plane.limits.budgets import Budget
+from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Step
+from plm_engine_core.control_plane.runs.states import sources_of
+from plm_engine_core.control_plane.storage.postgres.gateway import Session, jsonb
+from plm_engine_core.control_plane.storage.postgres.leases import SET_QUALITY, PostgresLeases, expire_tickets
+from plm_engine_core.control_plane.storage.postgres.rows import budget_row, run_row, step_row
+from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunState, StepState
+
+_CREATE_OPERATION = "runs.create"
+_GET = "SELECT * FROM run_states WHERE tenant_id = %s AND run_id = %s"
+_GET_LOCKED = "SELECT * FROM run_states WHERE tenant_id = %s AND run_id = %s FOR UPDATE"
+
+
+class PostgresRuns(PostgresLeases):
+    """Runs in PostgreSQL. Every change is one conditional statement plus its event, in one transaction."""
+
+    async def create(self, new: NewRun) -> tuple[Run, bool]:
+        """Create a run, its budgets, its input artifacts and its drive job in one commit."""
+        async with self._gateway.transaction(new.tenant_id) as connection:
+            if new.idempotency_key is not None:
+                earlier = await self._claim_key(connection, new)
+                if earlier is not None:
+                    return await _get(connection, new.tenant_id, earlier), True
+            await self._insert(connection, new)
+            await self._gateway.append(
+                connection,
+                new.tenant_id,
+                run_stream(new.run_id),
+                EventKind.RUN_CREATED,
+                new.principal.actor,
+                {
+                    "agent": {key: value for key, value in new.agent.items() if key != "plan"},
+                    "policy_digest": new.policy_digest,
+                    "trace_id": new.trace_id,
+                    "budget": {unit.value: str(amount) for unit, amount in new.budget.items()},
+                },
+            )
+            await self._delivery.enqueue(connection, new.tenant_id, new.run_id)
+            return await _get(connection, new.tenant_id, new.run_id), False
+
+    async def _claim_key(self, connection: Session, new: NewRun) -> UUID | None:
+        claimed = await connection.execute(
+            "INSERT INTO idempotency_records (tenant_id, operation, command_id, digest, result) "
+            "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+            [
+                new.tenant_id,
+                _CREATE_OPERATION,
+                new.idempotency_key,
+                new.request_digest,
+                jsonb({"run_id": str(new.run_id)}),
+            ],
+        )
+        if claimed.rowcount:
+            return None
+        cursor = await connection.execute(
+            "SELECT digest, result FROM idempotency_records "
+            "WHERE tenant_id = %s AND operation = %s AND command_id = %s",
+            [new.tenant_id, _CREATE_OPERATION, new.idempotency_key],
+        )
+        record = await cursor.fetchone()
+        if record is None or record["digest"] != new.request_digest:
+            raise IdempotencyConflict(
+                f"Idempotency-Key {new.idempotency_key!r} was already used for another request; send a new key"
+            )
+        return UUID(record["result"]["run_id"])
+
+    async def _insert(self, connection: Session, new: NewRun) -> None:
+        await connection.execute(
+            "INSERT INTO runs (id, tenant_id, actor_kind) VALUES (%s, %s, %s)",
+            [new.run_id, new.tenant_id, new.principal.actor_kind],
+        )
+        await connection.execute(
+            "INSERT INTO run_states (tenant_id, run_id, kind, state, agent, input, principal, policy_digest, trace_id, "
+            "root_span_id) VALUES (%s, %s, %s, 'queued', %s, %s, %s, %s, %s, %s)",
+            [
+                new.tenant_id,
+                new.run_id,
+                new.kind.value,
+                jsonb(dict(new.agent)),
+                jsonb(dict(new.input)),
+                jsonb(new.principal.to_json()),
+                new.policy_digest,
+                new.trace_id,
+                new.root_span_id,
+            ],
+        )
+        for scope, scope_id, limits in (
+            (BudgetScope.RUN, new.run_id, new.budget),
+            (BudgetScope.TENANT, new.tenant_id, new.tenant_budget),
+        ):
+            for unit, limit in limits.items():
+                await connection.execute(
+                    "INSERT INTO budgets (tenant_id, scope_kind, scope_id, unit, limit_amount) "
+                    "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+                    [new.tenant_id, scope.value, scope_id, unit.value, limit],
+                )
+        for artifact in new.artifacts:
+            await connection.execute(
+                "INSERT INTO artifacts (id, tenant_id, trace_id, run_id, mime_type, size_bytes, backend, storage_uri) "
+                "VALUES (%s, %s, %s, %s, %s, %s, %s, %s)",
+                [
+                    artifact.id,
+                    new.tenant_id,
+                    artifact.trace_id,
+                    new.run_id,
+                    artifact.mime_type,
+                    artifact.size_bytes,
+                    artifact.backend,
+                    artifact.storage_uri,
+                ],
+            )
+
+    async def get(self, tenant_id: UUID, run_id: UUID) -> Run:
+        """One run."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            return await _get(connection, tenant_id, run_id)
+
+    async def list(
+        self, tenant_id: UUID, *, limit: int, before: tuple[datetime, UUID] | None, state: RunState | None
+    ) -> Sequence[Run]:
+        """Newest first."""
+        at, run_id = before or (None, None)
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT * FROM run_states WHERE tenant_id = %(tenant)s "
+                "AND (%(at)s::timestamptz IS NULL OR (created_at, run_id) < (%(at)s, %(run)s::uuid)) "
+                "AND (%(state)s::text IS NULL OR state = %(state)s) "
+                "ORDER BY created_at DESC, run_id DESC LIMIT %(limit)s",
+                {"tenant": tenant_id, "at": at, "run": run_id, "state": state and state.value, "limit": limit},
+            )
+            return [run_row(row) for row in await cursor.fetchall()]
+
+    async def steps(self, tenant_id: UUID, run_id: UUID) -> Sequence[Step]:
+        """Every attempt of every step, in order."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT s.*, g.span_id, g.expires_at AS grant_expires_at FROM run_steps AS s "
+                "LEFT JOIN grants AS g ON g.tenant_id = s.tenant_id AND g.id = s.grant_id "
+                "WHERE s.tenant_id = %s AND s.run_id = %s ORDER BY s.step_index, s.attempt",
+                [tenant_id, run_id],
+            )
+            return [step_row(row) for row in await cursor.fetchall()]
+
+    async def budgets(self, tenant_id: UUID, run_id: UUID) -> Sequence[Budget]:
+        """The budgets a call of this run draws on."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT * FROM budgets WHERE tenant_id = %(tenant)s AND ((scope_kind = 'run' AND scope_id = %(run)s) "
+                "OR (scope_kind = 'tenant' AND scope_id = %(tenant)s)) ORDER BY scope_kind, unit",
+                {"tenant": tenant_id, "run": run_id},
+            )
+            return [budget_row(row) for row in await cursor.fetchall()]
+
+    async def request_cancel(self, tenant_id: UUID, run_id: UUID, *, actor: str) -> Run:
+        """Cancel at once where nobody drives the run, else ask its worker; asking twice answers the same."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            run = await _get(connection, tenant_id, run_id, lock=True)
+            if run.state is RunState.CANCELLED or (run.state is RunState.RUNNING and run.cancel_requested):
+                return run
+            if run.finished:
+                raise Conflict(f"run {run_id} is already {run.state.value}", reason="impossible_transition")
+            if run.state is RunState.OUTCOME_UNKNOWN:
+                raise Conflict(
+                    f"the outcome of a step of run {run_id} is unknown; reconcile it first", reason="outcome_unknown"
+                )
+            if run.state is RunState.RUNNING:
+                await connection.execute(
+                    "UPDATE run_states SET cancel_requested_at = clock_timestamp(), updated_at = clock_timestamp() "
+                    "WHERE tenant_id = %s AND run_id = %s",
+                    [tenant_id, run_id],
+                )
+                kind = EventKind.RUN_CANCEL_REQUESTED
+            else:
+                await self._cancel_parked(connection, tenant_id, run_id)
+                kind = EventKind.RUN_CANCELLED
+            await self._gateway.append(
+                connection, tenant_id, run_stream(run_id), kind, actor, {"was": run.state.value, "by": actor}
+            )
+            if run.state is RunState.RUNNING:
+                # A dead worker's run is taken over and then finds the request.
+                await self._delivery.enqueue(connection, tenant_id, run_id)
+            return await _get(connection, tenant_id, run_id)
+
+    async def _cancel_parked(self, connection: Session, tenant_id: UUID, run_id: UUID) -> None:
+        await connection.execute(
+            "UPDATE run_states SET state = 'cancelled', reason = 'cancelled', message = 'cancelled on request', "
+            "fencing_token = fencing_token + 1, cancel_requested_at = clock_timestamp(), "
+            "finished_at = clock_timestamp(), updated_at = clock_timestamp() "
+            "WHERE tenant_id = %s AND run_id = %s AND state = ANY(%s)",
+            [tenant_id, run_id, [state.value for state in sources_of(RunState.CANCELLED)]],
+        )
+        await connection.execute(
+            "UPDATE approval_tickets SET state = 'cancelled' "
+            "WHERE tenant_id = %s AND run_id = %s AND state = 'pending'",
+            [tenant_id, run_id],
+        )
+        await connection.execute(
+            "UPDATE run_steps SET state = 'cancelled', finished_at = clock_timestamp() "
+            "WHERE tenant_id = %s AND run_id = %s AND state = 'awaiting_approval'",
+            [tenant_id, run_id],
+        )
+        await connection.execute(SET_QUALITY, {"tenant": tenant_id, "run": run_id})
+
+    async def reconcile(self, tenant_id: UUID, run_id: UUID, *, happened: bool, output: Any, actor: str) -> Run:
+        """Record what became of an unknown effect, and queue the run again."""
+        state = StepState.SUCCEEDED if happened else StepState.NOT_STARTED
+        async with self._gateway.transaction(tenant_id) as connection:
+            run = await _get(connection, tenant_id, run_id, lock=True)
+            if run.state is not RunState.OUTCOME_UNKNOWN:
+                raise Conflict(
+                    f"run {run_id} is {run.state.value}; only a run in outcome_unknown can be reconciled",
+                    reason="impossible_transition",
+                )
+            cursor = await connection.execute(
+                "UPDATE run_steps SET state = %s, evidence = 'reported', output = %s, finished_at = clock_timestamp() "
+                "WHERE tenant_id = %s AND run_id = %s AND state = 'outcome_unknown' RETURNING step_index, attempt",
+                [state.value, jsonb(output) if output is not None else None, tenant_id, run_id],
+            )
+            reconciled = [dict(row) for row in await cursor.fetchall()]
+            await connection.execute(
+                "UPDATE run_states SET state = 'queued', reason = NULL, message = NULL, updated_at = clock_timestamp() "
+                "WHERE tenant_id = %s AND run_id = %s AND state = 'outcome_unknown'",
+                [tenant_id, run_id],
+            )
+            await self._gateway.append(
+                connection,
+                tenant_id,
+                run_stream(run_id),
+                EventKind.STEP_RECONCILED,
+                actor,
+                {"happened": happened, "steps": reconciled, "output": output},
+            )
+            await self._delivery.enqueue(connection, tenant_id, run_id)
+            return await _get(connection, tenant_id, run_id)
+
+    async def abandoned(self, limit: int) -> Sequence[tuple[UUID, UUID]]:
+        """Runs that nobody drives although somebody should."""
+        async with self._gateway.connection() as connection:
+            cursor = await connection.execute("SELECT tenant_id, run_id FROM engine_abandoned_runs_v1(%s)", [limit])
+            return [(row["tenant_id"], row["run_id"]) for row in await cursor.fetchall()]
+
+    async def revive(self, tenant_id: UUID, run_id: UUID) -> None:
+        """Enqueue a drive job; taking the lease settles everything else."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            await expire_tickets(self._gateway, connection, tenant_id, run_id)
+            await self._delivery.enqueue(connection, tenant_id, run_id)
+
+    async def mcrc(self, tenant_id: UUID, run_id: UUID) -> Mapping[str, Any]:
+        """The run's row in `mcrc_v1_view`."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT * FROM mcrc_v1_view WHERE tenant_id = %s AND run_id = %s", [tenant_id, run_id]
+            )
+            row = await cursor.fetchone()
+            if row is None:
+                raise NotFound("run", run_id)
+            return row
+
+    async def artifact(self, tenant_id: UUID, artifact_id: UUID) -> ArtifactRow:
+        """One artifact's record."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT id, run_id, trace_id, mime_type, size_bytes, backend, storage_uri FROM artifacts "
+                "WHERE tenant_id = %s AND id = %s",
+                [tenant_id, artifact_id],
+            )
+            row = await cursor.fetchone()
+            if row is None:
+                raise NotFound("artifact", artifact_id)
+            return ArtifactRow(**row)
+
+
+async def _get(connection: Session, tenant_id: UUID, run_id: UUID, *, lock: bool = False) -> Run:
+    cursor = await connection.execute(_GET_LOCKED if lock else _GET, [tenant_id, run_id])
+    row = await cursor.fetchone()
+    if row is None:
+        raise NotFound("run", run_id)
+    return run_row(row)

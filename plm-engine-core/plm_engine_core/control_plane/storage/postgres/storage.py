@@ -1,0 +1,43 @@
+"""The PostgreSQL storage as one object."""
+
+from __future__ import annotations
+
+from psycopg import AsyncConnection
+from psycopg.rows import dict_row
+from psycopg_pool import AsyncConnectionPool
+
+from plm_engine_core.control_plane.storage.ports import Delivery
+from plm_engine_core.control_plane.storage.postgres.admission import PostgresAdmission
+from plm_engine_core.control_plane.storage.postgres.approvals import PostgresApprovals
+from plm_engine_core.control_plane.storage.postgres.events import PostgresEvents
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Pool
+from plm_engine_core.control_plane.storage.postgres.halts import PostgresHalts
+from plm_engine_core.control_plane.storage.postgres.runs import PostgresRuns
+
+
+def open_pool(dsn: str, *, min_size: int = 1, max_size: int = 10, timeout: float = 10.0) -> Pool:
+    """A pool of autocommit connections that answer rows as dictionaries; open it with `await pool.open()`.
+
+    `dsn` is a libpq connection string of the application role. A caller waits `timeout` seconds for a connection.
+    """
+    return AsyncConnectionPool(
+        dsn,
+        connection_class=AsyncConnection,
+        kwargs={"autocommit": True, "row_factory": dict_row},
+        min_size=min_size,
+        max_size=max_size,
+        timeout=timeout,
+        open=False,
+    )
+
+
+class PostgresStorage:
+    """All ports over one pool."""
+
+    def __init__(self, pool: Pool, delivery: Delivery) -> None:
+        gateway = Gateway(pool)
+        self.admission = PostgresAdmission(gateway)
+        self.runs = PostgresRuns(gateway, delivery)
+        self.approvals = PostgresApprovals(gateway, delivery)
+        self.halts = PostgresHalts(gateway, delivery)
+        self.events = PostgresEvents(gateway)

@@ -1,0 +1,225 @@
+"""The words everything speaks: tiers, levels, states and reasons, as enums whose values are stored and shown."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class ActionTier(StrEnum):
+    """How a policy treats a capability, from the strictest to the most permissive."""
+
+    BLOCKED = "blocked"  # never runs
+    ALWAYS_APPROVE = "always_approve"  # a human approves every single use
+    STEER = "steer"  # refused with guidance on what to do instead
+    AUTO_APPROVE = "auto_approve"  # runs without a human when its risk allows, else a human approves
+    UNRESTRICTED = "unrestricted"  # skips approval, never budgets, halts or the record
+
+
+class RiskLevel(StrEnum):
+    """Rated risk of one proposal."""
+
+    LOW = "low"
+    MEDIUM = "medium"
+    HIGH = "high"
+
+    @property
+    def rank(self) -> int:
+        """Position in the total order, lowest risk first."""
+        return list(RiskLevel).index(self)
+
+
+class AutonomyLevel(StrEnum):
+    """How far an agent may go on its own."""
+
+    L1 = "L1"  # reads only
+    L2 = "L2"  # reads and plans; writes only when certified and approved by a human
+    L3 = "L3"  # everything its policy allows
+
+    @property
+    def rank(self) -> int:
+        """Position in the total order, least autonomy first."""
+        return list(AutonomyLevel).index(self)
+
+
+class CapabilityMode(StrEnum):
+    """What using a capability does to the world."""
+
+    READ = "read"  # changes nothing
+    PLAN_WRITE = "plan-write"  # prepares a change that has no effect yet
+    EXECUTE_WRITE = "execute-write"  # changes something
+
+
+class Stage(StrEnum):
+    """The locked order of the stages of a decision; the first refusal ends it."""
+
+    RATE_LIMIT = "rate_limit"
+    AUTHORIZATION = "authorization"
+    AUTONOMY_GATING = "autonomy_gating"
+    CLASSIFY = "classify"
+    COST_BUDGET = "cost_budget"
+
+
+PIPELINE_ORDER: tuple[Stage, ...] = (Stage.RATE_LIMIT, Stage.AUTHORIZATION, Stage.AUTONOMY_GATING, Stage.COST_BUDGET)
+"""The published order of the policy stages; classification runs between the last two."""
+
+
+class RunKind(StrEnum):
+    """Who executes the steps of a run."""
+
+    HOSTED = "hosted"  # our run workers
+    EXTERNAL = "external"  # an agent outside, which settles with the grant's secret
+
+
+class ExecutorKind(StrEnum):
+    """Who carried out one step."""
+
+    PLUGIN = "plugin"
+    EXTERNAL = "external"
+
+
+class Evidence(StrEnum):
+    """How much is known about an outcome."""
+
+    REPORTED = "reported"  # somebody says so
+    MEASURED = "measured"  # our plugin worker returned it
+    VERIFIED = "verified"  # a post-condition was checked and held
+
+
+class RunState(StrEnum):
+    """Where a run stands; `runs.states` holds the legal moves."""
+
+    QUEUED = "queued"  # waits for a run worker
+    RUNNING = "running"  # a run worker holds its lease
+    AWAITING_APPROVAL = "awaiting_approval"  # parked as a row until somebody decides a ticket
+    HALTED = "halted"  # parked as a row until the halt is lifted
+    OUTCOME_UNKNOWN = "outcome_unknown"  # parked until somebody says whether an effect happened
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class StepState(StrEnum):
+    """Where one attempt of a step stands."""
+
+    DENIED = "denied"  # refused by admission
+    STEERED = "steered"  # refused with guidance
+    AWAITING_APPROVAL = "awaiting_approval"
+    GRANTED = "granted"  # may begin once
+    RUNNING = "running"  # the call left the host
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"  # the plugin answered with an error
+    CANCELLED = "cancelled"  # the plugin acknowledged a cancel
+    NOT_STARTED = "not_started"  # the call never left the host; nothing was spent
+    SUPERSEDED = "superseded"  # an idempotent step whose worker was lost; the next attempt repeats it
+    OUTCOME_UNKNOWN = "outcome_unknown"  # the effect may or may not have happened
+
+
+class OutcomeStatus(StrEnum):
+    """What an executor or a recovering driver says about one granted call."""
+
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    NOT_STARTED = "not_started"
+    SUPERSEDED = "superseded"
+    OUTCOME_UNKNOWN = "outcome_unknown"
+
+
+class GrantState(StrEnum):
+    """Life of a grant; it moves forward only."""
+
+    ISSUED = "issued"
+    BEGUN = "begun"
+    SETTLED = "settled"
+
+
+class TicketState(StrEnum):
+    """Life of an approval ticket; exactly one decision ends `pending`."""
+
+    PENDING = "pending"
+    APPROVED = "approved"
+    DENIED = "denied"
+    EXPIRED = "expired"
+    CANCELLED = "cancelled"
+
+
+class TicketDecision(StrEnum):
+    """What an approver may say."""
+
+    APPROVE = "approve"
+    DENY = "deny"
+
+
+class HaltScope(StrEnum):
+    """What a halt stops."""
+
+    SYSTEM = "system"
+    TENANT = "tenant"
+    RUN = "run"
+
+
+class BudgetScope(StrEnum):
+    """Whose budget it is, from narrow to wide; budgets are locked in this order."""
+
+    RUN = "run"
+    TENANT = "tenant"
+
+
+class BudgetUnit(StrEnum):
+    """What is counted."""
+
+    EUR = "EUR"
+    CALLS = "calls"
+
+
+class Reason(StrEnum):
+    """Why a proposal was refused or parked; the machine-readable half of every answer."""
+
+    RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
+    CAPABILITY_UNKNOWN = "capability_unknown"
+    MISSING_SCOPES = "missing_scopes"
+    AUTONOMY_TOO_LOW = "autonomy_too_low"
+    POLICY_MISSING = "policy_missing"
+    CAPABILITY_BLOCKED = "capability_blocked"
+    STEERED = "steered"
+    APPROVAL_REQUIRED = "approval_required"
+    APPROVAL_DENIED = "approval_denied"
+    APPROVAL_EXPIRED = "approval_expired"
+    APPROVAL_MISMATCH = "approval_mismatch"
+    ESTIMATE_INVALID = "estimate_invalid"
+    BUDGET_EXCEEDED = "budget_exceeded"
+    BUDGET_MISSING = "budget_missing"
+    HALTED = "halted"
+    STORAGE_BUSY = "storage_busy"
+    GRANT_EXPIRED = "grant_expired"
+    GRANT_USED = "grant_used"
+    CANCEL_REQUESTED = "cancel_requested"
+
+
+class EventKind(StrEnum):
+    """Kinds of event in a run's or a tenant's stream."""
+
+    RUN_CREATED = "run_created"
+    RUN_TAKEN = "run_taken"
+    RUN_PARKED = "run_parked"
+    RUN_RESUMED = "run_resumed"
+    RUN_CANCEL_REQUESTED = "run_cancel_requested"
+    RUN_SUCCEEDED = "run_succeeded"
+    RUN_FAILED = "run_failed"
+    RUN_CANCELLED = "run_cancelled"
+    STEP_DENIED = "step_denied"
+    STEP_STEERED = "step_steered"
+    STEP_GRANTED = "step_granted"
+    STEP_STARTED = "step_started"
+    STEP_SETTLED = "step_settled"
+    STEP_RECONCILED = "step_reconciled"
+    APPROVAL_REQUESTED = "approval_requested"
+    APPROVAL_DECIDED = "approval_decided"
+    APPROVAL_EXPIRED = "approval_expired"
+    HALT_TRIGGERED = "halt_triggered"
+    HALT_LIFTED = "halt_lifted"
+    BUDGET_SET = "budget_set"
+
+
+TERMINAL_RUN_STATES = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})
+PARKED_RUN_STATES = frozenset({RunState.AWAITING_APPROVAL, RunState.HALTED, RunState.OUTCOME_UNKNOWN})
