@@ -82,8 +82,8 @@ class ActiveCall:
         self,
         context: CallContext,
         *,
-        on_progress: Callable[[float, str], None],
-        on_usage: Callable[[dict[str, float]], None],
+        on_progress: Callable[[float, str], object],
+        on_usage: Callable[[dict[str, float]], object],
     ) -> None:
         self.context = context
         self.on_progress = on_progress

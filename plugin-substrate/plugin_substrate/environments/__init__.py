@@ -1,0 +1,1 @@
+"""Environments of plugins: made, filled and asked about themselves. Needs the ``host`` extra."""

@@ -1,0 +1,199 @@
+"""Brings a host to what ``plugins.yaml`` says: environment, package, description, manifest; a second time does nothing.
+
+What was installed is stamped with a digest over the plugin's sources, its spec and the interpreter, so that an unchanged
+plugin costs reading its files. The manifest goes first and comes last: what is half-done is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from plugin_substrate.environments.spec import PluginSpec, distribution_name
+from plugin_substrate.environments.uv import (
+    create_environment,
+    environment_python,
+    find_interpreter,
+    install_package,
+)
+from plugin_substrate.errors import ManifestError, PluginConfigError, PluginError, PluginFatalError
+from plugin_substrate.lifecycle import interpreter_command
+from plugin_substrate.manifest import (
+    FORMAT_VERSION,
+    ManifestV2,
+    compute_config_schema_hash,
+    parse_manifest,
+    write_manifest,
+)
+
+INSTALLER_VERSION = "cjm-ctl 0.1.0"
+
+_DESCRIBE_SECONDS = 120.0
+_MAX_DESCRIPTION_BYTES = 1 << 20
+_NOT_SOURCE = {"__pycache__", ".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
+_BUILD_OUTPUT = {"build", "dist"}
+_CODE_KEYS = frozenset({
+    "name", "version", "description", "module", "class", "interface", "idempotent", "stateless", "capabilities",
+    "taxonomy", "resources", "config_schema", "worker_env",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstallOutcome:
+    """What became of one plugin: ``unchanged``, ``installed`` or ``failed``, and then why."""
+
+    name: str
+    status: str
+    reason: str = ""
+
+
+class Installer:
+    """Installs plugins below one data directory; one run of it makes each environment at most once."""
+
+    def __init__(self, data_dir: Path, *, force: bool = False) -> None:
+        self._data_dir = data_dir.resolve()
+        self._force = force
+        self._made: set[str] = set()
+
+    def install(self, spec: PluginSpec) -> InstallOutcome:
+        """Bring one plugin up to date; when it cannot be, the reason is the outcome."""
+        try:
+            digest = _digest(spec)
+            if not self._force and self._is_current(spec, digest):
+                return InstallOutcome(name=spec.name, status="unchanged")
+            self._manifest(spec).unlink(missing_ok=True)
+            self._stamp(spec).unlink(missing_ok=True)
+            self._install(spec)
+            self._stamp(spec).write_text(digest, encoding="ascii")
+        except (PluginError, OSError) as error:
+            return InstallOutcome(name=spec.name, status="failed", reason=str(error))
+        return InstallOutcome(name=spec.name, status="installed")
+
+    def _install(self, spec: PluginSpec) -> None:
+        if spec.folder is not None and not spec.folder.is_dir():
+            raise PluginConfigError(f"the package folder {spec.folder} does not exist")
+        folder = self._data_dir / "envs" / spec.env_name
+        self._make_environment(spec, folder)
+        distribution = distribution_name(spec)
+        install_package(folder, distribution, spec.requirement, editable=spec.editable)
+        described = describe_distribution(environment_python(folder), distribution)
+        if described.get("name") != spec.name:
+            raise PluginConfigError(f"the plugin calls itself {described.get('name')!r}, plugins.yaml {spec.name!r}")
+        write_manifest(self._manifest(spec), _manifest(described, environment_python(folder), spec))
+
+    def _make_environment(self, spec: PluginSpec, folder: Path) -> None:
+        interpreter = find_interpreter(spec.python_version)
+        note = folder / ".cjm" / "interpreter"
+        made_with = note.read_text(encoding="utf-8") if note.is_file() else ""
+        usable = environment_python(folder).exists() and made_with == str(interpreter)
+        if spec.env_name not in self._made and (self._force or not usable):
+            create_environment(folder, interpreter)
+            note.parent.mkdir(mode=0o700)
+            note.write_text(str(interpreter), encoding="utf-8")
+        self._made.add(spec.env_name)
+
+    def _is_current(self, spec: PluginSpec, digest: str) -> bool:
+        stamp = self._stamp(spec)
+        there = [stamp, self._manifest(spec), environment_python(self._data_dir / "envs" / spec.env_name)]
+        return all(path.is_file() for path in there) and stamp.read_text(encoding="ascii") == digest
+
+    def _manifest(self, spec: PluginSpec) -> Path:
+        return self._data_dir / "manifests" / f"{spec.name}.json"
+
+    def _stamp(self, spec: PluginSpec) -> Path:
+        return self._data_dir / "envs" / spec.env_name / ".cjm" / f"{spec.name}.stamp"
+
+
+def describe_distribution(python: Path, distribution: str) -> dict[str, Any]:
+    """Run ``get_plugin_metadata()`` in the plugin's environment, with our interface served by path.
+
+    It runs foreign code, as installing did before: with a clean environment, a time limit and one bounded answer, in a
+    file so that whatever the code leaves behind cannot hold us up.
+    """
+    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as output:
+        try:
+            subprocess.run(
+                interpreter_command(str(python), "describe", str(answer.fileno()), distribution),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env={"PATH": os.defpath, "LANG": "C.UTF-8", "HOME": tempfile.gettempdir()},
+                pass_fds=(answer.fileno(),),
+                start_new_session=True,
+                timeout=_DESCRIBE_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise PluginFatalError(f"describing {distribution} took longer than {_DESCRIBE_SECONDS:.0f} s") from None
+        answer.seek(0)
+        raw = answer.read(_MAX_DESCRIPTION_BYTES)
+        output.seek(0)
+        said = output.read(2000).decode(errors="replace").strip()
+    return _described(raw, distribution, said)
+
+
+def _described(raw: bytes, distribution: str, said: str) -> dict[str, Any]:
+    try:
+        answer = json.loads(raw)
+    except ValueError:
+        raise PluginFatalError(f"describing {distribution} gave no answer: {said or 'it said nothing'}") from None
+    match answer:
+        case {"metadata": dict() as metadata}:
+            return metadata
+        case {"problem": str() as problem}:
+            raise PluginConfigError(problem)
+    raise PluginFatalError(f"describing {distribution} gave an answer of the wrong shape")
+
+
+def _manifest(described: dict[str, Any], python: Path, spec: PluginSpec) -> ManifestV2:
+    """Check what the plugin says about itself with the rules of every manifest."""
+    unknown = sorted(set(described) - _CODE_KEYS)
+    if unknown:
+        raise ManifestError([f"get_plugin_metadata() has unknown keys: {', '.join(unknown)}"], source=spec.name)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    schema = described.get("config_schema")
+    data = {
+        "format_version": FORMAT_VERSION,
+        "install": {
+            "python_path": str(python),
+            "package_source": spec.requirement,
+            "installer_version": INSTALLER_VERSION,
+            "installed_at": now,
+        },
+        "code": {**described, "regenerated_at": now},
+        "drift_tracking": {
+            "config_schema_hash": compute_config_schema_hash(schema if isinstance(schema, dict) else None)
+        },
+        "overrides": {},
+    }
+    return parse_manifest(data, source=spec.name)
+
+
+def _digest(spec: PluginSpec) -> str:
+    """Return a digest over everything an installation depends on that can be read here."""
+    digest = hashlib.sha256()
+    parts = [spec.requirement, spec.env_name, spec.python_version, str(spec.editable), INSTALLER_VERSION]
+    parts.append(str(find_interpreter(spec.python_version)))
+    for part in parts:
+        digest.update(f"{len(part)}:{part}".encode())
+    for file in _sources(spec.folder) if spec.folder else ():
+        relative = str(file.relative_to(spec.folder or "")).encode()
+        digest.update(b"%d:%s" % (len(relative), relative) + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _sources(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        ignored = _NOT_SOURCE | (_BUILD_OUTPUT if Path(place) == folder else set())
+        folders[:] = sorted(name for name in folders if name not in ignored and not name.endswith(".egg-info"))
+        for name in sorted(files):
+            if not name.endswith(".pyc"):
+                yield Path(place, name)

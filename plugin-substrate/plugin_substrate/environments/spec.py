@@ -1,0 +1,124 @@
+"""``plugins.yaml``: which plugins this host should have. Everything wrong with it is named, with its line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from plugin_substrate.errors import PluginConfigError
+from plugin_substrate.manifest import NAME_PATTERN
+
+_REQUIRED = ("name", "env_name", "package")
+_OPTIONAL = ("python_version",)
+_REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^\]]*\])?\s*([=<>!~;@(].*)?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginSpec:
+    """One wished plugin. ``package`` is as written; ``folder`` is where it lies when it is a local path."""
+
+    name: str
+    env_name: str
+    package: str
+    python_version: str = ""
+    folder: Path | None = None
+    editable: bool = False
+
+    @property
+    def requirement(self) -> str:
+        """The package as an installer takes it."""
+        return str(self.folder) if self.folder else self.package
+
+
+def load_plugins_file(path: Path) -> list[PluginSpec]:
+    """Read the file; a `PluginConfigError` lists every violation with its line."""
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise PluginConfigError(f"{path} cannot be read: {error}") from error
+    problems: list[str] = []
+    specs = [_spec(entry, path.parent, problems) for entry in _entries(node, problems)]
+    names = [spec.name for spec in specs if spec]
+    problems += [f"the name {name!r} is used twice" for name in sorted(set(names)) if names.count(name) > 1]
+    versions: dict[str, str] = {}
+    for spec in filter(None, specs):
+        if versions.setdefault(spec.env_name, spec.python_version) != spec.python_version:
+            problems.append(f"{spec.name!r} wants another python_version for {spec.env_name!r} than a plugin before it")
+    if problems:
+        raise PluginConfigError("\n".join(f"{path}: {problem}" for problem in problems))
+    return [spec for spec in specs if spec]
+
+
+def _entries(node: Any, problems: list[str]) -> list[Any]:
+    top = _mapping(node, "the top level", ("plugins",), problems)
+    plugins = top.get("plugins")
+    if isinstance(plugins, yaml.SequenceNode):
+        return list(plugins.value)
+    problems.append("the top level must have a list 'plugins'")
+    return []
+
+
+def _spec(node: Any, base: Path, problems: list[str]) -> PluginSpec | None:
+    found = len(problems)
+    line = node.start_mark.line + 1
+    values: dict[str, str] = {}
+    for key, value in _mapping(node, "a plugin", (*_REQUIRED, *_OPTIONAL), problems).items():
+        if isinstance(value, yaml.ScalarNode) and value.value.strip():
+            values[key] = value.value.strip()
+        else:
+            problems.append(f"line {value.start_mark.line + 1}: {key} must be text")
+    problems += [f"line {line}: {key} is missing" for key in _REQUIRED if key not in values and len(problems) == found]
+    for key in ("name", "env_name"):
+        if key in values and not NAME_PATTERN.fullmatch(values[key]):
+            problems.append(f"line {line}: {key} must be 1 to 64 letters, digits, - or _, not {values[key]!r}")
+    if len(problems) > found:
+        return None
+    editable = values["package"].startswith("-e ")
+    package = values["package"].removeprefix("-e ").strip()
+    local = editable or package.startswith((".", "/"))
+    if not local and not _REQUIREMENT.fullmatch(package):
+        problems.append(
+            f"line {line}: package must be a requirement ('name', 'name==1.0', 'name @ url') or a path that starts "
+            f"with '.' or '/', not {package!r}"
+        )
+        return None
+    folder = (base / package).resolve() if local else None
+    return PluginSpec(**{**values, "package": package}, folder=folder, editable=editable)
+
+
+def _mapping(node: Any, what: str, known: tuple[str, ...], problems: list[str]) -> dict[str, Any]:
+    """Return the values of a mapping node by key; unknown and repeated keys are problems."""
+    if not isinstance(node, yaml.MappingNode):
+        line = node.start_mark.line + 1 if node is not None else 1
+        problems.append(f"line {line}: {what} must be a mapping")
+        return {}
+    values: dict[str, Any] = {}
+    for key, value in node.value:
+        if key.value not in known:
+            problems.append(f"line {key.start_mark.line + 1}: unknown key {key.value!r}; known: {', '.join(known)}")
+        elif key.value in values:
+            problems.append(f"line {key.start_mark.line + 1}: {key.value!r} is given twice")
+        else:
+            values[key.value] = value
+    return values
+
+
+def distribution_name(spec: PluginSpec) -> str:
+    """Return the name of the distribution that a spec installs; a `PluginConfigError` when nothing says it."""
+    if spec.folder is None:
+        match = _REQUIREMENT.fullmatch(spec.package)
+        return match.group(1) if match else spec.package
+    import tomllib
+
+    file = spec.folder / "pyproject.toml"
+    try:
+        name = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["name"]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise PluginConfigError(f"{file} does not say [project] name: {error!r}") from error
+    if not isinstance(name, str) or not _REQUIREMENT.fullmatch(name):
+        raise PluginConfigError(f"{file}: {name!r} is not a project name")
+    return name

@@ -1,0 +1,77 @@
+"""Environments made with uv.
+
+It is told the interpreter by path and never downloads one; where packages come from is the user's own configuration.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from plugin_substrate.errors import PluginFatalError
+
+_INSTALL_SECONDS = 1800.0
+
+
+def find_uv() -> str:
+    """Return the path of uv: the one of this environment first, then the one on the PATH."""
+    beside = Path(sysconfig.get_path("scripts")) / "uv"
+    found = str(beside) if beside.is_file() else shutil.which("uv")
+    if found is None:
+        raise PluginFatalError("uv is not installed: pip install 'plugin-substrate[host]' brings it")
+    return found
+
+
+def find_interpreter(version: str = "") -> Path:
+    """Return an interpreter of a version like ``3.12``, this one when none is asked for; a missing one is an error."""
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if version in ("", here):
+        return Path(sys.executable)
+    found = shutil.which(f"python{version}")
+    if found is None:
+        raise PluginFatalError(
+            f"python{version} is not on the PATH; install it, or leave python_version out for {here}"
+        )
+    return Path(found)
+
+
+def create_environment(folder: Path, interpreter: Path) -> None:
+    """Make an empty environment, replacing what is there."""
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _run("venv", "--quiet", "--no-project", "--clear", "--python", str(interpreter), str(folder))
+
+
+def install_package(folder: Path, distribution: str, requirement: str, *, editable: bool = False) -> None:
+    """Install a package into an environment, built anew; compiled at once, as workers write no bytecode."""
+    target = ["--python", str(environment_python(folder)), "--reinstall-package", distribution]
+    source = ["--editable", requirement] if editable else [requirement]
+    _run("pip", "install", "--quiet", "--compile-bytecode", *target, *source)
+
+
+def environment_python(folder: Path) -> Path:
+    """Return an environment's interpreter."""
+    return folder / "bin" / "python"
+
+
+def _run(*arguments: str) -> None:
+    """Run uv; its own words are the error's."""
+    environment = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
+    try:
+        done = subprocess.run(
+            [find_uv(), *arguments],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_INSTALL_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PluginFatalError(f"uv {arguments[0]} took longer than {_INSTALL_SECONDS:.0f} s") from error
+    if done.returncode != 0:
+        raise PluginFatalError(f"uv {arguments[0]} failed: {done.stderr.strip() or f'status {done.returncode}'}")
