@@ -8,10 +8,9 @@ from collections.abc import Iterator
 import plm_shared.migrations
 import psycopg
 import pytest
+from plm_engine_core import migrations
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
-
-from plm_engine_core import migrations
 
 pytestmark = pytest.mark.every_postgres
 INSERT = "INSERT INTO audit_log (tenant_id, id, actor_kind, event_type) VALUES (%s, %s, 'human', %s)"
@@ -31,7 +30,7 @@ def write(connection: psycopg.Connection, tenant: uuid.UUID, event_type: str = "
 
 
 def test_upgrade_is_refused_without_the_kernel_schema(empty: DatabaseUrls) -> None:
-    with pytest.raises(migrations.KernelSchemaMissing, match="no plm-shared schema.*plm-cli db upgrade") as caught:
+    with pytest.raises(migrations.KernelSchemaMissing, match=r"no plm-shared schema.*plm-cli db upgrade") as caught:
         migrations.upgrade(empty.owner)
     assert (caught.value.found, caught.value.needed) == (None, "0012")
     assert migrations.current(empty.owner) is None

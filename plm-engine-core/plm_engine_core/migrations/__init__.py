@@ -19,7 +19,7 @@ __all__ = ["VERSION_TABLE", "KernelSchemaMissing", "current", "downgrade", "upgr
 VERSION_TABLE = "alembic_version_plm_engine_core"
 
 
-class KernelSchemaMissing(RuntimeError):  # noqa: N818 - says what the database lacks
+class KernelSchemaMissing(RuntimeError):
     """The database lacks plm-shared's schema, or has an older one; nothing was changed."""
 
     def __init__(self, *, found: str | None, needed: str) -> None:

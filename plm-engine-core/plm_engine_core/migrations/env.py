@@ -1,4 +1,4 @@
-"""Alembic's entry: connects, takes the migration lock, checks the floor below, runs the revisions in one transaction."""
+"""Alembic's entry: connects, takes the migration lock, checks the floor below, runs the revisions at once."""
 
 from __future__ import annotations
 

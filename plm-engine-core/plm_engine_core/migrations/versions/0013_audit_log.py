@@ -13,17 +13,16 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
-_WRITER = "plm_engine_writer"
 _MINE = "tenant_id = NULLIF(current_setting('app.tenant_id', true), '')::uuid"
 
 
 def upgrade() -> None:
     # Roles belong to the whole cluster: made by `provision`, and here where a superuser runs this on a bare database.
     op.execute(
-        f"DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{_WRITER}') "
-        f"THEN CREATE ROLE {_WRITER} NOLOGIN; END IF; END $$"
+        "DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'plm_engine_writer') "
+        "THEN CREATE ROLE plm_engine_writer NOLOGIN; END IF; END $$"
     )
-    op.execute(f"GRANT USAGE ON SCHEMA public TO {_WRITER}")
+    op.execute("GRANT USAGE ON SCHEMA public TO plm_engine_writer")
     op.execute(
         """
         CREATE TABLE audit_log (
@@ -65,13 +64,13 @@ def upgrade() -> None:
     op.execute("ALTER TABLE audit_log FORCE ROW LEVEL SECURITY")
     op.execute(f"CREATE POLICY tenant_isolation ON audit_log USING ({_MINE}) WITH CHECK ({_MINE})")
     op.execute("REVOKE ALL ON audit_log FROM PUBLIC")
-    op.execute(f"GRANT SELECT, INSERT ON audit_log TO {_WRITER}")
-    op.execute(f"GRANT SELECT ON tenants TO {_WRITER}")
+    op.execute("GRANT SELECT, INSERT ON audit_log TO plm_engine_writer")
+    op.execute("GRANT SELECT ON tenants TO plm_engine_writer")
 
 
 def downgrade() -> None:
     # The role stays: it belongs to the cluster, and another database may rely on it.
     op.execute("DROP TABLE audit_log")
     op.execute("DROP FUNCTION audit_log_refuse_change()")
-    op.execute(f"REVOKE SELECT ON tenants FROM {_WRITER}")
-    op.execute(f"REVOKE USAGE ON SCHEMA public FROM {_WRITER}")
+    op.execute("REVOKE SELECT ON tenants FROM plm_engine_writer")
+    op.execute("REVOKE USAGE ON SCHEMA public FROM plm_engine_writer")
