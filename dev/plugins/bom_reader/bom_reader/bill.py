@@ -45,6 +45,7 @@ class BadRow:
 class Bill:
     """What was read. ``column_mapping`` maps each field to the header it came from, and is None outside CSV."""
 
+    file_name: str
     format: str
     spec_version: str | None = None
     components: list[Component] = field(default_factory=list)
@@ -55,6 +56,7 @@ class Bill:
     def as_json(self) -> dict[str, Any]:
         """Return the bill as the capability's output."""
         return {
+            "file_name": self.file_name,
             "format": self.format,
             "spec_version": self.spec_version,
             "component_count": len(self.components),

@@ -23,6 +23,7 @@ def read_csv(name: str, text: str, check_cancel: Callable[[], None]) -> Bill:
     delimiter, header_line, headers = _find_headers(name, text)
     mapping = map_columns(headers)
     bill = Bill(
+        file_name=clean(name),
         format="csv",
         column_mapping={field: clean(headers[column]) for field, column in mapping.items()},
         unmapped_columns=[clean(one) for column, one in enumerate(headers) if column not in mapping.values()],

@@ -28,7 +28,7 @@ def read_cyclonedx(name: str, text: str, check_cancel: Callable[[], None]) -> Bi
     document = _document(name, text)
     version = document["specVersion"]
     found = list(_flatten(document.get("components", []), "components", 0))
-    bill = Bill(format="cyclonedx-json", spec_version=version)
+    bill = Bill(file_name=clean(name), format="cyclonedx-json", spec_version=version)
     reasons = _violations(version, [_projection(value) for _, value in found], name)
     for index, (path, value) in enumerate(found):
         check_cancel()

@@ -1,5 +1,7 @@
-"""How far a license reaches, judged from its expression. The categories of single licenses come from ScanCode's index,
-which `license-expression` ships; no judgement of ours is in it but the list of network licenses.
+"""How far a license reaches, judged from its expression.
+
+The categories of single licenses come from ScanCode's index, which `license-expression` ships; no judgement of ours is
+in it but the list of network licenses.
 """
 
 from __future__ import annotations

@@ -88,6 +88,10 @@ class Finding:
     detail: str
     license: str = ""
 
+    def as_json(self) -> dict[str, str]:
+        """Return the finding as it stands in the output."""
+        return {key: str(value) for key, value in vars(self).items()}
+
     def order(self) -> tuple[int, int, str, str]:
         """Return the key by which findings are listed: gravest first, then by kind and name."""
         return list(Severity).index(self.severity), list(Kind).index(self.kind), self.component.casefold(), self.version
@@ -111,19 +115,15 @@ def license_findings(part: Part, reading: Reading, policy: Policy) -> Iterator[F
         yield finding(Kind.NONCOMPLIANT, f"the bill states {text!r}")
     if reading.unknown:
         listed = ", ".join(repr(text) for text in reading.unknown)
-        yield finding(
-            Kind.UNKNOWN, f"no known license is called {listed}: read the text and record its SPDX identifier"
-        )
+        yield finding(Kind.UNKNOWN, f"no known license is called {listed}: read it and record its SPDX identifier")
     elif reading.expression is None and not reading.marks_only:
-        yield finding(Kind.MISSING, "no license is stated, so nothing is allowed: ask the supplier")
+        yield finding(Kind.MISSING, "neither a license nor compliance is stated: ask the supplier")
     if reading.family in _REASONS:
         unsure = reading.if_choice is not reading.family
         kind = Kind(reading.family.value)
         detail = _REASONS[reading.family]
         if unsure:
-            detail += (
-                f"; several licenses are listed without saying whether one may be chosen ({reading.if_choice} then)"
-            )
+            detail += f"; the bill lists several without saying whether one may be chosen (then: {reading.if_choice})"
         yield finding(kind, detail, milder=unsure)
     if reading.imprecise:
         listed = ", ".join(repr(text) for text in reading.imprecise)

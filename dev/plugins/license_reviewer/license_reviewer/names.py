@@ -90,7 +90,7 @@ def _words(text: str) -> list[str]:
 
 
 def _gnu(text: str, words: list[str]) -> str | None:
-    """Read the many spellings of the GNU licenses; without a version any published one may be chosen (GPL section 9)."""
+    """Read the many spellings of the GNU licenses; without a version any published one may be chosen (GPL, 9)."""
     versions = [word for word in words if word[0].isdigit()]
     others = set(words) - set(versions)
     short = others & {"gpl", "lgpl", "agpl"}

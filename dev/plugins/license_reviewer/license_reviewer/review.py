@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from license_reviewer.findings import Finding, Kind, Part, Policy, license_findings, version_finding
@@ -25,7 +24,7 @@ def review(parts: Sequence[Part], policy: Policy, tick: Callable[[int, Part], No
     blocking = _blocking(findings, policy)
     expressions = Counter(reading.expression for reading in readings if reading.expression)
     return {
-        "findings": [asdict(finding) for finding in findings],
+        "findings": [finding.as_json() for finding in findings],
         "summary": {
             "components": len(parts),
             "findings": len(findings),
