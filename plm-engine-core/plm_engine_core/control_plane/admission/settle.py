@@ -49,14 +49,14 @@ class ArtifactRecord:
 class Outcome:
     """What became of one granted call.
 
-    `usage` is measured, in the plugin's units. `output` and `error` are JSON values; `error` has `category`, `message`
-    and whatever the executor knows beyond that.
+    `usage` is measured, in the plugin's units; None means it could not be, and the reservation is charged. `output` and
+    `error` are JSON values; `error` has `category`, `message` and whatever the executor knows beyond that.
     """
 
     status: OutcomeStatus
     output: Any = None
     error: Mapping[str, Any] | None = None
-    usage: Mapping[str, Decimal] = field(default_factory=dict)
+    usage: Mapping[str, Decimal] | None = field(default_factory=dict)
     artifacts: Sequence[ArtifactRecord] = ()
     evidence: Evidence = Evidence.MEASURED
     layers: Sequence[str] = ()
@@ -69,10 +69,14 @@ class Outcome:
                 "status": self.status.value,
                 "output": self.output,
                 "error": dict(self.error) if self.error is not None else None,
-                "usage": {unit: str(amount) for unit, amount in self.usage.items()},
+                "usage": self.usage_json(),
                 "artifacts": [artifact.sha256 for artifact in self.artifacts],
             }
         )
+
+    def usage_json(self) -> dict[str, str]:
+        """The stored form of the usage."""
+        return {unit: str(amount) for unit, amount in (self.usage or {}).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +120,7 @@ async def settle(
             evidence=outcome.evidence,
             output=outcome.output,
             error=dict(outcome.error) if outcome.error is not None else None,
-            usage={unit: str(amount) for unit, amount in outcome.usage.items()},
+            usage=outcome.usage_json(),
             charges=charges,
             artifacts=[artifact.to_json() for artifact in outcome.artifacts],
             trace_id=trace_id,
@@ -132,8 +136,8 @@ def _charges(outcome: Outcome, capability: CapabilityDescriptor) -> dict[str, st
     """Amount per unit; a unit left out is charged as reserved."""
     if outcome.status in UNSPENT:
         return {BudgetUnit.EUR.value: "0", BudgetUnit.CALLS.value: "0"}
-    if outcome.status is OutcomeStatus.OUTCOME_UNKNOWN:
-        return {}
+    if outcome.status is OutcomeStatus.OUTCOME_UNKNOWN or outcome.usage is None:
+        return {BudgetUnit.CALLS.value: "1"}
     return {BudgetUnit.EUR.value: str(capability.cost.price(outcome.usage)), BudgetUnit.CALLS.value: "1"}
 
 

@@ -6,16 +6,15 @@ from collections.abc import Mapping
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Self
 
 import yaml
 from plm_shared.idempotency import compute_content_hash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.vocabulary import ActionTier, AutonomyLevel, BudgetUnit, CapabilityMode, RiskLevel
-
-Amount = Annotated[Decimal, Field(ge=0, max_digits=20, decimal_places=8, allow_inf_nan=False)]
 
 
 class _Frozen(BaseModel):

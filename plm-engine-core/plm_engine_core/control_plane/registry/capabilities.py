@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.errors import InvalidRequest
-from plm_engine_core.control_plane.policy.snapshot import Amount
 from plm_engine_core.control_plane.vocabulary import CapabilityMode
 
 

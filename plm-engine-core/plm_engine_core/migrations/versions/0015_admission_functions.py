@@ -36,7 +36,7 @@ SIGNATURES = (
 
 
 def upgrade() -> None:
-    folder = files("plm_engine_core.control_plane.storage") / "sql"
+    folder = files("plm_engine_core") / "control_plane" / "storage" / "sql"
     connection = op.get_bind()
     for name in FILES:
         # Sent as it stands: SQLAlchemy would read the JSON operators and casts as bind parameters.

@@ -77,8 +77,8 @@ BEGIN
 
     IF v_outcome = 'allow' THEN
         FOR v_budget IN SELECT r.scope_kind, r.scope_id, r.unit, r.amount
-            FROM jsonb_to_recordset(c -> 'reserve') WITH ORDINALITY
-                AS r (scope_kind text, scope_id uuid, unit text, amount numeric, ord bigint) ORDER BY r.ord
+            FROM ROWS FROM (jsonb_to_recordset(c -> 'reserve') AS (scope_kind text, scope_id uuid, unit text, amount numeric))
+                WITH ORDINALITY AS r (scope_kind, scope_id, unit, amount, ord) ORDER BY r.ord
         LOOP
             UPDATE budgets SET reserved = reserved + v_budget.amount
                 WHERE tenant_id = v_tenant AND scope_kind = v_budget.scope_kind AND scope_id = v_budget.scope_id
@@ -91,8 +91,8 @@ BEGIN
         END LOOP;
         IF v_refused IS NOT NULL THEN
             UPDATE budgets AS b SET reserved = b.reserved - r.amount
-                FROM jsonb_to_recordset(c -> 'reserve') WITH ORDINALITY
-                    AS r (scope_kind text, scope_id uuid, unit text, amount numeric, ord bigint)
+                FROM ROWS FROM (jsonb_to_recordset(c -> 'reserve') AS (scope_kind text, scope_id uuid, unit text, amount numeric))
+                WITH ORDINALITY AS r (scope_kind, scope_id, unit, amount, ord)
                 WHERE r.ord <= v_reserved AND b.tenant_id = v_tenant AND b.scope_kind = r.scope_kind
                   AND b.scope_id = r.scope_id AND b.unit = r.unit;
             IF v_ticket.id IS NOT NULL THEN

@@ -1,0 +1,47 @@
+"""The HTTP application: middleware in its order, routers, problem documents."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from plm_engine_core.control_plane.identity import IdentityMiddleware, get_current_identity
+from plm_shared.middleware import PlmTenantMiddleware, cors_allowed_headers
+
+from plm_backend.body_limit import BodyLimitMiddleware
+from plm_backend.problems import install
+from plm_backend.routers import approvals, artifacts, halts, health, runs
+from plm_backend.wiring import Platform
+
+
+def create_app(platform: Platform) -> FastAPI:
+    """The API over an open platform. Outermost first: CORS, identity, tenant and trace, body limit, router."""
+    app = FastAPI(
+        title="PLM platform",
+        version="1.0.0",
+        openapi_url="/openapi.json",
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.platform = platform
+    for router in (runs.router, approvals.router, halts.router, artifacts.router, health.router):
+        app.include_router(router)
+    install(app)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=platform.settings.max_body_bytes)
+    app.add_middleware(PlmTenantMiddleware, identity_tenant=_identity_tenant)
+    app.add_middleware(IdentityMiddleware, provider=platform.identity, audit=platform.audit)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=list(platform.settings.cors_allowed_origins),
+        allow_credentials=True,
+        allow_methods=["GET", "POST", "DELETE"],
+        allow_headers=cors_allowed_headers(["Idempotency-Key", "Last-Event-ID", "traceparent"]),
+        expose_headers=["Location", "Idempotency-Key", "Idempotent-Replayed"],
+    )
+    return app
+
+
+def _identity_tenant() -> UUID | None:
+    identity = get_current_identity()
+    return identity.tenant_id if identity is not None else None

@@ -1,0 +1,53 @@
+"""The agents this installation offers: the plans in one folder, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from plm_engine_core.agent_runtime import Agent, Plan, PlanAgent, load_plan
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.registry import CapabilityRegistry
+from plm_engine_core.control_plane.runs import Run
+
+
+class AgentCatalog:
+    """Plans by name. A run keeps the plan it was created with, so editing a file changes no run."""
+
+    def __init__(self, plans: Mapping[str, Plan]) -> None:
+        self._plans = dict(plans)
+
+    def get(self, name: str) -> Plan:
+        """The plan of an agent.
+
+        Raises:
+            InvalidRequest: there is none of that name.
+        """
+        plan = self._plans.get(name)
+        if plan is None:
+            known = ", ".join(sorted(self._plans)) or "none"
+            raise InvalidRequest(f"there is no agent {name!r}; this installation has: {known}", field="agent")
+        return plan
+
+    @staticmethod
+    def agent_of(run: Run) -> Agent:
+        """The agent of a run, from what the run recorded."""
+        return PlanAgent(Plan.model_validate(run.agent["plan"]))
+
+
+def load_catalog(folder: Path, registry: CapabilityRegistry) -> AgentCatalog:
+    """Read every `*.yaml` plan of a folder, and check that each names only registered capabilities.
+
+    Raises:
+        InvalidRequest: naming the file and what is wrong with it.
+    """
+    plans: dict[str, Plan] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        plan = load_plan(path)
+        if plan.agent in plans:
+            raise InvalidRequest(f"{path}: agent {plan.agent} stands in two files", field="agent")
+        unknown = sorted({step.capability for step in plan.steps if registry.get(step.capability) is None})
+        if unknown:
+            raise InvalidRequest(f"{path}: capability {unknown[0]} is not registered", field="capability")
+        plans[plan.agent] = plan
+    return AgentCatalog(plans)

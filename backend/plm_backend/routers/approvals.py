@@ -1,0 +1,40 @@
+"""Approvals: what waits for a human, and the human's word."""
+
+from __future__ import annotations
+
+from typing import Any
+from uuid import UUID
+
+from fastapi import APIRouter
+from plm_engine_core.control_plane.vocabulary import TicketState
+
+from plm_backend.dependencies import Cursor, Limit, TheCaller, ThePlatform, decode_cursor, encode_cursor
+from plm_backend.schemas import DecisionBody, TicketDocument, TicketPage, ticket_document
+
+router = APIRouter(prefix="/v1/approvals", tags=["approvals"])
+
+
+@router.get("", operation_id="listApprovals", response_model=TicketPage)
+async def list_approvals(
+    platform: ThePlatform,
+    caller: TheCaller,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+    state: TicketState | None = None,
+) -> Any:
+    """Tickets of the tenant, oldest first."""
+    tickets = await platform.control_plane.storage.approvals.list(
+        caller.tenant_id, limit=limit + 1, after=decode_cursor(cursor), state=state
+    )
+    page = tickets[:limit]
+    following = encode_cursor(page[-1].created_at, page[-1].id) if len(tickets) > limit else None
+    return {"items": [ticket_document(ticket) for ticket in page], "next": following}
+
+
+@router.post("/{ticket_id}/decision", operation_id="decideApproval", response_model=TicketDocument)
+async def decide(ticket_id: UUID, body: DecisionBody, platform: ThePlatform, caller: TheCaller) -> Any:
+    """Approve or deny. The decider is the caller; it needs `plm.hitl.resolve` and cannot be the requester."""
+    ticket = await platform.control_plane.decide(
+        caller.tenant_id, ticket_id, body.decision, approver=caller.principal, comment=body.comment
+    )
+    return ticket_document(ticket)

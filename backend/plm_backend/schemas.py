@@ -1,0 +1,275 @@
+"""The documents of the API, version 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from plm_engine_core.control_plane.halts import Halt
+from plm_engine_core.control_plane.hitl import ApprovalTicket
+from plm_engine_core.control_plane.limits import Budget
+from plm_engine_core.control_plane.runs import Run, Step
+from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, RunState, TicketDecision, TicketState
+from pydantic import BaseModel, ConfigDict, Field
+
+CONTRACT_VERSION = "1.0.0"
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileInput(_Body):
+    """A file given with the request: its text, or its bytes in base64."""
+
+    name: str = Field(min_length=1, max_length=255)
+    mime_type: str = Field(default="application/octet-stream", max_length=255)
+    text: str | None = None
+    base64: str | None = None
+
+
+class RunCreate(_Body):
+    """What to run: an agent by name, its inputs, and the most it may spend."""
+
+    agent: str = Field(min_length=1, max_length=120)
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, FileInput] = Field(default_factory=dict)
+    budget: dict[BudgetUnit, Annotated[Decimal, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+
+
+class DecisionBody(_Body):
+    """An approver's word."""
+
+    decision: TicketDecision
+    comment: str = Field(default="", max_length=10_000)
+
+
+class HaltCreate(_Body):
+    """What to stop, and why."""
+
+    scope: HaltScope
+    scope_id: UUID | None = None
+    reason: str = Field(min_length=1, max_length=2000)
+
+
+class Links(BaseModel):
+    """Where to go from here."""
+
+    self: str
+    events: str
+    cancel: str
+    mcrc: str
+
+
+class RunDocument(BaseModel):
+    """One run."""
+
+    contract_version: Literal["1.0.0"] = "1.0.0"
+    run_id: UUID
+    trace_id: str
+    state: RunState
+    agent: dict[str, Any]
+    reason: str | None
+    message: str | None
+    result: Any
+    created_at: datetime
+    updated_at: datetime
+    finished_at: datetime | None
+    links: Links
+
+
+class StepDocument(BaseModel):
+    """One attempt of one step."""
+
+    step: int
+    attempt: int
+    step_id: str
+    capability: str
+    resource: str
+    state: str
+    evidence: str | None
+    ticket_id: UUID | None
+    error: dict[str, Any] | None
+    usage: dict[str, Any]
+    output: Any
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class BudgetDocument(BaseModel):
+    """One budget; amounts are decimal texts."""
+
+    scope: str
+    unit: str
+    limit: str
+    spent: str
+    reserved: str
+
+
+class RunDetail(RunDocument):
+    """One run with its steps and budgets."""
+
+    steps: list[StepDocument]
+    budgets: list[BudgetDocument]
+
+
+class RunPage(BaseModel):
+    """Runs, newest first; `next` is the cursor of the following page."""
+
+    items: list[RunDocument]
+    next: str | None
+
+
+class TicketDocument(BaseModel):
+    """One approval ticket: exactly what would be done, and until when it may be decided."""
+
+    ticket_id: UUID
+    run_id: UUID
+    step: int
+    capability: str
+    resource: str
+    arguments: dict[str, Any]
+    digest: str
+    policy_digest: str
+    tier: str
+    risk: str
+    requested_by: UUID
+    state: TicketState
+    deadline: datetime
+    created_at: datetime
+    decided_at: datetime | None
+    decided_by: UUID | None
+    comment: str | None
+
+
+class TicketPage(BaseModel):
+    """Tickets, oldest first."""
+
+    items: list[TicketDocument]
+    next: str | None
+
+
+class HaltDocument(BaseModel):
+    """One halt."""
+
+    halt_id: UUID
+    scope: HaltScope
+    scope_id: UUID | None
+    epoch: int
+    reason: str
+    triggered_by: UUID
+    triggered_at: datetime
+    lifted_by: UUID | None
+    lifted_at: datetime | None
+
+
+class Health(BaseModel):
+    """Whether the process lives, or can serve."""
+
+    status: str
+    checks: dict[str, str] = Field(default_factory=dict)
+
+
+def run_document(run: Run) -> dict[str, Any]:
+    """The public form of a run."""
+    base = f"/v1/runs/{run.id}"
+    return {
+        "run_id": run.id,
+        "trace_id": run.trace_id,
+        "state": run.state,
+        "agent": {key: value for key, value in run.agent.items() if key != "plan"},
+        "reason": run.reason,
+        "message": run.message,
+        "result": run.result,
+        "created_at": run.created_at,
+        "updated_at": run.updated_at,
+        "finished_at": run.finished_at,
+        "links": Links(self=base, events=f"{base}/events", cancel=f"{base}/cancel", mcrc=f"{base}/mcrc"),
+    }
+
+
+def step_document(step: Step) -> StepDocument:
+    """The public form of a step."""
+    return StepDocument(
+        step=step.step_index,
+        attempt=step.attempt,
+        step_id=step.step_id,
+        capability=step.capability,
+        resource=step.resource,
+        state=step.state.value,
+        evidence=step.evidence.value if step.evidence else None,
+        ticket_id=step.ticket_id,
+        error=dict(step.error) if step.error is not None else None,
+        usage=dict(step.usage),
+        output=step.output,
+        started_at=step.started_at,
+        finished_at=step.finished_at,
+    )
+
+
+def budget_document(budget: Budget) -> BudgetDocument:
+    """The public form of a budget."""
+
+    def text(amount: Decimal) -> str:
+        return f"{amount.normalize():f}"
+
+    return BudgetDocument(
+        scope=budget.scope.value,
+        unit=budget.unit.value,
+        limit=text(budget.limit),
+        spent=text(budget.spent),
+        reserved=text(budget.reserved),
+    )
+
+
+def ticket_document(ticket: ApprovalTicket) -> TicketDocument:
+    """The public form of a ticket."""
+    return TicketDocument(
+        ticket_id=ticket.id,
+        run_id=ticket.run_id,
+        step=ticket.step_index,
+        capability=ticket.capability,
+        resource=ticket.resource,
+        arguments=dict(ticket.arguments),
+        digest=ticket.digest,
+        policy_digest=ticket.policy_digest,
+        tier=ticket.tier,
+        risk=ticket.risk,
+        requested_by=ticket.requested_by,
+        state=ticket.state,
+        deadline=ticket.deadline,
+        created_at=ticket.created_at,
+        decided_at=ticket.decided_at,
+        decided_by=ticket.decided_by,
+        comment=ticket.comment,
+    )
+
+
+def halt_document(halt: Halt) -> HaltDocument:
+    """The public form of a halt."""
+    return HaltDocument(
+        halt_id=halt.id,
+        scope=halt.scope,
+        scope_id=halt.scope_id,
+        epoch=halt.epoch,
+        reason=halt.reason,
+        triggered_by=halt.triggered_by,
+        triggered_at=halt.triggered_at,
+        lifted_by=halt.lifted_by,
+        lifted_at=halt.lifted_at,
+    )
+
+
+def jsonable(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A database row as JSON values; decimals as texts, so that no digit is lost."""
+    return {
+        key: str(value)
+        if isinstance(value, Decimal | UUID)
+        else value.isoformat()
+        if isinstance(value, datetime)
+        else value
+        for key, value in row.items()
+    }

@@ -1,0 +1,62 @@
+"""Settings: everything the application reads from its environment, in one place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Settings(BaseSettings):
+    """Read from environment variables of the same names in upper case, those of ours prefixed `PLM_`.
+
+    Secrets come from the environment only: `PG_DSN`, `PG_ADMIN_DSN` and the identity secrets never stand in a file of
+    ours, an argument or a log.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="PLM_", extra="ignore")
+
+    environment: str = Field(default="development", validation_alias="ENVIRONMENT")
+    pg_dsn: str | None = Field(default=None, validation_alias="PG_DSN", repr=False)
+    pg_admin_dsn: str | None = Field(default=None, validation_alias="PG_ADMIN_DSN", repr=False)
+    state_dir: Path = REPOSITORY / ".state"
+    policy: Path = REPOSITORY / "dev" / "policy.yaml"
+    capabilities: Path = REPOSITORY / "dev" / "capabilities.yaml"
+    agents: Path = REPOSITORY / "dev" / "agents"
+    artifacts_dir: Path | None = None
+    plugins_dir: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = Field(default=8000, ge=0, le=65535)
+    lease_seconds: float = Field(default=30.0, ge=0.5, le=3600)
+    recovery_seconds: float = Field(default=10.0, ge=0.2, le=3600)
+    run_concurrency: int = Field(default=8, ge=1, le=256)
+    plugin_concurrency: int = Field(default=1, ge=1, le=64)
+    max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
+    cors_allowed_origins: Annotated[tuple[str, ...], NoDecode] = ()
+
+    @field_validator("cors_allowed_origins", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        origins = tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+        if isinstance(origins, tuple) and "*" in origins:
+            raise ValueError("'*' would let every page read every tenant; name the origins")
+        return origins
+
+    @property
+    def development(self) -> bool:
+        """Whether conveniences such as the embedded database are allowed."""
+        return self.environment.strip().casefold() == "development"
+
+    @property
+    def artifact_root(self) -> Path:
+        """Where the local artifact store keeps its files."""
+        return self.artifacts_dir or self.state_dir / "artifacts"
+
+    @property
+    def plugin_root(self) -> Path:
+        """Where plugin environments, manifests and data live."""
+        return self.plugins_dir or self.state_dir / "plugins"

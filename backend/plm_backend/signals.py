@@ -1,0 +1,108 @@
+"""News of runs between processes, by NOTIFY; a lost one loses nothing, because readers look at the stream itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+from uuid import UUID
+
+import psycopg
+from plm_engine_core.control_plane.storage.postgres.gateway import Pool
+from plm_shared.addresses import driver_dsn
+
+logger = logging.getLogger(__name__)
+
+CHANNEL = "plm_run_news"
+_LONGEST = 7000  # bytes; PostgreSQL refuses a NOTIFY payload of 8000 and more
+_AT_MOST_EVERY = 0.1  # seconds between two reports of one run: a plugin must not flood the database
+
+
+class PostgresSignals:
+    """Publishes news; failures are logged, because news is never the record of anything."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._last: dict[UUID, float] = {}
+
+    async def changed(self, tenant_id: UUID, run_id: UUID) -> None:
+        """The run's stream has new events."""
+        self._last.pop(run_id, None)
+        await self._notify({"tenant": str(tenant_id), "run": str(run_id)})
+
+    async def progress(self, tenant_id: UUID, run_id: UUID, report: Mapping[str, Any]) -> None:
+        """A step reports progress; reports that follow too closely are dropped, the last one of a step never is."""
+        now = asyncio.get_running_loop().time()
+        if now - self._last.get(run_id, 0.0) < _AT_MOST_EVERY and report.get("fraction") != 1.0:
+            return
+        self._last[run_id] = now
+        await self._notify({"tenant": str(tenant_id), "run": str(run_id), "progress": dict(report)})
+
+    async def _notify(self, news: Mapping[str, Any]) -> None:
+        payload = json.dumps(news)
+        if len(payload) > _LONGEST:
+            return
+        try:
+            async with self._pool.connection() as connection:
+                await connection.execute("SELECT pg_notify(%s, %s)", [CHANNEL, payload])
+        except psycopg.Error:
+            logger.warning("news of a run could not be published", exc_info=True)
+
+
+class SignalHub:
+    """One listening connection per process, fanned out to whoever watches a run here."""
+
+    def __init__(self, dsn: str) -> None:
+        self._dsn = driver_dsn(dsn)
+        self._watchers: dict[tuple[str, str], set[asyncio.Queue[Mapping[str, Any]]]] = {}
+
+    async def listen(self) -> None:
+        """Listen until cancelled; after a lost connection every watcher is woken, for it may have missed something."""
+        while True:
+            try:
+                async with await psycopg.AsyncConnection.connect(self._dsn, autocommit=True) as connection:
+                    await connection.execute(f"LISTEN {CHANNEL}".encode())
+                    self._wake_all()
+                    async for notice in connection.notifies():
+                        self._hand_out(notice.payload)
+            except psycopg.Error:
+                logger.warning("the listening connection was lost", exc_info=True)
+                await asyncio.sleep(1.0)
+
+    @asynccontextmanager
+    async def watch(self, tenant_id: UUID, run_id: UUID) -> AsyncIterator[asyncio.Queue[Mapping[str, Any]]]:
+        """A queue of news of one run; when its reader is slow, old news is dropped."""
+        key = (str(tenant_id), str(run_id))
+        queue: asyncio.Queue[Mapping[str, Any]] = asyncio.Queue(maxsize=64)
+        self._watchers.setdefault(key, set()).add(queue)
+        try:
+            yield queue
+        finally:
+            self._watchers[key].discard(queue)
+            if not self._watchers[key]:
+                del self._watchers[key]
+
+    def _hand_out(self, payload: str) -> None:
+        try:
+            news = json.loads(payload)
+            key = (news["tenant"], news["run"])
+        except (ValueError, KeyError, TypeError):
+            logger.warning("news that is not ours was ignored")
+            return
+        for queue in self._watchers.get(key, ()):
+            _put(queue, news)
+
+    def _wake_all(self) -> None:
+        for queues in self._watchers.values():
+            for queue in queues:
+                _put(queue, {})
+
+
+def _put(queue: asyncio.Queue[Mapping[str, Any]], news: Mapping[str, Any]) -> None:
+    if queue.full():
+        with suppress(asyncio.QueueEmpty):
+            queue.get_nowait()
+    queue.put_nowait(news)

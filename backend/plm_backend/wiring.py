@@ -1,0 +1,153 @@
+"""The one composition root: every part is made here and handed to those who need it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from plm_engine_core.agent_runtime import Driver, Selector
+from plm_engine_core.control_plane import ControlPlane
+from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider, IdentityProvider, PostgresAuditSink
+from plm_engine_core.control_plane.policy import load_policy
+from plm_engine_core.control_plane.recovery import Recovery
+from plm_engine_core.control_plane.registry import CapabilityRegistry, load_capabilities
+from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
+from plm_engine_core.control_plane.storage.postgres.gateway import Pool
+from plm_shared.addresses import driver_dsn
+from plm_shared.artifact_store import LocalFilesystemBackend
+from plugin_substrate.manager import PluginManager
+from plugin_substrate.queue import JobQueue
+
+from plm_backend.artifacts import Artifacts
+from plm_backend.catalog import AgentCatalog, load_catalog
+from plm_backend.errors import SetupError
+from plm_backend.executors import PluginExecutor
+from plm_backend.run_queue import ProcrastinateDelivery, deliver
+from plm_backend.settings import Settings
+from plm_backend.signals import PostgresSignals, SignalHub
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Platform:
+    """Everything one process shares; opened by `open_platform`."""
+
+    settings: Settings
+    dsn: str
+    pool: Pool
+    control_plane: ControlPlane
+    agents: AgentCatalog
+    artifacts: Artifacts
+    identity: IdentityProvider
+    audit: PostgresAuditSink
+    hub: SignalHub
+
+
+@asynccontextmanager
+async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]:
+    """Open what both the API and run workers need, on the application's connection string.
+
+    Raises:
+        SetupError: the operator must change something first.
+    """
+    dsn = driver_dsn(dsn)
+    registry = load_capabilities(settings.capabilities)
+    pool = open_pool(dsn, max_size=settings.run_concurrency + 8)
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(pool)
+        signals = PostgresSignals(pool)
+        control_plane = ControlPlane(
+            policy=load_policy(settings.policy),
+            registry=registry,
+            storage=PostgresStorage(pool, ProcrastinateDelivery()),
+            signals=signals,
+        )
+        hub = SignalHub(dsn)
+        await stack.enter_async_context(_background(hub.listen(), "signal hub"))
+        yield Platform(
+            settings=settings,
+            dsn=dsn,
+            pool=pool,
+            control_plane=control_plane,
+            agents=load_catalog(settings.agents, registry),
+            artifacts=Artifacts(LocalFilesystemBackend(settings.artifact_root), name="local"),
+            identity=Hs256JwtIdentityProvider.from_environment(),
+            audit=PostgresAuditSink(pool),
+            hub=hub,
+        )
+
+
+@asynccontextmanager
+async def run_worker(platform: Platform) -> AsyncIterator[None]:
+    """A run worker in this process: plugins, queue, driver, delivery and recovery, until the block ends."""
+    settings = platform.settings
+    async with AsyncExitStack() as stack:
+        manager = PluginManager(data_dir=settings.plugin_root)
+        manager.discover_manifests()
+        _check_capabilities(platform.control_plane.registry, manager)
+        await stack.enter_async_context(manager)
+        queue = JobQueue(manager)
+        await queue.start()
+        stack.push_async_callback(queue.stop)
+        executor = PluginExecutor(
+            manager=manager,
+            queue=queue,
+            artifacts=platform.artifacts,
+            runs=platform.control_plane.storage.runs,
+            concurrency=settings.plugin_concurrency,
+        )
+        driver = Driver(
+            control_plane=platform.control_plane,
+            agents=platform.agents.agent_of,
+            selector=Selector([executor]),
+            owner=f"{socket.gethostname()}/{os.getpid()}",
+            lease_seconds=settings.lease_seconds,
+        )
+        recovery = Recovery(platform.control_plane.storage, every_seconds=settings.recovery_seconds)
+        ready = asyncio.Event()
+        delivery = deliver(platform.dsn, driver.drive, concurrency=settings.run_concurrency, ready=ready)
+        await stack.enter_async_context(_background(delivery, "delivery"))
+        await stack.enter_async_context(_background(recovery.run(), "recovery"))
+        await ready.wait()
+        yield
+
+
+def _check_capabilities(registry: CapabilityRegistry, manager: PluginManager) -> None:
+    """Refuse a registration that promises more than its plugin does."""
+    for capability in registry:
+        meta = manager.get_discovered_meta(capability.plugin)
+        if meta is None:
+            logger.warning("plugin %s of %s is not installed on this node", capability.plugin, capability.id)
+        elif capability.idempotent and not meta.idempotent:
+            raise SetupError(
+                f"capability {capability.id} is registered as idempotent, but plugin {meta.name} does not declare itself "
+                "so; correct one of them"
+            )
+
+
+@asynccontextmanager
+async def _background(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+    """Run `work` beside the block, and end it with the block; its failure is logged at once, not at the end."""
+
+    async def guarded() -> None:
+        try:
+            await work
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.exception("the %s ended unexpectedly", name)
+            raise
+
+    task = asyncio.create_task(guarded(), name=name)
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

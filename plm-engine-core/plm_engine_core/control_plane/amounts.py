@@ -1,0 +1,11 @@
+"""Amounts of money and of anything else that is counted: exact decimals."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+from typing import Annotated
+
+from pydantic import Field
+
+Amount = Annotated[Decimal, Field(ge=0, max_digits=20, decimal_places=8, allow_inf_nan=False)]
+"""What the database keeps as numeric(20, 8), from zero up."""

@@ -1,0 +1,141 @@
+"""The audit log: who authenticated and who was refused, written before the request goes on.
+
+AuditError
+├── AuditUnavailable      nothing was written: try again later
+└── AuditTenantUnknown    the record names a tenant that does not exist
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+from uuid import UUID
+
+import psycopg
+from psycopg.types.json import Jsonb
+from psycopg_pool import AsyncConnectionPool
+
+from plm_engine_core.control_plane.identity.context import ActorKind, IdentityContext
+from plm_engine_core.control_plane.identity.errors import IdentityValidationError
+from plm_engine_core.control_plane.ids import new_id
+
+
+class AuditEvent(StrEnum):
+    """What an audit record tells."""
+
+    IDENTITY_BIND = "identity.bind"  # an identity was established
+    IDENTITY_REJECT = "identity.reject"  # a token with our signature was refused
+
+
+class AuditError(Exception):
+    """The record was not written; `tenant_id` is whose record it was."""
+
+    def __init__(self, message: str, *, tenant_id: UUID) -> None:
+        super().__init__(message)
+        self.tenant_id = tenant_id
+
+
+class AuditUnavailable(AuditError):
+    """The audit log could not be reached, refused the record or was too slow."""
+
+
+class AuditTenantUnknown(AuditError):
+    """No tenant has this id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRecord:
+    """One row of the audit log; the database adds the time."""
+
+    tenant_id: UUID
+    user_id: UUID | None
+    actor_kind: ActorKind
+    event_type: AuditEvent
+    payload: Mapping[str, Any]
+    id: UUID = field(default_factory=new_id)
+
+
+class AuditSink(Protocol):
+    """Where audit records go."""
+
+    async def write(self, record: AuditRecord) -> None:
+        """Return when the record is stored for good.
+
+        Raises:
+            AuditUnavailable: it is not stored.
+            AuditTenantUnknown: it cannot be stored, for its tenant does not exist.
+        """
+
+
+def bind_record(identity: IdentityContext, *, provider: str) -> AuditRecord:
+    """The record of an identity that was established."""
+    return AuditRecord(
+        tenant_id=identity.tenant_id,
+        user_id=identity.user_id,
+        actor_kind=identity.actor_kind,
+        event_type=AuditEvent.IDENTITY_BIND,
+        payload={"provider": provider, "scopes": sorted(identity.scopes), "session_id": identity.session_id},
+    )
+
+
+def reject_record(tenant_id: UUID, error: IdentityValidationError, *, provider: str) -> AuditRecord:
+    """The record of a refusal; the tenant must come from a verified signature, never from an unverified claim."""
+    return AuditRecord(
+        tenant_id=tenant_id,
+        user_id=None,
+        actor_kind=ActorKind.SYSTEM,
+        event_type=AuditEvent.IDENTITY_REJECT,
+        payload={"provider": provider, "reason": error.reason.value, "code": error.code},
+    )
+
+
+class InMemoryAuditSink:
+    """Keeps records in a list; for tests and for trying things out."""
+
+    def __init__(self) -> None:
+        self.records: list[AuditRecord] = []
+
+    async def write(self, record: AuditRecord) -> None:
+        """Append the record."""
+        self.records.append(record)
+
+
+class PostgresAuditSink:
+    """Writes to ``audit_log`` as the application's login, one transaction and one network round trip per record."""
+
+    def __init__(
+        self, pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]], *, timeout_seconds: float = 5.0
+    ) -> None:
+        self._pool = pool
+        self._timeout = timeout_seconds
+
+    async def write(self, record: AuditRecord) -> None:
+        """See `AuditSink.write`; waits at most `timeout_seconds`, connection and commit included."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                await self._insert(record)
+        except psycopg.errors.ForeignKeyViolation:
+            raise AuditTenantUnknown(f"tenant {record.tenant_id} does not exist", tenant_id=record.tenant_id) from None
+        except (psycopg.Error, TimeoutError) as error:
+            raise AuditUnavailable(
+                f"the audit log could not be written ({type(error).__name__})", tenant_id=record.tenant_id
+            ) from error
+
+    async def _insert(self, record: AuditRecord) -> None:
+        async with self._pool.connection() as connection, connection.pipeline(), connection.transaction():
+            await connection.execute("SELECT set_config('app.tenant_id', %s, true)", (str(record.tenant_id),))
+            await connection.execute(
+                "INSERT INTO audit_log (tenant_id, id, user_id, actor_kind, event_type, payload) "
+                "VALUES (%s, %s, %s, %s, %s, %s)",
+                (
+                    record.tenant_id,
+                    record.id,
+                    record.user_id,
+                    record.actor_kind.value,
+                    record.event_type.value,
+                    Jsonb(dict(record.payload)),
+                ),
+            )

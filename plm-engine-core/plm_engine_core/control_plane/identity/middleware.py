@@ -1,0 +1,107 @@
+"""The door: no request passes without an established identity and its audit record."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any, Final
+
+from plm_engine_core.control_plane.identity.audit import (
+    AuditError,
+    AuditSink,
+    AuditTenantUnknown,
+    bind_record,
+    reject_record,
+)
+from plm_engine_core.control_plane.identity.context import IdentityContext, identity_bound
+from plm_engine_core.control_plane.identity.errors import (
+    IdentityMalformedError,
+    IdentityMissingError,
+    IdentityValidationError,
+    RejectReason,
+)
+from plm_engine_core.control_plane.identity.problems import Problem, refuse
+from plm_engine_core.control_plane.identity.provider import IdentityProvider
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+EXEMPT_PATHS: Final = frozenset({"/v1/health", "/v1/health/live", "/v1/health/ready"})
+"""Answered without identity: they carry no tenant's data, and their callers (probes) have no token."""
+
+_log = logging.getLogger(__name__)
+
+
+class IdentityMiddleware:
+    """Plain ASGI, for HTTP and WebSocket: validates the bearer token, binds the identity, writes the audit record.
+
+    A refusal is 401 with problem details (RFC 9457) and never reaches the application. When the audit record cannot
+    be written the answer is 503, unless `audit_required` is false; then the failure is logged and the request goes on.
+    Stands inside CORS (so that refusals carry its headers) and outside everything that needs a tenant.
+    """
+
+    def __init__(
+        self, app: AsgiApp, *, provider: IdentityProvider, audit: AuditSink, audit_required: bool = True
+    ) -> None:
+        self._app = app
+        self._provider = provider
+        self._audit = audit
+        self._audit_required = audit_required
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection."""
+        if scope["type"] not in {"http", "websocket"} or _exempt(scope):
+            await self._app(scope, receive, send)
+            return
+        answer = await self._identify(scope)
+        if isinstance(answer, Problem):
+            await refuse(answer, scope, receive, send)
+            return
+        with identity_bound(answer):
+            await self._app(scope, receive, send)
+
+    async def _identify(self, scope: Scope) -> IdentityContext | Problem:
+        try:
+            identity = self._provider.validate(_bearer_token(scope.get("headers", ())))
+        except IdentityValidationError as error:
+            await self._record_refusal(error)
+            return Problem.unauthenticated(error)
+        try:
+            await self._audit.write(bind_record(identity, provider=self._provider.name))
+        except AuditTenantUnknown:
+            return Problem.unauthenticated(
+                IdentityMalformedError("the token's tenant does not exist", reason=RejectReason.UNKNOWN_TENANT)
+            )
+        except AuditError:
+            _log.exception("identity.bind of tenant %s is not in the audit log", identity.tenant_id)
+            if self._audit_required:
+                return Problem.audit_unavailable()
+        return identity
+
+    async def _record_refusal(self, error: IdentityValidationError) -> None:
+        if error.tenant_id is None:
+            return
+        try:
+            await self._audit.write(reject_record(error.tenant_id, error, provider=self._provider.name))
+        except AuditError:
+            _log.exception("identity.reject of tenant %s is not in the audit log", error.tenant_id)
+
+
+def _exempt(scope: Scope) -> bool:
+    return scope["type"] == "http" and (scope["path"].rstrip("/") or "/") in EXEMPT_PATHS
+
+
+def _bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The one bearer token of a request; the scheme's case does not matter (RFC 9110, section 11.1)."""
+    values = [value for name, value in headers if name.lower() == b"authorization"]
+    if not values:
+        raise IdentityMissingError
+    if len(values) > 1:
+        raise IdentityMalformedError("send one Authorization header", reason=RejectReason.MALFORMED_TOKEN)
+    scheme, _, token = values[0].decode("latin-1").partition(" ")
+    if scheme.lower() != "bearer" or not token.strip(" "):
+        raise IdentityMissingError
+    return token.strip(" ")

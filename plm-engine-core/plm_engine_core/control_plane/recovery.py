@@ -1,0 +1,40 @@
+"""Recovery: brings back what nobody drives although somebody should. Safe to run anywhere, any number of times."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from plm_engine_core.control_plane.errors import ControlPlaneError
+from plm_engine_core.control_plane.storage.ports import Storage
+
+logger = logging.getLogger(__name__)
+
+_BATCH = 200
+
+
+class Recovery:
+    """Finds runs whose worker is gone, whose job was lost or whose ticket has expired, and has them driven again.
+
+    It decides nothing itself: whoever then takes the lease closes the abandoned grant, and never guesses.
+    """
+
+    def __init__(self, storage: Storage, *, every_seconds: float = 10.0) -> None:
+        self._storage = storage
+        self._every_seconds = every_seconds
+
+    async def sweep(self) -> int:
+        """One pass; answers how many runs were enqueued."""
+        found = await self._storage.runs.abandoned(_BATCH)
+        for tenant_id, run_id in found:
+            await self._storage.runs.revive(tenant_id, run_id)
+        return len(found)
+
+    async def run(self) -> None:
+        """Sweep until cancelled; a failed pass is logged and the next one tries again."""
+        while True:
+            try:
+                await self.sweep()
+            except ControlPlaneError:
+                logger.warning("a recovery pass failed; the next one tries again", exc_info=True)
+            await asyncio.sleep(self._every_seconds)
