@@ -111,11 +111,11 @@ def _violations(version: str, components: list[Any], name: str) -> dict[int, lis
     except (KeyError, ValueError, NotImplementedError) as error:
         raise _refused(f"{name} has specVersion {version!r:.20}: it must be one of 1.2 to 1.7") from error
     reasons: dict[int, list[str]] = {}
-    for error in errors:
-        place = list(error.data.absolute_path)
-        if error.data.validator == "uniqueItems":
+    for found in (one.data for one in errors):
+        place = list(found.absolute_path)
+        if found.validator == "uniqueItems":
             continue  # components may differ only in what is not looked at
-        deepest = best_match(iter([error.data]))
+        deepest = best_match(iter([found]))
         field = ".".join(str(step) for step in list(deepest.absolute_path)[2:])
         reasons.setdefault(place[1], []).append(_shorten(f"{field}: {deepest.message}" if field else deepest.message))
     return reasons
@@ -154,8 +154,9 @@ def _licenses(values: Any) -> Iterator[str]:
     for value in values if isinstance(values, list) else ():
         if not isinstance(value, dict):
             continue
-        stated = value.get("license") if isinstance(value.get("license"), dict) else {}
-        text = clean(value.get("expression") or stated.get("id") or stated.get("name"))
+        stated = value.get("license")
+        named = (stated.get("id") or stated.get("name")) if isinstance(stated, dict) else None
+        text = clean(value.get("expression") or named)
         if text:
             yield text
 

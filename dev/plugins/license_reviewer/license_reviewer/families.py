@@ -6,9 +6,10 @@ in it but the list of network licenses.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from license_expression import (
     AND,
@@ -58,6 +59,12 @@ def parse(text: str) -> Any | None:
         return _licensing()[0].parse(text, validate=True, strict=True)
     except ExpressionError:
         return None
+
+
+def combine(expressions: Sequence[str], operator: Literal["AND", "OR"]) -> Any:
+    """Return one simplified expression of several valid ones."""
+    joined = f" {operator} ".join(f"({expression})" for expression in expressions)
+    return _licensing()[0].parse(joined, validate=True, strict=True).simplify()
 
 
 def family(expression: Any) -> Family:

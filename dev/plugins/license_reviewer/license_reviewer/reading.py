@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from license_reviewer.families import Family, family, parse
+from license_reviewer.families import Family, combine, family, parse
 from license_reviewer.names import compliance, names_only_a_family, spdx_name
 
 
@@ -54,13 +54,13 @@ def read_licenses(texts: Sequence[str], meaning: ListMeaning) -> Reading:
     if unknown:
         return Reading(unknown=unknown, denied=denied)
     precise = _without_repetition([name for name in names.values() if name])
-    parts = sorted({f"({name.expression})" for name in precise})
-    all_of, any_of = parse(" AND ".join(parts)), parse(" OR ".join(parts))
-    stated = (all_of if meaning is ListMeaning.ALL else any_of).simplify()
+    expressions = sorted({name.expression for name in precise})
+    choice = combine(expressions, "OR")
+    stated = choice if meaning is ListMeaning.ANY else combine(expressions, "AND")
     return Reading(
         expression=stated.render(),
         family=family(stated),
-        if_choice=family(any_of),
+        if_choice=family(choice),
         imprecise=tuple(name.text for name in precise if name.imprecise),
         denied=denied,
     )

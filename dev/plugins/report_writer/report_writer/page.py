@@ -14,7 +14,7 @@ MAX_SHOWN = 5_000
 
 def render_page(content: Content, chart_png: bytes) -> bytes:
     """Return the page in UTF-8. Every text is escaped, and a policy in the page forbids scripts and network besides."""
-    page = _template().render(
+    page: str = _template().render(
         content=content,
         severities=SEVERITIES,
         chart=base64.b64encode(chart_png).decode("ascii"),
