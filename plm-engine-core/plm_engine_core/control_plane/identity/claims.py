@@ -32,7 +32,7 @@ def _actor_kind(value: object) -> ActorKind:
 
 UuidText = Annotated[UUID, BeforeValidator(_uuid_text)]
 NumericDate = Annotated[float, Field(ge=0, le=_YEAR_9999, allow_inf_nan=False)]
-ScopeToken = Annotated[str, Field(pattern=r"^[\x21\x23-\x5b\x5d-\x7e]{1,128}\Z")]  # RFC 6749, section 3.3
+ScopeToken = Annotated[str, Field(pattern=r"^[\x21\x23-\x5b\x5d-\x7e]{1,128}$")]  # RFC 6749, section 3.3
 
 
 class Claims(BaseModel):
@@ -47,7 +47,7 @@ class Claims(BaseModel):
     exp: NumericDate
     iat: NumericDate
     nbf: NumericDate | None = None
-    session_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,256}\Z")] | None = None
+    session_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,256}$")] | None = None
 
     def identity(self) -> IdentityContext:
         """The identity that these claims establish once the token is verified."""

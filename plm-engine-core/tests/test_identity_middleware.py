@@ -1,0 +1,220 @@
+"""The door, driven as an ASGI server drives it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import uuid
+from collections.abc import MutableMapping
+from typing import Any
+
+import jwt
+import pytest
+from plm_engine_core.control_plane.identity import (
+    AuditRecord,
+    AuditTenantUnknown,
+    AuditUnavailable,
+    Hs256JwtIdentityProvider,
+    IdentityContext,
+    IdentityMiddleware,
+    InMemoryAuditSink,
+    get_current_identity,
+    require_identity,
+)
+
+SECRET = "a-secret-for-tests-of-forty-characters!!"
+USER, TENANT = uuid.UUID(int=1), uuid.UUID(int=2)
+PROVIDER = Hs256JwtIdentityProvider(active_secret=SECRET)
+
+
+class FailingSink:
+    def __init__(self, error: type[AuditUnavailable | AuditTenantUnknown]) -> None:
+        self._error = error
+
+    async def write(self, record: AuditRecord) -> None:
+        raise self._error("not written", tenant_id=record.tenant_id)
+
+
+class Application:
+    """Remembers the identities that reached it."""
+
+    def __init__(self) -> None:
+        self.seen: list[IdentityContext | None] = []
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.seen.append(get_current_identity())
+        if scope["type"] == "http":
+            await send({"type": "http.response.start", "status": 204, "headers": []})
+
+
+class Door:
+    """One middleware before one application."""
+
+    def __init__(self, audit: Any = None, **options: Any) -> None:
+        self.app = Application()
+        self.audit = audit or InMemoryAuditSink()
+        self.middleware = IdentityMiddleware(self.app, provider=PROVIDER, audit=self.audit, **options)
+
+    async def call(
+        self, *authorization: str, path: str = "/v1/runs", kind: str = "http", **scope: Any
+    ) -> list[MutableMapping[str, Any]]:
+        sent: list[MutableMapping[str, Any]] = []
+
+        async def receive() -> MutableMapping[str, Any]:
+            return {"type": f"{kind}.connect"}
+
+        async def send(message: MutableMapping[str, Any]) -> None:
+            sent.append(message)
+
+        headers = [(b"authorization", value.encode("latin-1")) for value in authorization]
+        await self.middleware({"type": kind, "path": path, "headers": headers, **scope}, receive, send)
+        return sent
+
+    async def status(self, *authorization: str, **scope: Any) -> int:
+        return int((await self.call(*authorization, **scope))[0]["status"])
+
+
+def token(**changes: Any) -> str:
+    now = int(time.time())
+    claims = {"sub": str(USER), "tenant_id": str(TENANT), "actor_kind": "human", "scopes": ["b", "a"], "iat": now}
+    return jwt.encode(claims | {"exp": now + 600} | changes, SECRET, "HS256")
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER", "bEaReR"])
+async def test_a_good_token_binds_the_identity_and_writes_one_record(scheme: str) -> None:
+    door = Door()
+    assert await door.status(f"{scheme} {token(session_id='s-1')}") == 204
+    (identity,) = door.app.seen
+    assert identity is not None
+    assert (identity.user_id, identity.tenant_id) == (USER, TENANT)
+    (record,) = door.audit.records
+    assert (record.tenant_id, record.user_id, record.event_type) == (TENANT, USER, "identity.bind")
+    assert record.payload == {"provider": "hs256", "scopes": ["a", "b"], "session_id": "s-1"}
+    assert get_current_identity() is None
+
+
+@pytest.mark.parametrize(
+    "authorization", [[], [""], ["Bearer"], ["Bearer "], ["Basic dTpw"], ["BearerX"], ["Token Bearer"]]
+)
+async def test_without_a_bearer_token_nothing_passes_and_nothing_is_recorded(authorization: list[str]) -> None:
+    door = Door()
+    start, body = await door.call(*authorization)
+    assert start["status"] == 401
+    assert json.loads(body["body"])["code"] == "IDENTITY_MISSING"
+    assert door.app.seen == []
+    assert door.audit.records == []
+
+
+async def test_a_refusal_is_problem_details_with_the_older_members_beside() -> None:
+    start, body = await Door().call()
+    headers = dict(start["headers"])
+    assert headers[b"content-type"] == b"application/problem+json"
+    assert headers[b"www-authenticate"] == b'Bearer realm="plm"'
+    assert int(headers[b"content-length"]) == len(body["body"])
+    problem = json.loads(body["body"])
+    assert problem["type"] == "urn:plm:problem:identity_missing"
+    assert (problem["status"], problem["code"], problem["technical_detail"]) == (401, problem["error_code"], None)
+    assert problem["title"]
+    assert problem["detail"] == problem["message"]
+
+
+async def test_two_authorization_headers_are_refused() -> None:
+    door = Door()
+    assert await door.status(f"Bearer {token()}", f"Bearer {token()}") == 401
+    assert door.app.seen == []
+
+
+async def test_an_expired_token_of_ours_is_recorded_for_its_tenant() -> None:
+    door = Door()
+    assert await door.status(f"Bearer {token(iat=1_000_000, exp=1_000_600)}") == 401
+    (record,) = door.audit.records
+    assert (record.tenant_id, record.user_id, record.actor_kind) == (TENANT, None, "system")
+    assert record.event_type == "identity.reject"
+    assert record.payload == {"provider": "hs256", "reason": "expired", "code": "IDENTITY_EXPIRED"}
+
+
+async def test_a_forged_token_writes_nothing_into_the_tenant_it_claims() -> None:
+    door = Door()
+    forged = jwt.encode(jwt.decode(token(), SECRET, ["HS256"]), "another-secret-of-more-than-32-bytes", "HS256")
+    assert await door.status(f"Bearer {forged}") == 401
+    assert await door.status(f"Bearer {'x' * 50_000}") == 401
+    assert door.audit.records == []
+    assert door.app.seen == []
+
+
+@pytest.mark.parametrize("path", ["/v1/health", "/v1/health/", "/v1/health/live", "/v1/health/ready"])
+async def test_health_needs_no_token(path: str) -> None:
+    door = Door()
+    assert await door.status(path=path) == 204
+    assert door.app.seen == [None]
+
+
+@pytest.mark.parametrize("path", ["/v1/health/../runs", "/v1/healthy", "/v1/health/live/x", "/V1/HEALTH", "/", ""])
+async def test_nothing_near_a_health_path_is_exempt(path: str) -> None:
+    assert await Door().status(path=path) == 401
+
+
+async def test_a_websocket_without_a_token_is_answered_401_or_closed_before_it_opens() -> None:
+    door = Door()
+    start, body = await door.call(kind="websocket", extensions={"websocket.http.response": {}})
+    assert (start["type"], start["status"]) == ("websocket.http.response.start", 401)
+    assert json.loads(body["body"])["code"] == "IDENTITY_MISSING"
+    (close,) = await door.call(kind="websocket")
+    assert (close["type"], close["code"]) == ("websocket.close", 1008)
+    (close,) = await door.call(kind="websocket", path="/v1/health")
+    assert close["type"] == "websocket.close"
+    assert door.app.seen == []
+
+
+async def test_a_websocket_with_a_token_carries_its_identity() -> None:
+    door = Door()
+    await door.call(f"Bearer {token()}", kind="websocket")
+    assert [identity and identity.user_id for identity in door.app.seen] == [USER]
+
+
+async def test_lifespan_passes_through() -> None:
+    door = Door()
+    await door.call(kind="lifespan")
+    assert door.app.seen == [None]
+
+
+async def test_without_an_audit_record_nobody_acts(caplog: pytest.LogCaptureFixture) -> None:
+    door = Door(FailingSink(AuditUnavailable))
+    start, body = await door.call(f"Bearer {token()}")
+    assert start["status"] == 503
+    assert (b"retry-after", b"1") in start["headers"]
+    assert json.loads(body["body"])["code"] == "AUDIT_UNAVAILABLE"
+    assert door.app.seen == []
+    assert "not in the audit log" in caplog.text
+
+
+async def test_where_the_audit_is_not_required_a_failed_write_is_logged_and_the_request_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    door = Door(FailingSink(AuditUnavailable), audit_required=False)
+    assert await door.status(f"Bearer {token()}") == 204
+    assert [record.levelno for record in caplog.records] == [logging.ERROR]
+
+
+async def test_a_refused_token_stays_refused_when_its_record_cannot_be_written() -> None:
+    door = Door(FailingSink(AuditUnavailable))
+    assert await door.status(f"Bearer {token(iat=1_000_000, exp=1_000_600)}") == 401
+
+
+async def test_a_token_for_a_tenant_that_does_not_exist_is_refused_even_without_required_audit() -> None:
+    door = Door(FailingSink(AuditTenantUnknown), audit_required=False)
+    assert await door.status(f"Bearer {token()}") == 401
+    assert door.app.seen == []
+
+
+async def test_the_binding_ends_when_the_application_raises() -> None:
+    async def broken(scope: Any, receive: Any, send: Any) -> None:
+        require_identity()
+        raise ZeroDivisionError
+
+    door = Door()
+    door.middleware = IdentityMiddleware(broken, provider=PROVIDER, audit=door.audit)
+    with pytest.raises(ZeroDivisionError):
+        await door.call(f"Bearer {token()}")
+    assert get_current_identity() is None

@@ -1,0 +1,242 @@
+"""What the HS256 provider accepts, and that everything else is a typed refusal."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import time
+import uuid
+import warnings
+from typing import Any
+
+import jwt
+import pytest
+from plm_engine_core.control_plane.identity import (
+    ActorKind,
+    Hs256JwtIdentityProvider,
+    IdentityExpiredError,
+    IdentityInvalidSignatureError,
+    IdentityMalformedError,
+    IdentityProviderConfigError,
+    IdentityValidationError,
+)
+
+SECRET = "a-secret-for-tests-of-forty-characters!!"
+OLDER = "the-secret-before-that-one-of-40-letters"
+USER, TENANT = uuid.UUID(int=1), uuid.UUID(int=2)
+
+
+def claims(**changes: Any) -> dict[str, Any]:
+    now = int(time.time())
+    good = {
+        "sub": str(USER),
+        "tenant_id": str(TENANT),
+        "actor_kind": "human",
+        "scopes": ["plm.runs.create", "plm.runs.read"],
+        "iat": now,
+        "exp": now + 600,
+    }
+    return {name: value for name, value in (good | changes).items() if value is not ...}
+
+
+def sign(payload: Any, secret: str = SECRET, algorithm: str | None = "HS256", **headers: Any) -> str:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyJWT dislikes the weak keys that some tests use on purpose
+        return jwt.encode(payload, secret, algorithm, headers=headers or None)
+
+
+def raw(header: bytes, payload: bytes, secret: str = SECRET) -> str:
+    """A correctly signed token around any bytes."""
+    parts = [base64.urlsafe_b64encode(part).rstrip(b"=") for part in (header, payload)]
+    key = jwt.get_algorithm_by_name("HS256")
+    signature = key.sign(b".".join(parts), secret.encode())
+    return b".".join([*parts, base64.urlsafe_b64encode(signature).rstrip(b"=")]).decode()
+
+
+@pytest.fixture
+def provider() -> Hs256JwtIdentityProvider:
+    return Hs256JwtIdentityProvider(active_secret=SECRET)
+
+
+def test_a_good_token_becomes_an_identity_with_all_its_parts(provider: Hs256JwtIdentityProvider) -> None:
+    payload = claims(session_id="s-1", unknown_claim={"is": "ignored"})
+    identity = provider.validate(sign(payload))
+    assert (identity.user_id, identity.tenant_id, identity.session_id) == (USER, TENANT, "s-1")
+    assert identity.actor_kind is ActorKind.HUMAN
+    assert identity.scopes == {"plm.runs.create", "plm.runs.read"}
+    assert (identity.issued_at.timestamp(), identity.expires_at.timestamp()) == (payload["iat"], payload["exp"])
+    assert identity in {identity}
+
+
+def test_a_previous_secret_is_accepted_but_never_signs() -> None:
+    rotated = Hs256JwtIdentityProvider(active_secret=SECRET, previous_secret=OLDER)
+    assert rotated.validate(sign(claims(), OLDER)).user_id == USER
+    with pytest.raises(IdentityInvalidSignatureError):
+        Hs256JwtIdentityProvider(active_secret=OLDER).validate(rotated.issue_token(claims()))
+
+
+def test_an_issued_token_is_valid_and_a_bad_one_is_not_handed_out(provider: Hs256JwtIdentityProvider) -> None:
+    assert provider.validate(provider.issue_token(claims())).tenant_id == TENANT
+    with pytest.raises(IdentityMalformedError):
+        provider.issue_token(claims(scopes="plm.admin"))
+
+
+def test_an_expired_token_names_its_verified_tenant(provider: Hs256JwtIdentityProvider) -> None:
+    with pytest.raises(IdentityExpiredError) as caught:
+        provider.validate(sign(claims(iat=1_000_000, exp=1_000_600)))
+    assert (caught.value.code, caught.value.reason, caught.value.tenant_id) == ("IDENTITY_EXPIRED", "expired", TENANT)
+
+
+def test_a_forged_token_names_no_tenant(provider: Hs256JwtIdentityProvider) -> None:
+    with pytest.raises(IdentityInvalidSignatureError) as caught:
+        provider.validate(sign(claims(), OLDER))
+    assert (caught.value.reason, caught.value.tenant_id) == ("bad_signature", None)
+
+
+FUTURE = int(time.time()) + 5_000
+WRONG_CLAIMS = [
+    *[({name: ...}, "missing_claim") for name in ("sub", "tenant_id", "actor_kind", "scopes", "exp", "iat")],
+    ({"tenant_id": None}, "missing_claim"),
+    ({"actor_kind": "root"}, "invalid_actor_kind"),
+    ({"actor_kind": ["human"]}, "invalid_actor_kind"),
+    ({"scopes": "plm.admin"}, "invalid_claim"),
+    ({"scopes": [1]}, "invalid_claim"),
+    ({"scopes": ["two words"]}, "invalid_claim"),
+    ({"scopes": ["line\n"]}, "invalid_claim"),
+    ({"scopes": {"plm.admin": True}}, "invalid_claim"),
+    ({"sub": "nobody"}, "invalid_claim"),
+    ({"sub": 7}, "invalid_claim"),
+    ({"tenant_id": "acme"}, "invalid_claim"),
+    ({"tenant_id": [str(TENANT)]}, "invalid_claim"),
+    ({"exp": "4000000000"}, "invalid_claim"),
+    ({"exp": True}, "invalid_claim"),
+    ({"exp": float("inf")}, "invalid_claim"),
+    ({"iat": float("nan")}, "invalid_claim"),
+    ({"iat": -1, "exp": 10}, "invalid_claim"),
+    ({"exp": 10**400}, "invalid_claim"),
+    ({"nbf": "soon"}, "invalid_claim"),
+    ({"session_id": 5}, "invalid_claim"),
+    ({"session_id": "a\0b"}, "invalid_claim"),
+    ({"exp": FUTURE + 90_000}, "max_lifetime_exceeded"),
+    ({"iat": FUTURE, "exp": FUTURE - 1}, "max_lifetime_exceeded"),
+    ({"iat": FUTURE, "exp": FUTURE + 60}, "not_yet_valid"),
+    ({"nbf": FUTURE}, "not_yet_valid"),
+    ({"aud": "somebody-else"}, "wrong_audience"),
+    ({"aud": ["a", 1]}, "wrong_audience"),
+    ({"jti": 5}, "malformed_token"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), WRONG_CLAIMS)
+def test_a_signed_token_with_a_wrong_claim_is_malformed(
+    provider: Hs256JwtIdentityProvider, change: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(IdentityMalformedError) as caught:
+        provider.validate(raw(b'{"alg":"HS256","typ":"JWT"}', json.dumps(claims(**change)).encode()))
+    assert caught.value.reason == reason
+    assert caught.value.tenant_id == (None if "tenant_id" in change else TENANT)
+
+
+@pytest.mark.parametrize("algorithm", ["HS384", "HS512", None])
+def test_only_hs256_is_accepted_whatever_the_token_asks_for(
+    provider: Hs256JwtIdentityProvider, algorithm: str | None
+) -> None:
+    with pytest.raises(IdentityMalformedError) as caught:
+        provider.validate(sign(claims(), "" if algorithm is None else SECRET, algorithm))
+    assert caught.value.reason == "unsupported_algorithm"
+
+
+HOSTILE = {
+    "empty": "",
+    "text": "garbage",
+    "dots": "..",
+    "many dots": "a.b.c.d.e",
+    "not ascii": "é.ü.ñ",
+    "huge": "a" * 1_000_000,
+    "null header": raw(b"null", b"{}"),
+    "list header": raw(b"[]", b"{}"),
+    "deep header": raw(b"[" * 5_000, b"{}"),
+    "deep payload": raw(b'{"alg":"HS256"}', b"[" * 5_000),
+    "text payload": raw(b'{"alg":"HS256"}', b'"hello"'),
+    "bytes payload": raw(b'{"alg":"HS256"}', b"\xff\xfe"),
+    "numeric alg": raw(b'{"alg":5}', b"{}"),
+    "list alg": raw(b'{"alg":["HS256"]}', b"{}"),
+    "numeric kid": raw(b'{"alg":"HS256","kid":5}', json.dumps(claims()).encode()),
+    "unknown crit": raw(b'{"alg":"HS256","crit":["exp"],"exp":1}', json.dumps(claims()).encode()),
+    "known crit": raw(b'{"alg":"HS256","crit":["b64"],"b64":true}', json.dumps(claims()).encode()),
+    "detached": raw(b'{"alg":"HS256","crit":["b64"],"b64":false}', json.dumps(claims()).encode()),
+    "other type": raw(b'{"alg":"HS256","typ":"secevent+jwt"}', json.dumps(claims()).encode()),
+    "list type": raw(b'{"alg":"HS256","typ":["JWT"]}', json.dumps(claims()).encode()),
+    "surrogate": raw(b'{"alg":"HS256"}', b'{"sub":"\\ud800"}'),
+}
+
+
+@pytest.mark.parametrize("token", HOSTILE.values(), ids=HOSTILE.keys())
+def test_a_hostile_token_is_a_typed_refusal_that_repeats_nothing_of_it(
+    provider: Hs256JwtIdentityProvider, token: str
+) -> None:
+    with pytest.raises(IdentityMalformedError) as caught:
+        provider.validate(token)
+    assert str(USER) not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_no_mutation_of_a_good_token_escapes_the_error_tree(provider: Hs256JwtIdentityProvider) -> None:
+    random.seed(7)
+    good = sign(claims())
+    for _ in range(2_000):
+        letters = list(good)
+        for _ in range(random.randint(1, 4)):
+            letters[random.randrange(len(letters))] = random.choice("Aa0_-.=é\0 ")
+        mutant = "".join(letters)
+        try:
+            provider.validate(mutant)
+        except IdentityValidationError:
+            continue
+        assert jwt.decode(mutant, SECRET, ["HS256"])["sub"] == str(USER)  # only an equal signature's other spelling
+
+
+def test_issuer_and_audience_are_checked_when_configured() -> None:
+    strict = Hs256JwtIdentityProvider(active_secret=SECRET, issuer="plm", audience="engine")
+    assert strict.validate(strict.issue_token(claims())).user_id == USER
+    for change, reason in (
+        ({}, "missing_claim"),
+        ({"iss": "plm"}, "missing_claim"),
+        ({"iss": "other", "aud": "engine"}, "wrong_issuer"),
+        ({"iss": "plm", "aud": "other"}, "wrong_audience"),
+    ):
+        with pytest.raises(IdentityMalformedError) as caught:
+            strict.validate(sign(claims(**change)))
+        assert caught.value.reason == reason, change
+
+
+@pytest.mark.parametrize("environment", ["production", "prod", " Production ", "PROD\n"])
+def test_production_refuses_shared_secrets(environment: str) -> None:
+    with pytest.raises(IdentityProviderConfigError, match="ENVIRONMENT"):
+        Hs256JwtIdentityProvider(active_secret=SECRET, environment=environment)
+
+
+def test_a_short_secret_is_refused_without_repeating_it() -> None:
+    for secrets in ({"active_secret": "short-secret"}, {"active_secret": SECRET, "previous_secret": "short-secret"}):
+        with pytest.raises(IdentityProviderConfigError, match="has 12 bytes; it needs at least 32") as caught:
+            Hs256JwtIdentityProvider(**secrets)  # type: ignore[arg-type]
+        assert "short-secret" not in str(caught.value)
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(IdentityProviderConfigError, match="'oidc'"):
+        Hs256JwtIdentityProvider(active_secret=SECRET, identity_provider_mode="oidc")
+
+
+def test_the_environment_configures_the_provider() -> None:
+    prefix = "PLM_IDENTITY_HS256_SECRET"
+    both = {f"{prefix}_ACTIVE": SECRET, f"{prefix}_PREVIOUS": OLDER}
+    assert Hs256JwtIdentityProvider.from_environment(both).validate(sign(claims(), OLDER))
+    assert Hs256JwtIdentityProvider.from_environment({prefix: SECRET}).validate(sign(claims()))
+    named = {prefix: SECRET, "PLM_IDENTITY_ISSUER": "plm", "PLM_IDENTITY_AUDIENCE": "engine"}
+    with pytest.raises(IdentityMalformedError):
+        Hs256JwtIdentityProvider.from_environment(named).validate(sign(claims()))
+    for broken in ({}, {prefix: ""}, {prefix: SECRET, "ENVIRONMENT": "prod"}, {f"{prefix}_PREVIOUS": OLDER}):
+        with pytest.raises(IdentityProviderConfigError):
+            Hs256JwtIdentityProvider.from_environment(broken)
