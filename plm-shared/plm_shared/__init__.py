@@ -1,7 +1,10 @@
-"""Frozen contracts, the ledger and tenant isolation: what every other package agrees on."""
+"""Frozen contracts, the ledger's schema and tenant isolation: what every other package of the platform stands on.
 
-from importlib.metadata import version
+Import from the modules; only the version lives here, so that importing one contract never loads a driver.
+"""
 
-__version__ = version("plm-shared")
+from __future__ import annotations
 
 __all__ = ["__version__"]
+
+__version__ = "0.1.0+platform"

@@ -39,7 +39,7 @@ _MEMBERSHIPS = ((KERNEL_WRITER, APP), (ENGINE_WRITER, APP), (MIGRATOR, OWNER))
 Cursor = psycopg.Cursor[tuple[Any, ...]]
 
 
-class ProvisioningRefused(RuntimeError):  # noqa: N818 - named after what happened to the request
+class ProvisioningRefused(RuntimeError):
     """Nothing was changed in the database named; the message says who must do what."""
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 
-class PostgresUnavailable(RuntimeError):  # noqa: N818 - named after the state the caller meets
+class PostgresUnavailable(RuntimeError):
     """No embedded server can be offered; the message ends with the remedy."""
 
 

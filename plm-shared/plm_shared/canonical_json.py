@@ -1,0 +1,87 @@
+"""JSON text that means the same in every process: for hashing, and for storing.
+
+Both refuse what has no stable text (NaN, sets, arbitrary objects, keys that are not text) and say where it was found.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import uuid
+from collections.abc import Callable
+from datetime import date, datetime, time
+from decimal import Decimal
+from enum import Enum
+from pathlib import PurePath
+from typing import Any, Final
+
+__all__ = ["JsonRefused", "canonical_json", "storable_json"]
+
+_DEEPEST: Final = 200
+_STABLE_TEXT: Final = (datetime, date, time, uuid.UUID, Decimal, PurePath)
+
+
+class JsonRefused(ValueError):
+    """A value has no place in the JSON text; ``path`` leads to it, as in ``payload.items[3].price``."""
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+def canonical_json(value: Any, *, root: str = "payload") -> str:
+    """Sorted keys, no blanks, non-ASCII kept as is; dates, UUIDs, decimals, paths and text enums as their ``str()``.
+
+    Raises:
+        JsonRefused: a value's text would differ between processes.
+    """
+    _check(value, root, 0, _hashable_leaf)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
+
+
+def storable_json(value: Any, *, root: str = "payload") -> str:
+    """The text for a jsonb column: plain JSON values only.
+
+    Raises:
+        JsonRefused: a value is no JSON (a datetime, a NaN), or text that PostgreSQL cannot store (U+0000).
+    """
+    _check(value, root, 0, _storable_leaf)
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _check(value: Any, path: str, depth: int, leaf: Callable[[Any, str], None]) -> None:
+    if depth > _DEEPEST:
+        raise JsonRefused(path, f"is nested deeper than {_DEEPEST} levels, or contains itself")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise JsonRefused(path, f"has the key {key!r}; use text keys")
+            leaf(key, f"{path}.{key}")
+            _check(item, f"{path}.{key}", depth + 1, leaf)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check(item, f"{path}[{index}]", depth + 1, leaf)
+    else:
+        leaf(value, path)
+
+
+def _plain_leaf(value: Any, path: str) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise JsonRefused(path, f"is {value}, which JSON does not have; use null or text")
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        raise JsonRefused(path, "contains half a surrogate pair, which UTF-8 cannot express; remove it")
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _hashable_leaf(value: Any, path: str) -> None:
+    text_enum = isinstance(value, Enum) and isinstance(value.value, str)
+    if not (_plain_leaf(value, path) or text_enum or isinstance(value, _STABLE_TEXT)):
+        raise JsonRefused(path, f"is a {type(value).__name__}, whose text is not stable; convert it first")
+
+
+def _storable_leaf(value: Any, path: str) -> None:
+    if not _plain_leaf(value, path):
+        raise JsonRefused(path, f"is a {type(value).__name__}, which JSON does not have; convert it first")
+    if isinstance(value, str) and "\0" in value:
+        raise JsonRefused(path.replace("\0", "\\u0000"), "contains U+0000, which PostgreSQL cannot store; remove it")
