@@ -1,0 +1,77 @@
+"""``plm-cli auth``: tokens for development and closed networks."""
+
+from __future__ import annotations
+
+import re
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Annotated
+from uuid import UUID, uuid4
+
+import typer
+
+from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.control_plane.identity import (
+    ActorKind,
+    Hs256JwtIdentityProvider,
+    IdentityProviderConfigError,
+    IdentityValidationError,
+)
+
+app = typer.Typer(help="Issue identity tokens.", no_args_is_help=True)
+
+_SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
+_LONGEST = timedelta(days=1)
+
+
+@app.command("issue-token")
+def issue_token(
+    tenant_id: Annotated[UUID, typer.Option(help="The tenant the token is good for.")],
+    user_id: Annotated[UUID | None, typer.Option(help="The user; a new random one by default.")] = None,
+    actor_kind: Annotated[ActorKind, typer.Option(help="What kind of caller it is.")] = ActorKind.HUMAN,
+    scope: Annotated[list[str] | None, typer.Option(help="An OAuth scope; repeat for more.")] = None,
+    ttl: Annotated[str, typer.Option(help="How long it lives: 90s, 15m, 1h; at most 24h.")] = "1h",
+    session_id: Annotated[str | None, typer.Option(help="A session id to carry along.")] = None,
+    allow_system: Annotated[bool, typer.Option("--allow-system", help="Permit --actor-kind system.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print a signed bearer token.
+
+    The secret comes from PLM_IDENTITY_HS256_SECRET_ACTIVE and is never an argument. Only the token goes to stdout.
+    Status 0: printed, 2: wrong arguments, 3: no usable secret, or refused in production.
+    """
+    lifetime = parse_ttl(ttl)
+    if actor_kind is ActorKind.SYSTEM and not allow_system:
+        fail(ExitCode.USAGE, "--actor-kind system acts as the platform itself; add --allow-system to mean it")
+    now = int(time.time())
+    claims = {
+        "sub": str(user_id or uuid4()),
+        "tenant_id": str(tenant_id),
+        "actor_kind": actor_kind.value,
+        "scopes": sorted(set(scope or ())),
+        "iat": now,
+        "exp": now + int(lifetime.total_seconds()),
+    }
+    if session_id is not None:
+        claims["session_id"] = session_id
+    try:
+        token = Hs256JwtIdentityProvider.from_environment().issue_token(claims)
+    except IdentityProviderConfigError as error:
+        fail(ExitCode.NOT_CONFIGURED, str(error))
+    except IdentityValidationError as error:
+        fail(ExitCode.USAGE, f"no token was issued: {error}")
+    expires_at = datetime.fromtimestamp(now, UTC) + lifetime
+    typer.echo(
+        f"{actor_kind} {claims['sub']} in tenant {tenant_id}, until {expires_at:%Y-%m-%d %H:%M:%S} UTC", err=True
+    )
+    show({"token": token, "claims": claims, "expires_at": expires_at.isoformat()}, token, as_json=as_json)
+
+
+def parse_ttl(text: str) -> timedelta:
+    """A lifetime such as ``90s``, ``15m`` or ``1h``; a bare number is seconds. Ends the command when it is no good."""
+    found = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
+    lifetime = timedelta(seconds=int(found[1]) * _SECONDS[found[2]]) if found else timedelta(0)
+    if not timedelta(0) < lifetime <= _LONGEST:
+        fail(ExitCode.USAGE, f"--ttl must be more than 0 and at most 24h, written as 90s, 15m or 1h; got {text!r}")
+    return lifetime

@@ -1,0 +1,130 @@
+"""``plm-cli db``: the schema of every installed package, and tenants. All of it needs the owner's login."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+from uuid import UUID
+
+import psycopg
+import typer
+from plm_shared.addresses import driver_dsn
+from sqlalchemy.exc import DBAPIError
+
+from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.control_plane.ids import new_id
+
+MIGRATIONS_GROUP = "plm.migrations"
+
+app = typer.Typer(help="Bring the database's schema up to date; create tenants.", no_args_is_help=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """One package's migrations: a module with ``upgrade(dsn)`` and ``current(dsn)``, or a callable ``upgrade(dsn)``."""
+
+    name: str
+    provider: Any
+
+    def upgrade(self, dsn: str) -> None:
+        """Bring the database up to this chain's head."""
+        upgrade: Callable[[str], None] = getattr(self.provider, "upgrade", self.provider)
+        upgrade(dsn)
+
+    def current(self, dsn: str) -> str | None:
+        """The revision the database stands at, or None before the first or where the chain does not say."""
+        current: Callable[[str], str | None] | None = getattr(self.provider, "current", None)
+        return current(dsn) if current else None
+
+
+@app.command("upgrade")
+def upgrade(as_json: AsJson = False) -> None:
+    """Run the migrations of every installed package, in floor order. Doing it again changes nothing.
+
+    The address comes from PG_ADMIN_DSN, else PG_DSN; it must be the owner's (plm_owner).
+    Status 0: up to date, 1: failed, 3: no address.
+    """
+    dsn = owner_dsn()
+    with database_errors():
+        for chain in installed_chains():
+            chain.upgrade(dsn)
+    _show_revisions(dsn, as_json=as_json)
+
+
+@app.command("current")
+def current(as_json: AsJson = False) -> None:
+    """Show each package's revision in the database. Status 0: shown, 1: failed, 3: no address."""
+    _show_revisions(owner_dsn(), as_json=as_json)
+
+
+@app.command("create-tenant")
+def create_tenant(
+    name: Annotated[str, typer.Option(help="What people call the tenant.")],
+    tenant_id: Annotated[UUID | None, typer.Option(help="Its id; a new one by default.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Create a tenant and print its id. The same id and name again change nothing.
+
+    Status 0: it exists, 1: the id belongs to a tenant of another name, or the database refused; 2: wrong arguments,
+    3: no address.
+    """
+    name = name.strip()
+    if not name.isprintable() or not 0 < len(name) <= 200:
+        fail(ExitCode.USAGE, "--name must be 1 to 200 printable characters")
+    dsn, tenant = owner_dsn(), tenant_id or new_id()
+    with database_errors(), psycopg.connect(driver_dsn(dsn)) as connection:
+        created = connection.execute(
+            "INSERT INTO tenants (id, name) VALUES (%s, %s) ON CONFLICT (id) DO NOTHING RETURNING id", (tenant, name)
+        ).fetchone()
+        row = connection.execute("SELECT name FROM tenants WHERE id = %s", (tenant,)).fetchone()
+    if row is None or row[0] != name:
+        fail(ExitCode.FAILED, f"tenant {tenant} exists under another name; choose another --tenant-id")
+    show({"tenant_id": tenant, "name": name, "created": created is not None}, str(tenant), as_json=as_json)
+
+
+def installed_chains() -> list[Chain]:
+    """The migrations of every installed package, in the order of their names."""
+    found = sorted(entry_points(group=MIGRATIONS_GROUP), key=lambda entry: entry.name)
+    return [Chain(name=entry.name, provider=entry.load()) for entry in found]
+
+
+def owner_dsn() -> str:
+    """The owner's address from the environment, never from an argument; ends the command when there is none."""
+    dsn = os.environ.get("PG_ADMIN_DSN") or os.environ.get("PG_DSN")
+    if not dsn:
+        fail(ExitCode.NOT_CONFIGURED, "set PG_ADMIN_DSN to the owner's address: postgresql://plm_owner:…@host/database")
+    try:
+        return driver_dsn(dsn)
+    except ValueError as error:
+        fail(ExitCode.NOT_CONFIGURED, f"PG_ADMIN_DSN (or PG_DSN) is {error}")
+
+
+@contextmanager
+def database_errors() -> Iterator[None]:
+    """Turn the database's refusals into one sentence; the driver's texts name hosts and roles, never passwords."""
+    try:
+        yield
+    except (psycopg.Error, DBAPIError) as error:
+        fail(ExitCode.FAILED, _sentence(error.orig if isinstance(error, DBAPIError) else error))
+    except RuntimeError as error:  # a chain's own refusal, such as KernelSchemaMissing
+        fail(ExitCode.FAILED, str(error))
+
+
+def _sentence(error: BaseException | None) -> str:
+    if isinstance(error, psycopg.errors.InsufficientPrivilege):
+        return f"the login may not do this ({error.diag.message_primary}); set PG_ADMIN_DSN to the owner's address"
+    if isinstance(error, psycopg.errors.UndefinedTable):
+        return "the database has no schema yet; run `plm-cli db upgrade` first"
+    return f"the database refused: {' '.join(str(error).split())}"
+
+
+def _show_revisions(dsn: str, *, as_json: bool) -> None:
+    with database_errors():
+        revisions = {chain.name: chain.current(dsn) for chain in installed_chains()}
+    text = "\n".join(f"{name}  {revision or '-'}" for name, revision in revisions.items())
+    show({"revisions": revisions}, text, as_json=as_json)

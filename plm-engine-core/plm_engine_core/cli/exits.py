@@ -1,0 +1,23 @@
+"""How a command ends: the documented exit codes, and the one way to end with an error."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NoReturn
+
+import typer
+
+
+class ExitCode(IntEnum):
+    """What a script may rely on; the numbers never change their meaning."""
+
+    OK = 0
+    FAILED = 1  # it was tried and did not work; the sentence on stderr says why
+    USAGE = 2  # the arguments are wrong; nothing was tried
+    NOT_CONFIGURED = 3  # a setting is missing or refused; nothing was tried
+
+
+def fail(code: ExitCode, sentence: str) -> NoReturn:
+    """End the command: one sentence on stderr, nothing on stdout."""
+    typer.echo(f"plm-cli: {sentence}", err=True)
+    raise typer.Exit(int(code))

@@ -1,0 +1,76 @@
+"""The books, as commands open them: the application's login and whichever delivery engine is installed."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any, TypeVar
+from uuid import UUID
+
+from plm_shared.addresses import driver_dsn
+
+from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.control_plane.errors import ControlPlaneError
+from plm_engine_core.control_plane.identity import AuditError, PostgresAuditSink
+from plm_engine_core.control_plane.storage.ports import Delivery
+from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
+
+DELIVERY_GROUP = "plm.delivery"
+"""Entry points of this group make the `Delivery` of the installed application, called without arguments."""
+
+Answer = TypeVar("Answer")
+
+
+class RecoveryDelivers:
+    """For an installation without a delivery engine: recovery finds a queued run within its interval."""
+
+    async def enqueue(self, connection: Any, tenant_id: UUID, run_id: UUID) -> None:
+        """Enqueue nothing; the run's own row says that it waits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Books:
+    """What a command works with."""
+
+    storage: PostgresStorage
+    audit: PostgresAuditSink
+
+
+def with_books(work: Callable[[Books], Awaitable[Answer]]) -> Answer:
+    """Run `work` on the database of PG_DSN; its refusals end the command with one sentence."""
+    try:
+        return asyncio.run(_run(work))
+    except (ControlPlaneError, AuditError) as error:
+        fail(ExitCode.FAILED, str(error))
+
+
+async def _run(work: Callable[[Books], Awaitable[Answer]]) -> Answer:
+    async with _open() as books:
+        return await work(books)
+
+
+@asynccontextmanager
+async def _open() -> AsyncIterator[Books]:
+    async with open_pool(_dsn(), max_size=2) as pool:
+        yield Books(storage=PostgresStorage(pool, _delivery()), audit=PostgresAuditSink(pool))
+
+
+def _dsn() -> str:
+    dsn = os.environ.get("PG_DSN")
+    if not dsn:
+        fail(ExitCode.NOT_CONFIGURED, "set PG_DSN to the application's address: postgresql://plm_app:…@host/database")
+    try:
+        return driver_dsn(dsn)
+    except ValueError as error:
+        fail(ExitCode.NOT_CONFIGURED, f"PG_DSN is {error}")
+
+
+def _delivery() -> Delivery:
+    for entry in entry_points(group=DELIVERY_GROUP):
+        made: Delivery = entry.load()()
+        return made
+    return RecoveryDelivers()
