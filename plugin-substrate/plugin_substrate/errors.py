@@ -40,7 +40,7 @@ class ErrorCategory(StrEnum):
     FATAL = "fatal"  #: it will not succeed until code or installation changes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ResourceShortfall:
     """How much of which resource was missing."""
 

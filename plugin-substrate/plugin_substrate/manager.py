@@ -150,12 +150,12 @@ class PluginManager:
     async def unload_all_async(self) -> None:
         """Unload everything; when this returns no process of any plugin is left."""
         self._home.adopt()
-        await asyncio.gather(*(self.unload_plugin_async(name) for name in {*self._instances, *self._loading}))
+        await self._unload_all()
         self._home.release()
 
     def unload_all(self) -> None:
         """Unload everything, synchronously."""
-        self._home.run(self.unload_all_async)
+        self._home.run(self._unload_all)
         self._home.release()
 
     # -- calling
@@ -226,6 +226,9 @@ class PluginManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.unload_all_async()
+
+    async def _unload_all(self) -> None:
+        await asyncio.gather(*(self.unload_plugin_async(name) for name in {*self._instances, *self._loading}))
 
     def _instance(self, instance_id: str) -> LoadedInstance:
         try:

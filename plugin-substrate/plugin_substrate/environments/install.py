@@ -1,6 +1,6 @@
 """Brings a host to what ``plugins.yaml`` says: environment, package, description, manifest; a second time does nothing.
 
-What was installed is stamped with a digest over the plugin's sources, its spec and the interpreter, so that an unchanged
+What was installed is stamped with a digest over the plugin's sources, its spec and the interpreter, so an unchanged
 plugin costs reading its files. The manifest goes first and comes last: what is half-done is not there.
 """
 

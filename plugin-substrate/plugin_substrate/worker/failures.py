@@ -17,7 +17,7 @@ def describe_error(error: BaseException) -> dict[str, Any]:
     return {
         "class": classify_exception(error).__name__,
         "message": str(typed)[:_MAX_TEXT],
-        "fields": {name: value for name, value in typed.to_fields().items() if _is_json(value)},
+        "fields": _as_json(typed.to_fields()),
         "repr": (typed.original_exc_repr or repr(error))[:_MAX_TEXT],
         "traceback": typed.remote_traceback[-_MAX_TEXT:],
     }
@@ -66,12 +66,14 @@ def _is_amount(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
 
 
-def _is_json(value: object) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError):
-        return False
-    return True
+def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
+    kept = {}
+    for name, value in fields.items():
+        try:
+            kept[name] = json.loads(json.dumps(value, allow_nan=False))
+        except (TypeError, ValueError):
+            continue
+    return kept
 
 
 def _text(data: dict[str, Any], key: str) -> str:

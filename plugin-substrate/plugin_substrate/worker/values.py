@@ -162,9 +162,9 @@ def _decode(value: Any, segments: Sequence[bytes], depth: int) -> Any:
     tag = value.get(_TAG)
     if _TAG not in value:
         return {key: _decode(item, segments, depth + 1) for key, item in value.items()}
-    if tag == "dict":
+    if tag == "dict" and isinstance(value["items"], dict):
         return {key: _decode(item, segments, depth + 1) for key, item in value["items"].items()}
-    if tag == "tuple":
+    if tag == "tuple" and isinstance(value["items"], list):
         return tuple(_decode(item, segments, depth + 1) for item in value["items"])
     return _decode_leaf(tag, value, segments)
 
@@ -178,8 +178,9 @@ def _decode_leaf(tag: object, value: dict[str, Any], segments: Sequence[bytes]) 
             return segments[index]
         kind = InputFile if tag == "input_file" else OutputFile
         return kind(value["name"], value["mime_type"], segments[index])
-    if isinstance(tag, str) and tag in _PARSERS:
-        return _PARSERS[tag](value["text"])
+    text = value["text"]
+    if isinstance(tag, str) and tag in _PARSERS and isinstance(text, str):
+        return _PARSERS[tag](text)
     raise ValueError(f"unknown tag {tag!r:.80}")
 
 

@@ -1,0 +1,61 @@
+"""A real environment with the probe plugin in it, and a manager that is unloaded whatever a test does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+from plugin_substrate import PluginManager, PluginMeta
+from plugin_substrate.manifest import CodeSection, InstallSection, ManifestV2
+
+MetaFactory = Callable[..., PluginMeta]
+
+
+@pytest.fixture(scope="session")
+def probe_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of an environment that offers the modules in tests/plugins and nothing else."""
+    folder = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (site_packages,) = (folder / "lib").glob("python*/site-packages")
+    (site_packages / "probe.pth").write_text(str(Path(__file__).parent / "plugins"), encoding="utf-8")
+    return folder / "bin" / "python"
+
+
+@pytest.fixture
+def probe_meta(probe_python: Path) -> MetaFactory:
+    """Make the description of a plugin of tests/plugins."""
+
+    def make(class_name: str = "Probe", module: str = "probe", name: str = "probe", **code: object) -> PluginMeta:
+        return PluginMeta(
+            manifest=ManifestV2(
+                install=InstallSection(python_path=str(probe_python)),
+                code=CodeSection(
+                    name=name,
+                    version="1.0",
+                    description="Shows one behaviour per action.",
+                    module=module,
+                    class_name=class_name,
+                    interface="plugin_substrate.interface.PluginInterface",
+                    **code,  # type: ignore[arg-type]
+                ),
+            )
+        )
+
+    return make
+
+
+@pytest.fixture
+async def manager(tmp_path: Path) -> AsyncIterator[PluginManager]:
+    """A manager with a short grace, unloaded at the end."""
+    async with PluginManager(data_dir=tmp_path / "data", grace_seconds=0.3) as owner:
+        yield owner
+
+
+@pytest.fixture
+async def probe(manager: PluginManager, probe_meta: MetaFactory) -> PluginManager:
+    """The manager with the probe loaded as ``probe``."""
+    await manager.load_plugin_async(probe_meta())
+    return manager

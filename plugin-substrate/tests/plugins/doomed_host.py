@@ -1,0 +1,34 @@
+"""A host with three workers, two of them in work that never ends: it tells who is there and waits to be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from plugin_substrate import PluginManager, PluginMeta, load_manifest
+
+
+async def main(manifest: str, data_dir: str, stop_supervisor: str) -> None:
+    manager = PluginManager(data_dir=Path(data_dir))
+    meta = PluginMeta(manifest=load_manifest(Path(manifest)))
+    instances = [await manager.load_plugin_async(meta, instance_id=name) for name in ("busy", "sleeping", "stopped")]
+    orphan = await manager.execute_plugin_async("stopped", action="probe.daemon")
+    calls = []
+    for name, action in (("busy", "probe.busy"), ("sleeping", "probe.stubborn")):
+        running = asyncio.Event()
+        call = manager.execute_plugin_async(name, action=action, on_progress=lambda *_, e=running: e.set())
+        calls.append(asyncio.create_task(call))
+        await running.wait()
+    os.kill(instances[2].pid, signal.SIGSTOP)
+    if stop_supervisor == "yes":
+        os.kill(instances[0].supervisor_pid, signal.SIGSTOP)
+    pids = [*(instance.pid for instance in instances), instances[0].supervisor_pid, orphan]
+    print(json.dumps(pids), flush=True)  # noqa: T201 - this is how the test hears it
+    await asyncio.gather(*calls)
+
+
+asyncio.run(main(*sys.argv[1:]))

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from plugin_substrate import PluginConfigError, PluginManager, load_manifest
+from plugin_substrate.cli import app
+from plugin_substrate.environments.spec import load_plugins_file
+from typer.testing import CliRunner, Result
+
+PYPROJECT = """
+[build-system]
+requires = ["hatchling>=1.26,<2"]
+build-backend = "hatchling.build"
+
+[project]
+name = "tiny-plugin"
+version = "0.1"
+
+[tool.hatch.build.targets.wheel]
+packages = ["tiny"]
+"""
+
+META = """
+def get_plugin_metadata():
+    return {
+        "name": "tiny",
+        "version": "0.1",
+        "description": "Answers.",
+        "module": "tiny.plugin",
+        "class": "Tiny",
+        "interface": "plugin_substrate.interface.PluginInterface",
+        "config_schema": {"type": "object", "properties": {"answer": {"type": "integer", "default": 42}}},
+        "idempotent": True,
+        "stateless": True,
+        "capabilities": ["tiny.answer"],
+    }
+"""
+
+PLUGIN = """
+from plugin_substrate.interface import PluginInterface, plugin_action
+
+class Tiny(PluginInterface):
+    name = "tiny"
+    version = "0.1"
+
+    def initialize(self, config):
+        self.config = config
+
+    def execute(self, action, **arguments):
+        return self.run_action(action, **arguments)
+
+    def get_config_schema(self):
+        return {}
+
+    def get_current_config(self):
+        return self.config
+
+    @plugin_action("tiny.answer")
+    def answer(self):
+        return self.config["answer"]
+"""
+
+
+class Workspace:
+    """A folder with a plugin and a plugins file."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.data_dir = folder / "data"
+        self.package = folder / "tiny-plugin" / "tiny"
+        self.package.mkdir(parents=True)
+        (self.package.parent / "pyproject.toml").write_text(PYPROJECT)
+        (self.package / "__init__.py").touch()
+        (self.package / "meta.py").write_text(META)
+        (self.package / "plugin.py").write_text(PLUGIN)
+        self.plugins = folder / "plugins.yaml"
+        self.plugins.write_text("plugins:\n  - name: tiny\n    env_name: tiny\n    package: ./tiny-plugin\n")
+
+    def install(self, *options: str) -> Result:
+        """Run ``cjm-ctl install-all``."""
+        command = ["install-all", "--plugins", str(self.plugins), "--data-dir", str(self.data_dir), *options]
+        return CliRunner().invoke(app, command, catch_exceptions=False)
+
+    @property
+    def mark(self) -> Path:
+        """A file in the environment: gone when that is made anew."""
+        return self.data_dir / "envs" / "tiny" / "mark"
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    """A workspace with the tiny plugin."""
+    return Workspace(tmp_path)
+
+
+async def test_an_installed_plugin_is_described_by_itself_and_can_be_called(workspace: Workspace) -> None:
+    done = workspace.install()
+    assert (done.exit_code, done.output) == (0, "tiny: installed\n")
+    manifest = load_manifest(workspace.data_dir / "manifests/tiny.json")
+    assert (manifest.code.capabilities, manifest.code.idempotent, manifest.code.stateless) == (
+        ("tiny.answer",),
+        True,
+        True,
+    )
+    listed = CliRunner().invoke(app, ["list", "--json", "--data-dir", str(workspace.data_dir)])
+    assert [plugin["name"] for plugin in json.loads(listed.output)["plugins"]] == ["tiny"]
+    async with PluginManager(data_dir=workspace.data_dir) as manager:
+        (meta,) = manager.discover_manifests()
+        await manager.load_plugin_async(meta)
+        assert await manager.execute_plugin_async("tiny", action="tiny.answer") == 42
+
+
+def test_nothing_of_ours_is_installed_in_the_plugins_environment(workspace: Workspace) -> None:
+    workspace.install()
+    python = load_manifest(workspace.data_dir / "manifests/tiny.json").install.python_path
+    ours = subprocess.run([python, "-c", "import plugin_substrate"], capture_output=True, check=False)
+    assert b"ModuleNotFoundError" in ours.stderr
+
+
+def test_a_second_run_does_nothing_a_changed_source_is_installed_and_force_makes_all_anew(
+    workspace: Workspace,
+) -> None:
+    workspace.install()
+    workspace.mark.touch()
+    assert workspace.install().output == "tiny: unchanged\n"
+    meta = workspace.package / "meta.py"
+    meta.write_text(META.replace("Answers.", "Answers again."))
+    assert workspace.install().output == "tiny: installed\n"
+    assert load_manifest(workspace.data_dir / "manifests/tiny.json").code.description == "Answers again."
+    assert workspace.mark.exists(), "only the package was installed again"
+    assert workspace.install("--force").output == "tiny: installed\n"
+    assert not workspace.mark.exists()
+
+
+BROKEN = [
+    ("meta.py", META.replace("def get_plugin_metadata", "def other"), "no function get_plugin_metadata"),
+    ("meta.py", "raise RuntimeError('broken meta')", "RuntimeError: broken meta"),
+    ("meta.py", META.replace('"name": "tiny"', '"name": "huge"'), "calls itself 'huge'"),
+    ("meta.py", META.replace('"idempotent": True', '"idempotent": "yes"'), "code.idempotent must be true or false"),
+    ("meta.py", META.replace("tiny.answer", "tiny.other"), "differ in: tiny.answer, tiny.other"),
+    ("meta.py", META.replace('"Tiny"', '"Absent"'), "tiny.plugin.Absent is not a class derived from"),
+    ("meta.py", META.replace('"stateless"', '"statless"'), "unknown keys: statless"),
+    ("plugin.py", PLUGIN.replace("def get_current_config", "def other"), "does not implement get_current_config"),
+    ("plugin.py", "import os\nos._exit(5)", "gave no answer"),
+]
+
+
+def test_a_plugin_that_cannot_be_used_is_refused_with_its_reason_and_leaves_no_manifest(workspace: Workspace) -> None:
+    workspace.install()
+    for file, content, reason in BROKEN:
+        (workspace.package / file).write_text(content)
+        done = workspace.install()
+        assert done.exit_code == 1
+        assert reason in done.output
+        assert not (workspace.data_dir / "manifests/tiny.json").exists()
+        (workspace.package / "meta.py").write_text(META)
+        (workspace.package / "plugin.py").write_text(PLUGIN)
+    assert workspace.install().exit_code == 0
+
+
+def test_a_failing_plugin_does_not_keep_the_others_from_being_installed(workspace: Workspace) -> None:
+    others = "  - {name: ghost, env_name: ghost, package: ./nowhere}\n"
+    workspace.plugins.write_text(workspace.plugins.read_text().replace("plugins:\n", "plugins:\n" + others))
+    done = workspace.install()
+    assert done.exit_code == 1
+    assert "ghost: failed: the package folder" in done.output
+    assert "tiny: installed" in done.output
+
+
+def test_an_interpreter_that_is_not_there_is_named_and_never_downloaded(workspace: Workspace) -> None:
+    workspace.plugins.write_text(workspace.plugins.read_text() + '    python_version: "3.1"\n')
+    done = workspace.install()
+    assert done.exit_code == 1
+    assert "python3.1 is not on the PATH" in done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("plugins: 3", "must have a list 'plugins'"),
+        ("", "line 1: the top level must be a mapping"),
+        ("plugins: []\nplugin: []", "line 2: unknown key 'plugin'"),
+        ("plugins:\n- name: a\n  env_name: b\n  package: c\n  pakage: d", "line 5: unknown key 'pakage'"),
+        ("plugins:\n- name: a\n  package: c", "line 2: env_name is missing"),
+        ("plugins:\n- name: a/b\n  env_name: b\n  package: c", "name must be 1 to 64 letters"),
+        ("plugins:\n- name: a\n  env_name: b\n  package: [c]", "line 4: package must be text"),
+        ("plugins:\n- name: a\n  env_name: b\n  package: --index-url=x", "package must be a requirement"),
+        ("plugins:\n- {name: a, env_name: b, package: c}\n- {name: a, env_name: d, package: c}", "'a' is used twice"),
+        ("plugins:\n- {name: a, name: b, env_name: b, package: c}", "'name' is given twice"),
+        ("plugins: [", "cannot be read"),
+        ("plugins:\n- just text", "line 2: a plugin must be a mapping"),
+    ],
+)
+def test_a_bad_plugins_file_is_refused_with_line_and_reason(text: str, reason: str, tmp_path: Path) -> None:
+    file = tmp_path / "plugins.yaml"
+    file.write_text(text)
+    with pytest.raises(PluginConfigError) as caught:
+        load_plugins_file(file)
+    assert reason in str(caught.value)
+    done = CliRunner().invoke(app, ["validate", str(file)])
+    assert (done.exit_code, reason in done.stderr) == (1, True)
+
+
+def test_a_path_is_relative_to_the_plugins_file_and_a_requirement_stays_as_written(tmp_path: Path) -> None:
+    file = tmp_path / "plugins.yaml"
+    file.write_text(
+        "plugins:\n"
+        "- {name: a, env_name: a, package: ./plugins/a}\n"
+        "- {name: b, env_name: b, package: 'b-plugin>=1,<2', python_version: '3.12'}\n"
+        "- {name: c, env_name: c, package: -e ./c}\n"
+    )
+    local, named, editable = load_plugins_file(file)
+    assert local.requirement == str(tmp_path / "plugins" / "a")
+    assert (named.requirement, named.python_version, named.folder) == ("b-plugin>=1,<2", "3.12", None)
+    assert (editable.folder, editable.editable) == (tmp_path / "c", True)
+
+
+def test_the_command_says_what_is_wrong_with_its_usage() -> None:
+    assert CliRunner().invoke(app, []).exit_code == 2
+    assert CliRunner().invoke(app, ["unknown"]).exit_code == 2
+    done = subprocess.run(
+        [sys.executable, "-c", "from plugin_substrate.cli import main; main()", "validate", "no.txt"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "no.txt: neither .json nor .yaml\n")
