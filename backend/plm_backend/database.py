@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 
+from plm_engine_core.cli.db import installed_chains
 from plm_shared.embedded_postgres import EmbeddedPostgres
-from plm_shared.provisioning import provision
+from plm_shared.provisioning import database_urls, provision
 
 from plm_backend.errors import SetupError
 from plm_backend.settings import Settings
@@ -56,7 +56,25 @@ def open_database(settings: Settings) -> Iterator[Database]:
         yield Database(app=urls.app, owner=urls.owner, version=f"PostgreSQL {server.major}", embedded=True)
 
 
+def local_addresses(settings: Settings) -> dict[str, str]:
+    """`PG_DSN` and `PG_ADMIN_DSN` (the owner's) of this installation's database, for a shell of its operator.
+
+    Raises:
+        SetupError: the embedded server is not running; it runs as long as `plm-cli serve` does.
+    """
+    if settings.pg_dsn:
+        return {"PG_DSN": settings.pg_dsn, **({"PG_ADMIN_DSN": settings.pg_admin_dsn} if settings.pg_admin_dsn else {})}
+    server = EmbeddedPostgres(settings.state_dir / "postgres")
+    if not server.running:
+        raise SetupError("the embedded database is not running; start `plm-cli serve` in another terminal first")
+    state = LocalState(settings.state_dir)
+    urls = database_urls(
+        server.admin_dsn, DATABASE, owner_password=state.secret("plm_owner"), app_password=state.secret("plm_app")
+    )
+    return {"PG_DSN": urls.app, "PG_ADMIN_DSN": urls.owner}
+
+
 def upgrade_all(owner_dsn: str) -> None:
     """Run every installed package's migrations, in the order of the floors; does nothing where all is applied."""
-    for chain in sorted(entry_points(group="plm.migrations"), key=lambda each: each.name):
-        chain.load().upgrade(owner_dsn)
+    for chain in installed_chains():
+        chain.upgrade(owner_dsn)

@@ -15,16 +15,31 @@ from plm_backend.settings import Settings
 from plm_backend.wiring import open_platform, run_worker
 
 
-def make_app(settings: Settings, *, on_ready: Callable[[], None] = lambda: None) -> Starlette:
-    """An ASGI application with API and run worker in one process; `on_ready` is called when both are up."""
+def make_app(
+    settings: Settings,
+    *,
+    on_ready: Callable[[], None] = lambda: None,
+    on_failure: Callable[[Exception], None] = lambda _: None,
+) -> Starlette:
+    """An ASGI application with API and run worker in one process.
+
+    `on_ready` is called when both are up, `on_failure` with what kept them from starting, before the server gives up.
+    """
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        with open_database(settings) as database:
-            async with open_platform(settings, database.app) as platform, run_worker(platform):
-                app.state.api = create_app(platform)
-                on_ready()
-                yield
+        started = False
+        try:
+            with open_database(settings) as database:
+                async with open_platform(settings, database.app) as platform, run_worker(platform):
+                    app.state.api = create_app(platform)
+                    started = True
+                    on_ready()
+                    yield
+        except Exception as error:
+            if not started:
+                on_failure(error)
+            raise
 
     async def forward(scope: Scope, receive: Receive, send: Send) -> None:
         await app.state.api(scope, receive, send)

@@ -127,8 +127,8 @@ def _check_capabilities(registry: CapabilityRegistry, manager: PluginManager) ->
             logger.warning("plugin %s of %s is not installed on this node", capability.plugin, capability.id)
         elif capability.idempotent and not meta.idempotent:
             raise SetupError(
-                f"capability {capability.id} is registered as idempotent, but plugin {meta.name} does not declare itself "
-                "so; correct one of them"
+                f"capability {capability.id} is registered as idempotent, but plugin {meta.name} does not "
+                "declare itself so; correct one of them"
             )
 
 

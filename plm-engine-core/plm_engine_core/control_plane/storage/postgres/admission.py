@@ -9,6 +9,7 @@ from uuid import UUID
 import psycopg
 from plm_shared.sqlalchemy_kernel_emitter import ledger_statements
 
+from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.limits.rate_limit import RateReading
 from plm_engine_core.control_plane.storage.ports import AdmitCommand, Connection, SettleCommand
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, jsonb, translated
@@ -85,6 +86,8 @@ async def _scalar(connection: Session, query: str, parameters: list[Any]) -> Map
 
 async def _first(cursor: psycopg.AsyncCursor[Any]) -> Mapping[str, Any]:
     row = await cursor.fetchone()
+    if row is None:
+        raise StorageUnavailable("the database gave no answer")
     answer: Mapping[str, Any] = row["answer"]
     return answer
 

@@ -1,0 +1,39 @@
+"""Logs: one event a line on standard error; JSON everywhere but in development."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+
+from plm_backend.settings import Settings
+
+
+def configure_logging(settings: Settings, *, level: int = logging.INFO) -> None:
+    """Send the logs of every package through one formatter."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        if settings.development
+        else structlog.processors.JSONRenderer()
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for chatty in ("procrastinate", "uvicorn.access", "psycopg.pool"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
