@@ -25,7 +25,8 @@ from plugin_substrate.errors import (
 from plugin_substrate.interface import DATA_DIR_VARIABLE, CallContext
 from plugin_substrate.lifecycle import Supervisor
 from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta
-from plugin_substrate.proxy import PendingCall, RemotePluginProxy
+from plugin_substrate.pending_call import PendingCall
+from plugin_substrate.proxy import RemotePluginProxy
 from plugin_substrate.worker.confine import Limits
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -15,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from plugin_substrate.errors import PluginFatalError
-from plugin_substrate.log_pipe import LogPipe
+from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
 from plugin_substrate.worker.confine import Limits
 from plugin_substrate.worker.supervisor import MAX_MESSAGE_BYTES
 
 WORKER_MAIN = Path(__file__).parent / "worker" / "__main__.py"
-LOG_TAIL_LINES = 200
 
 _SOCKET_BUFFER_BYTES = 1 << 20
 _CLOSE_SECONDS = 5.0
@@ -40,6 +40,15 @@ class WorkerProcess:
     pid: int
     pidfd: int
     returncode: asyncio.Future[int | None]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is dead already, even if nobody has heard of it yet."""
+        if self.pidfd < 0:
+            return True
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def kill(self) -> None:
         """Kill it through its pidfd, which never means another process."""

@@ -6,6 +6,7 @@ import asyncio
 import os
 from collections.abc import Callable
 
+LOG_TAIL_LINES = 200
 MAX_LINE_CHARACTERS = 8192
 
 _READ_BYTES = 1 << 16

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
 import signal
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -20,61 +19,14 @@ from plugin_substrate.errors import (
     WorkerDiedError,
 )
 from plugin_substrate.interface import CallContext
-from plugin_substrate.lifecycle import LOG_TAIL_LINES, WorkerProcess
-from plugin_substrate.log_pipe import LogPipe, clean_line
+from plugin_substrate.lifecycle import WorkerProcess
+from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe, clean_line
+from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.worker.failures import restore_error
 from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, FrameDecoder, encode_frame
 from plugin_substrate.worker.values import decode_value, encode_value
 
-_logger = logging.getLogger(__name__)
-
 _EXIT_REPORT_SECONDS = 2.0
-
-
-class PendingCall:
-    """A call in a worker, as the host sees it."""
-
-    def __init__(
-        self,
-        context: CallContext,
-        *,
-        on_progress: Callable[[float, str], object] | None = None,
-        on_usage: Callable[[dict[str, float]], object] | None = None,
-        on_log: Callable[[str], object] | None = None,
-    ) -> None:
-        self.context = context
-        self.usage: dict[str, float] = {}
-        self.logs: deque[str] = deque(maxlen=LOG_TAIL_LINES)
-        self.forced = False
-        self.value: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._on_progress = on_progress
-        self._on_usage = on_usage
-        self._on_log = on_log
-
-    def progress(self, progress: float, message: str) -> None:
-        """Pass a progress report on."""
-        _tell(self._on_progress, progress, message)
-
-    def replace_usage(self, usage: dict[str, float]) -> None:
-        """Keep the latest usage and pass it on."""
-        self.usage = usage
-        _tell(self._on_usage, dict(usage))
-
-    def log(self, line: str) -> None:
-        """Keep a line and pass it on."""
-        self.logs.append(line)
-        _tell(self._on_log, line)
-
-    def finish(self, value: Any) -> None:
-        """End with a value."""
-        if not self.value.done():
-            self.value.set_result(value)
-
-    def fail(self, error: Exception) -> None:
-        """End with an error."""
-        if not self.value.done():
-            self.value.set_exception(error)
-            self.value.exception()  # read once here: a caller that went away must not cause a warning
 
 
 class RemotePluginProxy(asyncio.Protocol):
@@ -109,8 +61,9 @@ class RemotePluginProxy(asyncio.Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether a frame can still be sent."""
-        return self._transport is not None and not self._transport.is_closing()
+        """Whether a frame can still reach the plugin, as far as anyone can know."""
+        connected = self._transport is not None and not self._transport.is_closing()
+        return connected and not self._process.ended
 
     @property
     def log_tail(self) -> tuple[str, ...]:
@@ -232,6 +185,8 @@ class RemotePluginProxy(asyncio.Protocol):
         match header.get("type"):
             case "hello":
                 self._on_hello(header)
+            case "ready" | "load_failed" if not self.python_version:
+                raise ProtocolError("an answer before the hello")
             case "ready":
                 _set(self._ready, None)
             case "load_failed":
@@ -250,7 +205,7 @@ class RemotePluginProxy(asyncio.Protocol):
     def _on_hello(self, header: dict[str, Any]) -> None:
         if header.get("protocol") != PROTOCOL_VERSION:
             raise ProtocolError(f"the worker speaks protocol {header.get('protocol')!r:.20}, not {PROTOCOL_VERSION}")
-        if self._ready.done() or self.layers:
+        if self.python_version:
             raise ProtocolError("a second hello")
         self.layers = tuple(str(layer)[:64] for layer in header.get("layers", ()))[:64]
         self.python_version = str(header.get("python"))[:32]
@@ -335,13 +290,3 @@ def _set(future: asyncio.Future[None], outcome: Exception | None) -> None:
     else:
         future.set_exception(outcome)
         future.exception()
-
-
-def _tell(callback: Callable[..., object] | None, *values: Any) -> None:
-    """Call a listener; its failure is its own and must not reach the connection."""
-    if callback is None:
-        return
-    try:
-        callback(*values)
-    except Exception:
-        _logger.exception("a listener of a call failed")

@@ -8,8 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from plugin_substrate import PluginManager, PluginMeta
 from plugin_substrate.manifest import CodeSection, InstallSection, ManifestV2
+
+settings.register_profile("no deadline: the machine may be busy", deadline=None)
+settings.load_profile("no deadline: the machine may be busy")
 
 MetaFactory = Callable[..., PluginMeta]
 

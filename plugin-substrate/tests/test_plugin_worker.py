@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 import threading
 from collections.abc import Callable
@@ -440,6 +441,17 @@ async def test_a_worker_killed_under_a_call_is_a_typed_error_and_the_next_call_f
     calls, pid = await probe.execute_plugin_async("probe", action="probe.count")
     assert calls == 1, "the interrupted call was not repeated"
     assert pid != first
+
+
+async def test_a_worker_that_died_idle_is_replaced_before_the_next_call_is_sent(probe: PluginManager) -> None:
+    for _ in range(20):
+        pid = probe.get_instance("probe").pid
+        assert pid is not None
+        descriptor = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGKILL)
+        assert select.select([descriptor], [], [], 10)[0]  # dead, but the event loop has not heard of it
+        os.close(descriptor)
+        assert await probe.execute_plugin_async("probe", action="probe.echo") == {}
 
 
 async def test_the_last_words_and_the_manner_of_a_death_are_reported(probe: PluginManager) -> None:
