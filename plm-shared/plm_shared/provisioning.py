@@ -62,9 +62,9 @@ def provision(
         with _cursor(address) as cursor:
             cursor.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
             _make_roles(cursor)
+            _make_database(cursor, database)
             _set_password(cursor, OWNER, owner_password)
             _set_password(cursor, APP, app_password)
-            _make_database(cursor, database)
             secure_database(cursor, database)
         with _cursor({**address, "dbname": database}) as cursor:
             _secure_schema(cursor)

@@ -29,6 +29,7 @@ from plm_shared.sqlalchemy_kernel_emitter import (
     UnknownTenant,
     ledger_statements,
 )
+from psycopg import sql
 from sqlalchemy import create_engine
 
 pytestmark = pytest.mark.every_postgres
@@ -103,6 +104,13 @@ def rows(database: DatabaseUrls, query: str) -> list[tuple[Any, ...]]:
         return connection.execute(query.encode()).fetchall()
 
 
+def count(database: DatabaseUrls, table: str) -> int:
+    with psycopg.connect(database.admin) as connection:
+        found = connection.execute(sql.SQL("SELECT count(*) FROM {}").format(sql.Identifier(table))).fetchone()
+        assert found is not None
+        return int(found[0])
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_new_is_inserted_same_is_silent_and_other_content_is_a_conflict(
     kernel_database: DatabaseUrls, tenant: str, kind: str
@@ -115,7 +123,7 @@ def test_new_is_inserted_same_is_silent_and_other_content_is_a_conflict(
         emit(make(tenant, 2))
     assert caught.value.table == table
     assert caught.value.idempotency_key == make(tenant, 2).idempotency_key.as_db_key()
-    assert rows(kernel_database, f"SELECT count(*) FROM {table}") == [(1,)]
+    assert count(kernel_database, table) == 1
 
 
 @pytest.mark.parametrize("kind", METHODS)
@@ -161,7 +169,7 @@ def test_of_many_writers_at_once_one_row_stands_and_only_other_content_is_refuse
     assert len(outcomes) == 8
     assert len(winners) == 1
     assert {content for content, outcome in outcomes if outcome == "conflict"} == {0, 1} - winners
-    assert rows(kernel_database, f"SELECT count(*) FROM {table}") == [(1,)]
+    assert count(kernel_database, table) == 1
 
 
 def test_a_writer_waits_for_the_same_key_in_an_open_transaction_and_then_replays(
@@ -172,7 +180,7 @@ def test_a_writer_waits_for_the_same_key_in_an_open_transaction_and_then_replays
         second = threading.Thread(target=SqlAlchemyKernelEmitter(tenant).record_llm_call, args=(llm(tenant),))
         second.start()
         with psycopg.connect(kernel_database.admin, autocommit=True) as watcher:
-            while not watcher.execute("SELECT FROM pg_locks WHERE NOT granted").fetchone():
+            while not watcher.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone():
                 pass
         first.commit()
         second.join()

@@ -13,6 +13,7 @@ from plm_shared.embedded_postgres.errors import ServerAccountMissing
 
 ACCOUNT_SETTING = "PLM_PG_ACCOUNT"
 _CANDIDATES = ("postgres", "nobody")
+_PATIENCE = 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,8 @@ class Account:
     gid: int
     switched: bool
 
-    def run(self, argv: Sequence[str | Path], *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
-        """Run a command as this account, in a clean environment and away from our working folder.
+    def run(self, argv: Sequence[str | Path], *, cwd: Path = Path("/")) -> subprocess.CompletedProcess[str]:
+        """Run a command as this account, in a clean environment, by default away from our working folder.
 
         Raises:
             PermissionError: the account cannot reach the program.
@@ -36,9 +37,9 @@ class Account:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=timeout,
+            timeout=_PATIENCE,
             check=False,
-            cwd="/",
+            cwd=cwd,
             env={"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"},
             umask=0o077,
             user=self.uid if self.switched else None,

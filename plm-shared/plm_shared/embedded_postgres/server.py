@@ -29,6 +29,7 @@ from plm_shared.embedded_postgres.places import Places, lay_out, private_folder,
 
 _SUPERUSER = "postgres"
 _START_SECONDS = 60
+_STILL_IN_USE = "pre-existing shared memory block"  # orphans of a killed server are about to notice and leave
 _ALWAYS = {
     "listen_addresses": "",
     "password_encryption": "scram-sha-256",
@@ -167,17 +168,23 @@ class EmbeddedPostgres:
             if time.monotonic() > deadline:
                 raise ServerStartFailed("running server", _tail(account, places))
             time.sleep(0.05)
-        (places.cluster / "postmaster.pid").unlink(missing_ok=True)
+        _clear_taken_number(places)
         return False
 
     def _launch(self, account: Account, places: Places, server: ServerBinaries) -> None:
         settings = {**_ALWAYS, **({} if self._durable else _FORGETFUL), "unix_socket_directories": places.socket_dir}
-        # pg_ctl hands -o to a shell: only our own constants and the socket folder's plain name go in, quoted.
+        # pg_ctl composes a shell command. The data folder's name stays out of it, as the working folder; what goes in
+        # are our own constants and the socket folder's plain name, quoted.
         options = shlex.join(part for name, value in settings.items() for part in ("-c", f"{name}={value}"))
-        command: list[str | Path] = [server.bin_dir / "pg_ctl", "start", "-D", places.cluster, "-l", places.start_log]
-        done = account.run([*command, "-o", options, "-s", "-w", "-t", str(_START_SECONDS)])
-        if done.returncode != 0:
-            raise ServerStartFailed("pg_ctl start", done.stderr + _tail(account, places))
+        command: list[str | Path] = [server.bin_dir / "pg_ctl", "start", "-D", ".", "-l", places.start_log.name]
+        command += ["-o", options, "-s", "-w", "-t", str(_START_SECONDS)]
+        deadline = time.monotonic() + _START_SECONDS
+        while (done := account.run(command, cwd=places.cluster)).returncode != 0:
+            said = _tail(account, places)
+            if _STILL_IN_USE not in said or time.monotonic() > deadline:
+                raise ServerStartFailed("pg_ctl start", done.stderr + said)
+            (places.cluster / places.start_log.name).unlink(missing_ok=True)
+            time.sleep(0.1)
 
     def _release(self) -> None:
         if self._use is not None:
@@ -230,6 +237,23 @@ def _postmaster(places: Places) -> int | None:
     except (FileNotFoundError, ProcessLookupError, PermissionError, ValueError):
         return None
     return pid
+
+
+def _clear_taken_number(places: Places) -> None:
+    """Remove a dead postmaster's lock files when its number is alive as something else, or as an unreaped zombie.
+
+    PostgreSQL would take that process for its own and refuse to start. Everything else about stale files it handles
+    itself, and it still checks by the cluster's shared memory that no orphan of the old server is at work.
+    """
+    pid_file = places.cluster / "postmaster.pid"
+    try:
+        os.kill(int(pid_file.read_text(encoding="utf-8").split("\n", 1)[0]), 0)
+    except (FileNotFoundError, ProcessLookupError, ValueError):
+        return
+    except PermissionError:
+        pass
+    for stale in (pid_file, *places.socket_dir.glob(".s.PGSQL.*")):
+        stale.unlink(missing_ok=True)
 
 
 def _tail(account: Account, places: Places) -> str:

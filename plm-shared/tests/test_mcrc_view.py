@@ -1,0 +1,120 @@
+"""One row per run: right sums, one tenant, and indexes that the writer's login may use."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+from plm_shared.addresses import DatabaseUrls
+from psycopg.rows import dict_row
+
+pytestmark = pytest.mark.every_postgres
+
+COLUMNS = [
+    "run_id",
+    "tenant_id",
+    "run_created_at",
+    "run_updated_at",
+    "actor_kind",
+    "quality_level",
+    "llm_call_count",
+    "llm_cost_eur",
+    "llm_cost_pending_count",
+    "connector_call_count",
+    "connector_cost_eur",
+    "connector_cost_pending_count",
+    "knowledge_call_count",
+    "telemetry_event_count",
+    "last_trace_id",
+    "last_span_id",
+]
+FILL = """
+    INSERT INTO runs (id, tenant_id, actor_kind) VALUES ('{run}', '{tenant}', 'agent'),
+        (gen_random_uuid(), '{tenant}', 'human');
+    INSERT INTO llm_calls (id, tenant_id, run_id, span_id, model, prompt_tokens, completion_tokens, cost_eur,
+                           cost_status, pricing_version, idempotency_key)
+        VALUES (gen_random_uuid(), '{tenant}', '{run}', 'a', 'm', 1, 1, 0.25, 'calculated', 'litellm-live', 'a'),
+               (gen_random_uuid(), '{tenant}', '{run}', 'b', 'm', 1, 1, NULL, 'pending', 'litellm-live', 'b');
+    INSERT INTO connector_calls (id, tenant_id, run_id, span_id, connector_id, capability, cost_eur, cost_status,
+                                 pricing_version, idempotency_key)
+        SELECT gen_random_uuid(), '{tenant}', '{run}', n::text, 'c', 'read', 0.5, 'calculated', 'x', n::text
+        FROM generate_series(1, 3) AS n;
+    INSERT INTO telemetry_events (id, tenant_id, trace_id, span_id, event_type, capability, payload,
+                                  idempotency_key, created_at)
+        VALUES
+        (gen_random_uuid(), '{tenant}', 't1', 's', 'knowledge_call', 'r', '{{"run_id": "{run}"}}', '1', now()),
+        (gen_random_uuid(), '{tenant}', 't2', 's', 'other', 'r', '{{"run_id": "{run}"}}', '2', now() + interval '1s'),
+        (gen_random_uuid(), '{tenant}', 't3', 's', 'e', 'r', '{{"run_id": "no uuid"}}', '3', now()),
+        (gen_random_uuid(), '{tenant}', 't4', 's', 'e', 'r', '{{"run_id": [1]}}', '4', now()),
+        (gen_random_uuid(), '{tenant}', 't5', 's', 'e', 'r', '[]', '5', now())
+"""
+MANY = """
+    INSERT INTO telemetry_events (id, tenant_id, trace_id, span_id, event_type, capability, payload, idempotency_key)
+    SELECT gen_random_uuid(), '{tenant}', 't', 'many' || n, 'e', 'r',
+           jsonb_build_object('run_id', gen_random_uuid()), 'many' || n
+    FROM generate_series(1, 20000) AS n
+"""
+
+
+@pytest.fixture
+def run(kernel_database: DatabaseUrls, two_tenants: tuple[uuid.UUID, uuid.UUID]) -> uuid.UUID:
+    run = uuid.uuid4()
+    with psycopg.connect(kernel_database.app) as connection:
+        bind(connection, two_tenants[0])
+        connection.execute(FILL.format(run=run, tenant=two_tenants[0]).encode())
+    return run
+
+
+def bind(connection: psycopg.Connection[Any], tenant: uuid.UUID) -> None:
+    connection.execute("SELECT set_config('app.tenant_id', %s, true)", (str(tenant),))
+
+
+def test_each_ledger_is_counted_on_its_own_and_a_strange_run_id_breaks_nothing(
+    kernel_database: DatabaseUrls, two_tenants: tuple[uuid.UUID, uuid.UUID], run: uuid.UUID
+) -> None:
+    with psycopg.connect(kernel_database.app, row_factory=dict_row) as connection:
+        bind(connection, two_tenants[0])
+        rows = {row["run_id"]: row for row in connection.execute("SELECT * FROM mcrc_v1_view").fetchall()}
+    assert len(rows) == 2
+    row = rows.pop(run)
+    assert list(row) == COLUMNS
+    assert row["llm_call_count"] == 2
+    assert row["llm_cost_eur"] == Decimal("0.25")
+    assert row["llm_cost_pending_count"] == 1
+    assert row["connector_call_count"] == 3
+    assert row["connector_cost_eur"] == Decimal("1.5")
+    assert row["connector_cost_pending_count"] == 0
+    assert (row["knowledge_call_count"], row["telemetry_event_count"]) == (1, 2)
+    assert (row["last_trace_id"], row["last_span_id"]) == ("t2", "s")
+    empty = rows.popitem()[1]
+    assert (empty["llm_call_count"], empty["llm_cost_eur"], empty["telemetry_event_count"]) == (0, 0, 0)
+    assert empty["last_trace_id"] is None
+
+
+def scans(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    below = [scan for child in plan.get("Plans", []) for scan in scans(child)]
+    return [plan, *below] if "Relation Name" in plan or "Index Name" in plan else below
+
+
+def test_the_writer_reads_one_run_through_indexes_under_row_level_security(
+    kernel_database: DatabaseUrls, two_tenants: tuple[uuid.UUID, uuid.UUID], run: uuid.UUID
+) -> None:
+    with psycopg.connect(kernel_database.admin) as connection:
+        connection.execute(MANY.format(tenant=two_tenants[0]).encode())
+        connection.execute("ANALYZE")
+    with psycopg.connect(kernel_database.app) as connection:
+        bind(connection, two_tenants[0])
+        explained = connection.execute(
+            "EXPLAIN (ANALYZE, FORMAT JSON) SELECT * FROM mcrc_v1_view WHERE run_id = %s", (run,)
+        ).fetchone()
+    assert explained is not None
+    found = scans(explained[0][0]["Plan"])
+    telemetry = [scan for scan in found if scan.get("Relation Name") == "telemetry_events"]
+    used = {scan.get("Index Name") for scan in found}
+    assert "ix_telemetry_events_tenant_payload_run" in used, json.dumps(explained[0], indent=1)
+    assert all(scan["Node Type"] != "Seq Scan" for scan in telemetry)
+    assert max(scan["Actual Rows"] for scan in telemetry) <= 2
