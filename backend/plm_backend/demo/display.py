@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 _STEP_MARKS = {
     "succeeded": "[green]done[/]",
@@ -29,11 +28,12 @@ class Display:
         self._console = Console(quiet=quiet, highlight=False)
         self._progress: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
+        self._messages: dict[str, str] = {}
         self.stages: list[dict[str, Any]] = []
 
     def say(self, text: str = "") -> None:
-        """One line; markup allowed."""
-        self._console.print(text)
+        """One line, however long, so that it can be copied; markup allowed."""
+        self._console.print(text, soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
@@ -43,9 +43,9 @@ class Display:
         yield record
         record["seconds"] = round(time.perf_counter() - started, 2)
         self.stages.append(record)
-        size = f", {megabytes(record['bytes'])} installed" if record.get("bytes") else ""
+        size = f", {megabytes(record['bytes'])}" if record.get("bytes") else ""
         note = f", {record['note']}" if record.get("note") else ""
-        self._console.print(f"  {name:<34} {record['seconds']:>6.2f} s{size}{note}")
+        self.say(f"  {name:<34} {record['seconds']:>6.2f} s{size}{note}")
 
     @contextmanager
     def steps(self) -> Iterator[None]:
@@ -58,31 +58,39 @@ class Display:
         )
         live = self._console.is_terminal and not self._console.quiet
         with Progress(*columns, console=self._console, disable=not live, transient=True) as progress:
-            self._progress, self._tasks = progress, {}
+            self._progress, self._tasks, self._messages = progress, {}, {}
             yield
         self._progress = None
 
     def step_progress(self, step_id: str, fraction: float, message: str) -> None:
-        """A plugin reports how far it is."""
+        """A step began, or its plugin reports how far it is; a negative fraction says that nobody knows."""
         if self._progress is None:
             return
+        self._messages[step_id] = message
         if step_id not in self._tasks:
-            self._tasks[step_id] = self._progress.add_task("", total=1.0, step=step_id)
-        completed = max(0.0, min(1.0, fraction))
-        self._progress.update(self._tasks[step_id], completed=completed, description=escape(message[:60]))
+            self._tasks[step_id] = self._progress.add_task("", total=None, step=step_id)
+        description = escape(message[:60])
+        if fraction >= 0:
+            self._progress.update(
+                self._tasks[step_id], total=1.0, completed=min(1.0, fraction), description=description
+            )
+        else:
+            self._progress.update(self._tasks[step_id], description=description)
 
     def step_done(self, step_id: str, capability: str, state: str, seconds: float, note: str = "") -> None:
         """A step has ended."""
         if self._progress is not None and step_id in self._tasks:
             self._progress.remove_task(self._tasks.pop(step_id))
         mark = _STEP_MARKS.get(state, escape(state))
-        self._console.print(f"  {step_id:<12} {capability:<16} {mark}  {seconds:.2f} s  {escape(note)}")
+        last = self._messages.pop(step_id, "")
+        notes = escape(", ".join(part for part in (note, last) if part))
+        self.say(f"  {step_id:<12} {capability:<16} {mark}  {seconds:.2f} s  {notes}")
 
     def approval(self, ticket: Mapping[str, Any]) -> None:
         """Exactly what would be written, and until when it may be decided."""
         if self._progress is not None:
             self._progress.stop()
-        body = escape(json.dumps(ticket["arguments"], indent=2, ensure_ascii=False))
+        body = escape(_lines(ticket["arguments"]))
         self._console.print(
             Panel(
                 f"{body}\n\n[dim]digest {ticket['digest'][:16]}…  policy {ticket['policy_digest'][:16]}…  "
@@ -93,16 +101,28 @@ class Display:
             )
         )
 
-    def table(self, title: str, rows: list[tuple[str, str]]) -> None:
-        """Names and values."""
-        table = Table(title=title, show_header=False, title_justify="left", pad_edge=False)
+    def pairs(self, title: str, rows: list[tuple[str, str]]) -> None:
+        """Names and values, a line each."""
+        width = max((len(name) for name, _ in rows), default=0)
+        self.say(f"  [bold]{escape(title)}[/]")
         for name, value in rows:
-            table.add_row(escape(name), escape(value))
-        self._console.print(table)
+            self.say(f"    {escape(name):<{width}}  {escape(value)}")
 
     def ask(self, question: str) -> bool:
         """Ask the person at the terminal."""
         return self._console.input(f"{question} [y/N] ").strip().lower() in {"y", "yes"}
+
+
+def _lines(arguments: Mapping[str, Any]) -> str:
+    """The exact values as JSON, an item of a list on a line of its own."""
+    parts = []
+    for name, value in arguments.items():
+        if isinstance(value, list) and value:
+            items = ",\n  ".join(json.dumps(item, ensure_ascii=False, sort_keys=True) for item in value)
+            parts.append(f"{name}: [\n  {items}\n]")
+        else:
+            parts.append(f"{name}: {json.dumps(value, ensure_ascii=False, sort_keys=True)}")
+    return "\n".join(parts)
 
 
 def megabytes(size: int) -> str:

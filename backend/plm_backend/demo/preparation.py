@@ -33,7 +33,7 @@ _START_SECONDS = 60.0
 
 
 def install_plugins(settings: Settings) -> dict[str, Any]:
-    """Create the plugins' environments, as `cjm-ctl install-all` does; answers how many bytes they hold."""
+    """Create the plugins' environments with `cjm-ctl install-all`; answers how many bytes they hold, and a note."""
     command = [
         str(Path(sys.executable).with_name("cjm-ctl")),
         "install-all",
@@ -45,7 +45,9 @@ def install_plugins(settings: Settings) -> dict[str, Any]:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SetupError(f"the plugins could not be installed:\n{done.stderr or done.stdout}")
-    return {"bytes": folder_size(settings.plugin_root / "envs")}
+    installed = [line.partition(":")[0] for line in done.stdout.splitlines() if not line.endswith(": unchanged")]
+    note = f"installed {', '.join(installed)}" if installed else "already installed"
+    return {"bytes": folder_size(settings.plugin_root / "envs"), "note": note}
 
 
 def folder_size(folder: Path) -> int:

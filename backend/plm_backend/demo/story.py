@@ -83,6 +83,7 @@ class Reviewer:
                 self._names[payload["step"]] = (payload["step_id"], payload["capability"])
             case "step_started":
                 self._started[payload["step"]] = time.perf_counter()
+                self._display.step_progress(self._names[payload["step"]][0], -1.0, "")
             case "step_settled":
                 self._settled(payload)
             case "step_denied":
@@ -141,18 +142,19 @@ def show(display: Display, review: Review) -> None:
     message = f": {escape(review.message)}" if review.message else ""
     display.say(f"  the run [{colour}]{review.state}[/]{message}")
     if review.column_mapping:
-        display.table("columns as they were understood", [(str(k), str(v)) for k, v in review.column_mapping.items()])
+        mapping = [(str(column), f"from {header!r}") for column, header in review.column_mapping.items()]
+        display.pairs("columns as they were understood", mapping)
     for row in review.bad_rows:
         where = row.get("line") or row.get("path")
         display.say(f"  [yellow]bad row[/] {escape(str(where))}: {escape(str(row['reason']))}")
-    rows = [("findings", _compact(review.findings))]
+    rows = [("findings", _findings(review.findings))] if review.findings else []
     rows += [
         (f"budget, {each['scope']}", f"{each['spent']} of {each['limit']} {each['unit']} used")
         for each in review.budget
     ]
     rows += [(name, path) for name, path in review.files.items()]
-    display.table("results", rows)
-    display.table("the run's MCRC row", [(name, str(value)) for name, value in review.mcrc.items()])
+    display.pairs("results", rows)
+    display.pairs("the run's MCRC row", [(name, str(value)) for name, value in review.mcrc.items()])
 
 
 def _content(text: str, bill: Path) -> dict[str, str]:
@@ -171,11 +173,10 @@ def _reason(payload: Mapping[str, Any]) -> str:
     return str(answer.get("message", ""))
 
 
-def _compact(findings: Mapping[str, Any]) -> str:
-    parts = []
-    for name, value in findings.items():
-        if isinstance(value, Mapping):
-            parts.append(f"{name}: " + ", ".join(f"{count} {key}" for key, count in value.items()))
-        else:
-            parts.append(f"{name}: {value}")
-    return "\n".join(parts)
+def _findings(summary: Mapping[str, Any]) -> str:
+    severities = summary.get("by_severity", {})
+    ranked = ", ".join(f"{severities[level]} {level}" for level in ("high", "medium", "low") if severities.get(level))
+    return (
+        f"{summary.get('findings', 0)} in {summary.get('components', 0)} components ({ranked or 'none'}); "
+        f"{summary.get('blocking', 0)} components to stop using"
+    )
