@@ -9,6 +9,7 @@ from pathlib import Path
 import plugin_substrate
 import pytest
 from importlinter.cli import lint_imports
+from plugin_substrate import PluginError, errors
 
 PACKAGE = Path(plugin_substrate.__file__).parent
 PROJECT = PACKAGE.parent
@@ -43,6 +44,17 @@ def test_the_list_of_exports_is_sorted_complete_and_true(name: str) -> None:
     }
     assert module.__all__ == sorted(module.__all__)
     assert set(module.__all__) == public
+
+
+def test_the_tree_of_errors_is_drawn_as_it_is() -> None:
+    def lines(cls: type, depth: int) -> list[tuple[int, str]]:
+        below = [line for child in cls.__subclasses__() for line in lines(child, depth + 1)]
+        return [(depth, cls.__name__), *below] if cls.__module__ == "plugin_substrate.errors" else []
+
+    drawn = [line for line in (errors.__doc__ or "").splitlines() if "Error  " in line]
+    assert [((line.index(line.strip("│├└─ ")[0]) - 4) // 4, line.strip("│├└─ ").split()[0]) for line in drawn] == lines(
+        PluginError, 0
+    )
 
 
 def test_the_example_in_the_readme_is_a_plugin_that_works(tmp_path: Path) -> None:

@@ -171,6 +171,20 @@ async def test_a_running_job_is_cancelled_through_the_plugin_or_by_force(
     assert job.error.outcome_known is known
 
 
+async def test_cancelling_a_job_whose_plugin_is_being_unloaded_ends_with_the_unloading(
+    jobs: JobQueue, probe: PluginManager
+) -> None:
+    job_id = await jobs.submit("probe", action="probe.stubborn")
+    await running(jobs, job_id)
+    unloading = asyncio.create_task(probe.unload_plugin_async("probe"))
+    await asyncio.sleep(0)
+    await jobs.cancel(job_id)
+    await unloading
+    job = jobs.get_job(job_id)
+    assert job.error is not None
+    assert (job.status, job.error.outcome_known) == (JobStatus.CANCELLED, False)
+
+
 async def test_a_result_that_comes_after_the_cancel_request_is_kept(jobs: JobQueue) -> None:
     job_id = await jobs.submit("probe", action="probe.waits_for_callback")
     await running(jobs, job_id)

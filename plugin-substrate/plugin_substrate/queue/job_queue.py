@@ -9,11 +9,12 @@ import itertools
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from plugin_substrate.errors import CallNotStartedError, JobError, PluginCancelledError
+from plugin_substrate.errors import CallNotStartedError, JobError, PluginCancelledError, PluginNotLoadedError
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.metadata import CallResult
@@ -133,7 +134,8 @@ class JobQueue:
         if record.job.cancel_requested_at is None:
             record.job = replace(record.job, cancel_requested_at=datetime.now(UTC))
         if record.job.status is JobStatus.RUNNING:
-            await self._manager.cancel_call(record.job.plugin_instance_id, record.call.call_id)
+            with suppress(PluginNotLoadedError):  # it is being unloaded, which ends the job too
+                await self._manager.cancel_call(record.job.plugin_instance_id, record.call.call_id)
         elif record.task is not None:
             record.task.cancel()
         else:

@@ -182,15 +182,6 @@ class Probe(PluginInterface):
         os.write(3, len(body).to_bytes(4, "big") * 2 + body)
         signal.pause()
 
-    @plugin_action("probe.keep")
-    def keep(self, key, line):
-        """Applies an effect once per step key."""
-        journal = self.data_dir / "journal"
-        known = journal.read_text().splitlines() if journal.exists() else []
-        if not any(entry.startswith(key + " ") for entry in known):
-            journal.write_text("\n".join([*known, f"{key} {line}"]) + "\n")
-        return journal.read_text()
-
 
 class RaisesOnCreate(Probe):
     def __init__(self):
