@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from uuid import UUID
 import psycopg
 import typer
 from plm_shared.addresses import driver_dsn
+from plm_shared.provisioning import provision
 from sqlalchemy.exc import DBAPIError
 
 from plm_engine_core.cli.exits import ExitCode, fail
@@ -60,6 +62,32 @@ def upgrade(as_json: AsJson = False) -> None:
 def current(as_json: AsJson = False) -> None:
     """Show each package's revision in the database. Status 0: shown, 1: failed, 3: no address."""
     _show_revisions(owner_dsn(), as_json=as_json)
+
+
+@app.command("provision")
+def provision_database(
+    database: Annotated[str, typer.Option(help="The database to create, or to secure if it exists.")] = "plm",
+    as_json: AsJson = False,
+) -> None:
+    """Create the roles and an empty database on your own server, and print its two addresses for a shell.
+
+    The superuser's address comes from PG_SUPERUSER_DSN and is used for nothing else. The passwords are new each time,
+    so doing it again locks out whoever still uses the old ones. Status 0: created, 1: refused, 3: no address.
+    """
+    dsn = os.environ.get("PG_SUPERUSER_DSN")
+    if not dsn:
+        fail(
+            ExitCode.NOT_CONFIGURED,
+            "set PG_SUPERUSER_DSN to a superuser's address: postgresql://postgres:…@host/postgres",
+        )
+    try:
+        with database_errors():
+            urls = provision(dsn, database)
+    except ValueError as error:
+        fail(ExitCode.NOT_CONFIGURED, f"PG_SUPERUSER_DSN is {error}")
+    addresses = {"PG_DSN": urls.app, "PG_ADMIN_DSN": urls.owner}
+    text = "\n".join(f"export {name}={shlex.quote(address)}" for name, address in addresses.items())
+    show(addresses, text, as_json=as_json)
 
 
 @app.command("create-tenant")
