@@ -9,6 +9,7 @@ import plm_shared.migrations
 import psycopg
 import pytest
 from plm_engine_core import migrations
+from plm_shared import schema_lint
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
@@ -93,3 +94,7 @@ def test_an_event_without_a_type_is_refused(engine_database: DatabaseUrls) -> No
     (tenant,) = create_tenants(engine_database, "acme")
     with psycopg.connect(engine_database.app) as connection, pytest.raises(psycopg.errors.CheckViolation):
         write(connection, tenant, "")
+
+
+def test_every_table_of_both_schemas_keeps_the_rules_of_the_schema_lint(engine_database: DatabaseUrls) -> None:
+    assert schema_lint.lint(engine_database.admin) == []
