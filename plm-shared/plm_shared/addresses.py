@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import quote, urlencode
 
+__all__ = ["DatabaseUrls", "build_dsn", "driver_dsn", "sqlalchemy_url"]
+
 _DRIVER: Final = "postgresql://"
 _SQLALCHEMY: Final = "postgresql+psycopg://"
 _OTHER_SPELLINGS: Final = ("postgres://", "postgresql+psycopg2://", "postgresql+asyncpg://")

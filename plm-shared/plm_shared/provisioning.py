@@ -25,6 +25,18 @@ from psycopg.conninfo import conninfo_to_dict
 
 from plm_shared.addresses import DatabaseUrls, build_dsn, driver_dsn
 
+__all__ = [
+    "APP",
+    "ENGINE_WRITER",
+    "KERNEL_WRITER",
+    "MIGRATOR",
+    "OWNER",
+    "ProvisioningRefused",
+    "database_urls",
+    "provision",
+    "secure_database",
+]
+
 OWNER = "plm_owner"
 APP = "plm_app"
 KERNEL_WRITER = "plm_kernel_writer"
