@@ -95,8 +95,8 @@ def reachable(server: ServerBinaries, account: Account) -> ServerBinaries:
     """
     if _runs(server.bin_dir, account):
         return server
-    libraries = server.bin_dir.parents[2] / f"{_WHEEL}.libs"
-    if not libraries.is_dir():
+    libraries = server.bin_dir.parent.parent.parent / f"{_WHEEL}.libs"
+    if not account.switched or not libraries.is_dir():
         raise LocationUnsuitable(
             server.bin_dir,
             f"account {account.name} cannot run this server",

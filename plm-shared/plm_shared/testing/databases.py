@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from plm_shared.addresses import DatabaseUrls
-from plm_shared.embedded_postgres import EmbeddedPostgres, LocationUnsuitable, find_servers
+from plm_shared.embedded_postgres import EmbeddedPostgres, PostgresUnavailable, find_servers
 from plm_shared.provisioning import OWNER, database_urls, provision, secure_database
 
 __all__ = ["ClusterPool", "TemplateDatabases", "create_tenants"]
@@ -117,8 +118,10 @@ def create_tenants(database: DatabaseUrls, *names: str) -> tuple[uuid.UUID, ...]
 def _sweep() -> None:
     """Remove the clusters of test runs that were killed before they could."""
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        if (folder / "users").exists() and time.time() - folder.stat().st_mtime > _SURELY_STARTED:
-            try:
+        try:
+            state = folder.stat()
+            old = time.time() - state.st_mtime > _SURELY_STARTED
+            if old and state.st_uid == os.geteuid() and (folder / "users").exists():
                 EmbeddedPostgres(folder).remove()
-            except (LocationUnsuitable, FileNotFoundError):
-                continue  # in use, or another run is removing it
+        except (PostgresUnavailable, FileNotFoundError):
+            continue  # in use, or another run is removing it
