@@ -50,7 +50,10 @@ class Agent(Protocol):
     """Proposes; has no power of its own. The same history must give the same answer."""
 
     def next(self, history: History) -> Propose | Finish:
-        """The next proposal, or the end."""
+        """The next proposal, or the end.
+
+        Asked only when the last attempt is over; one that is open is repeated exactly as it was.
+        """
         ...
 
 
@@ -60,12 +63,18 @@ def refusal(step: Step) -> tuple[str, str]:
     return str(error.get("reason") or error.get("category") or step.state.value), str(error.get("message") or "")
 
 
-REPEATABLE_REFUSALS = frozenset({Reason.RATE_LIMIT_EXCEEDED.value, Reason.HALTED.value})
-"""Refusals that say "not now": the same proposal is made again."""
+_NOT_NOW = frozenset({Reason.RATE_LIMIT_EXCEEDED.value, Reason.HALTED.value})
+
+
+def is_deferred(step: Step) -> bool:
+    """Whether an attempt was only told "not now", or stopped for a halt: its turn comes, and it does not count."""
+    return step.state in (StepState.DENIED, StepState.CANCELLED) and refusal(step)[0] in _NOT_NOW
 
 
 def is_open(step: Step) -> bool:
-    """Whether an attempt came to nothing and its step is to be proposed again."""
-    if step.state in (StepState.NOT_STARTED, StepState.SUPERSEDED, StepState.AWAITING_APPROVAL):
-        return True
-    return step.state is StepState.DENIED and refusal(step)[0] in REPEATABLE_REFUSALS
+    """Whether an attempt settled nothing: the same proposal is made again, under the same step key."""
+    return is_deferred(step) or step.state in (
+        StepState.AWAITING_APPROVAL,
+        StepState.NOT_STARTED,
+        StepState.SUPERSEDED,
+    )

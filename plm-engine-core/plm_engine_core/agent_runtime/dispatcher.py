@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from plm_shared.canonical_json import storable_json
+
 from plm_engine_core.agent_runtime.executor import Call, Executor, Progress
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
+from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.facade import ControlPlane
 from plm_engine_core.control_plane.runs.run import Lease
@@ -18,6 +19,7 @@ from plm_engine_core.control_plane.vocabulary import OutcomeStatus
 logger = logging.getLogger(__name__)
 
 MAX_OUTPUT_BYTES = 16 * 1024 * 1024
+MAX_ERROR_BYTES = 256 * 1024
 
 
 class Dispatcher:
@@ -26,42 +28,39 @@ class Dispatcher:
     def __init__(self, control_plane: ControlPlane) -> None:
         self._control_plane = control_plane
 
-    async def call(
-        self, lease: Lease, grant: Grant, executor: Executor, capability_id: str, step: Mapping[str, Any], actor: str
-    ) -> Outcome:
-        """Begin, execute, and answer what became of it; raises only what concerns the run worker itself.
-
-        Raises:
-            FencingLost: the run was taken over before the call could begin.
-        """
-        capability = self._control_plane.capability(capability_id)
+    async def call(self, lease: Lease, grant: Grant, executor: Executor, proposal: Proposal) -> Outcome:
+        """Have the call made, and answer what became of it; never raises for what an executor does."""
         began = False
 
         async def begin() -> Begun:
             nonlocal began
-            began = True  # from here on the effect cannot be excluded, whatever happens to the answer
-            begun = await self._control_plane.begin(grant, fencing_token=lease.fencing_token, actor=actor)
-            began = begun.accepted
+            begun = await self._control_plane.begin(
+                grant, fencing_token=lease.fencing_token, actor=proposal.principal.actor
+            )
+            began = began or begun.accepted
             return begun
 
         call = Call(
             tenant_id=grant.tenant_id,
             run_id=grant.run_id,
-            step_id=step["step_id"],
+            step_id=proposal.step_id,
             step_key=grant.step_key,
-            capability=capability,
-            resource=step["resource"],
-            arguments=step["arguments"],
+            capability=self._control_plane.capability(proposal.capability),
+            resource=proposal.resource,
+            arguments=proposal.arguments,
             traceparent=f"00-{lease.run.trace_id}-{grant.span_id}-01",
             trace_id=lease.run.trace_id,
             begin=begin,
         )
         try:
-            outcome = await executor.execute(call, grant, self._progress(grant, step["step_id"]))
+            outcome = await executor.execute(call, grant, self._progress(grant, proposal.step_id))
         except Exception as error:  # an executor's defect becomes the outcome of its call
             logger.exception("the executor failed", extra={"grant_id": str(grant.id)})
+            # A call may leave the host only after `begin` accepted; from then on its effect cannot be excluded.
             status = OutcomeStatus.OUTCOME_UNKNOWN if began else OutcomeStatus.NOT_STARTED
-            return Outcome(status=status, error={"category": "executor_failed", "message": str(error)})
+            if began and call.capability.idempotent:
+                status = OutcomeStatus.SUPERSEDED
+            outcome = Outcome(status=status, error={"category": "executor_failed", "message": str(error)})
         return _storable(outcome)
 
     def _progress(self, grant: Grant, step_id: str) -> Progress:
@@ -78,46 +77,24 @@ class Dispatcher:
 def _storable(outcome: Outcome) -> Outcome:
     """The outcome, or in place of a result that the books cannot hold, the failure that says so.
 
-    PostgreSQL's JSON knows neither NUL nor lone surrogates (RFC 8259, section 8.2), and no row should be arbitrarily
-    large.
+    The effect happened all the same, so what it used is kept.
     """
-    problem = _problem(outcome.output) or _problem(outcome.error)
+    problem = _problem(outcome.output, "output", MAX_OUTPUT_BYTES) or _problem(outcome.error, "error", MAX_ERROR_BYTES)
     if not problem:
         return outcome
+    failed = outcome.status is OutcomeStatus.SUCCEEDED
     return replace(
         outcome,
-        status=OutcomeStatus.FAILED,
+        status=OutcomeStatus.FAILED if failed else outcome.status,
         output=None,
-        error={"category": "output_refused", "message": f"the plugin's result {problem}"},
+        error={"category": "output_refused", "message": f"the plugin's {problem}"},
         artifacts=(),
     )
 
 
-def _problem(value: Any) -> str:
+def _problem(value: Any, name: str, most: int) -> str:
     try:
-        text = json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        return f"is not JSON: {error}"
-    if len(text) > MAX_OUTPUT_BYTES:
-        return f"has {len(text)} bytes, at most {MAX_OUTPUT_BYTES} are kept; return large results as files"
-    return _bad_text(value)
-
-
-def _bad_text(value: Any) -> str:
-    if isinstance(value, str):
-        if "\x00" in value:
-            return "holds a NUL character"
-        return "" if value.isascii() or _encodes(value) else "holds half of a surrogate pair"
-    if isinstance(value, Mapping):
-        return next((problem for pair in value.items() for each in pair if (problem := _bad_text(each))), "")
-    if isinstance(value, list | tuple):
-        return next((problem for each in value if (problem := _bad_text(each))), "")
-    return ""
-
-
-def _encodes(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        size = len(storable_json(value, root=name).encode())
+    except (ValueError, RecursionError) as error:
+        return str(error)
+    return f"{name} has {size} bytes, at most {most} are kept; return large results as files" if size > most else ""

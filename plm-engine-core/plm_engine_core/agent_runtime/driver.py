@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 from uuid import UUID
 
-from plm_engine_core.agent_runtime.agent import Agent, Finish, History, Propose, is_open, refusal
+from plm_engine_core.agent_runtime.agent import Agent, Finish, History, Propose, is_open
+from plm_engine_core.agent_runtime.attempts import exhausted, next_place
 from plm_engine_core.agent_runtime.dispatcher import Dispatcher
 from plm_engine_core.agent_runtime.executor import Executor
-from plm_engine_core.agent_runtime.retry import MAX_ATTEMPTS, MAX_PROPOSALS, classify
+from plm_engine_core.agent_runtime.hold import Hold, held
+from plm_engine_core.agent_runtime.retry import TRANSIENT, patiently, pause_seconds
 from plm_engine_core.agent_runtime.selector import Selector
-from plm_engine_core.control_plane.admission.admit import Denied, Granted, Pending
+from plm_engine_core.control_plane.admission.admit import Admission, Denied, Granted, Pending
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome
-from plm_engine_core.control_plane.errors import FencingLost, StorageUnavailable
+from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.facade import ControlPlane
-from plm_engine_core.control_plane.runs.run import Lease, Run, Step
+from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import Evidence, OutcomeStatus, Reason, RunState, StepState
 
 logger = logging.getLogger(__name__)
@@ -33,20 +33,7 @@ logger = logging.getLogger(__name__)
 AgentFactory = Callable[[Run], Agent]
 """Makes the agent of a run from what the run recorded of it."""
 
-
-@dataclass(kw_only=True)
-class _Hold:
-    """A lease while it is held, and what its heartbeat heard."""
-
-    lease: Lease
-    stop: asyncio.Event = field(default_factory=asyncio.Event)
-    lost: bool = False
-    cancel_requested: bool = False
-    halt: Mapping[str, Any] | None = None
-
-    @property
-    def run(self) -> Run:
-        return self.lease.run
+_CAME_TO_NOTHING = (OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED)
 
 
 class Driver:
@@ -77,237 +64,182 @@ class Driver:
         Raises:
             StorageUnavailable: the database could not be reached; the lease runs out and another driver continues.
         """
-        lease = await self._control_plane.storage.runs.take(
-            tenant_id, run_id, owner=self._owner, seconds=self._lease_seconds
-        )
+        runs = self._control_plane.storage.runs
+        lease = await runs.take(tenant_id, run_id, owner=self._owner, seconds=self._lease_seconds)
         if lease is None:
             return None
         try:
-            async with self._held(lease) as hold:
+            async with held(runs, lease, self._lease_seconds) as hold:
                 await self._close_abandoned(hold)
                 return await self._advance(hold)
         except FencingLost:
             logger.warning("another run worker took the run over", extra={"run_id": str(run_id)})
             return None
 
-    @asynccontextmanager
-    async def _held(self, lease: Lease) -> AsyncIterator[_Hold]:
-        """Renews the lease in the background, and hears of cancels and halts on the way."""
-        hold = _Hold(lease=lease)
-        task = asyncio.create_task(self._heartbeat(hold), name=f"lease of {lease.run.id}")
-        try:
-            yield hold
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-
-    async def _heartbeat(self, hold: _Hold) -> None:
-        while not hold.lost:
-            await asyncio.sleep(self._lease_seconds / 3)
-            try:
-                beat = await self._control_plane.storage.runs.renew(
-                    hold.run.tenant_id,
-                    hold.run.id,
-                    fencing_token=hold.lease.fencing_token,
-                    seconds=self._lease_seconds,
-                )
-            except StorageUnavailable:
-                logger.warning("the lease could not be renewed", extra={"run_id": str(hold.run.id)})
-                continue
-            hold.lost = not beat.held
-            hold.cancel_requested = beat.cancel_requested
-            hold.halt = beat.halt
-            if hold.lost or hold.cancel_requested or hold.halt is not None:
-                hold.stop.set()
-
-    async def _close_abandoned(self, hold: _Hold) -> None:
+    async def _close_abandoned(self, hold: Hold) -> None:
         """Close the grant of a driver that is gone, without guessing what its call did."""
-        steps = await self._steps(hold)
+        steps = await self._control_plane.storage.runs.steps(hold.run.tenant_id, hold.run.id)
         last = steps[-1] if steps else None
-        if last is None or last.grant_id is None or last.state not in (StepState.GRANTED, StepState.RUNNING):
+        if last is None or last.state not in (StepState.GRANTED, StepState.RUNNING):
             return
         if last.state is StepState.GRANTED:
-            outcome = Outcome(
-                status=OutcomeStatus.NOT_STARTED, error={"category": "abandoned", "message": "never begun"}
-            )
+            status, message = OutcomeStatus.NOT_STARTED, "its run worker was lost before the call began"
         elif self._control_plane.capability(last.capability).idempotent:
-            outcome = Outcome(
-                status=OutcomeStatus.SUPERSEDED,
-                error={"category": "abandoned", "message": "its run worker was lost; the step is repeated"},
-            )
+            status, message = OutcomeStatus.SUPERSEDED, "its run worker was lost; the step is repeated"
         else:
-            outcome = Outcome(
-                status=OutcomeStatus.OUTCOME_UNKNOWN,
-                evidence=Evidence.REPORTED,
-                error={
-                    "category": "abandoned",
-                    "message": f"the run worker was lost during {last.capability}; it may have had its effect",
-                },
-            )
+            status, message = OutcomeStatus.OUTCOME_UNKNOWN, "its run worker was lost; it may have had its effect"
+        outcome = Outcome(
+            status=status,
+            evidence=Evidence.REPORTED,
+            error={"category": "abandoned", "message": f"{last.capability}: {message}"},
+        )
         await self._settle(hold, _grant(hold.run, last), outcome, last.capability)
 
-    async def _advance(self, hold: _Hold) -> RunState:
-        agent = self._agents(hold.run)
+    async def _advance(self, hold: Hold) -> RunState:
+        runs = self._control_plane.storage.runs
         while True:
-            current = await self._control_plane.storage.runs.get(hold.run.tenant_id, hold.run.id)
+            current = await runs.get(hold.run.tenant_id, hold.run.id)
             if current.state is not RunState.RUNNING:
                 return current.state  # settlement parked it
             if current.cancel_requested:
-                return await self._finish(hold, RunState.CANCELLED, reason="cancelled", message="cancelled on request")
-            history = History(run=current, steps=await self._steps(hold))
-            move = agent.next(history)
-            if isinstance(move, Finish):
-                return await self._finish(
-                    hold,
-                    RunState.SUCCEEDED if move.succeeded else RunState.FAILED,
-                    reason=move.reason,
-                    message=move.message,
-                    result=move.result,
-                )
-            parked = await self._step(hold, history, move)
-            if parked is not None:
-                return parked
+                end = Finish(succeeded=False, reason="cancelled", message="cancelled on request")
+                return await self._finish(hold, RunState.CANCELLED, end)
+            history = History(run=current, steps=await runs.steps(current.tenant_id, current.id))
+            move = self._next(history)
+            left = await self._end(hold, move) if isinstance(move, Finish) else await self._step(hold, history, move)
+            if left is not None:
+                return left
 
-    async def _step(self, hold: _Hold, history: History, move: Propose) -> RunState | None:
+    def _next(self, history: History) -> Propose | Finish:
+        """What is open is repeated exactly as it was recorded; else the agent says what comes next."""
+        last = history.steps[-1] if history.steps else None
+        if last is not None and is_open(last):
+            return Propose(
+                step_id=last.step_id, capability=last.capability, resource=last.resource, arguments=last.arguments
+            )
+        try:
+            move = self._agents(history.run).next(history)
+            if not isinstance(move, Propose | Finish):
+                raise TypeError(f"an agent proposes or finishes, this one answered {type(move).__name__}")  # noqa: TRY301  # the handler is the answer
+        except Exception as error:  # an agent's defect ends its run
+            logger.exception("the agent failed", extra={"run_id": str(history.run.id)})
+            return Finish(succeeded=False, reason="agent_failed", message=f"{type(error).__name__}: {error}")
+        return move
+
+    async def _step(self, hold: Hold, history: History, move: Propose) -> RunState | None:
         """Admit and carry out one proposal; answers a state when the run is to be left there."""
-        proposal, exhausted = self._proposal(hold, history, move)
-        if exhausted:
-            return await self._finish(hold, RunState.FAILED, reason="attempts_exhausted", message=exhausted)
+        place = next_place(history.steps[-1] if history.steps else None)
+        problem = exhausted(history.steps, place)
+        if problem:
+            return await self._fail(hold, "attempts_exhausted", f"step {move.step_id}: {problem}")
         capability = self._control_plane.registry.get(move.capability)
         executor = self._selector.select(capability) if capability is not None else None
         if capability is not None and executor is None:
-            return await self._finish(
-                hold,
-                RunState.FAILED,
-                reason="capability_unavailable",
-                message=f"no plugin of this node offers {move.capability}",
-            )
-        admission = await self._admit(proposal)
+            return await self._fail(hold, "capability_unavailable", f"no plugin of this node offers {move.capability}")
+        proposal = Proposal(
+            tenant_id=hold.run.tenant_id,
+            run_id=hold.run.id,
+            fencing_token=hold.fencing_token,
+            step_index=place.step_index,
+            attempt=place.attempt,
+            ticket_id=place.ticket_id,
+            step_id=move.step_id,
+            capability=move.capability,
+            resource=move.resource,
+            arguments=move.arguments,
+            principal=hold.run.principal,
+        )
+        try:
+            admission = await self._admit(proposal)
+        except InvalidRequest as error:
+            return await self._fail(hold, "invalid_proposal", f"step {move.step_id}: {error}")
         match admission:
             case Pending():
                 return RunState.AWAITING_APPROVAL
             case Denied(reason=Reason.HALTED):
-                return await self._finish(hold, RunState.HALTED, reason=Reason.HALTED.value, message=admission.message)
-            case Denied():
-                await self._wait_before_retry(admission, proposal.attempt)
+                halted = Finish(succeeded=False, reason=Reason.HALTED.value, message=admission.message)
+                return await self._finish(hold, RunState.HALTED, halted)
+            case Denied(reason=Reason.RATE_LIMIT_EXCEEDED as reason, retry_after_ms=wait):
+                await hold.pause(pause_seconds(reason.value, place.attempt, retry_after_ms=wait))
             case Granted(grant=grant) if executor is not None:
-                await self._carry_out(hold, grant, executor, proposal)
+                outcome = await self._carry_out(hold, grant, executor, proposal)
+                if outcome.status in _CAME_TO_NOTHING:
+                    await hold.pause(pause_seconds(TRANSIENT, place.attempt))
         return None
 
-    async def _admit(self, proposal: Proposal) -> Any:
-        """Admit; while storage is busy nothing was booked, so the same command is sent again."""
-        attempt = 1
-        while True:
+    async def _admit(self, proposal: Proposal) -> Admission:
+        async def admit() -> Admission:
             admission = await self._control_plane.admit(proposal)
-            if not (isinstance(admission, Denied) and admission.reason is Reason.STORAGE_BUSY):
-                return admission
-            decision = classify(admission.reason.value, attempt)
-            if not decision.retry:
+            if isinstance(admission, Denied) and admission.reason is Reason.STORAGE_BUSY:
                 raise StorageUnavailable(admission.message)
-            await asyncio.sleep(decision.backoff_ms / 1000)
-            attempt += 1
+            return admission
 
-    async def _wait_before_retry(self, denied: Denied, attempt: int) -> None:
-        decision = classify(denied.reason.value, attempt, retry_after_ms=denied.retry_after_ms)
-        if decision.retry:
-            await asyncio.sleep(decision.backoff_ms / 1000)
+        return await patiently(admit)
 
-    async def _carry_out(self, hold: _Hold, grant: Grant, executor: Executor, proposal: Proposal) -> None:
-        step = {"step_id": proposal.step_id, "resource": proposal.resource, "arguments": proposal.arguments}
-        call = asyncio.create_task(
-            self._dispatcher.call(hold.lease, grant, executor, proposal.capability, step, hold.run.principal.actor)
-        )
+    async def _carry_out(self, hold: Hold, grant: Grant, executor: Executor, proposal: Proposal) -> Outcome:
+        """Have the call made, stop it when the run must stop, and settle."""
+        if hold.halt is not None:  # admission has just seen that it was lifted
+            hold.halt = None
+            hold.stop.clear()
+        call = asyncio.create_task(self._dispatcher.call(hold.lease, grant, executor, proposal))
         stop = asyncio.create_task(hold.stop.wait())
+        halted = False
         try:
             await asyncio.wait({call, stop}, return_when=asyncio.FIRST_COMPLETED)
             if not call.done():
+                halted = hold.halt is not None
                 await executor.cancel(grant)
             outcome = await call
         finally:
-            stop.cancel()
-            call.cancel()
+            for task in (call, stop):
+                task.cancel()
+            await asyncio.gather(call, stop, return_exceptions=True)
+        if halted and outcome.status is OutcomeStatus.CANCELLED and self._repeatable(proposal.capability):
+            outcome = replace(outcome, error={**(outcome.error or {}), "reason": Reason.HALTED.value})
         await self._settle(hold, grant, outcome, proposal.capability)
+        return outcome
 
-    async def _settle(self, hold: _Hold, grant: Grant, outcome: Outcome, capability_id: str) -> None:
-        """Settle; a lost reply is answered by settling again, which changes nothing the second time."""
-        attempt = 1
-        while True:
-            try:
-                await self._control_plane.settle(
-                    grant,
-                    outcome,
-                    capability_id=capability_id,
-                    fencing_token=hold.lease.fencing_token,
-                    trace_id=hold.run.trace_id,
-                    actor=hold.run.principal.actor,
-                )
-            except StorageUnavailable:
-                decision = classify(Reason.STORAGE_BUSY.value, attempt)
-                if not decision.retry:
-                    raise
-                await asyncio.sleep(decision.backoff_ms / 1000)
-                attempt += 1
-            else:
-                return
+    def _repeatable(self, capability_id: str) -> bool:
+        return self._control_plane.capability(capability_id).idempotent
 
-    async def _finish(
-        self,
-        hold: _Hold,
-        state: RunState,
-        *,
-        reason: str | None = None,
-        message: str | None = None,
-        result: Any = None,
-    ) -> RunState:
-        await self._control_plane.finish(
-            hold.run,
-            fencing_token=hold.lease.fencing_token,
-            state=state,
-            actor=f"worker:{self._owner}",
-            reason=reason,
-            message=message,
-            result=result,
+    async def _settle(self, hold: Hold, grant: Grant, outcome: Outcome, capability_id: str) -> None:
+        await patiently(
+            lambda: self._control_plane.settle(
+                grant,
+                outcome,
+                capability_id=capability_id,
+                fencing_token=hold.fencing_token,
+                trace_id=hold.run.trace_id,
+                actor=hold.run.principal.actor,
+            )
         )
-        return state
 
-    async def _steps(self, hold: _Hold) -> list[Step]:
-        return list(await self._control_plane.storage.runs.steps(hold.run.tenant_id, hold.run.id))
+    async def _end(self, hold: Hold, end: Finish) -> RunState:
+        try:
+            return await self._finish(hold, RunState.SUCCEEDED if end.succeeded else RunState.FAILED, end)
+        except InvalidRequest as error:
+            return await self._fail(hold, "result_refused", f"the agent's result cannot be kept: {error}")
 
-    def _proposal(self, hold: _Hold, history: History, move: Propose) -> tuple[Proposal, str]:
-        """The proposal with its place in the run, and a sentence when that step was tried too often."""
-        last = history.steps[-1] if history.steps else None
-        index, attempt, ticket = 0, 1, None
-        if last is not None:
-            repeats = is_open(last) or last.state in (StepState.DENIED, StepState.STEERED)
-            index = last.step_index if repeats else last.step_index + 1
-            waiting = last.state is StepState.AWAITING_APPROVAL
-            attempt = last.attempt + (0 if waiting else 1) if repeats else 1
-            ticket = last.ticket_id if waiting else None
-        return (
-            Proposal(
-                tenant_id=hold.run.tenant_id,
-                run_id=hold.run.id,
-                fencing_token=hold.lease.fencing_token,
-                step_index=index,
-                attempt=attempt,
-                step_id=move.step_id,
-                capability=move.capability,
-                resource=move.resource,
-                arguments=move.arguments,
-                principal=hold.run.principal,
-                ticket_id=ticket,
-            ),
-            _exhausted(history, index, attempt, move),
+    async def _fail(self, hold: Hold, reason: str, message: str) -> RunState:
+        return await self._finish(hold, RunState.FAILED, Finish(succeeded=False, reason=reason, message=message))
+
+    async def _finish(self, hold: Hold, state: RunState, end: Finish) -> RunState:
+        return await patiently(
+            lambda: self._control_plane.finish(
+                hold.run,
+                fencing_token=hold.fencing_token,
+                state=state,
+                actor=f"worker:{self._owner}",
+                reason=end.reason,
+                message=_printable(end.message),
+                result=end.result,
+            )
         )
 
 
-def _exhausted(history: History, index: int, attempt: int, move: Propose) -> str:
-    tries = [step for step in history.steps if step.step_index == index and step.attempt < attempt]
-    refused = [step for step in tries if step.state in (StepState.DENIED, StepState.STEERED) and not is_open(step)]
-    if len(refused) < MAX_PROPOSALS and len(tries) < MAX_ATTEMPTS:
-        return ""
-    _, message = refusal(tries[-1])
-    return f"step {move.step_id} was refused or came to nothing {len(tries)} times; the last time: {message}"
+def _printable(text: str | None) -> str | None:
+    """Text that can be stored, whatever an agent or plugin put into it."""
+    return text and text.encode(errors="backslashreplace").decode().replace("\x00", "\\x00")
 
 
 def _grant(run: Run, step: Step) -> Grant:

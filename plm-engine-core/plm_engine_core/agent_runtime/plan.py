@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-import yaml
+from plm_shared.canonical_json import storable_json
 from plm_shared.idempotency import compute_content_hash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from plm_engine_core.agent_runtime.agent import Finish, History, Propose, is_open, refusal
-from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.agent_runtime.agent import Finish, History, Propose, refusal
+from plm_engine_core.control_plane.documents import load_document
 from plm_engine_core.control_plane.vocabulary import StepState
 
+_INDEX = re.compile("[0-9]{1,9}")
 _IDENTIFIER = r"^[a-z][a-z0-9_]*$"
+
+
+def _json(value: Any) -> Any:
+    storable_json(value, root="value")
+    return value
+
+
+Json = Annotated[Any, AfterValidator(_json)]
+"""A JSON value. YAML has more than that (dates, .nan), which is refused with its path."""
 
 
 class PlanInput(BaseModel):
@@ -24,7 +35,7 @@ class PlanInput(BaseModel):
 
     type: Literal["file", "string", "integer", "number", "boolean", "object", "array"]
     description: str = ""
-    default: Any = None
+    default: Json = None
 
 
 class PlanStep(BaseModel):
@@ -35,7 +46,7 @@ class PlanStep(BaseModel):
     id: str = Field(pattern=_IDENTIFIER)
     capability: str
     resource: str = ""
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: Annotated[dict[str, Any], AfterValidator(_json)] = Field(default_factory=dict)
 
 
 class Plan(BaseModel):
@@ -48,7 +59,7 @@ class Plan(BaseModel):
     description: str = ""
     inputs: dict[str, PlanInput] = Field(default_factory=dict)
     steps: tuple[PlanStep, ...] = Field(min_length=1, max_length=1000)
-    result: Any = None
+    result: Json = None
 
     @model_validator(mode="after")
     def _references_reach_back(self) -> Self:
@@ -91,18 +102,9 @@ def load_plan(path: Path) -> Plan:
     """Read a plan from YAML.
 
     Raises:
-        InvalidRequest: naming the file and the entry that is wrong.
+        InvalidRequest: naming the file and the entry that is missing, unknown, doubled or wrong.
     """
-    try:
-        return Plan.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InvalidRequest(f"the plan {path} cannot be read: {error.strerror}", field="plan") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the plan {path} is not YAML: {error}", field="plan") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "plan"
-        raise InvalidRequest(f"{path}: {where}: {first['msg']}", field=where) from error
+    return load_document(path, Plan, "plan")
 
 
 class PlanAgent:
@@ -121,7 +123,7 @@ class PlanAgent:
             attempt = history.latest(step.id)
             if attempt is not None and attempt.state is StepState.SUCCEEDED:
                 continue
-            if attempt is not None and not is_open(attempt):
+            if attempt is not None:
                 reason, message = refusal(attempt)
                 return Finish(succeeded=False, reason=reason, message=f"step {step.id}: {message}")
             try:
@@ -162,7 +164,7 @@ def _is_reference(value: Any) -> bool:
 def _follow(path: str, values: Mapping[str, Any]) -> Any:
     found: Any = values
     for part in path.split("."):
-        if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+        if isinstance(found, list) and _INDEX.fullmatch(part) and int(part) < len(found):
             found = found[int(part)]
         elif isinstance(found, Mapping) and part in found:
             found = found[part]

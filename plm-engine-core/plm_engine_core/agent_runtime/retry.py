@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
+from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.vocabulary import Reason
+
+Answer = TypeVar("Answer")
 
 MAX_PROPOSALS = 3
 """How often an agent may be refused at one step before its run fails."""
 
 MAX_ATTEMPTS = 6
-"""How often one step is attempted at all, whatever stood in its way."""
+"""How often one step is attempted at all; to be told "not now" does not count."""
+
+TRANSIENT = "transient"
+"""The code of whatever may succeed later for no stated reason."""
 
 _BACKOFF_MS: dict[str, tuple[int, ...]] = {
-    "transient": (200, 400, 800),
+    TRANSIENT: (200, 400, 800),
     Reason.RATE_LIMIT_EXCEEDED.value: (1000, 2000, 4000),
     Reason.STORAGE_BUSY.value: (200, 400, 800, 1600),
-    Reason.GRANT_EXPIRED.value: (200, 400, 800),
 }
 
 
@@ -46,5 +54,32 @@ def classify(error_code: str, attempt: int, *, retry_after_ms: int = 0) -> Retry
         return RetryDecision(retry=False, reason="unknown_code")
     if attempt > len(steps):
         return RetryDecision(retry=False, reason="max_attempts_exhausted")
-    jittered = int(steps[attempt - 1] * random.uniform(1.0, 1.25))  # noqa: S311  # spreads load, protects nothing
-    return RetryDecision(retry=True, backoff_ms=max(jittered, retry_after_ms))
+    return RetryDecision(retry=True, backoff_ms=max(_jittered(steps[attempt - 1]), retry_after_ms))
+
+
+def pause_seconds(error_code: str, attempt: int, *, retry_after_ms: int = 0) -> float:
+    """How long to wait after `attempt` when it is certain to be repeated; the last back-off holds from there on."""
+    steps = _BACKOFF_MS[error_code]
+    return max(_jittered(steps[min(attempt, len(steps)) - 1]), retry_after_ms) / 1000
+
+
+async def patiently(act: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Await `act`, again a few times while storage is busy; it must be safe to repeat after a lost reply.
+
+    Raises:
+        StorageUnavailable: it stayed so.
+    """
+    attempt = 1
+    while True:
+        try:
+            return await act()
+        except StorageUnavailable:
+            decision = classify(Reason.STORAGE_BUSY.value, attempt)
+            if not decision.retry:
+                raise
+        await asyncio.sleep(decision.backoff_ms / 1000)
+        attempt += 1
+
+
+def _jittered(milliseconds: int) -> int:
+    return int(milliseconds * random.uniform(1.0, 1.25))  # noqa: S311  # spreads load, protects nothing

@@ -7,7 +7,7 @@
     ├── Conflict              the state does not allow it (any more): read it again
     │   └── IdempotencyConflict   the same key was used for other content
     ├── FencingLost           another run worker took the run over: drop everything
-    └── StorageUnavailable    nothing was changed: try again later
+    └── StorageUnavailable    send the same again: whatever was booked already is not booked twice
 
 A refused *proposal* is not an error: it is an answer of admission with a reason.
 """
@@ -79,6 +79,6 @@ class FencingLost(ControlPlaneError):
 
 
 class StorageUnavailable(ControlPlaneError):
-    """The database could not be reached or was too busy in time; nothing was changed."""
+    """The database was too busy, or could not be reached; a lost reply leaves open whether anything was changed."""
 
     code = "storage_unavailable"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ from plm_engine_core.control_plane.registry import CapabilityDescriptor, Capabil
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run
 from plm_engine_core.control_plane.storage.ports import Connection, Storage
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, Reason, RunKind, RunState, TicketDecision
+
+_TRACE_ID = re.compile("[0-9a-f]{32}")
+_SPAN_ID = re.compile("[0-9a-f]{16}")
 
 CREATE_SCOPE = "plm.runs.create"
 OVERRIDE_SCOPE = "plm.cost.override"
@@ -73,6 +77,7 @@ class ControlPlane:
         """Create a run that acts as `principal` and let some run worker drive it; the flag says it existed already.
 
         Raises:
+            InvalidRequest: a value of the request cannot be used; names the field.
             Forbidden: the principal lacks `plm.runs.create`, or raises a limit without `plm.cost.override`.
             IdempotencyConflict: the key was used for another request.
             NotFound: the tenant does not exist.
@@ -83,6 +88,9 @@ class ControlPlane:
                 reason="missing_scopes",
                 missing_scopes=(CREATE_SCOPE,),
             )
+        for name, pattern in (("trace_id", _TRACE_ID), ("root_span_id", _SPAN_ID)):
+            if not pattern.fullmatch(getattr(request, name)):
+                raise InvalidRequest(f"{name} {getattr(request, name)!r} is no W3C trace context id", field=name)
         run, replayed = await self.storage.runs.create(
             NewRun(
                 tenant_id=request.tenant_id,
@@ -182,13 +190,15 @@ class ControlPlane:
         reason: str | None = None,
         message: str | None = None,
         result: Any = None,
-    ) -> None:
-        """Give a run's lease back with the run in `state`.
+    ) -> RunState:
+        """Give a run's lease back with the run in `state`, and answer where it stands now.
+
+        A run that is to be parked as halted is queued again when no halt stands any more.
 
         Raises:
             FencingLost: another run worker holds the run.
         """
-        await self.storage.runs.finish(
+        left = await self.storage.runs.finish(
             run.tenant_id,
             run.id,
             fencing_token=fencing_token,
@@ -199,6 +209,7 @@ class ControlPlane:
             result=result,
         )
         await self.signals.changed(run.tenant_id, run.id)
+        return left
 
     async def cancel(self, tenant_id: UUID, run_id: UUID, *, by: Principal) -> Run:
         """Cancel a run: at once where it is parked, else as soon as its worker hears of it.

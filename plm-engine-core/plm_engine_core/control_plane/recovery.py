@@ -25,16 +25,19 @@ class Recovery:
 
     async def sweep(self) -> int:
         """One pass; answers how many runs were enqueued."""
-        found = await self._storage.runs.abandoned(_BATCH)
-        for tenant_id, run_id in found:
-            await self._storage.runs.revive(tenant_id, run_id)
-        return len(found)
+        revived = 0
+        for tenant_id, run_id in await self._storage.runs.abandoned(_BATCH):
+            try:
+                revived += await self._storage.runs.revive(tenant_id, run_id)
+            except ControlPlaneError:
+                logger.warning("a run could not be brought back yet", extra={"run_id": str(run_id)}, exc_info=True)
+        return revived
 
     async def run(self) -> None:
         """Sweep until cancelled; a failed pass is logged and the next one tries again."""
         while True:
             try:
                 await self.sweep()
-            except ControlPlaneError:
-                logger.warning("a recovery pass failed; the next one tries again", exc_info=True)
+            except Exception:
+                logger.exception("a recovery pass failed; the next one tries again")
             await asyncio.sleep(self._every_seconds)

@@ -186,7 +186,6 @@ class Reason(StrEnum):
     APPROVAL_DENIED = "approval_denied"
     APPROVAL_EXPIRED = "approval_expired"
     APPROVAL_MISMATCH = "approval_mismatch"
-    ESTIMATE_INVALID = "estimate_invalid"
     BUDGET_EXCEEDED = "budget_exceeded"
     BUDGET_MISSING = "budget_missing"
     HALTED = "halted"
@@ -218,8 +217,6 @@ class EventKind(StrEnum):
     APPROVAL_EXPIRED = "approval_expired"
     HALT_TRIGGERED = "halt_triggered"
     HALT_LIFTED = "halt_lifted"
-    BUDGET_SET = "budget_set"
 
 
 TERMINAL_RUN_STATES = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})
-PARKED_RUN_STATES = frozenset({RunState.AWAITING_APPROVAL, RunState.HALTED, RunState.OUTCOME_UNKNOWN})

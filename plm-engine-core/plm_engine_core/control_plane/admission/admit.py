@@ -9,15 +9,13 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from plm_shared.idempotency import compute_content_hash
-
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.prepare import prepare
-from plm_engine_core.control_plane.admission.proposal import Proposal, proposal_digest
+from plm_engine_core.control_plane.admission.proposal import Proposal, content_hash, proposal_digest
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits.budgets import demand
-from plm_engine_core.control_plane.policy import Decision, PolicySnapshot, Verdict, decide
+from plm_engine_core.control_plane.policy import Decision, Facts, PolicySnapshot, Verdict, decide
 from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCommand, Connection
 from plm_engine_core.control_plane.vocabulary import Reason
@@ -74,6 +72,8 @@ async def admit(
     `connection` nothing is committed here.
 
     Raises:
+        InvalidRequest: the proposal holds what is no JSON; or `connection` holds no READ COMMITTED transaction, or one
+            of another tenant.
         FencingLost: the caller no longer holds the run; it must stop.
         IdempotencyConflict: this attempt was already proposed with other content.
     """
@@ -81,7 +81,7 @@ async def admit(
     try:
         facts = await prepare(proposal, policy=policy, registry=registry, storage=storage)
         decision = decide(policy, facts)
-        command = _command(proposal, policy, decision, digest)
+        command = _command(proposal, policy, facts, decision, digest)
         answer = await storage.admit(command, connection=connection)
     except StorageUnavailable as error:
         # Nothing was booked. A driver may ask again with the same command.
@@ -89,13 +89,13 @@ async def admit(
     return _admission(proposal, decision, answer)
 
 
-def _command(proposal: Proposal, policy: PolicySnapshot, decision: Decision, digest: str) -> AdmitCommand:
+def _command(proposal: Proposal, policy: PolicySnapshot, facts: Facts, decision: Decision, digest: str) -> AdmitCommand:
     return AdmitCommand(
         tenant_id=proposal.tenant_id,
         run_id=proposal.run_id,
         fencing_token=proposal.fencing_token,
         command_id=proposal.command_id,
-        command_digest=compute_content_hash([digest, dict(proposal.arguments), proposal.step_id]),
+        command_digest=content_hash([digest, dict(proposal.arguments), proposal.step_id]),
         step_index=proposal.step_index,
         attempt=proposal.attempt,
         step_id=proposal.step_id,
@@ -108,7 +108,7 @@ def _command(proposal: Proposal, policy: PolicySnapshot, decision: Decision, dig
         executor_kind=proposal.executor_kind,
         requester=proposal.principal.user_id,
         actor=proposal.principal.actor,
-        decision=decision.to_json(),
+        decision={**decision.to_json(), "facts": facts.to_json()},
         ticket_id=proposal.ticket_id,
         new_ticket_id=new_id(),
         ticket_seconds=policy.approval.timeout_seconds,

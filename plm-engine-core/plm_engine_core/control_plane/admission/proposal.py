@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
+from plm_shared.canonical_json import JsonRefused
 from plm_shared.idempotency import compute_content_hash
 
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import ExecutorKind
 
@@ -70,10 +72,25 @@ class Proposal:
         return f"{self.run_id}/{self.step_index}/{self.attempt}{ticket}"
 
 
+def content_hash(value: Any) -> str:
+    """The hash of what is proposed or settled, in which the same value is the same in every process.
+
+    Raises:
+        InvalidRequest: it is no JSON; names the path.
+    """
+    try:
+        return compute_content_hash(value)
+    except JsonRefused as error:
+        raise InvalidRequest(f"it cannot be recorded: {error}", field=error.path) from error
+
+
 def proposal_digest(proposal: Proposal, capability: CapabilityDescriptor | None) -> str:
     """What an approval is bound to: capability, version, resource and the security-relevant arguments.
 
     A marked argument that is missing never equals one that is present, whatever its value.
+
+    Raises:
+        InvalidRequest: the proposal is no JSON; names the path.
     """
     names = capability.security_relevant if capability is not None and capability.security_relevant else None
     arguments = (
@@ -81,7 +98,7 @@ def proposal_digest(proposal: Proposal, capability: CapabilityDescriptor | None)
         if names is not None
         else {name: [value] for name, value in proposal.arguments.items()}
     )
-    return compute_content_hash(
+    return content_hash(
         {
             "capability": proposal.capability,
             "version": capability.version if capability is not None else None,

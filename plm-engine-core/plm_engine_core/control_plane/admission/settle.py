@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
+from decimal import ROUND_UP, Decimal
 from typing import Any
 from uuid import UUID
 
@@ -12,12 +12,18 @@ from plm_shared.idempotency import IdempotencyKey, compute_content_hash
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitTelemetryArgs
 
 from plm_engine_core.control_plane.admission.grants import Grant
+from plm_engine_core.control_plane.admission.proposal import content_hash
+from plm_engine_core.control_plane.amounts import plain
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, Connection, LedgerEntry, SettleCommand
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, Evidence, OutcomeStatus
 
 CAPABILITY_CALL = "capability_call"
 UNSPENT = frozenset({OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED})
+
+_SMALLEST = Decimal("0.00000001")
+_MOST = Decimal(10) ** 18
+_COSTLIEST = Decimal(10) ** 10  # the ledger's columns are numeric(18, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +55,9 @@ class ArtifactRecord:
 class Outcome:
     """What became of one granted call.
 
-    `usage` is measured, in the plugin's units; None means it could not be, and the reservation is charged. `output` and
-    `error` are JSON values; `error` has `category`, `message` and whatever the executor knows beyond that.
+    `usage` is measured, in the plugin's units; None means it could not be, and the reservation is charged, as it is for
+    amounts that are negative or no numbers. `output` and `error` are JSON values; `error` has `category`, `message` and
+    whatever the executor knows beyond that.
     """
 
     status: OutcomeStatus
@@ -63,14 +70,20 @@ class Outcome:
 
     @property
     def digest(self) -> str:
-        """Equal for equal outcomes; settling a grant again must present the same."""
-        return compute_content_hash(
+        """Equal for equal outcomes; settling a grant again must present the same.
+
+        Raises:
+            InvalidRequest: output or error are no JSON; names the path.
+        """
+        return content_hash(
             {
                 "status": self.status.value,
                 "output": self.output,
                 "error": dict(self.error) if self.error is not None else None,
-                "usage": self.usage_json(),
-                "artifacts": [artifact.sha256 for artifact in self.artifacts],
+                "usage": self.usage_json() if self.usage is not None else None,
+                "evidence": self.evidence.value,
+                "layers": list(self.layers),
+                "artifacts": [artifact.to_json() for artifact in self.artifacts],
             }
         )
 
@@ -104,6 +117,8 @@ async def settle(
     charged in full. What never started, or is superseded by a repeat under the same step key, costs nothing.
 
     Raises:
+        InvalidRequest: the outcome holds what is no JSON; or `connection` holds no READ COMMITTED transaction, or one
+            of another tenant.
         FencingLost: another run worker holds the run; nothing was written, the ledger rows included.
         IdempotencyConflict: the grant was already settled with another outcome.
         StorageUnavailable: nothing was written; settling again is safe.
@@ -136,9 +151,17 @@ def _charges(outcome: Outcome, capability: CapabilityDescriptor) -> dict[str, st
     """Amount per unit; a unit left out is charged as reserved."""
     if outcome.status in UNSPENT:
         return {BudgetUnit.EUR.value: "0", BudgetUnit.CALLS.value: "0"}
-    if outcome.status is OutcomeStatus.OUTCOME_UNKNOWN or outcome.usage is None:
-        return {BudgetUnit.CALLS.value: "1"}
-    return {BudgetUnit.EUR.value: str(capability.cost.price(outcome.usage)), BudgetUnit.CALLS.value: "1"}
+    cost = None if outcome.status is OutcomeStatus.OUTCOME_UNKNOWN else _measured_cost(outcome.usage, capability)
+    charges = {BudgetUnit.CALLS.value: "1"}
+    return charges if cost is None else {BudgetUnit.EUR.value: str(cost), **charges}
+
+
+def _measured_cost(usage: Mapping[str, Decimal] | None, capability: CapabilityDescriptor) -> Decimal | None:
+    """The price of the usage, rounded up to what the books hold; None when the usage is no measurement."""
+    if usage is None or not all(amount.is_finite() and 0 <= amount < _MOST for amount in usage.values()):
+        return None
+    cost = capability.cost.price(usage)
+    return plain(cost.quantize(_SMALLEST, rounding=ROUND_UP)) if cost < _COSTLIEST else None
 
 
 def _ledger(

@@ -10,11 +10,12 @@ from plm_engine_core.control_plane.events.event import Event, event_hash
 
 @dataclass(frozen=True, kw_only=True)
 class StreamHead:
-    """The last sequence and hash of a stream, as its head row has them."""
+    """The last sequence and hash of a stream as its head row has them, and the last event stored at that instant."""
 
     stream: str
     last_seq: int
     last_hash: bytes
+    stored_seq: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,25 +38,33 @@ class Verification:
 
 
 async def verify_stream(head: StreamHead, events: AsyncIterable[Event]) -> Verification:
-    """Walk a stream in order and check every link and the head."""
+    """Walk a stream in order up to its head, and check every link and the head.
+
+    What is appended after the head was read is left to the next time.
+    """
     previous = b""
     expected = 1
     async for event in events:
+        if event.seq > head.last_seq:
+            break
         problem = _problem(event, expected, previous)
         if problem:
             return Verification(stream=head.stream, events=expected - 1, first_bad_seq=expected, problem=problem)
         previous = event.hash
         expected += 1
     count = expected - 1
-    if count != head.last_seq or previous != head.last_hash:
-        bad = min(count, head.last_seq) + (count != head.last_seq)
+    if count == head.last_seq == head.stored_seq and previous == head.last_hash:
+        return Verification(stream=head.stream, events=count)
+    if count == head.stored_seq == head.last_seq:
         return Verification(
-            stream=head.stream,
-            events=count,
-            first_bad_seq=max(bad, 1),
-            problem=f"the stream ends at {count}, its head says {head.last_seq}",
+            stream=head.stream, events=count, first_bad_seq=max(count, 1), problem="the head has another hash"
         )
-    return Verification(stream=head.stream, events=count)
+    return Verification(
+        stream=head.stream,
+        events=count,
+        first_bad_seq=count + 1,
+        problem=f"the stream ends at {max(count, head.stored_seq)}, its head says {head.last_seq}",
+    )
 
 
 def _problem(event: Event, expected: int, previous: bytes) -> str:

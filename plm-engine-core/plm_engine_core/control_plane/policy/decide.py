@@ -42,6 +42,33 @@ class Facts:
     rate_allowed: bool
     retry_after_ms: int = 0
 
+    def to_json(self) -> dict[str, Any]:
+        """The stored form, from which the decision can be made again."""
+        capability = self.capability.model_dump(mode="json") if self.capability is not None else None
+        if capability is not None:
+            capability["required_scopes"] = sorted(capability["required_scopes"])
+        return {
+            "capability": capability,
+            "principal_scopes": sorted(self.principal_scopes),
+            "requester": str(self.requester),
+            "autonomy": self.autonomy.value,
+            "rate_allowed": self.rate_allowed,
+            "retry_after_ms": self.retry_after_ms,
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Facts:
+        """Back from the stored form."""
+        capability = stored["capability"]
+        return cls(
+            capability=CapabilityDescriptor.model_validate(capability) if capability is not None else None,
+            principal_scopes=frozenset(stored["principal_scopes"]),
+            requester=UUID(stored["requester"]),
+            autonomy=AutonomyLevel(stored["autonomy"]),
+            rate_allowed=stored["rate_allowed"],
+            retry_after_ms=stored["retry_after_ms"],
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageResult:
@@ -90,7 +117,7 @@ def decide(policy: PolicySnapshot, facts: Facts) -> Decision:
     """Walk the stages in their locked order and stop at the first refusal.
 
     rate_limit, authorization, autonomy_gating, classify (risk, tier), cost_budget. The same policy and facts always
-    give the same decision; anything unforeseen raises, and the caller turns that into a refusal.
+    give the same decision.
     """
     stages: list[StageResult] = []
 
@@ -160,7 +187,9 @@ def _autonomy(policy: PolicySnapshot, facts: Facts) -> str:
         AutonomyLevel.L2: capability.mode is not CapabilityMode.EXECUTE_WRITE
         or (
             capability.certified
-            and policy.tier_of(capability.id, capability.mode) in (ActionTier.ALWAYS_APPROVE, ActionTier.BLOCKED)
+            # Blocked and steered never run, and the policy says better why.
+            and policy.tier_of(capability.id, capability.mode)
+            in (ActionTier.ALWAYS_APPROVE, ActionTier.STEER, ActionTier.BLOCKED)
         ),
         AutonomyLevel.L3: True,
     }[level]

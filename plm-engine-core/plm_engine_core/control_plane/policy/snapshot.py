@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-import yaml
 from plm_shared.idempotency import compute_content_hash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from plm_engine_core.control_plane.amounts import Amount
-from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.documents import load_document
 from plm_engine_core.control_plane.vocabulary import ActionTier, AutonomyLevel, BudgetUnit, CapabilityMode, RiskLevel
 
 
@@ -56,7 +55,7 @@ class PolicySnapshot(_Frozen):
     version: str = Field(min_length=1)
     tiers: Mapping[str, ActionTier] = Field(default_factory=dict)
     tier_by_mode: Mapping[CapabilityMode, ActionTier]
-    guidance: Mapping[str, str] = Field(default_factory=dict)
+    guidance: Mapping[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     auto_approve_max_risk: RiskLevel = RiskLevel.LOW
     risk_by_mode: Mapping[CapabilityMode, RiskLevel]
     autonomy_ceiling: AutonomyLevel = AutonomyLevel.L2
@@ -72,6 +71,8 @@ class PolicySnapshot(_Frozen):
             missing = [mode.value for mode in CapabilityMode if mode not in table]
             if missing:
                 raise ValueError(f"{name} has no entry for {', '.join(missing)}")
+        if ActionTier.STEER in self.tier_by_mode.values():
+            raise ValueError("tier_by_mode cannot steer: guidance is given per capability, so steer it under tiers")
         unguided = [key for key, tier in self.tiers.items() if tier is ActionTier.STEER and key not in self.guidance]
         if unguided:
             raise ValueError(f"guidance is missing for the steered capabilities {', '.join(sorted(unguided))}")
@@ -91,15 +92,6 @@ def load_policy(path: Path) -> PolicySnapshot:
     """Read a policy from YAML.
 
     Raises:
-        InvalidRequest: naming the file and the entry that is missing, unknown or wrong.
+        InvalidRequest: naming the file and the entry that is missing, unknown, doubled or wrong.
     """
-    try:
-        return PolicySnapshot.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise InvalidRequest(f"the policy {path} cannot be read: {error.strerror}", field="policy") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the policy {path} is not YAML: {error}", field="policy") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the policy"
-        raise InvalidRequest(f"{path}: {where}: {first['msg']}", field=where) from error
+    return load_document(path, PolicySnapshot, "policy")

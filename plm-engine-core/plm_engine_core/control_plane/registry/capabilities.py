@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from plm_engine_core.control_plane.amounts import Amount
+from plm_engine_core.control_plane.documents import load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.vocabulary import CapabilityMode
 
@@ -70,23 +70,16 @@ class CapabilityRegistry:
         return self._by_id.get(capability_id)
 
 
+class _CapabilityFile(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    capabilities: tuple[CapabilityDescriptor, ...]
+
+
 def load_capabilities(path: Path) -> CapabilityRegistry:
     """Read the operator's capability file (`capabilities:` a list of descriptors).
 
     Raises:
-        InvalidRequest: naming the file and the entry that is wrong.
+        InvalidRequest: naming the file and the entry that is missing, unknown, doubled or wrong.
     """
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        entries = document["capabilities"]
-        return CapabilityRegistry(CapabilityDescriptor.model_validate(entry) for entry in entries)
-    except OSError as error:
-        raise InvalidRequest(
-            f"the capability file {path} cannot be read: {error.strerror}", field="capabilities"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InvalidRequest(f"{path} needs a list 'capabilities:' ({error})", field="capabilities") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise InvalidRequest(f"{path}: {where}: {first['msg']} (given: {first['input']!r})", field=where) from error
+    return CapabilityRegistry(load_document(path, _CapabilityFile, "capability file").capabilities)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Run, Step
 
 Connection = Any
-"""A psycopg connection of the caller's; on it nothing is committed."""
+"""An asynchronous psycopg connection of the caller's, inside a transaction; on it nothing is committed."""
 
 LedgerEntry = EmitTelemetryArgs | EmitConnectorCallArgs | EmitLlmCallArgs
 
@@ -162,8 +162,11 @@ class RunStore(Protocol):
         reason: str | None = None,
         message: str | None = None,
         result: Any = None,
-    ) -> None:
-        """Give the lease back with the run in `state` (queued, halted or terminal)."""
+    ) -> RunState:
+        """Give the lease back with the run in `state` (queued, halted or terminal), and answer where it stands.
+
+        A run that is to be parked as halted is queued again when no halt stands any more.
+        """
         ...
 
     async def request_cancel(self, tenant_id: UUID, run_id: UUID, *, actor: str) -> Run:
@@ -175,11 +178,14 @@ class RunStore(Protocol):
         ...
 
     async def abandoned(self, limit: int) -> Sequence[tuple[UUID, UUID]]:
-        """Tenant and id of runs whose lease ran out or whose ticket expired, over all tenants."""
+        """Tenant and id of runs, over all tenants, that nobody drives although somebody should.
+
+        Their lease ran out, their drive job was lost, their ticket expired, or the halt that parked them was lifted.
+        """
         ...
 
-    async def revive(self, tenant_id: UUID, run_id: UUID) -> None:
-        """Enqueue a drive job for a run found by `abandoned`."""
+    async def revive(self, tenant_id: UUID, run_id: UUID) -> bool:
+        """Enqueue a drive job for a run found by `abandoned`; false when somebody else has seen to it by now."""
         ...
 
     async def mcrc(self, tenant_id: UUID, run_id: UUID) -> Mapping[str, Any]:

@@ -40,7 +40,8 @@ CREATE TABLE run_states (
 );
 CREATE INDEX ix_run_states_run ON run_states (run_id);
 CREATE INDEX ix_run_states_created ON run_states (tenant_id, created_at DESC, run_id DESC);
-CREATE INDEX ix_run_states_lease ON run_states (lease_expires_at) WHERE state IN ('queued', 'running');
+CREATE INDEX ix_run_states_live ON run_states (updated_at)
+    WHERE state IN ('queued', 'running', 'awaiting_approval', 'halted');
 """
 
 RUN_STEPS = """
@@ -235,6 +236,8 @@ CREATE TRIGGER events_append_only BEFORE UPDATE OR DELETE ON events
     FOR EACH ROW EXECUTE FUNCTION engine_refuse_change();
 CREATE TRIGGER events_no_truncate BEFORE TRUNCATE ON events
     FOR EACH STATEMENT EXECUTE FUNCTION engine_refuse_change();
+ALTER TABLE events ENABLE ALWAYS TRIGGER events_append_only;
+ALTER TABLE events ENABLE ALWAYS TRIGGER events_no_truncate;
 """
 
 TENANT_TABLES = (
@@ -256,8 +259,8 @@ GRANT SELECT, INSERT ON run_states, run_steps, approval_tickets, grants, budgets
     idempotency_records, rate_buckets, event_streams, events TO plm_engine_writer;
 GRANT UPDATE (state, lease_owner, lease_expires_at, fencing_token, cancel_requested_at, reason, message, result,
     updated_at, finished_at) ON run_states TO plm_engine_writer;
-GRANT UPDATE (state, grant_id, ticket_id, evidence, output, error, usage, started_at, finished_at, decision)
-    ON run_steps TO plm_engine_writer;
+GRANT UPDATE (state, decision, capability, resource, arguments, arguments_digest, grant_id, ticket_id, evidence, output,
+    error, usage, started_at, finished_at) ON run_steps TO plm_engine_writer;
 GRANT UPDATE (state, decided_at, decided_by, comment, consumed_at) ON approval_tickets TO plm_engine_writer;
 GRANT UPDATE (state, begun_at, settled_at, outcome, outcome_digest) ON grants TO plm_engine_writer;
 GRANT UPDATE (limit_amount, spent, reserved) ON budgets TO plm_engine_writer;

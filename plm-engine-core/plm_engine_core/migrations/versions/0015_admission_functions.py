@@ -24,6 +24,8 @@ SIGNATURES = (
     "engine_take_rate_v1(uuid, text, double precision, double precision)",
     "engine_decide_ticket_v1(uuid, uuid, text, uuid, text, text)",
     "engine_settle_v1(jsonb)",
+    "engine_spent_v1(uuid, uuid)",
+    "engine_hold_grant_v1(uuid, uuid, uuid, bigint, text)",
     "engine_begin_v1(uuid, uuid, uuid, bigint, text)",
     "engine_admit_v1(jsonb)",
     "engine_hold_run_v1(uuid, uuid, bigint, boolean)",

@@ -8,11 +8,18 @@ from uuid import UUID
 
 import psycopg
 from plm_shared.sqlalchemy_kernel_emitter import ledger_statements
+from psycopg.rows import dict_row
 
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.limits.rate_limit import RateReading
 from plm_engine_core.control_plane.storage.ports import AdmitCommand, Connection, SettleCommand
-from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, jsonb, translated
+from plm_engine_core.control_plane.storage.postgres.gateway import (
+    Gateway,
+    Session,
+    jsonb,
+    require_transaction,
+    translated,
+)
 
 _ADMIT = "SELECT engine_admit_v1(%s) AS answer"
 _SETTLE = "SELECT engine_settle_v1(%s) AS answer"
@@ -36,9 +43,10 @@ class PostgresAdmission:
 
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book a decision in one autocommit statement, or in the caller's transaction."""
-        parameters = [jsonb(_admit_json(command))]
+        parameters = [jsonb(_admit_json(command), root="proposal")]
         if connection is not None:
             with translated():
+                require_transaction(connection)
                 return await _scalar(connection, _ADMIT, parameters)
         async with self._gateway.connection() as own:
             return await _scalar(own, _ADMIT, parameters)
@@ -55,15 +63,17 @@ class PostgresAdmission:
             )
 
     async def settle(self, command: SettleCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
-        """Book an outcome: ledger rows first, then the settle function, in one pipelined transaction."""
+        """Book an outcome: the grant is locked, ledger rows and settlement written, in one pipelined transaction."""
+        parameters = [jsonb(_settle_json(command), root="outcome")]
         if connection is not None:
             with translated():
-                return await _first(await _send_settlement(connection, command))
+                require_transaction(connection)
+                return await _first(await _send_settlement(connection, command, parameters))
         async with self._gateway.connection() as own:
             try:
                 async with own.pipeline():
                     await own.execute("BEGIN")
-                    cursor = await _send_settlement(own, command)
+                    cursor = await _send_settlement(own, command, parameters)
                     await own.execute("COMMIT")
             except psycopg.Error:
                 if not own.broken:
@@ -72,16 +82,26 @@ class PostgresAdmission:
             return await _first(cursor)
 
 
-async def _send_settlement(connection: Session, command: SettleCommand) -> psycopg.AsyncCursor[Any]:
-    await connection.execute("SELECT engine_enter_v1(%s)", [command.tenant_id])
+async def _send_settlement(
+    connection: Session, command: SettleCommand, parameters: list[Any]
+) -> psycopg.AsyncCursor[Any]:
+    await connection.execute(
+        "SELECT engine_hold_grant_v1(%s, %s, %s, %s, %s)",
+        [command.tenant_id, command.run_id, command.grant_id, command.fencing_token, command.outcome_digest],
+    )
     for entry in command.ledger:
         for statement in ledger_statements(entry, tenant_id=str(command.tenant_id), run_id=command.run_id):
             await connection.execute(statement.sql.encode(), statement.params)
-    return await connection.execute(_SETTLE, [jsonb(_settle_json(command))])
+    return await _rows(connection).execute(_SETTLE, parameters)
+
+
+def _rows(connection: Session) -> psycopg.AsyncCursor[Any]:
+    """A cursor of ours, whatever kind of rows the caller's connection answers."""
+    return connection.cursor(row_factory=dict_row)
 
 
 async def _scalar(connection: Session, query: str, parameters: list[Any]) -> Mapping[str, Any]:
-    return await _first(await connection.execute(query.encode(), parameters))
+    return await _first(await _rows(connection).execute(query.encode(), parameters))
 
 
 async def _first(cursor: psycopg.AsyncCursor[Any]) -> Mapping[str, Any]:

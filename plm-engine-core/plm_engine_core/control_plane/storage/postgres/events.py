@@ -34,7 +34,9 @@ class PostgresEvents:
         """Every stream of the tenant with its head."""
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
-                "SELECT stream, last_seq, last_hash FROM event_streams WHERE tenant_id = %s ORDER BY stream",
+                "SELECT s.stream, s.last_seq, s.last_hash, COALESCE((SELECT max(e.seq) FROM events AS e "
+                "WHERE e.tenant_id = s.tenant_id AND e.stream = s.stream), 0) AS stored_seq "
+                "FROM event_streams AS s WHERE s.tenant_id = %s ORDER BY s.stream",
                 [tenant_id],
             )
             return [StreamHead(**row) for row in await cursor.fetchall()]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from functools import partial
 from typing import Any
 from uuid import UUID
 
 import psycopg
+from plm_shared.canonical_json import JsonRefused, storable_json
+from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
@@ -28,12 +28,28 @@ Pool = AsyncConnectionPool[psycopg.AsyncConnection[DictRow]]
 Session = psycopg.AsyncConnection[DictRow]
 
 _BUSY = {"55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
-_dumps = partial(json.dumps, allow_nan=False, ensure_ascii=False)
+_LONGEST_WAIT = "5s"
 
 
-def jsonb(value: Any) -> Jsonb:
-    """A JSON parameter; NaN and infinities are refused before they reach the database."""
-    return Jsonb(value, dumps=_dumps)
+def jsonb(value: Any, *, root: str) -> Jsonb:
+    """A JSON parameter, checked before anything is sent.
+
+    Raises:
+        InvalidRequest: the value holds what the database cannot store (NaN, U+0000); names the path, from `root`.
+    """
+    try:
+        text = storable_json(value, root=root)
+    except JsonRefused as error:
+        raise InvalidRequest(str(error), field=error.path) from error
+    return Jsonb(value, dumps=lambda _: text)
+
+
+def require_transaction(connection: Session) -> None:
+    """Refuse a connection of the caller's on which each statement would commit by itself."""
+    if connection.autocommit and connection.info.transaction_status is TransactionStatus.IDLE:
+        raise InvalidRequest(
+            "the connection is in autocommit mode and holds no transaction; open one first", field="connection"
+        )
 
 
 def _translate(error: psycopg.Error) -> ControlPlaneError | None:
@@ -44,17 +60,19 @@ def _translate(error: psycopg.Error) -> ControlPlaneError | None:
         case "PLC01":
             return IdempotencyConflict(text)
         case "PLN01":
-            missing = NotFound("object", "")
-            missing.args = (text,)
-            return missing
+            return NotFound(error.diag.table_name or "object", error.diag.message_detail or "")
         case "PLS01":
             return Conflict(text, reason="state")
         case "PLI01" | "PLT01":
             return InvalidRequest(text, field="connection")
         case "23503" if "tenant" in (error.diag.constraint_name or ""):
             return NotFound("tenant", "of this request")
-        case state if state in _BUSY or isinstance(error, psycopg.OperationalError):
+        case "23505":
+            return Conflict(f"it exists already: {text}", reason="already_exists")
+        case state if state in _BUSY or isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return StorageUnavailable(f"the database did not answer in time or is not reachable: {text}")
+        case _ if isinstance(error, psycopg.DataError):
+            return InvalidRequest(f"the database cannot hold a value of the request: {text}")
         case _:
             return None
 
@@ -74,7 +92,7 @@ def translated() -> Iterator[None]:
 
 
 class Gateway:
-    """Hands out pooled connections; every transaction is bound to one tenant before its first statement."""
+    """Hands out pooled connections; a transaction is bound to one tenant, and its waits for locks are bounded."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
@@ -90,7 +108,10 @@ class Gateway:
     async def transaction(self, tenant_id: UUID) -> AsyncIterator[Session]:
         """A transaction bound to `tenant_id`: committed on a clean exit, rolled back on any exception."""
         async with self.connection() as connection, connection.transaction():
-            await connection.execute("SELECT set_config('app.tenant_id', %s, true)", [str(tenant_id)])
+            await connection.execute(
+                "SELECT set_config('app.tenant_id', %s, true), set_config('lock_timeout', %s, true)",
+                [str(tenant_id), _LONGEST_WAIT],
+            )
             yield connection
 
     async def append(
@@ -98,5 +119,6 @@ class Gateway:
     ) -> None:
         """Append one event, as the last write of the transaction."""
         await connection.execute(
-            "SELECT engine_append_event_v1(%s, %s, %s, %s, %s)", [tenant_id, stream, kind, actor, jsonb(payload)]
+            "SELECT engine_append_event_v1(%s, %s, %s, %s, %s)",
+            [tenant_id, stream, kind, actor, jsonb(payload, root="event")],
         )

@@ -5,13 +5,15 @@ from __future__ import annotations
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import NotFound
-from plm_engine_core.control_plane.events.event import TENANT_STREAM
+from plm_engine_core.control_plane.events.event import TENANT_STREAM, run_stream
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
 from plm_engine_core.control_plane.storage.postgres.rows import halt_row
-from plm_engine_core.control_plane.vocabulary import EventKind, HaltScope
+from plm_engine_core.control_plane.vocabulary import EventKind, HaltScope, RunState
+
+_SYSTEM = "halt/system"
 
 
 class PostgresHalts:
@@ -27,8 +29,8 @@ class PostgresHalts:
         """Commit a halt, or answer the one that stands in this scope."""
         async with self._gateway.transaction(tenant_id) as connection:
             target = scope_id or tenant_id
-            name = "halt/system" if scope is HaltScope.SYSTEM else f"halt/{scope.value}/{target}"
-            await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [name])
+            name = _SYSTEM if scope is HaltScope.SYSTEM else f"halt/{scope.value}/{target}"
+            await _lock(connection, name)
             standing = await self._standing(connection, tenant_id, scope, target)
             if standing is not None:
                 return standing
@@ -80,6 +82,10 @@ class PostgresHalts:
         """Lift a halt and queue this tenant's runs it parked; runs of other tenants follow by recovery."""
         table = "halts_system" if halt.scope is HaltScope.SYSTEM else "halts"
         async with self._gateway.transaction(tenant_id) as connection:
+            # A run that is being parked is either seen here, or sees that nothing stands any more.
+            if halt.scope is HaltScope.SYSTEM:
+                await _lock(connection, _SYSTEM)
+            await _lock(connection, f"halt/tenant/{tenant_id}")
             cursor = await connection.execute(
                 f"UPDATE {table} SET lifted_by = %s, lifted_at = clock_timestamp() "  # noqa: S608  # one of two literals
                 "WHERE id = %s AND lifted_at IS NULL RETURNING *".encode(),
@@ -96,6 +102,14 @@ class PostgresHalts:
                 )
                 for each in await parked.fetchall():
                     await self._delivery.enqueue(connection, tenant_id, each["run_id"])
+                    await self._gateway.append(
+                        connection,
+                        tenant_id,
+                        run_stream(each["run_id"]),
+                        EventKind.RUN_RESUMED,
+                        actor,
+                        {"was": RunState.HALTED.value, "halt_id": str(halt.id)},
+                    )
                 await self._gateway.append(
                     connection, tenant_id, TENANT_STREAM, EventKind.HALT_LIFTED, actor, _payload(lifted)
                 )
@@ -119,6 +133,10 @@ class PostgresHalts:
         )
         if await cursor.fetchone() is None:
             raise NotFound("run", run_id)
+
+
+async def _lock(connection: Session, name: str) -> None:
+    await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [name])
 
 
 def _payload(halt: Halt) -> dict[str, str | int | None]:

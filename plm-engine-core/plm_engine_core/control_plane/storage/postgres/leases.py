@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
@@ -13,6 +14,8 @@ from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Sess
 from plm_engine_core.control_plane.storage.postgres.rows import run_row
 from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, RunState
 
+_RECOVERY = "system:recovery"
+
 _FINISH_KINDS = {
     RunState.QUEUED: EventKind.RUN_RESUMED,
     RunState.HALTED: EventKind.RUN_PARKED,
@@ -23,7 +26,7 @@ _FINISH_KINDS = {
 
 # Published rule of `runs.quality_level`. Bronze: every call is settled, so the ledger is complete. Silver: besides, the
 # run had effects and each was verified. Gold: besides, a human approved each of them.
-SET_QUALITY = """
+_SET_QUALITY = """
 UPDATE runs SET updated_at = clock_timestamp(), quality_level = (
     CASE WHEN facts.unsettled > 0 THEN 'pending'
          WHEN facts.writes = 0 OR facts.verified < facts.writes THEN 'bronze'
@@ -35,8 +38,9 @@ FROM (
            count(*) FILTER (WHERE s.state = 'succeeded' AND s.decision ->> 'mode' <> 'read'
                               AND s.evidence = 'verified') AS verified,
            count(*) FILTER (WHERE s.state = 'succeeded' AND s.decision ->> 'mode' <> 'read'
-                              AND s.ticket_id IS NOT NULL) AS approved
-    FROM run_steps AS s WHERE s.tenant_id = %(tenant)s AND s.run_id = %(run)s
+                              AND t.consumed_at IS NOT NULL) AS approved
+    FROM run_steps AS s LEFT JOIN approval_tickets AS t ON t.tenant_id = s.tenant_id AND t.id = s.ticket_id
+    WHERE s.tenant_id = %(tenant)s AND s.run_id = %(run)s
 ) AS facts
 WHERE runs.tenant_id = %(tenant)s AND runs.id = %(run)s AND runs.quality_level = 'pending'
 """
@@ -52,12 +56,12 @@ class PostgresLeases:
     async def take(self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float) -> Lease | None:
         """Take the lease; the fencing token grows with every holder."""
         async with self._gateway.transaction(tenant_id) as connection:
-            await expire_tickets(self._gateway, connection, tenant_id, run_id)
+            await self._expire_tickets(connection, tenant_id, run_id)
             cursor = await connection.execute(
                 "UPDATE run_states SET state = 'running', lease_owner = %(owner)s, reason = NULL, message = NULL, "
                 "lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s), "
                 "fencing_token = fencing_token + 1, updated_at = clock_timestamp() "
-                "WHERE tenant_id = %(tenant)s AND run_id = %(run)s AND (state = 'queued' "
+                "WHERE tenant_id = %(tenant)s AND run_id = %(run)s AND kind = 'hosted' AND (state = 'queued' "
                 "OR (state = 'running' AND lease_expires_at <= clock_timestamp())) RETURNING *",
                 {"tenant": tenant_id, "run": run_id, "owner": owner, "seconds": seconds},
             )
@@ -101,10 +105,12 @@ class PostgresLeases:
         reason: str | None = None,
         message: str | None = None,
         result: Any = None,
-    ) -> None:
-        """Give the lease back with the run in `state`."""
-        terminal = state in TERMINAL_RUN_STATES
+    ) -> RunState:
+        """Give the lease back; a run is parked as halted only while a halt stands, else it is queued again."""
         async with self._gateway.transaction(tenant_id) as connection:
+            if state is RunState.HALTED and not await _halt_stands(connection, tenant_id, run_id):
+                state, reason, message = RunState.QUEUED, None, None
+            terminal = state in TERMINAL_RUN_STATES
             cursor = await connection.execute(
                 "UPDATE run_states SET state = %(state)s, reason = %(reason)s, message = %(message)s, "
                 "result = %(result)s, lease_owner = NULL, lease_expires_at = NULL, updated_at = clock_timestamp(), "
@@ -114,7 +120,7 @@ class PostgresLeases:
                     "state": state.value,
                     "reason": reason,
                     "message": message,
-                    "result": jsonb(result) if result is not None else None,
+                    "result": jsonb(result, root="result") if result is not None else None,
                     "terminal": terminal,
                     "tenant": tenant_id,
                     "run": run_id,
@@ -124,7 +130,7 @@ class PostgresLeases:
             if not cursor.rowcount:
                 raise FencingLost(f"run {run_id} is no longer held with fencing token {fencing_token}")
             if terminal:
-                await connection.execute(SET_QUALITY, {"tenant": tenant_id, "run": run_id})
+                await close_books(connection, tenant_id, run_id)
             payload = {"state": state.value, "reason": reason, "message": message, "result": result}
             await self._gateway.append(
                 connection,
@@ -136,29 +142,82 @@ class PostgresLeases:
             )
             if state is RunState.QUEUED:
                 await self._delivery.enqueue(connection, tenant_id, run_id)
+            return state
 
+    async def abandoned(self, limit: int) -> Sequence[tuple[UUID, UUID]]:
+        """Runs that nobody drives although somebody should, over all tenants."""
+        async with self._gateway.connection() as connection:
+            cursor = await connection.execute("SELECT tenant_id, run_id FROM engine_abandoned_runs_v1(%s)", [limit])
+            return [(row["tenant_id"], row["run_id"]) for row in await cursor.fetchall()]
 
-async def expire_tickets(gateway: Gateway, connection: Session, tenant_id: UUID, run_id: UUID) -> None:
-    """Close tickets past their deadline; the run continues and its call is denied."""
-    await connection.execute(
-        "SELECT 1 FROM run_states WHERE tenant_id = %s AND run_id = %s FOR UPDATE", [tenant_id, run_id]
-    )
-    cursor = await connection.execute(
-        "UPDATE approval_tickets SET state = 'expired' WHERE tenant_id = %s AND run_id = %s AND state = 'pending' "
-        "AND deadline <= clock_timestamp() RETURNING id, step_index, attempt",
-        [tenant_id, run_id],
-    )
-    for row in await cursor.fetchall():
+    async def revive(self, tenant_id: UUID, run_id: UUID) -> bool:
+        """Enqueue a drive job if the run is still abandoned; taking its lease settles everything else."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            expired = await self._expire_tickets(connection, tenant_id, run_id)
+            cursor = await connection.execute(
+                "UPDATE run_states SET updated_at = clock_timestamp() "
+                "WHERE tenant_id = %s AND run_id = %s AND engine_is_abandoned_v1(run_states) RETURNING state",
+                [tenant_id, run_id],
+            )
+            row = await cursor.fetchone()
+            if row is None and not expired:
+                return False
+            was = RunState(row["state"]) if row is not None else RunState.QUEUED
+            if was in (RunState.HALTED, RunState.AWAITING_APPROVAL):
+                await queue_again(connection, tenant_id, run_id, was=was)
+                await self._gateway.append(
+                    connection, tenant_id, run_stream(run_id), EventKind.RUN_RESUMED, _RECOVERY, {"was": was.value}
+                )
+            await self._delivery.enqueue(connection, tenant_id, run_id)
+            return True
+
+    async def _expire_tickets(self, connection: Session, tenant_id: UUID, run_id: UUID) -> bool:
+        """Lock the run and close its ticket if the deadline passed; the run continues and its call is denied."""
         await connection.execute(
-            "UPDATE run_states SET state = 'queued', updated_at = clock_timestamp() "
-            "WHERE tenant_id = %s AND run_id = %s AND state = 'awaiting_approval'",
+            "SELECT 1 FROM run_states WHERE tenant_id = %s AND run_id = %s FOR UPDATE", [tenant_id, run_id]
+        )
+        cursor = await connection.execute(
+            "UPDATE approval_tickets SET state = 'expired' WHERE tenant_id = %s AND run_id = %s AND state = 'pending' "
+            "AND deadline <= clock_timestamp() RETURNING id, step_index, attempt",
             [tenant_id, run_id],
         )
-        await gateway.append(
-            connection,
-            tenant_id,
-            run_stream(run_id),
-            EventKind.APPROVAL_EXPIRED,
-            "system:recovery",
-            {"ticket_id": str(row["id"]), "step": row["step_index"], "attempt": row["attempt"]},
-        )
+        expired = await cursor.fetchall()
+        for row in expired:
+            await queue_again(connection, tenant_id, run_id, was=RunState.AWAITING_APPROVAL)
+            await self._gateway.append(
+                connection,
+                tenant_id,
+                run_stream(run_id),
+                EventKind.APPROVAL_EXPIRED,
+                _RECOVERY,
+                {"ticket_id": str(row["id"]), "step": row["step_index"], "attempt": row["attempt"]},
+            )
+        return bool(expired)
+
+
+async def queue_again(connection: Session, tenant_id: UUID, run_id: UUID, *, was: RunState) -> None:
+    """Queue a parked run; the caller enqueues its job and records why."""
+    await connection.execute(
+        "UPDATE run_states SET state = 'queued', reason = NULL, message = NULL, updated_at = clock_timestamp() "
+        "WHERE tenant_id = %s AND run_id = %s AND state = %s",
+        [tenant_id, run_id, was.value],
+    )
+
+
+async def close_books(connection: Session, tenant_id: UUID, run_id: UUID) -> None:
+    """What ends with a run: questions still open to humans, and the time in which its quality is undecided."""
+    await connection.execute(
+        "UPDATE approval_tickets SET state = 'cancelled' WHERE tenant_id = %s AND run_id = %s AND state = 'pending'",
+        [tenant_id, run_id],
+    )
+    await connection.execute(_SET_QUALITY, {"tenant": tenant_id, "run": run_id})
+
+
+async def _halt_stands(connection: Session, tenant_id: UUID, run_id: UUID) -> bool:
+    """Whether a halt stands, under a lock that keeps it so until the transaction ends."""
+    await connection.execute("SELECT engine_lock_halts_v1(%s, %s)", [tenant_id, run_id])
+    cursor = await connection.execute(
+        "SELECT engine_standing_halt_v1(%s, %s) IS NOT NULL AS stands", [tenant_id, run_id]
+    )
+    row = await cursor.fetchone()
+    return row is not None and bool(row["stands"])

@@ -13,7 +13,7 @@ from plm_engine_core.control_plane.limits.budgets import Budget
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Step
 from plm_engine_core.control_plane.runs.states import sources_of
 from plm_engine_core.control_plane.storage.postgres.gateway import Session, jsonb
-from plm_engine_core.control_plane.storage.postgres.leases import SET_QUALITY, PostgresLeases, expire_tickets
+from plm_engine_core.control_plane.storage.postgres.leases import PostgresLeases, close_books, queue_again
 from plm_engine_core.control_plane.storage.postgres.rows import budget_row, run_row, step_row
 from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunState, StepState
 
@@ -58,7 +58,7 @@ class PostgresRuns(PostgresLeases):
                 _CREATE_OPERATION,
                 new.idempotency_key,
                 new.request_digest,
-                jsonb({"run_id": str(new.run_id)}),
+                jsonb({"run_id": str(new.run_id)}, root="result"),
             ],
         )
         if claimed.rowcount:
@@ -87,9 +87,9 @@ class PostgresRuns(PostgresLeases):
                 new.tenant_id,
                 new.run_id,
                 new.kind.value,
-                jsonb(dict(new.agent)),
-                jsonb(dict(new.input)),
-                jsonb(new.principal.to_json()),
+                jsonb(dict(new.agent), root="agent"),
+                jsonb(dict(new.input), root="input"),
+                jsonb(new.principal.to_json(), root="principal"),
                 new.policy_digest,
                 new.trace_id,
                 new.root_span_id,
@@ -201,16 +201,11 @@ class PostgresRuns(PostgresLeases):
             [tenant_id, run_id, [state.value for state in sources_of(RunState.CANCELLED)]],
         )
         await connection.execute(
-            "UPDATE approval_tickets SET state = 'cancelled' "
-            "WHERE tenant_id = %s AND run_id = %s AND state = 'pending'",
-            [tenant_id, run_id],
-        )
-        await connection.execute(
             "UPDATE run_steps SET state = 'cancelled', finished_at = clock_timestamp() "
             "WHERE tenant_id = %s AND run_id = %s AND state = 'awaiting_approval'",
             [tenant_id, run_id],
         )
-        await connection.execute(SET_QUALITY, {"tenant": tenant_id, "run": run_id})
+        await close_books(connection, tenant_id, run_id)
 
     async def reconcile(self, tenant_id: UUID, run_id: UUID, *, happened: bool, output: Any, actor: str) -> Run:
         """Record what became of an unknown effect, and queue the run again."""
@@ -225,14 +220,10 @@ class PostgresRuns(PostgresLeases):
             cursor = await connection.execute(
                 "UPDATE run_steps SET state = %s, evidence = 'reported', output = %s, finished_at = clock_timestamp() "
                 "WHERE tenant_id = %s AND run_id = %s AND state = 'outcome_unknown' RETURNING step_index, attempt",
-                [state.value, jsonb(output) if output is not None else None, tenant_id, run_id],
+                [state.value, jsonb(output, root="output") if output is not None else None, tenant_id, run_id],
             )
             reconciled = [dict(row) for row in await cursor.fetchall()]
-            await connection.execute(
-                "UPDATE run_states SET state = 'queued', reason = NULL, message = NULL, updated_at = clock_timestamp() "
-                "WHERE tenant_id = %s AND run_id = %s AND state = 'outcome_unknown'",
-                [tenant_id, run_id],
-            )
+            await queue_again(connection, tenant_id, run_id, was=RunState.OUTCOME_UNKNOWN)
             await self._gateway.append(
                 connection,
                 tenant_id,
@@ -243,18 +234,6 @@ class PostgresRuns(PostgresLeases):
             )
             await self._delivery.enqueue(connection, tenant_id, run_id)
             return await _get(connection, tenant_id, run_id)
-
-    async def abandoned(self, limit: int) -> Sequence[tuple[UUID, UUID]]:
-        """Runs that nobody drives although somebody should."""
-        async with self._gateway.connection() as connection:
-            cursor = await connection.execute("SELECT tenant_id, run_id FROM engine_abandoned_runs_v1(%s)", [limit])
-            return [(row["tenant_id"], row["run_id"]) for row in await cursor.fetchall()]
-
-    async def revive(self, tenant_id: UUID, run_id: UUID) -> None:
-        """Enqueue a drive job; taking the lease settles everything else."""
-        async with self._gateway.transaction(tenant_id) as connection:
-            await expire_tickets(self._gateway, connection, tenant_id, run_id)
-            await self._delivery.enqueue(connection, tenant_id, run_id)
 
     async def mcrc(self, tenant_id: UUID, run_id: UUID) -> Mapping[str, Any]:
         """The run's row in `mcrc_v1_view`."""

@@ -51,18 +51,18 @@ BEGIN
     IF v_outcome = 'ask' AND c ->> 'ticket_id' IS NOT NULL THEN
         SELECT * INTO v_ticket FROM approval_tickets
             WHERE tenant_id = v_tenant AND id = (c ->> 'ticket_id')::uuid AND run_id = v_run_id FOR UPDATE;
-        IF v_ticket.id IS NULL OR v_ticket.digest <> c ->> 'digest' OR v_ticket.policy_digest <> c ->> 'policy_digest'
-           OR v_ticket.consumed_at IS NOT NULL THEN
+        IF v_ticket.id IS NULL OR v_ticket.step_index <> v_step OR v_ticket.digest <> c ->> 'digest'
+           OR v_ticket.policy_digest <> c ->> 'policy_digest' OR v_ticket.consumed_at IS NOT NULL THEN
             v_outcome := 'deny';
             v_reason := 'approval_mismatch';
             v_message := 'the approval is for another call, another policy, or was already used';
         ELSIF v_ticket.state IN ('pending', 'approved') AND v_ticket.deadline <= clock_timestamp() THEN
-            UPDATE approval_tickets SET state = 'expired' WHERE tenant_id = v_tenant AND id = v_ticket.id;
+            UPDATE approval_tickets SET state = 'expired'
+                WHERE tenant_id = v_tenant AND id = v_ticket.id AND state = 'pending';
             v_outcome := 'deny';
             v_reason := 'approval_expired';
-            v_message := format('nobody approved in time; the deadline was %s', v_ticket.deadline);
+            v_message := format('the approval was good until %s', v_ticket.deadline);
         ELSIF v_ticket.state = 'approved' THEN
-            UPDATE approval_tickets SET consumed_at = clock_timestamp() WHERE tenant_id = v_tenant AND id = v_ticket.id;
             v_outcome := 'allow';
         ELSIF v_ticket.state = 'denied' THEN
             v_outcome := 'deny';
@@ -95,9 +95,6 @@ BEGIN
                 WITH ORDINALITY AS r (scope_kind, scope_id, unit, amount, ord)
                 WHERE r.ord <= v_reserved AND b.tenant_id = v_tenant AND b.scope_kind = r.scope_kind
                   AND b.scope_id = r.scope_id AND b.unit = r.unit;
-            IF v_ticket.id IS NOT NULL THEN
-                UPDATE approval_tickets SET consumed_at = NULL WHERE tenant_id = v_tenant AND id = v_ticket.id;
-            END IF;
             SELECT jsonb_build_object('scope', b.scope_kind, 'scope_id', b.scope_id, 'unit', b.unit,
                     'limit', b.limit_amount, 'spent', b.spent, 'reserved', b.reserved, 'needed', v_refused.amount)
                 INTO v_answer FROM budgets AS b
@@ -126,12 +123,13 @@ BEGIN
         VALUES (v_tenant, v_run_id, v_step, v_attempt, c ->> 'step_id', c ->> 'step_key', c ->> 'capability',
             c ->> 'resource', c -> 'arguments', c ->> 'digest', c ->> 'executor_kind', v_state, c -> 'decision',
             CASE WHEN v_state = 'granted' THEN (c #>> '{grant,id}')::uuid END,
-            CASE WHEN v_state = 'awaiting_approval' THEN COALESCE(v_ticket.id, (c #>> '{ticket,id}')::uuid) END,
+            COALESCE(v_ticket.id, CASE WHEN v_state = 'awaiting_approval' THEN (c #>> '{ticket,id}')::uuid END),
             CASE WHEN v_state IN ('denied', 'steered') THEN v_answer END)
         ON CONFLICT (tenant_id, run_id, step_index, attempt) DO UPDATE
             SET state = EXCLUDED.state, decision = EXCLUDED.decision, grant_id = EXCLUDED.grant_id, error = EXCLUDED.error,
-                ticket_id = COALESCE(s.ticket_id, EXCLUDED.ticket_id)
-            WHERE s.state = 'awaiting_approval';
+                ticket_id = COALESCE(s.ticket_id, EXCLUDED.ticket_id), capability = EXCLUDED.capability,
+                resource = EXCLUDED.resource, arguments = EXCLUDED.arguments, arguments_digest = EXCLUDED.arguments_digest
+            WHERE s.state = 'awaiting_approval' AND s.step_id = EXCLUDED.step_id;
     IF NOT FOUND THEN
         RAISE EXCEPTION USING ERRCODE = 'PLS01', MESSAGE = format(
             'attempt %s of step %s of run %s was already decided', v_attempt, v_step, v_run_id);
@@ -147,6 +145,9 @@ BEGIN
         INSERT INTO reservations (tenant_id, grant_id, scope_kind, scope_id, unit, amount)
             SELECT v_tenant, (c #>> '{grant,id}')::uuid, r.scope_kind, r.scope_id, r.unit, r.amount
             FROM jsonb_to_recordset(c -> 'reserve') AS r (scope_kind text, scope_id uuid, unit text, amount numeric);
+        IF v_ticket.id IS NOT NULL THEN
+            UPDATE approval_tickets SET consumed_at = clock_timestamp() WHERE tenant_id = v_tenant AND id = v_ticket.id;
+        END IF;
         v_answer := v_answer || jsonb_build_object('status', 'granted', 'grant_id', c #> '{grant,id}',
             'span_id', c #> '{grant,span_id}', 'expires_at', v_expires, 'ticket_id', v_ticket.id);
         v_kind := 'step_granted';

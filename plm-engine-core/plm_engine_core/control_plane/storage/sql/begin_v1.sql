@@ -26,7 +26,7 @@ BEGIN
     IF NOT FOUND THEN
         SELECT * INTO v_grant FROM grants WHERE tenant_id = p_tenant AND id = p_grant AND run_id = p_run;
         IF v_grant.id IS NULL THEN
-            RAISE EXCEPTION USING ERRCODE = 'PLN01', MESSAGE = format('grant %s does not exist in run %s', p_grant, p_run);
+            RAISE EXCEPTION USING ERRCODE = 'PLN01', MESSAGE = 'not found', TABLE = 'grant', DETAIL = p_grant;
         ELSIF v_grant.fencing_token <> p_fencing THEN
             RAISE EXCEPTION USING ERRCODE = 'PLF01', MESSAGE = format(
                 'grant %s belongs to an earlier holder of the lease of run %s', p_grant, p_run);

@@ -95,7 +95,7 @@ DECLARE
 BEGIN
     SELECT * INTO v_run FROM run_states WHERE tenant_id = p_tenant AND run_id = p_run FOR UPDATE;
     IF NOT FOUND THEN
-        RAISE EXCEPTION USING ERRCODE = 'PLN01', MESSAGE = format('run %s does not exist', p_run);
+        RAISE EXCEPTION USING ERRCODE = 'PLN01', MESSAGE = 'not found', TABLE = 'run', DETAIL = p_run;
     END IF;
     IF v_run.fencing_token <> p_fencing OR v_run.state <> 'running'
        OR (p_live AND COALESCE(v_run.lease_expires_at <= clock_timestamp(), true)) THEN

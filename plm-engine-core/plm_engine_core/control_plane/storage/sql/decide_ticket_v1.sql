@@ -12,7 +12,7 @@ BEGIN
     PERFORM engine_enter_v1(p_tenant);
     SELECT run_id INTO v_run FROM approval_tickets WHERE tenant_id = p_tenant AND id = p_ticket;
     IF NOT FOUND THEN
-        RAISE EXCEPTION USING ERRCODE = 'PLN01', MESSAGE = format('approval ticket %s does not exist', p_ticket);
+        RAISE EXCEPTION USING ERRCODE = 'PLN01', MESSAGE = 'not found', TABLE = 'approval ticket', DETAIL = p_ticket;
     END IF;
     PERFORM 1 FROM run_states WHERE tenant_id = p_tenant AND run_id = v_run FOR UPDATE;
     SELECT * INTO v_ticket FROM approval_tickets WHERE tenant_id = p_tenant AND id = p_ticket FOR UPDATE;

@@ -1,7 +1,41 @@
+-- Locks a grant for its settlement; call it before the ledger rows are written, so that whoever may not settle is told why.
+-- Settling again with the same outcome is let through even after the run moved on: it changes nothing.
+CREATE FUNCTION engine_hold_grant_v1(p_tenant uuid, p_run uuid, p_grant uuid, p_fencing bigint, p_digest text)
+RETURNS grants
+LANGUAGE plpgsql VOLATILE SECURITY INVOKER
+SET search_path = pg_catalog, public, pg_temp SET lock_timeout = '5s' AS $$
+DECLARE
+    v_grant grants;
+BEGIN
+    PERFORM engine_enter_v1(p_tenant);
+    SELECT * INTO v_grant FROM grants WHERE tenant_id = p_tenant AND id = p_grant AND run_id = p_run;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION USING ERRCODE = 'PLN01', MESSAGE = 'not found', TABLE = 'grant', DETAIL = p_grant;
+    END IF;
+    IF v_grant.state = 'settled' AND v_grant.outcome_digest = p_digest THEN
+        RETURN v_grant;
+    END IF;
+    PERFORM engine_hold_run_v1(p_tenant, p_run, p_fencing, false);
+    SELECT * INTO v_grant FROM grants WHERE tenant_id = p_tenant AND id = p_grant FOR UPDATE;
+    IF v_grant.state = 'settled' AND v_grant.outcome_digest <> p_digest THEN
+        RAISE EXCEPTION USING ERRCODE = 'PLC01', MESSAGE = format(
+            'grant %s was already settled as %s', p_grant, v_grant.outcome);
+    END IF;
+    RETURN v_grant;
+END
+$$;
+
+-- What a settled grant cost, per unit, as texts that keep every digit.
+CREATE FUNCTION engine_spent_v1(p_tenant uuid, p_grant uuid) RETURNS jsonb
+LANGUAGE sql VOLATILE SECURITY INVOKER SET search_path = pg_catalog, public, pg_temp AS $$
+    SELECT COALESCE(jsonb_object_agg(unit, trim_scale(settled)::text), '{}') FROM reservations
+        WHERE tenant_id = p_tenant AND grant_id = p_grant AND scope_kind = 'run'
+$$;
+
 -- Closes one grant: the reservation becomes spend, the outcome, artifacts and event are written, the run may be parked.
 -- The caller has already written the ledger rows in the same transaction; a refused fencing token rolls all of it back.
 -- Locks in the order of admission: run, grant, budgets from narrow to wide, stream head. A standing halt does not refuse a
--- settlement: what happened is recorded. Settling again with the same outcome answers the same; with another it is refused.
+-- settlement: what happened is recorded.
 CREATE FUNCTION engine_settle_v1(c jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SECURITY INVOKER
 SET search_path = pg_catalog, public, pg_temp SET lock_timeout = '5s' AS $$
@@ -15,18 +49,9 @@ DECLARE
     v_charge  record;
     v_overrun boolean := false;
 BEGIN
-    PERFORM engine_enter_v1(v_tenant);
-    PERFORM engine_hold_run_v1(v_tenant, v_run_id, (c ->> 'fencing_token')::bigint, false);
-    SELECT * INTO v_grant FROM grants WHERE tenant_id = v_tenant AND id = v_id AND run_id = v_run_id FOR UPDATE;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION USING ERRCODE = 'PLN01', MESSAGE = format('grant %s does not exist in run %s', v_id, v_run_id);
-    END IF;
+    v_grant := engine_hold_grant_v1(v_tenant, v_run_id, v_id, (c ->> 'fencing_token')::bigint, c ->> 'outcome_digest');
     IF v_grant.state = 'settled' THEN
-        IF v_grant.outcome_digest <> c ->> 'outcome_digest' THEN
-            RAISE EXCEPTION USING ERRCODE = 'PLC01', MESSAGE = format(
-                'grant %s was already settled as %s', v_id, v_grant.outcome);
-        END IF;
-        RETURN jsonb_build_object('status', v_grant.outcome, 'replayed', true);
+        RETURN jsonb_build_object('status', v_grant.outcome, 'spent', engine_spent_v1(v_tenant, v_id), 'replayed', true);
     END IF;
     IF v_grant.state = 'issued' AND v_status <> 'not_started' THEN
         RAISE EXCEPTION USING ERRCODE = 'PLS01', MESSAGE = format(
@@ -50,8 +75,7 @@ BEGIN
     END LOOP;
     UPDATE reservations SET settled = COALESCE((c #>> ARRAY['charges', unit])::numeric, amount)
         WHERE tenant_id = v_tenant AND grant_id = v_id;
-    SELECT COALESCE(jsonb_object_agg(unit, trim_scale(settled)::text), '{}') INTO v_spent FROM reservations
-        WHERE tenant_id = v_tenant AND grant_id = v_id AND scope_kind = 'run';
+    v_spent := engine_spent_v1(v_tenant, v_id);
 
     UPDATE run_steps SET state = v_status, output = c -> 'output', error = NULLIF(c -> 'error', 'null'), usage = c -> 'usage',
             evidence = c ->> 'evidence', finished_at = clock_timestamp()

@@ -1,0 +1,52 @@
+"""Where in its run a proposal stands: which step, which attempt of it, under which approval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from plm_engine_core.agent_runtime.agent import is_deferred, is_open, refusal
+from plm_engine_core.agent_runtime.retry import MAX_ATTEMPTS, MAX_PROPOSALS
+from plm_engine_core.control_plane.runs.run import Step
+from plm_engine_core.control_plane.vocabulary import StepState
+
+_REFUSED = (StepState.DENIED, StepState.STEERED)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One attempt of one step."""
+
+    step_index: int
+    attempt: int
+    ticket_id: UUID | None = None
+
+
+def next_place(last: Step | None) -> Place:
+    """The place after the last recorded attempt.
+
+    An open one is repeated, an approved one as the same attempt; a refused agent tries again at the same step; after
+    anything else the next step begins. An approval that was not used yet goes along.
+    """
+    if last is None:
+        return Place(step_index=0, attempt=1)
+    if last.state is StepState.AWAITING_APPROVAL:
+        return Place(step_index=last.step_index, attempt=last.attempt, ticket_id=last.ticket_id)
+    if is_open(last) or last.state in _REFUSED:
+        unused = last.ticket_id if is_deferred(last) and last.state is StepState.DENIED else None
+        return Place(step_index=last.step_index, attempt=last.attempt + 1, ticket_id=unused)
+    return Place(step_index=last.step_index + 1, attempt=1)
+
+
+def exhausted(steps: Sequence[Step], place: Place) -> str:
+    """Why a step is not tried once more, or nothing when it may be."""
+    tries = [
+        step
+        for step in steps
+        if step.step_index == place.step_index and step.attempt < place.attempt and not is_deferred(step)
+    ]
+    refused = sum(step.state in _REFUSED for step in tries)
+    if refused < MAX_PROPOSALS and len(tries) < MAX_ATTEMPTS:
+        return ""
+    return f"refused or come to nothing {len(tries)} times; the last time: {refusal(tries[-1])[1]}"

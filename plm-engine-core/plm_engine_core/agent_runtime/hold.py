@@ -1,0 +1,83 @@
+"""A run's lease while it is held: renewed in the background, which is also how cancels and halts are heard of."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.runs.run import Heartbeat, Lease, Run
+from plm_engine_core.control_plane.storage.ports import RunStore
+
+logger = logging.getLogger(__name__)
+
+_BEATS_PER_LEASE = 3
+
+
+@dataclass(kw_only=True)
+class Hold:
+    """A lease and what its heartbeat heard; `stop` is set while there is a reason to stop the call in progress."""
+
+    lease: Lease
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    lost: bool = False
+    cancel_requested: bool = False
+    halt: Mapping[str, Any] | None = None
+
+    @property
+    def run(self) -> Run:
+        """The run as it was when the lease was taken."""
+        return self.lease.run
+
+    @property
+    def fencing_token(self) -> int:
+        """What every write presents."""
+        return self.lease.fencing_token
+
+    def hear(self, beat: Heartbeat) -> None:
+        """Take in what a renewal answered."""
+        self.lost = not beat.held
+        self.cancel_requested = beat.cancel_requested
+        self.halt = beat.halt
+        if self.lost or self.cancel_requested or self.halt is not None:
+            self.stop.set()
+        else:
+            self.stop.clear()
+
+    async def pause(self, seconds: float) -> None:
+        """Wait, but no longer than until there is a reason to stop."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self.stop.wait()
+        except TimeoutError:
+            return
+
+
+@asynccontextmanager
+async def held(runs: RunStore, lease: Lease, seconds: float) -> AsyncIterator[Hold]:
+    """Keep a lease of `seconds` alive until the block ends."""
+    hold = Hold(lease=lease)
+    task = asyncio.create_task(_heartbeat(runs, hold, seconds), name=f"lease of {lease.run.id}")
+    try:
+        yield hold
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _heartbeat(runs: RunStore, hold: Hold, seconds: float) -> None:
+    while not hold.lost:
+        await asyncio.sleep(seconds / _BEATS_PER_LEASE)
+        try:
+            hold.hear(
+                await runs.renew(hold.run.tenant_id, hold.run.id, fencing_token=hold.fencing_token, seconds=seconds)
+            )
+        except StorageUnavailable:
+            logger.warning("the lease could not be renewed", extra={"run_id": str(hold.run.id)})
+        except Exception:
+            logger.exception("the lease is given up", extra={"run_id": str(hold.run.id)})
+            hold.hear(Heartbeat(held=False))
