@@ -45,8 +45,6 @@ class _UniqueKeys(yaml.SafeLoader):
     """Refuses a mapping with the same key twice: YAML forbids it, and the parser would keep the last one silently."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        self, node: yaml.MappingNode, deep: bool = False
-    ) -> dict[Hashable, Any]:  # the signature of the base class
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
