@@ -257,9 +257,9 @@ def stage(name: str) -> Iterator[None]:
 
 
 def say(text: str, end: str = "\n") -> None:
-    """Print at once, so that a long stage is seen while it runs."""
-    sys.stdout.write(text + end)
-    sys.stdout.flush()
+    """Print at once, and beside what `make demo ARGS=--json` prints on standard output."""
+    sys.stderr.write(text + end)
+    sys.stderr.flush()
 
 
 def python_version() -> str:
