@@ -77,7 +77,8 @@ def set_up(venv: Path, *, dev: bool) -> None:
             say(f"set-up: {venv.name} is current, {megabytes(record['bytes'])} installed ({seconds(started)})")
             return
         say(f"set-up: {venv} with Python {python_version()}, from {sys.executable}")
-        anew = lock.interrupted or not is_usable(venv)
+        moved = record.get("venv", str(venv)) != str(venv)
+        anew = lock.interrupted or moved or not is_usable(venv)
         if anew:
             check_modules()
         if anew and not lock.interrupted:
@@ -90,7 +91,7 @@ def set_up(venv: Path, *, dev: bool) -> None:
         with stage("packages"):
             install(venv, dev=dev)
         size = installed_bytes(venv)
-        write_record(venv, {"fingerprint": fingerprint(venv), "dev": dev, "bytes": size})
+        write_record(venv, {"fingerprint": fingerprint(venv), "venv": str(venv), "dev": dev, "bytes": size})
         lock.end()
         say(f"set-up: ready in {seconds(started)}, {size} bytes ({megabytes(size)}) in {venv.name}")
 
@@ -164,7 +165,7 @@ def is_current(record: dict[str, Any], venv: Path, *, dev: bool) -> bool:
 
 
 def is_usable(venv: Path) -> bool:
-    """Whether pip can bring the environment up to date, or it has to be made anew: other Python, moved, broken."""
+    """Whether pip can bring the environment up to date, or it has to be made anew: another Python, or broken."""
     question = "import pip, sys; print('%d.%d' % sys.version_info[:2], sys.base_prefix, sys.prefix, sep='\\n')"
     try:
         answer = subprocess.run(
