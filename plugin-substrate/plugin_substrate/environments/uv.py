@@ -15,6 +15,8 @@ from pathlib import Path
 from plugin_substrate.errors import PluginFatalError
 
 _INSTALL_SECONDS = 1800.0
+# The system's certificates, as pip uses them: many companies reach package indexes through a proxy with its own authority.
+_SETTINGS = {"UV_SYSTEM_CERTS": "1", "UV_NATIVE_TLS": "1"}  # the newer and the older name of the same setting
 
 
 def find_uv() -> str:
@@ -59,7 +61,7 @@ def environment_python(folder: Path) -> Path:
 
 def _run(*arguments: str) -> None:
     """Run uv; its own words are the error's."""
-    environment = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
+    environment = {**_SETTINGS, **os.environ, "UV_PYTHON_DOWNLOADS": "never"}
     try:
         done = subprocess.run(
             [find_uv(), *arguments],
