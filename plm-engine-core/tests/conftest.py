@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import uuid
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,36 @@ from uuid import UUID
 
 import psycopg
 import pytest
-from plm_engine_core.control_plane import ControlPlane, Principal, Proposal, RunRequest
+from plm_engine_core.control_plane import (
+    Begun,
+    ControlPlane,
+    Grant,
+    Granted,
+    Outcome,
+    Pending,
+    Principal,
+    Proposal,
+    RunRequest,
+    Settlement,
+)
+from plm_engine_core.control_plane.events import run_stream
+from plm_engine_core.control_plane.halts import Halt
+from plm_engine_core.control_plane.hitl import ApprovalTicket
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, CostBound
 from plm_engine_core.control_plane.runs import Lease, Run
+from plm_engine_core.control_plane.storage.ports import Storage
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
-from plm_engine_core.control_plane.vocabulary import BudgetUnit, CapabilityMode
+from plm_engine_core.control_plane.storage.postgres.gateway import Pool
+from plm_engine_core.control_plane.vocabulary import (
+    BudgetUnit,
+    CapabilityMode,
+    HaltScope,
+    OutcomeStatus,
+    RunState,
+    TicketDecision,
+)
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import create_tenants
 
@@ -28,14 +51,13 @@ ALL_SCOPES = frozenset(
 )
 
 
-class RecordingDelivery:
-    """Remembers what was enqueued in committed transactions by writing nothing outside of them."""
+class TableDelivery:
+    """Writes each job into a table, so that a job of a transaction that was rolled back is not there."""
 
-    def __init__(self) -> None:
-        self.enqueued: list[tuple[UUID, UUID]] = []
+    TABLE = "CREATE TABLE deliveries (tenant_id uuid, run_id uuid); GRANT INSERT ON deliveries TO plm_engine_writer"
 
     async def enqueue(self, connection: Any, tenant_id: UUID, run_id: UUID) -> None:
-        self.enqueued.append((tenant_id, run_id))
+        await connection.execute("INSERT INTO deliveries VALUES (%s, %s)", [tenant_id, run_id])
 
 
 def policy(**changes: Any) -> PolicySnapshot:
@@ -89,12 +111,23 @@ class Bench:
     database: DatabaseUrls
     tenant: UUID
     control_plane: ControlPlane
-    delivery: RecordingDelivery
     requester: Principal
     approver: Principal
-    extra: dict[str, Any] = field(default_factory=dict)
 
-    async def run(self, **changes: Any) -> Run:
+    @property
+    def storage(self) -> Storage:
+        return self.control_plane.storage
+
+    def with_policy(self, **changes: Any) -> Bench:
+        """The same bench under another policy."""
+        plane = ControlPlane(policy=policy(**changes), registry=REGISTRY, storage=self.storage)
+        return replace(self, control_plane=plane)
+
+    def in_tenant(self, tenant: UUID) -> Bench:
+        """The same bench in another tenant of the database."""
+        return replace(self, tenant=tenant)
+
+    def request(self, **changes: Any) -> RunRequest:
         request = {
             "tenant_id": self.tenant,
             "run_id": new_id(),
@@ -102,10 +135,14 @@ class Bench:
             "input": {},
             "trace_id": secrets.token_hex(16),
         }
-        run, _ = await self.control_plane.create_run(
-            RunRequest(**{**request, **changes}), principal=changes.pop("principal", self.requester)
-        )
+        return RunRequest(**{**request, **changes})
+
+    async def run(self, *, principal: Principal | None = None, **changes: Any) -> Run:
+        run, _ = await self.control_plane.create_run(self.request(**changes), principal=principal or self.requester)
         return run
+
+    async def state(self, run: Run) -> RunState:
+        return (await self.storage.runs.get(run.tenant_id, run.id)).state
 
     async def lease(self, run: Run | None = None, *, seconds: float = 60.0, owner: str = "worker") -> Lease:
         run = run or await self.run()
@@ -128,6 +165,61 @@ class Bench:
         }
         return Proposal(**{**values, **changes})
 
+    async def grant(self, lease: Lease, **changes: Any) -> Grant:
+        admission = await self.control_plane.admit(self.proposal(lease, **changes))
+        assert isinstance(admission, Granted), admission
+        return admission.grant
+
+    async def begin(self, grant: Grant, lease: Lease) -> Begun:
+        return await self.control_plane.begin(grant, fencing_token=lease.fencing_token, actor="test")
+
+    async def begun(self, lease: Lease, **changes: Any) -> Grant:
+        grant = await self.grant(lease, **changes)
+        begun = await self.begin(grant, lease)
+        assert begun.accepted, begun
+        return grant
+
+    async def settle(
+        self, grant: Grant, lease: Lease, status: OutcomeStatus = OutcomeStatus.SUCCEEDED, **outcome: Any
+    ) -> Settlement:
+        keywords = {name: outcome.pop(name) for name in ("connection", "capability_id") if name in outcome}
+        return await self.control_plane.settle(
+            grant,
+            Outcome(status=status, **outcome),
+            fencing_token=lease.fencing_token,
+            trace_id=lease.run.trace_id,
+            actor="test",
+            **{"capability_id": "thing.read", **keywords},
+        )
+
+    async def ask(self, lease: Lease | None = None, **changes: Any) -> tuple[Lease, Pending]:
+        """Park a run on a ticket for `thing.write`."""
+        lease = lease or await self.lease()
+        admission = await self.control_plane.admit(self.proposal(lease, **{"capability": "thing.write", **changes}))
+        assert isinstance(admission, Pending), admission
+        return lease, admission
+
+    async def decide(self, pending: Pending, decision: TicketDecision, **changes: Any) -> ApprovalTicket:
+        keywords = {"approver": self.approver, **changes}
+        return await self.control_plane.decide(self.tenant, pending.ticket_id, decision, **keywords)
+
+    async def halt(self, scope: HaltScope, scope_id: UUID | None = None, reason: str = "stop") -> Halt:
+        return await self.control_plane.halt(self.tenant, scope, scope_id, reason=reason, by=self.approver)
+
+    async def kinds(self, run: Run) -> list[str]:
+        """The kinds of the events in a run's stream."""
+        return [event.kind for event in await self.storage.events.read(run.tenant_id, run_stream(run.id))]
+
+    def let_lease_expire(self, run: Run) -> None:
+        """Move the end of a lease into the past, as if its holder had been away for that long."""
+        self.sql(
+            "UPDATE run_states SET lease_expires_at = clock_timestamp() - interval '1 second' WHERE run_id = %s", run.id
+        )
+
+    def deliveries(self, run: Run) -> int:
+        ((count,),) = self.sql("SELECT count(*) FROM deliveries WHERE run_id = %s", run.id)
+        return int(count)
+
     async def budget(self, run: Run, scope: str, unit: BudgetUnit) -> tuple[Decimal, Decimal]:
         for each in await self.control_plane.storage.runs.budgets(self.tenant, run.id):
             if each.scope.value == scope and each.unit is unit:
@@ -137,7 +229,7 @@ class Bench:
     def sql(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement as the database's superuser, who sees every tenant."""
         with psycopg.connect(self.database.admin, autocommit=True) as connection:
-            cursor = connection.execute(query.encode(), parameters)
+            cursor = connection.execute(query.encode(), parameters or None)
             return cursor.fetchall() if cursor.description else []
 
 
@@ -146,15 +238,35 @@ async def bench(engine_database: DatabaseUrls) -> AsyncIterator[Bench]:
     """A control plane over a fresh database."""
     (tenant,) = create_tenants(engine_database, "acme")
     async with open_pool(engine_database.app, max_size=20) as pool:
-        delivery = RecordingDelivery()
-        yield Bench(
+        storage = PostgresStorage(pool, TableDelivery())
+        bench = Bench(
             database=engine_database,
             tenant=tenant,
-            delivery=delivery,
-            control_plane=ControlPlane(policy=policy(), registry=REGISTRY, storage=PostgresStorage(pool, delivery)),
+            control_plane=ControlPlane(policy=policy(), registry=REGISTRY, storage=storage),
             requester=Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=ALL_SCOPES),
             approver=Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=ALL_SCOPES),
         )
+        bench.sql(TableDelivery.TABLE)
+        yield bench
+
+
+@pytest.fixture
+async def second_pool(engine_database: DatabaseUrls) -> AsyncIterator[Pool]:
+    """Another process's connections to the same database; a caller waits one second for one."""
+    async with open_pool(engine_database.app, max_size=4, timeout=1.0) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="session")
+def make_policy() -> Callable[..., PolicySnapshot]:
+    """A policy, with changes."""
+    return policy
+
+
+@pytest.fixture(scope="session")
+def registry() -> CapabilityRegistry:
+    """The capabilities of the bench."""
+    return REGISTRY
 
 
 @pytest.fixture(scope="session")

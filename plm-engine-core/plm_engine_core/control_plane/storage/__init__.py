@@ -1,1 +1,3 @@
-"""Where the books are kept: small ports, and the PostgreSQL behind them."""
+"""Where the books are kept: ports of intent, and PostgreSQL behind them."""
+
+__all__: list[str] = []

@@ -87,6 +87,8 @@ def translated() -> Iterator[None]:
         if known is None:
             raise
         raise known from error
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"a text of the request cannot be stored: {error.reason}") from error
     except (PoolTimeout, PoolClosed) as error:
         raise StorageUnavailable("no database connection became free in time") from error
 

@@ -96,7 +96,8 @@ BEGIN
                 WHERE r.ord <= v_reserved AND b.tenant_id = v_tenant AND b.scope_kind = r.scope_kind
                   AND b.scope_id = r.scope_id AND b.unit = r.unit;
             SELECT jsonb_build_object('scope', b.scope_kind, 'scope_id', b.scope_id, 'unit', b.unit,
-                    'limit', b.limit_amount, 'spent', b.spent, 'reserved', b.reserved, 'needed', v_refused.amount)
+                    'limit', trim_scale(b.limit_amount)::text, 'spent', trim_scale(b.spent)::text,
+                    'reserved', trim_scale(b.reserved)::text, 'needed', trim_scale(v_refused.amount)::text)
                 INTO v_answer FROM budgets AS b
                 WHERE b.tenant_id = v_tenant AND b.scope_kind = v_refused.scope_kind
                   AND b.scope_id = v_refused.scope_id AND b.unit = v_refused.unit;
@@ -105,9 +106,8 @@ BEGIN
             v_message := CASE WHEN v_answer IS NULL
                 THEN format('no %s budget in %s is set for this %s', v_refused.scope_kind, v_refused.unit, v_refused.scope_kind)
                 ELSE format('the %s budget is too small: limit %s %s, spent %s, reserved %s, needed %s',
-                    v_refused.scope_kind, trim_scale((v_answer ->> 'limit')::numeric), v_refused.unit,
-                    trim_scale((v_answer ->> 'spent')::numeric), trim_scale((v_answer ->> 'reserved')::numeric),
-                    trim_scale(v_refused.amount)) END;
+                    v_refused.scope_kind, v_answer ->> 'limit', v_refused.unit, v_answer ->> 'spent',
+                    v_answer ->> 'reserved', v_answer ->> 'needed') END;
             v_answer := jsonb_build_object('limit', COALESCE(v_answer, jsonb_build_object(
                 'scope', v_refused.scope_kind, 'scope_id', v_refused.scope_id, 'unit', v_refused.unit)));
         END IF;

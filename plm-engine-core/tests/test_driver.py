@@ -1,0 +1,523 @@
+"""The driver over a scripted executor: plans run to their end, and no crash repeats or loses an effect."""
+
+from __future__ import annotations
+
+import asyncio
+from decimal import Decimal
+
+import pytest
+from plm_engine_core.agent_runtime import Driver, Finish, Plan, PlanAgent, Propose, Selector
+from plm_engine_core.agent_runtime.hold import Hold
+from plm_engine_core.control_plane import Outcome
+from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.vocabulary import (
+    BudgetUnit,
+    HaltScope,
+    OutcomeStatus,
+    RunState,
+    StepState,
+    TicketDecision,
+)
+
+READ, WRITE, FIRE = "thing.read", "thing.write", "thing.fire"
+
+
+class ScriptedExecutor:
+    """Answers each capability with the next entry of its script: an outcome, an exception, or something to await."""
+
+    def __init__(self, **scripts):
+        self.scripts = {name.replace("_", "."): list(entries) for name, entries in scripts.items()}
+        self.calls = []
+        self.cancelled = asyncio.Event()
+        self.entered = asyncio.Event()
+
+    def offers(self, capability):
+        return capability.id in (READ, WRITE, FIRE)
+
+    async def cancel(self, grant):
+        self.cancelled.set()
+
+    async def execute(self, call, grant, progress):
+        script = self.scripts.get(call.capability.id, [])
+        entry = script.pop(0) if script else Outcome(status=OutcomeStatus.SUCCEEDED, output=dict(call.arguments))
+        if entry == "hang before begin":
+            await self._hang()
+        begun = await call.begin()
+        if not begun.accepted:
+            return Outcome(
+                status=OutcomeStatus.NOT_STARTED, error={"category": begun.reason.value, "message": begun.message}
+            )
+        self.calls.append((call.step_key, call.capability.id, dict(call.arguments)))
+        await progress(0.5, "half")
+        if entry == "hang":
+            await self._hang()
+        if entry == "until cancelled":
+            self.entered.set()
+            await self.cancelled.wait()
+            self.cancelled.clear()
+            return Outcome(status=OutcomeStatus.CANCELLED, error={"category": "cancelled", "message": "stopped"})
+        if isinstance(entry, Exception):
+            raise entry
+        return entry if isinstance(entry, Outcome) else await entry()
+
+    async def _hang(self):
+        self.entered.set()
+        await asyncio.get_running_loop().create_future()
+
+
+def plan(*steps, **rest) -> Plan:
+    return Plan.model_validate(
+        {
+            "agent": "test",
+            "version": "1",
+            "steps": [
+                {"id": f"s{n}", "capability": step} if isinstance(step, str) else {"id": f"s{n}", **step}
+                for n, step in enumerate(steps)
+            ],
+            **rest,
+        }
+    )
+
+
+class Scene:
+    """A run of one agent, an executor, and drivers to put to work on it."""
+
+    def __init__(self, bench, executor):
+        self.bench, self.executor, self.agent, self.run = bench, executor, None, None
+
+    def driver(self, *, lease_seconds=60.0, owner="node/1"):
+        return Driver(
+            control_plane=self.bench.control_plane,
+            agents=lambda _: self.agent,
+            selector=Selector([self.executor]),
+            owner=owner,
+            lease_seconds=lease_seconds,
+        )
+
+    async def drive(self, **options):
+        return await self.driver(**options).drive(self.bench.tenant, self.run.id)
+
+    def start(self, **options):
+        return asyncio.create_task(self.drive(**options))
+
+    async def kill(self, task):
+        """End a driver as a killed process ends: nothing more is written, and its lease runs out."""
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        self.bench.let_lease_expire(self.run)
+
+    async def steps(self):
+        return [
+            (each.step_id, each.attempt, each.state.value)
+            for each in await self.bench.storage.runs.steps(self.bench.tenant, self.run.id)
+        ]
+
+    async def fresh(self):
+        return await self.bench.storage.runs.get(self.bench.tenant, self.run.id)
+
+    async def consistent(self):
+        return all(each.consistent for each in await self.bench.control_plane.verify_events(self.bench.tenant))
+
+
+@pytest.fixture
+def scene(bench, monkeypatch):
+    monkeypatch.setattr("plm_engine_core.agent_runtime.retry._jittered", lambda milliseconds: milliseconds // 100)
+
+    async def make(agent, *, using=bench, run_input=None, **scripts):
+        made = Scene(using, ScriptedExecutor(**scripts))
+        made.agent = PlanAgent(agent) if isinstance(agent, Plan) else agent
+        made.run = await using.run(input=run_input or {})
+        return made
+
+    return make
+
+
+async def test_a_plan_runs_to_its_result_with_earlier_values_in_place(scene, bench):
+    steps = (
+        {"capability": READ, "arguments": {"name": {"ref": "inputs.name"}}},
+        {"capability": READ, "arguments": {"seen": {"ref": "steps.s0.output.name"}}},
+    )
+    acts = await scene(
+        plan(*steps, inputs={"name": {"type": "string"}}, result={"ref": "steps.s1.output"}), run_input={"name": "n"}
+    )
+    assert await acts.drive() is RunState.SUCCEEDED
+    run = await acts.fresh()
+    assert (run.result, run.reason, run.finished) == ({"seen": "n"}, None, True)
+    assert [arguments for _, _, arguments in acts.executor.calls] == [{"name": "n"}, {"seen": "n"}]
+    assert await bench.kinds(run) == [
+        "run_created",
+        "run_taken",
+        *["step_granted", "step_started", "step_settled"] * 2,
+        "run_succeeded",
+    ]
+    assert await bench.budget(run, "run", BudgetUnit.CALLS) == (2, 0)
+    assert await acts.consistent()
+
+
+async def test_a_failure_and_a_refusal_end_the_run_with_their_reason(scene, bench):
+    failing = Outcome(status=OutcomeStatus.FAILED, error={"category": "user_input", "message": "no such file"})
+    acts = await scene(plan(READ, READ), thing_read=[failing])
+    assert await acts.drive() is RunState.FAILED
+    run = await acts.fresh()
+    assert (run.reason, run.message) == ("user_input", "step s0: no such file")
+    blocked = await scene(plan(READ), using=bench.with_policy(tiers={READ: "blocked"}))
+    assert await blocked.drive() is RunState.FAILED
+    run = await blocked.fresh()
+    assert (run.reason, run.message) == ("capability_blocked", "step s0: the policy blocks thing.read")
+    assert blocked.executor.calls == []
+
+
+async def test_doubled_and_late_calls_of_drive_are_harmless(scene):
+    acts = await scene(plan(READ, READ, READ))
+    ends = await asyncio.gather(*(acts.drive(owner=f"node/{n}") for n in range(6)))
+    assert sorted(map(str, ends)) == ["None"] * 5 + ["succeeded"]
+    assert await acts.drive() is None
+    assert len(acts.executor.calls) == 3
+
+
+class TestApproval:
+    """The run is parked as a row, and goes on with exactly what was shown."""
+
+    async def test_an_approved_step_goes_on_as_the_same_attempt_with_the_recorded_arguments(self, scene, bench):
+        class Forgetful:
+            asked = 0
+
+            def next(self, history):
+                if history.outputs():
+                    return Finish(succeeded=True)
+                Forgetful.asked += 1
+                return Propose(step_id="w", capability=WRITE, resource="r", arguments={"name": "n", "at": self.asked})
+
+        acts = await scene(Forgetful())
+        assert await acts.drive() is RunState.AWAITING_APPROVAL
+        assert await acts.drive() is None
+        (ticket,) = await bench.storage.approvals.list(bench.tenant, limit=9, after=None, state=None)
+        await bench.control_plane.decide(bench.tenant, ticket.id, TicketDecision.APPROVE, approver=bench.approver)
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert acts.executor.calls == [(f"{acts.run.id}/0", WRITE, dict(ticket.arguments))]
+        assert await acts.steps() == [("w", 1, "succeeded")]
+        assert Forgetful.asked == 1
+
+    async def test_a_denied_step_ends_the_run_with_the_approvers_words(self, scene, bench):
+        acts = await scene(plan(WRITE))
+        await acts.drive()
+        (ticket,) = await bench.storage.approvals.list(bench.tenant, limit=9, after=None, state=None)
+        await bench.control_plane.decide(
+            bench.tenant, ticket.id, TicketDecision.DENY, approver=bench.approver, comment="no"
+        )
+        assert await acts.drive() is RunState.FAILED
+        run = await acts.fresh()
+        assert (run.reason, run.message) == ("approval_denied", "step s0: denied by the approver: no")
+
+    async def test_an_approval_survives_a_halt(self, scene, bench):
+        acts = await scene(plan(WRITE))
+        await acts.drive()
+        (ticket,) = await bench.storage.approvals.list(bench.tenant, limit=9, after=None, state=None)
+        await bench.control_plane.decide(bench.tenant, ticket.id, TicketDecision.APPROVE, approver=bench.approver)
+        halt = await bench.halt(HaltScope.TENANT)
+        assert await acts.drive() is RunState.HALTED
+        await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert await acts.steps() == [("s0", 1, "denied"), ("s0", 2, "succeeded")]
+
+
+class TestCrashes:
+    """Whatever moment a driver dies at, the next one continues from the rows."""
+
+    @pytest.mark.parametrize("capability", [READ, FIRE])
+    async def test_after_admission_and_before_begin_the_step_is_simply_made_again(self, scene, bench, capability):
+        acts = await scene(plan(capability), **{capability.replace(".", "_"): ["hang before begin"]})
+        task = acts.start()
+        await acts.executor.entered.wait()
+        await acts.kill(task)
+        assert await acts.drive(owner="node/2") is RunState.SUCCEEDED
+        assert await acts.steps() == [("s0", 1, "not_started"), ("s0", 2, "succeeded")]
+        assert len(acts.executor.calls) == 1
+        assert await bench.budget(acts.run, "run", BudgetUnit.CALLS) == (1, 0)
+
+    async def test_during_an_idempotent_call_the_step_is_repeated_under_the_same_key(self, scene, bench):
+        acts = await scene(plan(READ), thing_read=["hang"])
+        task = acts.start()
+        await acts.executor.entered.wait()
+        await acts.kill(task)
+        assert await acts.drive(owner="node/2") is RunState.SUCCEEDED
+        assert await acts.steps() == [("s0", 1, "superseded"), ("s0", 2, "succeeded")]
+        assert {key for key, _, _ in acts.executor.calls} == {f"{acts.run.id}/0"}
+        assert await bench.budget(acts.run, "run", BudgetUnit.CALLS) == (1, 0)
+
+    @pytest.mark.parametrize("happened", [True, False])
+    async def test_during_any_other_call_the_run_waits_until_somebody_knows(self, scene, bench, happened):
+        acts = await scene(plan(FIRE, READ), thing_fire=["hang"])
+        task = acts.start()
+        await acts.executor.entered.wait()
+        await acts.kill(task)
+        assert await acts.drive(owner="node/2") is RunState.OUTCOME_UNKNOWN
+        assert await acts.drive() is None
+        assert len(acts.executor.calls) == 1
+        await bench.storage.runs.reconcile(
+            bench.tenant, acts.run.id, happened=happened, output={"seen": 1} if happened else None, actor="human:x"
+        )
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert [capability for _, capability, _ in acts.executor.calls] == [FIRE, *[FIRE] * (not happened), READ]
+
+    async def test_after_the_effect_and_before_settlement_it_is_the_same_as_during_the_call(
+        self, scene, bench, monkeypatch
+    ):
+        acts = await scene(plan(READ))
+        reached = asyncio.Event()
+
+        async def stuck(*_, **__):
+            reached.set()
+            await asyncio.get_running_loop().create_future()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.storage.admission, "settle", stuck)
+            task = acts.start()
+            await reached.wait()
+            await acts.kill(task)
+        assert await acts.drive(owner="node/2") is RunState.SUCCEEDED
+        assert await acts.steps() == [("s0", 1, "superseded"), ("s0", 2, "succeeded")]
+        assert await acts.consistent()
+
+    async def test_a_driver_that_was_only_away_writes_nothing_more(self, scene, bench):
+        proceed = asyncio.Event()
+
+        async def slow():
+            acts.executor.entered.set()
+            await proceed.wait()
+            return Outcome(status=OutcomeStatus.SUCCEEDED, output="late", usage={"thing": Decimal(9)})
+
+        acts = await scene(plan(READ), thing_read=[slow])
+        late = acts.start()
+        await acts.executor.entered.wait()
+        bench.let_lease_expire(acts.run)
+        assert await acts.drive(owner="node/2") is RunState.SUCCEEDED
+        before = await bench.kinds(acts.run)
+        proceed.set()
+        assert await late is None
+        assert await bench.kinds(acts.run) == before
+        assert (await bench.storage.runs.mcrc(bench.tenant, acts.run.id))["connector_call_count"] == 1
+
+    async def test_lost_replies_of_admission_and_settlement_change_nothing(self, scene, bench, monkeypatch):
+        for name in ("admit", "settle"):
+            original, lost = getattr(bench.storage.admission, name), []
+
+            async def forgetful(*args, original=original, lost=lost, **kwargs):
+                answer = await original(*args, **kwargs)
+                if not lost:
+                    lost.append(True)
+                    raise StorageUnavailable("the reply was lost")
+                return answer
+
+            monkeypatch.setattr(bench.storage.admission, name, forgetful)
+        acts = await scene(plan(READ))
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert await acts.steps() == [("s0", 1, "succeeded")]
+        assert await bench.budget(acts.run, "run", BudgetUnit.CALLS) == (1, 0)
+
+    async def test_a_lost_reply_of_begin_means_the_call_was_not_made(self, scene, bench, monkeypatch):
+        original, lost = bench.storage.admission.begin, []
+
+        async def forgetful(*args, **kwargs):
+            answer = await original(*args, **kwargs)
+            if not lost:
+                lost.append(True)
+                raise StorageUnavailable("the reply was lost")
+            return answer
+
+        monkeypatch.setattr(bench.storage.admission, "begin", forgetful)
+        acts = await scene(plan(FIRE))
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert await acts.steps() == [("s0", 1, "not_started"), ("s0", 2, "succeeded")]
+        assert len(acts.executor.calls) == 1
+
+    async def test_storage_that_stays_away_ends_the_driver_and_not_the_run(self, scene, bench, monkeypatch):
+        acts = await scene(plan(READ))
+
+        async def away(*_, **__):
+            raise StorageUnavailable("gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.storage.admission, "settle", away)
+            with pytest.raises(StorageUnavailable):
+                await acts.drive()
+        bench.let_lease_expire(acts.run)
+        assert await acts.drive() is RunState.SUCCEEDED
+
+
+class TestStopping:
+    """Cancels and halts reach a call in progress through the lease's heartbeat."""
+
+    async def test_cancelling_stops_the_call_and_ends_the_run(self, scene, bench):
+        acts = await scene(plan(READ, READ), thing_read=["until cancelled"])
+        task = acts.start(lease_seconds=0.3)
+        await acts.executor.entered.wait()
+        await bench.control_plane.cancel(bench.tenant, acts.run.id, by=bench.requester)
+        assert await task is RunState.CANCELLED
+        assert await acts.steps() == [("s0", 1, "cancelled")]
+
+    @pytest.mark.parametrize("scope", list(HaltScope))
+    async def test_a_halt_stops_the_call_parks_the_run_and_lifting_it_repeats_the_step(self, scene, bench, scope):
+        acts = await scene(plan(READ), thing_read=["until cancelled"])
+        task = acts.start(lease_seconds=0.3)
+        await acts.executor.entered.wait()
+        halt = await bench.halt(scope, acts.run.id if scope is HaltScope.RUN else None)
+        assert await task is RunState.HALTED
+        await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert await acts.steps() == [("s0", 1, "cancelled"), ("s0", 2, "denied"), ("s0", 3, "succeeded")]
+
+    async def test_a_stopped_call_that_cannot_be_repeated_is_not(self, scene, bench):
+        acts = await scene(plan(FIRE), thing_fire=["until cancelled"])
+        task = acts.start(lease_seconds=0.3)
+        await acts.executor.entered.wait()
+        await bench.halt(HaltScope.TENANT)
+        assert await task is RunState.FAILED
+        assert await acts.steps() == [("s0", 1, "cancelled")]
+
+    async def test_any_number_of_halts_does_not_exhaust_a_step(self, scene, bench):
+        acts = await scene(plan(READ))
+        for _ in range(8):
+            halt = await bench.halt(HaltScope.TENANT)
+            assert await acts.drive() is RunState.HALTED
+            await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
+        assert await acts.drive() is RunState.SUCCEEDED
+
+    async def test_a_long_wait_for_the_rate_ends_with_a_cancel(self, scene, bench, monkeypatch):
+        acts = await scene(plan(READ, READ), using=bench.with_policy(rate_limit={"per_second": 0.001, "burst": 1}))
+        waiting, pause = asyncio.Event(), Hold.pause
+
+        async def noticed(hold, seconds):
+            waiting.set()
+            await pause(hold, seconds)
+
+        monkeypatch.setattr(Hold, "pause", noticed)
+        task = acts.start(lease_seconds=0.3)
+        await waiting.wait()
+        await bench.control_plane.cancel(bench.tenant, acts.run.id, by=bench.requester)
+        assert await task is RunState.CANCELLED
+
+
+async def test_a_rate_limited_plan_waits_and_goes_on(scene, bench):
+    acts = await scene(plan(*[READ] * 5), using=bench.with_policy(rate_limit={"per_second": 20, "burst": 1}))
+    assert await acts.drive() is RunState.SUCCEEDED
+    assert len(acts.executor.calls) == 5
+    assert "denied" in {state for _, _, state in await acts.steps()}
+
+
+HOSTILE = {
+    "nul": "a\x00b",
+    "nan": float("nan"),
+    "surrogate": "\ud800",
+    "keys": {1: 2},
+    "object": object(),
+    "huge": "x" * (17 * 1024 * 1024),
+    "deep": [[]],
+    "digits": 10**5000,
+}
+for _ in range(300):
+    HOSTILE["deep"] = [HOSTILE["deep"]]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+async def test_a_result_the_books_cannot_hold_fails_the_step_cleanly_and_is_paid_for(scene, bench, name):
+    outcome = Outcome(status=OutcomeStatus.SUCCEEDED, output={"value": HOSTILE[name]}, usage={"thing": Decimal(3)})
+    acts = await scene(plan(READ), thing_read=[outcome])
+    assert await acts.drive() is RunState.FAILED
+    run = await acts.fresh()
+    assert run.reason == "output_refused"
+    assert run.message.startswith("step s0: the plugin's output")
+    assert await bench.budget(run, "run", BudgetUnit.EUR) == (Decimal("0.03"), 0)
+
+
+@pytest.mark.parametrize("message", ["a\x00b", "\ud800", "x" * 300_000], ids=["nul", "surrogate", "huge"])
+async def test_an_error_the_books_cannot_hold_is_replaced(scene, message):
+    failing = Outcome(status=OutcomeStatus.FAILED, error={"category": "fatal", "message": message})
+    acts = await scene(plan(READ), thing_read=[failing])
+    assert await acts.drive() is RunState.FAILED
+    assert (await acts.fresh()).reason == "output_refused"
+
+
+class TestDefects:
+    """Of agents and executors: they end the run or the step, never the driver."""
+
+    @pytest.mark.parametrize(("capability", "end"), [(READ, "succeeded"), (FIRE, "outcome_unknown")])
+    async def test_an_executor_that_raises_during_a_call_leaves_its_outcome_open(self, scene, capability, end):
+        acts = await scene(plan(capability), **{capability.replace(".", "_"): [RuntimeError("broken\x00")]})
+        assert (await acts.drive()).value == end
+
+    @pytest.mark.parametrize(
+        ("move", "reason"),
+        [
+            (ZeroDivisionError("a\x00defect"), "agent_failed"),
+            ("nonsense", "agent_failed"),
+            (Propose(step_id="s", capability=READ, resource="r", arguments={"x": "\x00"}), "invalid_proposal"),
+            (Propose(step_id="\x00", capability=READ, resource="r", arguments={}), "invalid_proposal"),
+            (Propose(step_id="s", capability=READ, resource="\ud800", arguments={}), "invalid_proposal"),
+            (Propose(step_id="s", capability="no.such", resource="r", arguments={}), "attempts_exhausted"),
+            (Finish(succeeded=True, result={"x": object()}), "result_refused"),
+            (Finish(succeeded=False, reason="x", message="\x00\ud800"), "x"),
+        ],
+        ids=str,
+    )
+    async def test_an_agent_that_misbehaves_ends_its_own_run(self, scene, move, reason):
+        class Agent:
+            def next(self, history):
+                if isinstance(move, Exception):
+                    raise move
+                return move
+
+        acts = await scene(Agent())
+        assert await acts.drive() is RunState.FAILED
+        assert (await acts.fresh()).reason == reason
+
+    async def test_an_agent_may_be_refused_three_times_at_a_step(self, scene, bench):
+        class Stubborn:
+            def next(self, history):
+                return Propose(step_id="s", capability=READ, resource="r", arguments={"try": len(history.steps)})
+
+        using = bench.with_policy(tiers={READ: "steer"}, guidance={READ: "read less"})
+        acts = await scene(Stubborn(), using=using)
+        assert await acts.drive() is RunState.FAILED
+        run = await acts.fresh()
+        assert run.reason == "attempts_exhausted"
+        assert await acts.steps() == [("s", attempt, "steered") for attempt in (1, 2, 3)]
+
+    async def test_a_steered_agent_sees_the_guidance_and_may_do_something_else(self, scene, bench):
+        class Docile:
+            def next(self, history):
+                if not history.steps:
+                    return Propose(step_id="s", capability=FIRE, resource="r", arguments={})
+                last = history.steps[-1]
+                if last.state is StepState.STEERED:
+                    guided = last.decision["guidance"]
+                    return Propose(step_id="s", capability=guided, resource="r", arguments={})
+                return Finish(succeeded=True)
+
+        acts = await scene(Docile(), using=bench.with_policy(tiers={FIRE: "steer"}, guidance={FIRE: READ}))
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert await acts.steps() == [("s", 1, "steered"), ("s", 2, "succeeded")]
+
+    async def test_a_step_that_never_starts_is_given_up(self, scene):
+        never = Outcome(status=OutcomeStatus.NOT_STARTED, error={"category": "plugin_not_ready", "message": "no disk"})
+        acts = await scene(plan(READ), thing_read=[never] * 9)
+        assert await acts.drive() is RunState.FAILED
+        run = await acts.fresh()
+        assert run.reason == "attempts_exhausted"
+        assert run.message == "step s0: refused or come to nothing 6 times; the last time: no disk"
+
+    async def test_a_capability_nobody_here_offers_ends_the_run(self, scene):
+        acts = await scene(plan(READ))
+        acts.executor.offers = lambda _: False
+        assert await acts.drive() is RunState.FAILED
+        assert (await acts.fresh()).reason == "capability_unavailable"
+
+
+async def test_many_runs_share_one_driver(scene, bench):
+    acts = await scene(plan(READ, READ))
+    runs = [await bench.run() for _ in range(8)]
+    driver = acts.driver()
+    ends = await asyncio.gather(*(driver.drive(bench.tenant, run.id) for run in runs))
+    assert ends == [RunState.SUCCEEDED] * 8
+    assert await bench.budget(runs[0], "tenant", BudgetUnit.CALLS) == (16, 0)
+    assert await acts.consistent()

@@ -1,0 +1,118 @@
+"""Recovery: what nobody drives comes back, once, whoever looks."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.recovery import Recovery
+from plm_engine_core.control_plane.vocabulary import HaltScope, OutcomeStatus, RunState, TicketState
+from plm_shared.testing.databases import create_tenants
+
+LONG_AGO = "UPDATE run_states SET updated_at = clock_timestamp() - interval '1 hour' WHERE run_id = %s"
+PAST = "UPDATE approval_tickets SET deadline = clock_timestamp() - interval '1 second' WHERE id = %s"
+
+
+async def swept(bench, run):
+    """How many jobs one sweep enqueued for this run."""
+    before = bench.deliveries(run)
+    await Recovery(bench.storage).sweep()
+    return bench.deliveries(run) - before
+
+
+async def test_a_dead_workers_run_comes_back_once_until_somebody_had_time_to_take_it(bench):
+    lease = await bench.lease()
+    assert await swept(bench, lease.run) == 0
+    bench.let_lease_expire(lease.run)
+    bench.sql("UPDATE run_states SET updated_at = updated_at - interval '1 minute'")
+    assert [await swept(bench, lease.run) for _ in range(3)] == [1, 0, 0]
+    bench.sql(LONG_AGO, lease.run.id)
+    assert await swept(bench, lease.run) == 1
+    assert (await bench.lease(lease.run)).fencing_token == lease.fencing_token + 1
+
+
+async def test_a_lost_job_is_enqueued_again(bench):
+    run = await bench.run()
+    assert await swept(bench, run) == 0
+    bench.sql(LONG_AGO, run.id)
+    assert [await swept(bench, run) for _ in range(2)] == [1, 0]
+
+
+async def test_an_expired_ticket_lets_its_run_go_on(bench):
+    lease, pending = await bench.ask()
+    assert await swept(bench, lease.run) == 0
+    bench.sql(PAST, pending.ticket_id)
+    assert await swept(bench, lease.run) == 1
+    assert await bench.state(lease.run) is RunState.QUEUED
+    assert (await bench.storage.approvals.get(bench.tenant, pending.ticket_id)).state is TicketState.EXPIRED
+
+
+async def test_what_is_parked_rightly_or_over_is_left_alone(bench):
+    lease = await bench.lease()
+    await bench.settle(await bench.begun(lease), lease, OutcomeStatus.OUTCOME_UNKNOWN)
+    halted = await bench.lease()
+    await bench.halt(HaltScope.TENANT)
+    await bench.control_plane.finish(
+        halted.run, fencing_token=halted.fencing_token, state=RunState.HALTED, actor="worker:w"
+    )
+    cancelled = await bench.run()
+    await bench.control_plane.cancel(bench.tenant, cancelled.id, by=bench.requester)
+    bench.sql("UPDATE run_states SET updated_at = updated_at - interval '1 hour'")
+    assert await Recovery(bench.storage).sweep() == 0
+
+
+async def test_four_sweepers_at_once_enqueue_each_run_once(bench):
+    runs = [await bench.run() for _ in range(12)]
+    asked = [await bench.ask() for _ in range(3)]
+    for run in runs:
+        bench.sql(LONG_AGO, run.id)
+    for _, pending in asked:
+        bench.sql(PAST, pending.ticket_id)
+    everyone = [*runs, *(lease.run for lease, _ in asked)]
+    before = [bench.deliveries(run) for run in everyone]
+    counts = await asyncio.gather(*(Recovery(bench.storage).sweep() for _ in range(4)))
+    assert sum(counts) == 15
+    assert [bench.deliveries(run) - was for run, was in zip(everyone, before, strict=True)] == [1] * 15
+
+
+async def test_it_looks_across_tenants_but_sees_only_ids(bench):
+    (other,) = create_tenants(bench.database, "other")
+    runs = {(await each.run()).id for each in (bench, bench.in_tenant(other))}
+    for run_id in runs:
+        bench.sql(LONG_AGO, run_id)
+    assert {run_id for _, run_id in await bench.storage.runs.abandoned(10)} == runs
+    assert len(await bench.storage.runs.abandoned(1)) == 1
+
+
+async def test_one_run_that_cannot_be_brought_back_does_not_hold_up_the_others(bench, monkeypatch, caplog):
+    runs = [await bench.run() for _ in range(3)]
+    for run in runs:
+        bench.sql(LONG_AGO, run.id)
+    revive = bench.storage.runs.revive
+
+    async def failing(tenant_id, run_id):
+        if run_id == runs[0].id:
+            raise StorageUnavailable("locked")
+        return await revive(tenant_id, run_id)
+
+    monkeypatch.setattr(bench.storage.runs, "revive", failing)
+    assert await Recovery(bench.storage).sweep() == 2
+    assert "could not be brought back yet" in caplog.text
+
+
+async def test_the_loop_outlives_a_failed_pass(bench, monkeypatch, caplog):
+    passes = asyncio.Queue()
+
+    async def abandoned(limit):
+        passes.put_nowait(limit)
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(bench.storage.runs, "abandoned", abandoned)
+    task = asyncio.create_task(Recovery(bench.storage, every_seconds=0).run())
+    for _ in range(3):
+        await passes.get()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert "the next one tries again" in caplog.text

@@ -1,0 +1,139 @@
+"""Every port, called in one tenant with the ids of another, finds nothing and changes nothing."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import pytest
+from plm_engine_core.control_plane import ArtifactRecord
+from plm_engine_core.control_plane.errors import FencingLost, NotFound
+from plm_engine_core.control_plane.events import run_stream
+from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.storage.ports import ApprovalStore, EventStore, HaltStore, RunStore
+from plm_engine_core.control_plane.vocabulary import HaltScope, RunState, StepState, TicketState
+from plm_shared.testing.databases import create_tenants
+
+ABSENT = {
+    "runs.get": NotFound,
+    "runs.list": [],
+    "runs.steps": [],
+    "runs.budgets": [],
+    "runs.take": None,
+    "runs.renew": False,
+    "runs.finish": FencingLost,
+    "runs.request_cancel": NotFound,
+    "runs.reconcile": NotFound,
+    "runs.revive": False,
+    "runs.mcrc": NotFound,
+    "runs.artifact": NotFound,
+    "approvals.get": NotFound,
+    "approvals.list": [],
+    "approvals.decide": NotFound,
+    "halts.trigger": NotFound,
+    "halts.get": NotFound,
+    "halts.lift": NotFound,
+    "events.read": [],
+    "events.heads": [],
+    "events.walk": [],
+}
+SPANS_TENANTS = {"runs.create", "runs.abandoned"}  # makes its own; answers ids only, by design
+
+
+def test_every_operation_of_every_port_is_tried():
+    ports = {"runs": RunStore, "approvals": ApprovalStore, "halts": HaltStore, "events": EventStore}
+    operations = {
+        f"{name}.{operation}"
+        for name, port in ports.items()
+        for operation, _ in inspect.getmembers(port, inspect.isfunction)
+        if not operation.startswith("_")
+    }
+    assert operations == set(ABSENT) | SPANS_TENANTS
+
+
+@pytest.fixture
+async def foreign(bench):
+    """Something of everything in the first tenant, and calls with its ids from the second."""
+    (other,) = create_tenants(bench.database, "other")
+    lease, pending = await bench.ask()
+    run = lease.run
+    holder = await bench.lease()
+    grant = await bench.begun(holder)
+    record = ArtifactRecord(
+        id=new_id(), name="a", mime_type="x/y", size_bytes=1, sha256="0", backend="local", storage_uri="local://a"
+    )
+    await bench.settle(grant, holder, artifacts=(record,))
+    halt = await bench.halt(HaltScope.RUN, run.id)
+    storage, by = bench.storage, bench.approver
+    held = {"fencing_token": holder.fencing_token}
+    calls = {
+        "runs.get": lambda: storage.runs.get(other, run.id),
+        "runs.list": lambda: storage.runs.list(other, limit=9, before=None, state=None),
+        "runs.steps": lambda: storage.runs.steps(other, run.id),
+        "runs.budgets": lambda: storage.runs.budgets(other, run.id),
+        "runs.take": lambda: storage.runs.take(other, run.id, owner="w", seconds=9),
+        "runs.renew": lambda: storage.runs.renew(other, holder.run.id, seconds=9, **held),
+        "runs.finish": lambda: storage.runs.finish(
+            other, holder.run.id, state=RunState.FAILED, actor="worker:w", **held
+        ),
+        "runs.request_cancel": lambda: storage.runs.request_cancel(other, run.id, actor="human:x"),
+        "runs.reconcile": lambda: storage.runs.reconcile(other, run.id, happened=True, output=None, actor="human:x"),
+        "runs.revive": lambda: storage.runs.revive(other, run.id),
+        "runs.mcrc": lambda: storage.runs.mcrc(other, run.id),
+        "runs.artifact": lambda: storage.runs.artifact(other, record.id),
+        "approvals.get": lambda: storage.approvals.get(other, pending.ticket_id),
+        "approvals.list": lambda: storage.approvals.list(other, limit=9, after=None, state=None),
+        "approvals.decide": lambda: storage.approvals.decide(
+            other, pending.ticket_id, TicketState.APPROVED, decided_by=by.user_id, comment="", actor=by.actor
+        ),
+        "halts.trigger": lambda: storage.halts.trigger(
+            other, HaltScope.RUN, run.id, reason="x", by=by.user_id, actor=by.actor
+        ),
+        "halts.get": lambda: storage.halts.get(other, halt.id),
+        "halts.lift": lambda: storage.halts.lift(other, halt, by=by.user_id, actor=by.actor),
+        "events.read": lambda: storage.events.read(other, run_stream(run.id)),
+        "events.heads": lambda: storage.events.heads(other),
+        "events.walk": lambda: collected(storage.events.walk(other, run_stream(run.id))),
+    }
+    return bench, calls
+
+
+async def collected(events):
+    return [event async for event in events]
+
+
+def everything(bench):
+    """Every row of the engine."""
+    tables = ["run_states", "run_steps", "approval_tickets", "grants", "budgets", "halts", "events", "event_streams"]
+    return {table: sorted(map(str, bench.sql(f"TABLE {table}"))) for table in tables}
+
+
+async def test_nothing_of_another_tenant_is_found_or_changed(foreign):
+    bench, calls = foreign
+    before = everything(bench)
+    for name, expected in ABSENT.items():
+        if isinstance(expected, type):
+            with pytest.raises(expected):
+                await calls[name]()
+        elif name == "runs.renew":
+            assert not (await calls[name]()).held
+        else:
+            assert await calls[name]() == expected, name
+    assert everything(bench) == before
+
+
+async def test_admission_begin_and_settlement_do_not_cross_tenants_either(bench):
+    (other,) = create_tenants(bench.database, "other")
+    lease = await bench.lease()
+    grant = await bench.begun(lease)
+    neighbour = bench.in_tenant(other)
+    foreign = replace(grant, tenant_id=other)
+    with pytest.raises(NotFound):
+        await neighbour.control_plane.admit(neighbour.proposal(lease, step_index=1))
+    with pytest.raises(NotFound):
+        await neighbour.begin(foreign, lease)
+    with pytest.raises(NotFound):
+        await neighbour.settle(foreign, lease)
+    await bench.settle(grant, lease)
+    (step,) = await bench.storage.runs.steps(bench.tenant, lease.run.id)
+    assert step.state is StepState.SUCCEEDED
