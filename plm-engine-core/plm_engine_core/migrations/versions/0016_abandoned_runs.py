@@ -39,14 +39,15 @@ LANGUAGE sql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_
 $$
 """
 
-READ = "run_states, approval_tickets, halts, halts_system"
+GRANT_READING = "GRANT SELECT ON run_states, approval_tickets, halts, halts_system TO plm_migrator"
+REVOKE_READING = "REVOKE SELECT ON run_states, approval_tickets, halts, halts_system FROM plm_migrator"
 
 
 def upgrade() -> None:
     op.execute(IS_ABANDONED)
     op.execute(ABANDONED)
     # The owner is subject to row-level security like everyone; the migrator role exists to see across tenants.
-    op.execute(f"GRANT SELECT ON {READ} TO plm_migrator")
+    op.execute(GRANT_READING)
     op.execute("GRANT EXECUTE ON FUNCTION engine_standing_halt_v1(uuid, uuid) TO plm_migrator")
     for signature in ("engine_is_abandoned_v1(run_states)", "engine_abandoned_runs_v1(integer)"):
         op.execute(f"REVOKE ALL ON FUNCTION {signature} FROM PUBLIC")
@@ -61,4 +62,4 @@ def downgrade() -> None:
     op.execute("DROP FUNCTION engine_abandoned_runs_v1(integer)")
     op.execute("DROP FUNCTION engine_is_abandoned_v1(run_states)")
     op.execute("REVOKE EXECUTE ON FUNCTION engine_standing_halt_v1(uuid, uuid) FROM plm_migrator")
-    op.execute(f"REVOKE SELECT ON {READ} FROM plm_migrator")
+    op.execute(REVOKE_READING)
