@@ -15,9 +15,11 @@ from enum import Enum
 from pathlib import PurePath
 from typing import Any, Final
 
-__all__ = ["JsonRefused", "canonical_json", "storable_json"]
+__all__ = ["JsonRefused", "canonical_json", "check_storable", "compact_json", "encodable", "storable_json"]
 
 _DEEPEST: Final = 200
+_WIDEST_INTEGER: Final = 14_000  # bits; Python refuses to print, and others to read, integers of more than 4 300 digits
+_SMALL: Final = 2**63
 _STABLE_TEXT: Final = (datetime, date, time, uuid.UUID, Decimal, PurePath)
 
 
@@ -28,6 +30,18 @@ class JsonRefused(ValueError):
         super().__init__(f"{path}: {problem}")
         self.path = path
         self.problem = problem
+
+
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can express the text: half a surrogate pair it cannot."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+compact_json: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
 def canonical_json(value: Any, *, root: str = "payload") -> str:
@@ -46,8 +60,36 @@ def storable_json(value: Any, *, root: str = "payload") -> str:
     Raises:
         JsonRefused: a value is no JSON (a datetime, a NaN), or text that PostgreSQL cannot store (U+0000).
     """
-    _check(value, root, 0, _storable_leaf)
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    check_storable(value, root=root)
+    return compact_json(value)
+
+
+def check_storable(value: Any, *, root: str = "payload") -> None:
+    """Only the checks of ``storable_json``."""
+    if not _plainly_json(value, 0):
+        _check(value, root, 0, _storable_leaf)
+
+
+def _plainly_json(value: Any, depth: int) -> bool:
+    """Whether the value needs no closer look; one that does may still be fine."""
+    kind = type(value)
+    if kind is str:
+        return "\0" not in value and (value.isascii() or encodable(value))
+    if kind is dict or kind is list:
+        if depth >= _DEEPEST:
+            return False
+        if kind is dict:
+            for key in value:
+                if not (type(key) is str and key.isascii() and "\0" not in key):
+                    return False
+            value = value.values()
+        return all(_plainly_json(item, depth + 1) for item in value)
+    return (
+        value is None
+        or kind is bool
+        or (kind is int and -_SMALL < value < _SMALL)
+        or (kind is float and math.isfinite(value))
+    )
 
 
 def _check(value: Any, path: str, depth: int, leaf: Callable[[Any, str], None]) -> None:
@@ -69,7 +111,9 @@ def _check(value: Any, path: str, depth: int, leaf: Callable[[Any, str], None]) 
 def _plain_leaf(value: Any, path: str) -> bool:
     if isinstance(value, float) and not math.isfinite(value):
         raise JsonRefused(path, f"is {value}, which JSON does not have; use null or text")
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+    if isinstance(value, int) and value.bit_length() > _WIDEST_INTEGER:
+        raise JsonRefused(path, f"is an integer of more than {_WIDEST_INTEGER} bits; write it as text")
+    if isinstance(value, str) and not encodable(value):
         raise JsonRefused(path, "contains half a surrogate pair, which UTF-8 cannot express; remove it")
     return value is None or isinstance(value, bool | int | float | str)
 

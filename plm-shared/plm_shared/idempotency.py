@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Final
 
-from plm_shared.canonical_json import canonical_json
+from plm_shared.canonical_json import canonical_json, encodable
 
-__all__ = ["IdempotencyKey", "compute_content_hash"]
+__all__ = ["LONGEST_KEY", "IdempotencyKey", "compute_content_hash"]
+
+LONGEST_KEY: Final = 2000
+"""Bytes of a key's text: PostgreSQL indexes hold no row of more than about 2 700."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,8 @@ class IdempotencyKey:
     Writing the same key twice is a silent replay; the same first four with another content is a conflict.
 
     Raises:
-        ValueError: a part is empty or holds U+0000, or one of the first four holds ``:``, which would let two
-            different keys have the same text.
+        ValueError: a part is empty or holds what PostgreSQL cannot store; one of the first four holds ``:``, which
+            would let two different keys have the same text; or the whole is longer than ``LONGEST_KEY`` bytes.
     """
 
     tenant_id: str
@@ -31,10 +34,15 @@ class IdempotencyKey:
     def __post_init__(self) -> None:
         for part in fields(self):
             value = getattr(self, part.name)
-            if not isinstance(value, str) or not value or "\0" in value:
-                raise ValueError(f"IdempotencyKey.{part.name} must be text, not empty and without U+0000: {value!r}")
+            if not isinstance(value, str) or not value or "\0" in value or not encodable(value):
+                raise ValueError(
+                    f"IdempotencyKey.{part.name} must be text, not empty and without U+0000 or half a surrogate pair:"
+                    f" {value!r}"
+                )
             if ":" in value and part.name != "content_hash":
                 raise ValueError(f"IdempotencyKey.{part.name} must not contain ':', which separates parts: {value!r}")
+        if (length := len(self.as_db_key().encode())) > LONGEST_KEY:
+            raise ValueError(f"IdempotencyKey is {length} bytes long; shorten its parts to {LONGEST_KEY} together")
 
     def as_db_key(self) -> str:
         """The five parts joined by ``:``, as the ledger stores them."""

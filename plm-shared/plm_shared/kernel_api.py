@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from plm_shared.idempotency import IdempotencyKey
-from plm_shared.pricing import PricingVersion
+from plm_shared.canonical_json import encodable
+from plm_shared.idempotency import LONGEST_KEY, IdempotencyKey
+from plm_shared.pricing import PricingVersion, TokenRates
 
 __all__ = [
     "EmitConnectorCallArgs",
@@ -27,9 +28,21 @@ _COSTLIEST = Decimal(10) ** 10  # the columns are numeric(18, 8)
 
 
 def _storable(text: str) -> str:
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+    if "\0" in text or not encodable(text):
         raise ValueError("must not contain U+0000 or half a surrogate pair")
     return text
+
+
+def _indexable(text: str) -> str:
+    if len(text.encode()) > LONGEST_KEY:
+        raise ValueError(f"must not be longer than {LONGEST_KEY} bytes, which is what an index can hold")
+    return text
+
+
+def _within_the_columns(rates: TokenRates | None) -> TokenRates | None:
+    if rates is not None and max(rates.input_per_1k, rates.output_per_1k) >= _COSTLIEST:
+        raise ValueError(f"a rate must be below {_COSTLIEST} EUR per thousand tokens")
+    return rates
 
 
 def _plain(value: Any) -> Any:
@@ -37,6 +50,8 @@ def _plain(value: Any) -> Any:
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_storable)]
+IndexedText = Annotated[Text, AfterValidator(_indexable)]
+Rates = Annotated[TokenRates | None, AfterValidator(_within_the_columns)]
 Tokens = Annotated[int, Field(strict=True, ge=0, le=_MOST_TOKENS)]
 Euro = Annotated[Decimal, Field(ge=0, lt=_COSTLIEST, allow_inf_nan=False)]
 EuroFloat = Annotated[float, Field(ge=0, lt=float(_COSTLIEST), allow_inf_nan=False)]
@@ -83,21 +98,22 @@ class EmitGovernanceArgs(_Args):
 
 
 class EmitLlmCallArgs(_CostedArgs):
-    """A language model was called; one call per span."""
+    """A language model was called; one call per span. ``rates``, in EUR, are kept with the day's price."""
 
     span_id: Text
-    model: Text
+    model: IndexedText
     prompt_tokens: Tokens
     completion_tokens: Tokens
     idempotency_key: IdempotencyKey
+    rates: Rates = None
 
 
 class EmitConnectorCallArgs(_CostedArgs):
     """A connector was called; one call per span. Knowledge primitives are telemetry, never connector calls."""
 
     span_id: Text
-    connector_id: Text
-    capability: Text
+    connector_id: IndexedText
+    capability: IndexedText
     envelope: dict[str, Any] = Field(default_factory=dict)
     idempotency_key: IdempotencyKey
 

@@ -1,34 +1,36 @@
 """The only module that knows how the ledger is written.
 
-``ledger_statements`` renders the statements for one emission; the emitter runs them in a transaction of its own or in
-the caller's, and the engine's settlement sends them on its driver connection.
-
-::
-
-    LedgerRefused
-    ├── IdempotencyConflict   the logical row exists with another content: the caller has a bug
-    ├── UnknownTenant         create the tenant first
-    ├── KeyMismatch           the idempotency key speaks of another tenant, span or event than the arguments
-    └── TenantMismatch        the caller's connection is bound to another tenant, or holds no transaction
-    JsonRefused               a payload that jsonb cannot hold; names the path (from ``canonical_json``)
+Rows travel as JSON (``LedgerRecord``) and PostgreSQL takes them apart, so one text per table serves a single event, a
+batch of hundreds, and the engine's settlement on its own connection. Refusals are drawn in ``plm_shared.ledger``.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, date, datetime
-from decimal import Decimal
-from typing import Any, Final, NamedTuple, assert_never, cast
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from datetime import date
+from typing import Any, Final, NamedTuple, cast
 
 import psycopg
 import sqlalchemy
 from psycopg.pq import TransactionStatus
 
-from plm_shared.canonical_json import storable_json
-from plm_shared.db import tenant_scoped_session
+from plm_shared.db import get_engine
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitGovernanceArgs, EmitLlmCallArgs, EmitTelemetryArgs
+from plm_shared.ledger import (
+    IdempotencyConflict,
+    KeyMismatch,
+    LedgerArgs,
+    LedgerRecord,
+    LedgerRefused,
+    TenantMismatch,
+    UnknownRun,
+    UnknownTenant,
+    ledger_record,
+    utc_today,
+    uuid_text,
+)
 
 __all__ = [
     "IdempotencyConflict",
@@ -38,50 +40,16 @@ __all__ = [
     "SqlAlchemyKernelEmitter",
     "Statement",
     "TenantMismatch",
+    "UnknownRun",
     "UnknownTenant",
+    "insert_many",
     "ledger_statements",
+    "refusal_of",
+    "rows_of_unknown_runs",
     "utc_today",
 ]
 
-LedgerArgs = EmitTelemetryArgs | EmitGovernanceArgs | EmitLlmCallArgs | EmitConnectorCallArgs
 Connection = sqlalchemy.Connection | psycopg.Connection[Any]
-
-
-class LedgerRefused(Exception):
-    """Nothing was written."""
-
-
-class IdempotencyConflict(LedgerRefused):
-    """The logical row is taken by another content."""
-
-    def __init__(self, *, table: str, idempotency_key: str) -> None:
-        super().__init__(
-            f"{table}: this span and event are recorded with another content than {idempotency_key!r}; use a new span"
-        )
-        self.table = table
-        self.idempotency_key = idempotency_key
-
-
-class UnknownTenant(LedgerRefused):
-    """The tenant has no row."""
-
-    def __init__(self, tenant_id: str) -> None:
-        super().__init__(f"tenant {tenant_id} does not exist; create it before anything is recorded for it")
-        self.tenant_id = tenant_id
-
-
-class KeyMismatch(LedgerRefused, ValueError):
-    """A part of the idempotency key differs from what is being recorded."""
-
-    def __init__(self, part: str, *, key: str, expected: str) -> None:
-        super().__init__(f"idempotency_key.{part} is {key!r}, but {expected!r} is being recorded; make the key from it")
-        self.part = part
-        self.key = key
-        self.expected = expected
-
-
-class TenantMismatch(LedgerRefused, ValueError):
-    """The caller's connection cannot carry this tenant's rows."""
 
 
 class Statement(NamedTuple):
@@ -91,20 +59,104 @@ class Statement(NamedTuple):
     params: Mapping[str, Any]
 
 
-class _Row(NamedTuple):
-    """What an emission writes: the table, and per column its SQL type and value, besides those every table has."""
+class _Table:
+    """The texts that write one table, rendered once."""
 
-    table: str
-    event_type: str | None
-    span_id: str
-    columns: Mapping[str, tuple[str, Any]]
-    priced_model: str | None = None
-    pricing_version: str = "unavailable"
+    def __init__(self, name: str, identity: str, *, priced: bool, **columns: str) -> None:
+        kinds = {**columns, "idempotency_key": "text"}
+        names, values = ", ".join(kinds), ", ".join(f"r.{column}" for column in kinds)
+        shape = ", ".join(f"{column} {kind}" for column, kind in {**kinds, **(_PRICE if priced else {})}.items())
+        # Every writer takes the rows of a table in the order of their identity: batches that overlap wait for each
+        # other, and never in a circle. Among rows of one identity the first given wins.
+        rows = f"ROWS FROM (json_to_recordset(%(rows)s::json) AS ({shape})) WITH ORDINALITY AS r"
+        order = f" ORDER BY {', '.join(f'r.{column}' for column in identity.split())}, r.ordinality"
+        # LIMIT keeps this a look into the index per row; a join of the whole ledger would grow with it.
+        seen = (
+            f" LEFT JOIN LATERAL (SELECT true AS found FROM {name} AS old WHERE old.tenant_id = %(tenant_id)s::uuid"  # noqa: S608 - our own constants
+            " AND old.idempotency_key = r.idempotency_key LIMIT 1) AS seen ON true"
+        )
+        link = (", pricing_snapshot_id", f", {_SNAPSHOT_ID}") if priced else ("", "")
+        insert = (
+            f"INSERT INTO {name} (id, tenant_id, {names}{link[0]})"  # noqa: S608 - our own constants
+            f" SELECT gen_random_uuid(), %(tenant_id)s::uuid, {values}{link[1]} FROM {rows}"
+        )
+        self.identity_constraint = f"uq_{name}_logical"
+        self.insert_new = f"{insert}{order} ON CONFLICT DO NOTHING"
+        self.insert_or_fail = f"{insert}{seen} WHERE seen.found IS NULL{order}"
+        self.unwritten = f"SELECT r.ordinality - 1 FROM {rows}{seen} WHERE seen.found IS NULL"  # noqa: S608 - our own constants
+        self.unknown_runs = (
+            f"SELECT r.ordinality - 1 FROM {rows}"  # noqa: S608 - our own constants
+            " WHERE r.run_id IS NOT NULL AND NOT EXISTS"
+            " (SELECT FROM runs WHERE runs.tenant_id = %(tenant_id)s::uuid AND runs.id = r.run_id)"
+        )
+        self.snapshot = (
+            "INSERT INTO"  # noqa: S608 - our own constants
+            " pricing_snapshots (id, tenant_id, model, snapshot_date, pricing_version,"
+            " input_rate_per_1k, output_rate_per_1k)"
+            " SELECT DISTINCT ON (r.priced_model, r.snapshot_date) gen_random_uuid(), %(tenant_id)s::uuid,"
+            " r.priced_model, r.snapshot_date, r.pricing_version, r.input_rate_per_1k, r.output_rate_per_1k"
+            f" FROM {rows}{seen}"
+            " WHERE r.priced_model IS NOT NULL AND seen.found IS NULL"
+            " ORDER BY r.priced_model, r.snapshot_date, r.ordinality"
+            " ON CONFLICT (tenant_id, model, snapshot_date) DO NOTHING"
+        )
 
 
-def utc_today() -> date:
-    """The date in UTC, which prices are kept by."""
-    return datetime.now(UTC).date()
+_PRICE: Final = {
+    "priced_model": "text",
+    "snapshot_date": "date",
+    "input_rate_per_1k": "numeric(18, 8)",
+    "output_rate_per_1k": "numeric(18, 8)",
+}
+# The day's first price stands for the day; a call at another price is not linked to it.
+_SNAPSHOT_ID: Final = (
+    "(SELECT s.id FROM pricing_snapshots AS s WHERE s.tenant_id = %(tenant_id)s::uuid"
+    " AND s.model = r.priced_model AND s.snapshot_date = r.snapshot_date AND s.pricing_version = r.pricing_version"
+    " AND (r.input_rate_per_1k IS NULL"
+    " OR (s.input_rate_per_1k, s.output_rate_per_1k) = (r.input_rate_per_1k, r.output_rate_per_1k)))"
+)
+_COST: Final = {
+    "run_id": "uuid",
+    "cost_eur": "numeric",
+    "cost_status": "cost_status",
+    "pricing_version": "text",
+}
+_TABLES: Final = {
+    "telemetry_events": _Table(
+        "telemetry_events",
+        "trace_id span_id event_type",
+        priced=False,
+        trace_id="text",
+        span_id="text",
+        event_type="text",
+        capability="text",
+        payload="jsonb",
+    ),
+    "llm_calls": _Table(
+        "llm_calls",
+        "span_id",
+        priced=True,
+        span_id="text",
+        model="text",
+        prompt_tokens="integer",
+        completion_tokens="integer",
+        **_COST,
+    ),
+    "connector_calls": _Table(
+        "connector_calls",
+        "span_id",
+        priced=True,
+        span_id="text",
+        connector_id="text",
+        capability="text",
+        envelope="jsonb",
+        **_COST,
+    ),
+}
+
+
+# A plan made while a table was small, and kept, must not read all of it when it has grown.
+_BIND: Final = "SELECT set_config('app.tenant_id', %(tenant_id)s, true), set_config('enable_seqscan', 'off', true)"
 
 
 def ledger_statements(
@@ -117,138 +169,92 @@ def ledger_statements(
     """The statements that record ``args`` once, to be run in order in one READ COMMITTED transaction.
 
     ``app.tenant_id`` must be set on the connection. Nothing needs to be read back: a replay changes nothing, a
-    conflict is a unique violation of ``uq_<table>_logical`` that aborts the transaction, an unknown tenant a foreign
-    key violation. They may be sent through a pipeline. A telemetry event carries ``run_id`` inside its payload.
+    conflict is a unique violation of ``uq_<table>_logical`` that aborts the transaction, an unknown tenant or run a
+    foreign key violation. They may be sent through a pipeline. A telemetry event carries ``run_id`` in its payload.
 
     Raises:
         KeyMismatch: the key's tenant, span or event type is not the one recorded; or the payload names another run.
         JsonRefused: the payload holds what jsonb cannot; the message names its path.
         ValueError: ``tenant_id`` or ``run_id`` is no UUID.
     """
-    tenant = str(uuid.UUID(str(tenant_id)))
-    run = str(uuid.UUID(str(run_id))) if run_id is not None else None
-    row = _row(args, run)
-    key = args.idempotency_key
-    for part, expected in (("tenant_id", tenant), ("span_id", row.span_id), ("event_type", row.event_type)):
-        found = getattr(key, part)
-        if expected is not None and found != expected:
-            raise KeyMismatch(part, key=found, expected=expected)
-    columns = {
-        "id": ("uuid", str(uuid.uuid4())),
-        "tenant_id": ("uuid", tenant),
-        "span_id": ("text", row.span_id),
-        "idempotency_key": ("text", key.as_db_key()),
-        **({"trace_id": ("text", key.trace_id)} if row.table == "telemetry_events" else {}),
-        **row.columns,
-    }
-    if row.priced_model is None or row.pricing_version == "unavailable":
-        return _insert_once(row.table, columns)
-    day = clock()
-    return [_snapshot(row, columns, day), *_insert_once(row.table, columns, snapshot=(row.priced_model, day))]
+    return _statements(ledger_record(args, tenant_id=tenant_id, run_id=run_id, clock=clock), uuid_text(tenant_id))
 
 
-_UNSEEN: Final = (
-    "NOT EXISTS (SELECT FROM {table} WHERE tenant_id = %(tenant_id)s::uuid AND idempotency_key = %(idempotency_key)s)"
-)
-_SNAPSHOT_ID: Final = (
-    "(SELECT id FROM pricing_snapshots WHERE tenant_id = %(tenant_id)s::uuid"
-    " AND model = %(priced_model)s AND snapshot_date = %(snapshot_date)s::date)"
-)
+def _statements(record: LedgerRecord, tenant_id: str) -> list[Statement]:
+    table, params = _TABLES[record.table], _params(tenant_id, [record])
+    # The first insert swallows every uniqueness error, whichever index PostgreSQL checks first. The second does
+    # nothing when the key is there, be it ours or a replay's; otherwise it meets the row in the way and names it.
+    texts = [*([table.snapshot] if record.priced else []), table.insert_new, table.insert_or_fail]
+    return [Statement(text, params) for text in texts]
 
 
-def _insert_once(
-    table: str, columns: Mapping[str, tuple[str, Any]], *, snapshot: tuple[str, date] | None = None
-) -> list[Statement]:
-    """Insert unless something stands in the way; then let only what is no replay fail.
+def insert_many(
+    connection: psycopg.Connection[Any], tenant_id: str, records: Sequence[LedgerRecord]
+) -> list[IdempotencyConflict | None]:
+    """Write records of one tenant in one transaction of its own; per record None (written, or a replay) or a conflict.
 
-    The first statement swallows every uniqueness error, whichever index PostgreSQL checks first. The second does
-    nothing when the key is there, be it ours or a replay's; otherwise it meets the row in the way and names it.
+    The outcomes are those of writing them one by one in their order. When anything else stands in the way nothing is
+    written, and the database's error is raised for the whole: ``refusal_of`` translates it. A call that ended in a lost
+    connection may have been committed; repeating it is safe.
     """
-    names = [*columns, *(["pricing_snapshot_id"] if snapshot else [])]
-    values = [f"%({name})s::{kind}" for name, (kind, _) in columns.items()] + ([_SNAPSHOT_ID] if snapshot else [])
-    params = {name: value for name, (_, value) in columns.items()}
-    if snapshot:
-        params |= {"priced_model": snapshot[0], "snapshot_date": snapshot[1]}
-    # Table and column names are this module's constants; every value is a parameter.
-    insert = f"INSERT INTO {table} ({', '.join(names)}) SELECT {', '.join(values)}"
-    return [
-        Statement(f"{insert} ON CONFLICT DO NOTHING", params),
-        Statement(f"{insert} WHERE {_UNSEEN.format(table=table)}", params),
-    ]
-
-
-def _snapshot(row: _Row, columns: Mapping[str, tuple[str, Any]], day: date) -> Statement:
-    """Note the day's price source for the model, once, unless the call itself is a replay."""
-    sql = (
-        "INSERT INTO pricing_snapshots (id, tenant_id, model, snapshot_date, pricing_version)"
-        " SELECT %(id)s::uuid, %(tenant_id)s::uuid, %(model)s::text, %(snapshot_date)s::date, %(pricing_version)s::text"
-        f" WHERE {_UNSEEN.format(table=row.table)}"
-        " ON CONFLICT (tenant_id, model, snapshot_date) DO NOTHING"
-    )
-    params = {
-        "id": str(uuid.uuid4()),
-        "tenant_id": columns["tenant_id"][1],
-        "model": row.priced_model,
-        "snapshot_date": day,
-        "pricing_version": row.pricing_version,
-        "idempotency_key": columns["idempotency_key"][1],
+    outcomes: list[IdempotencyConflict | None] = [None] * len(records)
+    places: dict[str, list[int]] = {name: [] for name in _TABLES}
+    for place, record in enumerate(records):
+        places[record.table].append(place)
+    parts = {
+        name: (found, _params(tenant_id, [records[place] for place in found]))
+        for name, found in places.items()
+        if found
     }
-    return Statement(sql, params)
+    # A pipeline saves a crowd's batch its waits between statements; around a single row it costs more than it saves.
+    with connection.transaction():
+        with connection.pipeline() if len(records) > 1 else nullcontext():
+            _run(connection, _BIND, {"tenant_id": tenant_id})
+            for name in ("llm_calls", "connector_calls"):
+                if name in parts:
+                    _run(connection, _TABLES[name].snapshot, parts[name][1])
+            inserts = {name: _run(connection, _TABLES[name].insert_new, params) for name, (_, params) in parts.items()}
+        for name, (found, params) in parts.items():
+            if inserts[name].rowcount == len(found):
+                continue
+            for (index,) in _run(connection, _TABLES[name].unwritten, params):
+                record = records[found[index]]
+                outcomes[found[index]] = IdempotencyConflict(table=name, idempotency_key=record.idempotency_key)
+    return outcomes
 
 
-def _row(args: LedgerArgs, run: str | None) -> _Row:
-    match args:
-        case EmitTelemetryArgs():
-            return _telemetry(args.event_type, args.span_id, args.capability, args.payload, run)
-        case EmitGovernanceArgs():
-            return _telemetry(args.governance_event_type, args.span_id, "governance", args.payload, run)
-        case EmitLlmCallArgs():
-            tokens = {"prompt_tokens": args.prompt_tokens, "completion_tokens": args.completion_tokens}
-            columns = {"model": ("text", args.model), **{name: ("integer", count) for name, count in tokens.items()}}
-            return _call("llm_calls", args, columns, args.model, run)
-        case EmitConnectorCallArgs():
-            columns = {
-                "connector_id": ("text", args.connector_id),
-                "capability": ("text", args.capability),
-                "envelope": ("jsonb", storable_json(args.envelope, root="envelope")),
-            }
-            return _call("connector_calls", args, columns, f"{args.connector_id}:{args.capability}", run)
-        case _:
-            assert_never(args)
+def rows_of_unknown_runs(
+    connection: psycopg.Connection[Any], tenant_id: str, records: Sequence[LedgerRecord]
+) -> set[int]:
+    """The places of those records that name a run which the tenant does not have."""
+    unknown: set[int] = set()
+    with connection.transaction():
+        _run(connection, _BIND, {"tenant_id": tenant_id})
+        for name in ("llm_calls", "connector_calls"):
+            places = [place for place, record in enumerate(records) if record.table == name]
+            params = _params(tenant_id, [records[place] for place in places])
+            unknown |= {places[index] for (index,) in _run(connection, _TABLES[name].unknown_runs, params)}
+    return unknown
 
 
-def _telemetry(event_type: str, span_id: str, capability: str, payload: dict[str, Any], run: str | None) -> _Row:
-    if run is not None:
-        named = payload.get("run_id", run)
-        if named != run:
-            raise KeyMismatch("payload.run_id", key=str(named), expected=run)
-        payload = {**payload, "run_id": run}
-    columns = {
-        "event_type": ("text", event_type),
-        "capability": ("text", capability),
-        "payload": ("jsonb", storable_json(payload)),
-    }
-    return _Row(table="telemetry_events", event_type=event_type, span_id=span_id, columns=columns)
+def refusal_of(error: psycopg.Error, tenant_id: str, record: LedgerRecord) -> Exception:
+    """What a failed statement about this one record means; the error itself when it is none of the known refusals."""
+    constraint = error.diag.constraint_name
+    if constraint == _TABLES[record.table].identity_constraint:
+        return IdempotencyConflict(table=record.table, idempotency_key=record.idempotency_key)
+    if constraint in (f"{record.table}_tenant_id_fkey", "pricing_snapshots_tenant_id_fkey"):
+        return UnknownTenant(tenant_id)
+    if constraint == f"{record.table}_run_id_fkey":
+        return UnknownRun(str(record.columns["run_id"]))
+    return error
 
 
-def _call(
-    table: str, args: EmitLlmCallArgs | EmitConnectorCallArgs, columns: dict[str, Any], model: str, run: str | None
-) -> _Row:
-    cost = None if args.cost_eur is None else Decimal(str(args.cost_eur))
-    columns |= {
-        "run_id": ("uuid", run),
-        "cost_eur": ("numeric", cost),
-        "cost_status": ("cost_status", args.cost_status),
-        "pricing_version": ("text", args.pricing_version),
-    }
-    return _Row(
-        table=table,
-        event_type=None,
-        span_id=args.span_id,
-        columns=columns,
-        priced_model=model,
-        pricing_version=args.pricing_version,
-    )
+def _params(tenant_id: str, records: Sequence[LedgerRecord]) -> dict[str, str]:
+    return {"tenant_id": tenant_id, "rows": f"[{','.join([record.text for record in records])}]"}
+
+
+def _run(connection: psycopg.Connection[Any], text: str, params: Mapping[str, str]) -> psycopg.Cursor[Any]:
+    return connection.execute(text.encode(), params, prepare=True)
 
 
 class SqlAlchemyKernelEmitter:
@@ -272,57 +278,65 @@ class SqlAlchemyKernelEmitter:
         connection: Connection | None = None,
         clock: Callable[[], date] = utc_today,
     ) -> None:
-        self._tenant = str(uuid.UUID(str(tenant_id)))
+        self._tenant = uuid_text(tenant_id)
         self._connection = connection
         self._clock = clock
 
     def emit_telemetry(self, args: EmitTelemetryArgs, *, run_id: str | uuid.UUID | None = None) -> None:
         """Record an event."""
-        self._write("telemetry_events", args, run_id)
+        self._write(args, run_id)
 
     def emit_governance(self, args: EmitGovernanceArgs, *, run_id: str | uuid.UUID | None = None) -> None:
         """Record a decision."""
-        self._write("telemetry_events", args, run_id)
+        self._write(args, run_id)
 
     def record_llm_call(self, args: EmitLlmCallArgs, *, run_id: str | uuid.UUID | None = None) -> None:
         """Record a model call and its cost."""
-        self._write("llm_calls", args, run_id)
+        self._write(args, run_id)
 
     def record_connector_call(self, args: EmitConnectorCallArgs, *, run_id: str | uuid.UUID | None = None) -> None:
         """Record a connector call and its cost."""
-        self._write("connector_calls", args, run_id)
+        self._write(args, run_id)
 
     def statements(self, args: LedgerArgs, *, run_id: str | uuid.UUID | None = None) -> list[Statement]:
         """``ledger_statements`` for this tenant and clock."""
         return ledger_statements(args, tenant_id=self._tenant, run_id=run_id, clock=self._clock)
 
-    def _write(self, table: str, args: LedgerArgs, run_id: str | uuid.UUID | None) -> None:
-        statements = self.statements(args, run_id=run_id)
+    def _write(self, args: LedgerArgs, run_id: str | uuid.UUID | None) -> None:
+        record = ledger_record(args, tenant_id=self._tenant, run_id=run_id, clock=self._clock)
         try:
-            with self._transaction() as connection:
-                for statement in statements:
-                    _execute(connection, statement)
+            if self._connection is None:
+                refusal = _write_alone(self._tenant, record)
+            else:
+                _write_within(self._connection, self._tenant, _statements(record, self._tenant))
+                refusal = None
         except (sqlalchemy.exc.IntegrityError, psycopg.IntegrityError) as error:
-            constraint = _constraint(error)
-            if constraint == f"uq_{table}_logical":
-                raise IdempotencyConflict(table=table, idempotency_key=args.idempotency_key.as_db_key()) from error
-            if constraint in (f"{table}_tenant_id_fkey", "pricing_snapshots_tenant_id_fkey"):
-                raise UnknownTenant(self._tenant) from error
+            cause = error.orig if isinstance(error, sqlalchemy.exc.IntegrityError) else error
+            found = refusal_of(cause, self._tenant, record) if isinstance(cause, psycopg.Error) else error
+            if isinstance(found, LedgerRefused):
+                raise found from error
             raise
+        if refusal is not None:
+            raise refusal
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        if self._connection is None:
-            with tenant_scoped_session(self._tenant) as session:
-                yield session.connection()
-            return
-        _bind_tenant(self._connection, self._tenant)
-        if isinstance(self._connection, sqlalchemy.Connection):
-            with self._connection.begin_nested():
-                yield self._connection
-        else:
-            with self._connection.transaction():
-                yield self._connection
+
+def _write_alone(tenant: str, record: LedgerRecord) -> IdempotencyConflict | None:
+    """One transaction on a pooled connection. SQLAlchemy's own execution would cost as much again as the insert."""
+    pooled = get_engine().raw_connection()
+    try:
+        return insert_many(cast("psycopg.Connection[Any]", pooled.driver_connection), tenant, [record])[0]
+    except psycopg.Error as error:
+        raise sqlalchemy.exc.DBAPIError.instance(None, None, error, psycopg.Error) from error
+    finally:
+        pooled.close()
+
+
+def _write_within(connection: Connection, tenant: str, statements: Sequence[Statement]) -> None:
+    """A savepoint in the caller's transaction."""
+    _bind_tenant(connection, tenant)
+    with connection.begin_nested() if isinstance(connection, sqlalchemy.Connection) else connection.transaction():
+        for statement in statements:
+            _execute(connection, statement)
 
 
 def _bind_tenant(connection: Connection, tenant: str) -> None:
@@ -343,8 +357,3 @@ def _execute(connection: Connection, statement: Statement) -> Any:
     if isinstance(connection, sqlalchemy.Connection):
         return connection.exec_driver_sql(statement.sql, dict(statement.params))
     return connection.execute(cast("Any", statement.sql), statement.params)
-
-
-def _constraint(error: sqlalchemy.exc.IntegrityError | psycopg.IntegrityError) -> str | None:
-    cause = error.orig if isinstance(error, sqlalchemy.exc.IntegrityError) else error
-    return cause.diag.constraint_name if isinstance(cause, psycopg.Error) else None

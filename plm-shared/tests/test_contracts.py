@@ -162,7 +162,7 @@ def test_the_fields_and_their_defaults_are_those_of_the_contract() -> None:
         "idempotency_key",
     ]
     assert list(EmitGovernanceArgs.model_fields) == ["governance_event_type", "span_id", "payload", "idempotency_key"]
-    assert set(EmitLlmCallArgs.model_fields) == set(LLM)
+    assert set(EmitLlmCallArgs.model_fields) == {*LLM, "rates"}
     assert set(EmitConnectorCallArgs.model_fields) == {
         "span_id",
         "connector_id",

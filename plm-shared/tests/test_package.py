@@ -17,8 +17,11 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1]
 NEEDS_A_DATABASE = {
+    "plm_shared.async_kernel_emitter",
+    "plm_shared.batching_emitter",
     "plm_shared.db",
     "plm_shared.embedded_postgres",
+    "plm_shared.ledger_writer",
     "plm_shared.migrations",
     "plm_shared.provisioning",
     "plm_shared.schema_lint",

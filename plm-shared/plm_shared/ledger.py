@@ -1,0 +1,228 @@
+"""What one emission writes: checked, and rendered as the JSON object that every writer of the ledger sends.
+
+Nothing here touches a database, so a bad event is refused before it is queued, spooled or sent.
+
+::
+
+    LedgerRefused
+    ├── IdempotencyConflict   the logical row exists with another content: the caller has a bug
+    ├── UnknownTenant         create the tenant first
+    ├── UnknownRun            create the run first, or emit without run_id
+    ├── KeyMismatch           the idempotency key speaks of another tenant, span or event than the arguments
+    └── TenantMismatch        the caller's connection is bound to another tenant, or holds no transaction
+    JsonRefused               a payload that jsonb cannot hold; names the path (from ``canonical_json``)
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Callable
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from functools import lru_cache
+from typing import Any, Final, NamedTuple, assert_never
+
+from plm_shared.canonical_json import JsonRefused, check_storable, compact_json
+from plm_shared.kernel_api import EmitConnectorCallArgs, EmitGovernanceArgs, EmitLlmCallArgs, EmitTelemetryArgs
+
+__all__ = [
+    "IdempotencyConflict",
+    "KeyMismatch",
+    "LedgerArgs",
+    "LedgerRecord",
+    "LedgerRefused",
+    "TenantMismatch",
+    "UnknownRun",
+    "UnknownTenant",
+    "ledger_record",
+    "utc_today",
+    "uuid_text",
+]
+
+LedgerArgs = EmitTelemetryArgs | EmitGovernanceArgs | EmitLlmCallArgs | EmitConnectorCallArgs
+
+_LARGEST: Final = 16 * 1024 * 1024  # characters of one event; a batch of them must fit a statement and the memory
+
+
+class LedgerRefused(Exception):
+    """Nothing was written."""
+
+
+class IdempotencyConflict(LedgerRefused):
+    """The logical row is taken by another content."""
+
+    def __init__(self, *, table: str, idempotency_key: str) -> None:
+        super().__init__(
+            f"{table}: this span and event are recorded with another content than {idempotency_key!r}; use a new span"
+        )
+        self.table = table
+        self.idempotency_key = idempotency_key
+
+
+class UnknownTenant(LedgerRefused):
+    """The tenant has no row."""
+
+    def __init__(self, tenant_id: str) -> None:
+        super().__init__(f"tenant {tenant_id} does not exist; create it before anything is recorded for it")
+        self.tenant_id = tenant_id
+
+
+class UnknownRun(LedgerRefused):
+    """The run that a call names has no row."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__(f"run {run_id} does not exist; create it before its calls are recorded, or leave run_id out")
+        self.run_id = run_id
+
+
+class KeyMismatch(LedgerRefused, ValueError):
+    """A part of the idempotency key differs from what is being recorded."""
+
+    def __init__(self, part: str, *, key: str, expected: str) -> None:
+        super().__init__(f"idempotency_key.{part} is {key!r}, but {expected!r} is being recorded; make the key from it")
+        self.part = part
+        self.key = key
+        self.expected = expected
+
+
+class TenantMismatch(LedgerRefused, ValueError):
+    """The caller's connection cannot carry this tenant's rows."""
+
+
+class LedgerRecord(NamedTuple):
+    """One row to be: its table, and its columns as the text of a JSON object."""
+
+    table: str
+    text: str
+    priced: bool = False
+
+    @property
+    def idempotency_key(self) -> str:
+        """The key's text."""
+        return str(self.columns["idempotency_key"])
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The object, read back."""
+        return dict(json.loads(self.text))
+
+
+def utc_today() -> date:
+    """The date in UTC, which prices are kept by."""
+    return datetime.now(UTC).date()
+
+
+@lru_cache(maxsize=4096)
+def _canonical(text: str) -> str:
+    return str(uuid.UUID(text))
+
+
+def uuid_text(value: str | uuid.UUID) -> str:
+    """The canonical text of a UUID; ``ValueError`` for anything else."""
+    return str(value) if isinstance(value, uuid.UUID) else _canonical(value)
+
+
+def ledger_record(
+    args: LedgerArgs,
+    *,
+    tenant_id: str | uuid.UUID,
+    run_id: str | uuid.UUID | None = None,
+    clock: Callable[[], date] = utc_today,
+) -> LedgerRecord:
+    """Check one emission and render it.
+
+    Raises:
+        KeyMismatch: the key's tenant, span or event type is not the one recorded; or the payload names another run.
+        JsonRefused: the payload holds what jsonb cannot; the message names its path.
+        ValueError: ``tenant_id`` or ``run_id`` is no UUID.
+    """
+    run = None if run_id is None else uuid_text(run_id)
+    key = args.idempotency_key
+    if key.tenant_id != (tenant := uuid_text(tenant_id)):
+        raise KeyMismatch("tenant_id", key=key.tenant_id, expected=tenant)
+    if key.span_id != args.span_id:
+        raise KeyMismatch("span_id", key=key.span_id, expected=args.span_id)
+    columns: dict[str, Any] = {"span_id": args.span_id, "idempotency_key": key.as_db_key()}
+    match args:
+        case EmitTelemetryArgs():
+            return _telemetry(columns, args, args.event_type, args.capability, run)
+        case EmitGovernanceArgs():
+            return _telemetry(columns, args, args.governance_event_type, "governance", run)
+        case EmitLlmCallArgs():
+            return _llm_call(columns, args, run, clock)
+        case EmitConnectorCallArgs():
+            return _connector_call(columns, args, run, clock)
+        case _:
+            assert_never(args)
+
+
+def _telemetry(
+    columns: dict[str, Any],
+    args: EmitTelemetryArgs | EmitGovernanceArgs,
+    event_type: str,
+    capability: str,
+    run: str | None,
+) -> LedgerRecord:
+    key = args.idempotency_key
+    if key.event_type != event_type:
+        raise KeyMismatch("event_type", key=key.event_type, expected=event_type)
+    payload = args.payload
+    if run is not None:
+        named = payload.get("run_id", run)
+        if named != run:
+            raise KeyMismatch("payload.run_id", key=str(named), expected=run)
+        payload = {**payload, "run_id": run}
+    columns |= {"trace_id": key.trace_id, "event_type": event_type, "capability": capability}
+    return _record("telemetry_events", columns, "payload", payload)
+
+
+def _llm_call(
+    columns: dict[str, Any], args: EmitLlmCallArgs, run: str | None, clock: Callable[[], date]
+) -> LedgerRecord:
+    columns |= {
+        "model": args.model,
+        "prompt_tokens": args.prompt_tokens,
+        "completion_tokens": args.completion_tokens,
+        **_cost(args, run, args.model, clock),
+    }
+    if args.rates is not None:
+        columns |= {
+            "input_rate_per_1k": str(args.rates.input_per_1k),
+            "output_rate_per_1k": str(args.rates.output_per_1k),
+        }
+    return _record("llm_calls", columns)
+
+
+def _connector_call(
+    columns: dict[str, Any], args: EmitConnectorCallArgs, run: str | None, clock: Callable[[], date]
+) -> LedgerRecord:
+    priced = f"{args.connector_id}:{args.capability}"
+    columns |= {"connector_id": args.connector_id, "capability": args.capability, **_cost(args, run, priced, clock)}
+    return _record("connector_calls", columns, "envelope", args.envelope)
+
+
+def _cost(
+    args: EmitLlmCallArgs | EmitConnectorCallArgs, run: str | None, priced_model: str, clock: Callable[[], date]
+) -> dict[str, Any]:
+    cost = None if args.cost_eur is None else str(Decimal(str(args.cost_eur)))
+    columns = {
+        "run_id": run,
+        "cost_eur": cost,
+        "cost_status": args.cost_status,
+        "pricing_version": args.pricing_version,
+    }
+    if args.pricing_version != "unavailable":
+        columns |= {"priced_model": priced_model, "snapshot_date": clock().isoformat()}
+    return columns
+
+
+def _record(table: str, columns: dict[str, Any], name: str = "model", document: Any = None) -> LedgerRecord:
+    priced = "priced_model" in columns
+    if document is not None:
+        check_storable(document, root=name)
+        columns[name] = document
+    text = compact_json(columns)
+    if len(text) > _LARGEST:
+        raise JsonRefused(name, f"makes an event of {len(text)} characters; {_LARGEST} is the limit")
+    return LedgerRecord(table, text, priced)
