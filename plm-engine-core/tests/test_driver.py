@@ -367,6 +367,26 @@ class TestStopping:
         assert await acts.drive() is RunState.SUCCEEDED
         assert await acts.steps() == [("s0", 1, "cancelled"), ("s0", 2, "denied"), ("s0", 3, "succeeded")]
 
+    async def test_a_halt_lifted_while_the_call_stops_does_not_stop_the_next_one(self, scene, bench):
+        async def stopped():
+            acts.executor.entered.set()
+            await acts.executor.cancelled.wait()
+            acts.executor.cancelled.clear()
+            await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
+            return Outcome(status=OutcomeStatus.CANCELLED)
+
+        async def undisturbed():
+            for _ in range(20):
+                await asyncio.sleep(0)
+            return Outcome(status=OutcomeStatus.SUCCEEDED, output={"stopped": acts.executor.cancelled.is_set()})
+
+        acts = await scene(plan(READ, result={"ref": "steps.s0.output.stopped"}), thing_read=[stopped, undisturbed])
+        task = acts.start(lease_seconds=0.9)
+        await acts.executor.entered.wait()
+        halt = await bench.halt(HaltScope.TENANT)
+        assert await task is RunState.SUCCEEDED
+        assert (await acts.fresh()).result is False
+
     async def test_a_stopped_call_that_cannot_be_repeated_is_not(self, scene, bench):
         acts = await scene(plan(FIRE), thing_fire=["until cancelled"])
         task = acts.start(lease_seconds=0.3)

@@ -79,6 +79,17 @@ async def test_a_halt_lifted_before_the_run_was_parked_does_not_park_it(bench):
     assert bench.deliveries(lease.run) == before + 1
 
 
+async def test_parking_and_lifting_at_once_never_leave_a_run_parked_without_a_halt(bench):
+    for _ in range(25):
+        halt = await bench.halt(HaltScope.TENANT)
+        lease = await bench.lease()
+        parking = bench.control_plane.finish(
+            lease.run, fencing_token=lease.fencing_token, state=RunState.HALTED, actor="worker:w"
+        )
+        await asyncio.gather(parking, lift(bench, halt))
+        assert await bench.state(lease.run) is RunState.QUEUED
+
+
 async def test_runs_of_other_tenants_come_back_from_a_system_halt_by_recovery(bench):
     (other,) = create_tenants(bench.database, "other")
     neighbour = bench.in_tenant(other)
