@@ -188,6 +188,9 @@ def _statements(record: LedgerRecord, tenant_id: str) -> list[Statement]:
     return [Statement(text, params) for text in texts]
 
 
+_REBUILDS: Final = 100  # attempts while an index is rebuilt concurrently; each is a whole transaction
+
+
 def insert_many(
     connection: psycopg.Connection[Any], tenant_id: str, records: Sequence[LedgerRecord]
 ) -> list[IdempotencyConflict | None]:
@@ -197,6 +200,17 @@ def insert_many(
     written, and the database's error is raised for the whole: ``refusal_of`` translates it. A call that ended in a lost
     connection may have been committed; repeating it is safe.
     """
+    for _ in range(_REBUILDS):
+        try:
+            return _insert_many(connection, tenant_id, records)
+        except psycopg.errors.UniqueViolation:
+            continue  # ON CONFLICT overlooks an index that is being rebuilt beside the old one; soon it will not
+    return _insert_many(connection, tenant_id, records)
+
+
+def _insert_many(
+    connection: psycopg.Connection[Any], tenant_id: str, records: Sequence[LedgerRecord]
+) -> list[IdempotencyConflict | None]:
     outcomes: list[IdempotencyConflict | None] = [None] * len(records)
     places: dict[str, list[int]] = {name: [] for name in _TABLES}
     for place, record in enumerate(records):

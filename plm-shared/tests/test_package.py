@@ -20,6 +20,7 @@ NEEDS_A_DATABASE = {
     "plm_shared.async_kernel_emitter",
     "plm_shared.batching_emitter",
     "plm_shared.db",
+    "plm_shared.doctor",
     "plm_shared.embedded_postgres",
     "plm_shared.ledger_writer",
     "plm_shared.migrations",
