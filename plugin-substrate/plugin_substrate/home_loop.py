@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+_ABANDONED = "the event loop of this PluginManager was closed before unload_all(); make a new manager"
+
 
 class HomeLoop:
     """The loop of the first asynchronous caller, or a private one in a thread when only synchronous callers exist."""
@@ -24,6 +26,8 @@ class HomeLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = running
+            elif self._loop.is_closed():
+                raise RuntimeError(_ABANDONED)
             elif self._loop is not running:
                 raise RuntimeError("this PluginManager belongs to another event loop; unload everything there first")
         return running
@@ -36,6 +40,8 @@ class HomeLoop:
             loop = self._loop
         if loop is None or _is_running_here(loop):
             raise RuntimeError("inside the event loop use the asynchronous form of this method")
+        if loop.is_closed():
+            raise RuntimeError(_ABANDONED)
         return asyncio.run_coroutine_threadsafe(work(), loop).result()
 
     def release(self) -> None:

@@ -78,6 +78,7 @@ class LoadedInstance:
         self._supervisor_pid: int | None = None
         self._slots = asyncio.Semaphore(settings.max_concurrent_requests)
         self._reviving = asyncio.Lock()
+        self._patience: asyncio.Timeout | None = None
         self._closed = False
         self._cancels: set[asyncio.Task[CancelOutcome]] = set()
 
@@ -157,6 +158,8 @@ class LoadedInstance:
     async def close(self) -> None:
         """Unload: no new calls, cleanup in the plugin, and in any case the end of its process."""
         self._closed = True
+        if self._patience is not None:
+            self._patience.reschedule(0)  # what is being loaded now is no longer wanted
         async with self._reviving:
             if self._proxy is not None:
                 await self._proxy.unload(self.settings.grace_seconds)
@@ -211,25 +214,34 @@ class LoadedInstance:
 
     async def _start(self) -> RemotePluginProxy:
         settings, code = self.settings, self.settings.meta.manifest.code
-        phase, proxy = "spawn", None
+        phase, supervisor, proxy = "spawn", None, None
         try:
-            supervisor = self._supervisor()
-            self._supervisor_pid = supervisor.pid
-            process = await supervisor.spawn(env=_environment(settings), cwd=settings.data_dir, limits=settings.limits)
-            proxy = await RemotePluginProxy.connect(process)
-            phase = "load"
-            async with asyncio.timeout(settings.load_timeout):
+            async with asyncio.timeout(settings.load_timeout) as self._patience:
+                _prepare_folder(settings.data_dir)
+                supervisor = self._supervisor()
+                self._supervisor_pid = supervisor.pid
+                process = await supervisor.spawn(
+                    env=_environment(settings), cwd=settings.data_dir, limits=settings.limits
+                )
+                proxy = await RemotePluginProxy.connect(process)
+                phase = "load"
                 await proxy.load(code.module, code.class_name, settings.config, settings.max_concurrent_requests)
         except BaseException as error:
             if proxy is not None:
                 await proxy.kill()
-            if isinstance(error, PluginError | OSError | TimeoutError):
+            elif supervisor is not None and isinstance(error, TimeoutError):
+                supervisor.dismiss()
+            if isinstance(error, PluginError | OSError):
                 raise self._load_error(error, phase, proxy) from error.__cause__ or error
             raise
+        finally:
+            self._patience = None
         return proxy
 
-    def _load_error(self, error: Exception, phase: str, proxy: RemotePluginProxy | None) -> PluginLoadError:
+    def _load_error(self, error: Exception, phase: str, proxy: RemotePluginProxy | None) -> PluginError:
         name = self.settings.meta.name
+        if self._closed:
+            return PluginNotLoadedError(f"{self.settings.instance_id!r} was unloaded while it was being loaded")
         if isinstance(error, PluginLoadError):
             phase = error.phase
         if isinstance(error, TimeoutError):
@@ -249,6 +261,14 @@ async def _ask(before_start: Callable[[], Awaitable[bool]] | None, call_id: str)
         raise CallNotStartedError(f"call {call_id} was not sent: {type(error).__name__}: {error}") from error
     if not allowed:
         raise CallNotStartedError(f"call {call_id} was not sent: it is no longer allowed")
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Make what is missing of an instance's folder; plugin code may have put anything in its place."""
+    for place in (folder, folder / "tmp"):
+        if place.is_symlink():
+            raise NotADirectoryError(f"{place} is a link, not a folder")
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
 
 
 def _environment(settings: InstanceSettings) -> dict[str, str]:

@@ -8,9 +8,9 @@ and cancellation belong to the call that the executing thread is in, never to th
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -24,8 +24,13 @@ from plugin_substrate.errors import PluginCancelledError, PluginInputError
 
 DATA_DIR_VARIABLE = "CJM_PLUGIN_DATA_DIR"
 
+#: A report of usage names at most so many units, and each in at most so many characters.
+MAX_USAGE_UNITS = 100
+MAX_UNIT_CHARACTERS = 100
+
 _logger = logging.getLogger(__name__)
-_MIME_TYPE = re.compile(r"[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*(;[ -~]*)?")
+_MIME_TYPE = re.compile(r"(?=.{3,255}\Z)[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*(;[ -~]*)?")
+_MAX_NAME_BYTES = 255
 _ACTION_TAG = "__plugin_action__"
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -55,12 +60,14 @@ class _NamedBytes:
 
     def __post_init__(self) -> None:
         kind = type(self).__name__
-        if not isinstance(self.name, str) or not 0 < len(self.name) <= 255 or self.name in {".", ".."}:
-            raise ValueError(f"{kind}.name must be a file name of 1 to 255 characters, not {self.name!r}")
-        if any(character in "/\\" or not character.isprintable() for character in self.name):
-            raise ValueError(f"{kind}.name must not hold separators or control characters: {self.name!r}")
-        if not isinstance(self.mime_type, str) or not _MIME_TYPE.fullmatch(self.mime_type):
-            raise ValueError(f"{kind}.mime_type must look like 'text/html', not {self.mime_type!r}")
+        if type(self.name) is not str or not self.name or self.name in {".", ".."}:
+            raise ValueError(f"{kind}.name must be a file name, not {self.name!r:.80}")
+        if not self.name.isprintable() or "/" in self.name or "\\" in self.name:
+            raise ValueError(f"{kind}.name must not hold separators or control characters: {self.name!r:.80}")
+        if len(self.name.encode()) > _MAX_NAME_BYTES:  # what the usual file systems take
+            raise ValueError(f"{kind}.name must not be longer than {_MAX_NAME_BYTES} bytes: {self.name!r:.80}")
+        if type(self.mime_type) is not str or not _MIME_TYPE.fullmatch(self.mime_type):
+            raise ValueError(f"{kind}.mime_type must look like 'text/html', not {self.mime_type!r:.80}")
         if type(self.data) is not bytes:
             raise TypeError(f"{kind}.data must be bytes, not {type(self.data).__name__}")
 
@@ -212,13 +219,11 @@ class PluginInterface(ABC):
     def report_usage(self, usage: Mapping[str, float]) -> None:
         """Tell what this call has consumed so far, by unit; a later report replaces an earlier one.
 
-        Units are text, amounts are finite and not negative; anything else is a ValueError.
+        Units are printable text, at most 100 of up to 100 characters; amounts are finite and not negative. Anything
+        else is a ValueError.
         """
         call = _active()
-        for unit, amount in usage.items():
-            number = isinstance(amount, int | float) and not isinstance(amount, bool)
-            if not (isinstance(unit, str) and number and math.isfinite(amount) and amount >= 0):
-                raise ValueError(f"usage maps units to finite amounts of 0 or more, not {unit!r} to {amount!r}")
+        check_usage(usage)
         call.on_usage(dict(usage))
 
     def cancel(self) -> None:
@@ -243,6 +248,25 @@ class PluginInterface(ABC):
             yield
         finally:
             call.remove_callback(callback)
+
+
+def is_amount(value: object) -> bool:
+    """Whether a value is a number from 0 to the largest float: not NaN, not infinite, not a bool."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+
+
+def check_usage(usage: Mapping[str, float]) -> None:
+    """Raise a ValueError unless ``usage`` keeps the rules of `PluginInterface.report_usage`."""
+    if len(usage) > MAX_USAGE_UNITS:
+        raise ValueError(f"usage has {len(usage)} units, more than {MAX_USAGE_UNITS}")
+    for unit, amount in usage.items():
+        if not isinstance(unit, str) or not unit.isprintable() or len(unit) > MAX_UNIT_CHARACTERS:
+            raise ValueError(
+                f"usage maps units, which are printable text of at most {MAX_UNIT_CHARACTERS} characters, "
+                f"not {unit!r:.80}"
+            )
+        if not is_amount(amount):
+            raise ValueError(f"usage maps units to finite amounts of 0 or more, not {unit!r} to {amount!r:.80}")
 
 
 def plugin_action(name: str) -> Callable[[Method], Method]:

@@ -59,9 +59,20 @@ class WorkerProcess:
         except ProcessLookupError:
             return
 
+    def when_ended(self, callback: Callable[[], object]) -> None:
+        """Have the event loop call ``callback`` once, when the process is dead; not after `close`."""
+
+        def on_end() -> None:
+            loop.remove_reader(self.pidfd)
+            callback()
+
+        loop = self.returncode.get_loop()
+        loop.add_reader(self.pidfd, on_end)
+
     def close(self) -> None:
-        """Give up the descriptors."""
+        """Give up the descriptor of the process."""
         if self.pidfd >= 0:
+            self.returncode.get_loop().remove_reader(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1
 
@@ -73,6 +84,7 @@ class Supervisor:
         """Start the process. An interpreter that cannot be started is an OSError."""
         self._loop = asyncio.get_running_loop()
         self._counter = 0
+        self._turn = asyncio.Lock()
         self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
         self._exits: dict[int, asyncio.Future[int | None]] = {}
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
@@ -112,12 +124,21 @@ class Supervisor:
         return self._control.fileno() >= 0
 
     @property
+    def ended(self) -> bool:
+        """Whether the process is dead and reaped."""
+        return self._ended.done()
+
+    @property
     def log_tail(self) -> tuple[str, ...]:
         """The last lines the supervisor itself wrote, which is only ever an accident."""
         return tuple(self._lines)
 
     async def spawn(self, *, env: dict[str, str], cwd: Path, limits: Limits) -> WorkerProcess:
         """Fork a worker. A `PluginFatalError` when the supervisor cannot, or is gone."""
+        async with self._turn:  # one request at a time always fits into the socket
+            return await self._spawn(env, cwd, limits)
+
+    async def _spawn(self, env: dict[str, str], cwd: Path, limits: Limits) -> WorkerProcess:
         if not self.alive:
             raise PluginFatalError(f"the supervisor is gone: {' | '.join(self._lines) or 'no last words'}")
         self._counter += 1
@@ -131,6 +152,7 @@ class Supervisor:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
             request = {"spawn": number, "env": env, "cwd": str(cwd), "limits": asdict(limits)}
             self._send(request, [remote.fileno(), log_write])
+            self._wake()
             pid, pidfd = await spawned
         except BaseException:
             connection.close()
@@ -145,13 +167,21 @@ class Supervisor:
 
     async def close(self) -> None:
         """Let the supervisor kill and reap everything below it and exit; kill it if it does not within 5 seconds."""
-        self._lose_control()
-        self._process.send_signal(signal.SIGCONT)  # a stopped one must see that its time has come
+        self.dismiss()
         try:
             await asyncio.wait_for(asyncio.shield(self._ended), _CLOSE_SECONDS)
         except TimeoutError:
             self._process.kill()
             await self._ended
+
+    def dismiss(self) -> None:
+        """Have no more to do with it: it kills and reaps everything below it and exits in its own time."""
+        self._lose_control()
+        self._wake()
+
+    def _wake(self) -> None:
+        """See that it runs: a plugin of the same user may have stopped it."""
+        self._process.send_signal(signal.SIGCONT)
 
     def _send(self, request: dict[str, Any], descriptors: list[int]) -> None:
         raw = json.dumps(request).encode()
@@ -165,7 +195,7 @@ class Supervisor:
 
     def _on_control(self) -> None:
         try:
-            raw, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 1)
+            raw, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
             return
         except OSError:
@@ -178,6 +208,7 @@ class Supervisor:
             case {"spawned": number, "pid": pid}:
                 _resolve(self._spawning.pop(number), (pid, descriptors[0]), lambda: os.close(descriptors[0]))
             case {"refused": number, "reason": reason}:
+                del self._exits[number]
                 _resolve(self._spawning.pop(number), PluginFatalError(f"the worker cannot be forked: {reason}"))
             case {"exited": number, "returncode": returncode}:
                 _resolve(self._exits.pop(number), returncode)

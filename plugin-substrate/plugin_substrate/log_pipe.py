@@ -6,18 +6,12 @@ import asyncio
 import os
 from collections.abc import Callable
 
+from plugin_substrate.worker.text import MAX_LINE_CHARACTERS, clean_line
+
 LOG_TAIL_LINES = 200
-MAX_LINE_CHARACTERS = 8192
 
-_READ_BYTES = 1 << 16
-
-
-def clean_line(line: str) -> str:
-    """Return the line cut to its limit and without control characters: it may end up on somebody's terminal."""
-    return "".join(
-        character if character.isprintable() or character == "\t" else ascii(character)[1:-1]
-        for character in line[:MAX_LINE_CHARACTERS]
-    )
+_CAPACITY = 1 << 16
+_READ_BYTES = 1 << 12  # lines are dear: a flood of empty ones must not hold up the loop
 
 
 class LogPipe:
@@ -33,7 +27,7 @@ class LogPipe:
 
     def drain(self) -> None:
         """Read what is there now, up to one pipe's capacity: a writer that goes on cannot hold us here."""
-        for _ in range(16):
+        for _ in range(_CAPACITY // _READ_BYTES):
             if self._descriptor < 0 or not self._read():
                 return
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,12 @@ from plugin_substrate.supervisors import SupervisorPool
 from plugin_substrate.worker.confine import Limits
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Loading:
+    instance: LoadedInstance
+    task: asyncio.Task[None]
 
 
 class PluginManager:
@@ -49,7 +56,8 @@ class PluginManager:
         self._discovered: dict[str, PluginMeta] = {}
         self._rejected: tuple[RejectedManifest, ...] = ()
         self._instances: dict[str, LoadedInstance] = {}
-        self._loading: dict[str, asyncio.Task[None]] = {}
+        self._loading: dict[str, _Loading] = {}
+        self._unloading: set[asyncio.Task[bool]] = set()
         self._supervisors = SupervisorPool()
 
     # -- finding
@@ -94,9 +102,10 @@ class PluginManager:
         """Start a worker and initialise the plugin in it; an id that is loaded already is returned as it is.
 
         Concurrent loads of one id give one worker. A `PluginConfigError` is found before anything is started; a
-        `PluginLoadError` names plugin, phase and last log lines, and leaves no process.
+        `PluginLoadError` names plugin, phase and last log lines, and leaves no process; a `PluginNotLoadedError` tells
+        that it was unloaded meanwhile. Cancelling the awaiting task does not stop the load.
         """
-        loop = self._home.adopt()
+        self._home.adopt()
         chosen = meta.name if instance_id is None else instance_id
         if not NAME_PATTERN.fullmatch(chosen):
             raise ValueError(f"instance_id must be 1 to 64 letters, digits, - or _, not {chosen!r}")
@@ -104,11 +113,8 @@ class PluginManager:
             raise ValueError(f"max_concurrent_requests must be at least 1, not {max_concurrent_requests}")
         if chosen not in self._instances:
             if chosen not in self._loading:
-                settings = self._settings(chosen, meta, config, max_concurrent_requests)
-                task = loop.create_task(self._load(settings))
-                self._loading[chosen] = task
-                task.add_done_callback(lambda _: self._loading.pop(chosen, None))
-            await asyncio.shield(self._loading[chosen])
+                self._begin_load(self._settings(chosen, meta, config, max_concurrent_requests))
+            await asyncio.shield(self._loading[chosen].task)
         return self.get_instance(chosen)
 
     def load_plugin(
@@ -132,16 +138,12 @@ class PluginManager:
         return True
 
     async def unload_plugin_async(self, instance_id: str) -> bool:
-        """Unload; False when nothing has this id. Calls still running lose their worker after the grace."""
+        """Unload; False when nothing has this id. Calls still running lose their worker after the grace.
+
+        A load in progress is given up. Cancelling the awaiting task does not stop the unloading.
+        """
         self._home.adopt()
-        if instance_id in self._loading:
-            await asyncio.wait({self._loading[instance_id]})
-        instance = self._instances.pop(instance_id, None)
-        if instance is None:
-            return False
-        await instance.close()
-        await self._supervisors.leave(_supervisor_key(instance.settings.meta))
-        return True
+        return await asyncio.shield(self._begin_unload(instance_id))
 
     def unload_plugin(self, instance_id: str) -> bool:
         """Unload synchronously; False when nothing has this id."""
@@ -228,7 +230,9 @@ class PluginManager:
         await self.unload_all_async()
 
     async def _unload_all(self) -> None:
-        await asyncio.gather(*(self.unload_plugin_async(name) for name in {*self._instances, *self._loading}))
+        for instance_id in {*self._instances, *self._loading}:
+            self._begin_unload(instance_id)
+        await asyncio.gather(*self._unloading)
 
     def _instance(self, instance_id: str) -> LoadedInstance:
         try:
@@ -239,30 +243,52 @@ class PluginManager:
     def _settings(
         self, instance_id: str, meta: PluginMeta, config: Mapping[str, Any] | None, max_concurrent_requests: int
     ) -> InstanceSettings:
-        folder = self._data_dir / "data" / meta.name
-        (folder / "tmp").mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.chmod(0o700)
         return InstanceSettings(
             instance_id=instance_id,
             meta=meta,
             config=_effective_config(meta, config or {}),
-            data_dir=folder,
+            data_dir=self._data_dir / "data" / instance_id,
             max_concurrent_requests=max_concurrent_requests,
             grace_seconds=self._grace_seconds,
             load_timeout=self._load_timeout,
             limits=self._limits,
         )
 
-    async def _load(self, settings: InstanceSettings) -> None:
+    def _begin_load(self, settings: InstanceSettings) -> None:
         key = _supervisor_key(settings.meta)
         instance = LoadedInstance(settings, lambda: self._supervisors.get(key))
+        task = asyncio.get_running_loop().create_task(self._load(instance))
+        self._loading[settings.instance_id] = _Loading(instance, task)
+
+    async def _load(self, instance: LoadedInstance) -> None:
+        instance_id, key = instance.settings.instance_id, _supervisor_key(instance.settings.meta)
         self._supervisors.join(key)
         try:
             await instance.worker()
+            self._instances[instance_id] = instance
         except BaseException:
             await self._supervisors.leave(key)
             raise
-        self._instances[settings.instance_id] = instance
+        finally:
+            del self._loading[instance_id]
+
+    def _begin_unload(self, instance_id: str) -> asyncio.Task[bool]:
+        """Unload in a task of its own, so that nobody who waits for it can leave it half-done."""
+        task = asyncio.get_running_loop().create_task(self._unload(instance_id))
+        self._unloading.add(task)
+        task.add_done_callback(self._unloading.discard)
+        return task
+
+    async def _unload(self, instance_id: str) -> bool:
+        loading = self._loading.get(instance_id)
+        if loading is not None:
+            await loading.instance.close()
+            await asyncio.wait({loading.task})
+        instance = self._instances.pop(instance_id, None)
+        if instance is not None:
+            await instance.close()
+            await self._supervisors.leave(_supervisor_key(instance.settings.meta))
+        return (loading or instance) is not None
 
 
 def _supervisor_key(meta: PluginMeta) -> tuple[str, str]:
@@ -280,5 +306,9 @@ def _effective_config(meta: PluginMeta, config: Mapping[str, Any]) -> dict[str, 
         raise PluginConfigError(
             f"plugin {meta.name!r} has no setting {', '.join(unknown)}; it has: {known}", fields_invalid=unknown
         )
-    defaults = {name: schema["default"] for name, schema in properties.items() if "default" in schema}
+    defaults = {
+        name: schema["default"]
+        for name, schema in properties.items()
+        if isinstance(schema, dict) and "default" in schema  # true and false are schemas too
+    }
     return {**defaults, **config}

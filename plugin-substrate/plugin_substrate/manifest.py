@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -95,10 +96,18 @@ def load_manifest(path: Path) -> ManifestV2:
     if len(raw) > MAX_MANIFEST_BYTES:
         raise ManifestError([f"is larger than {MAX_MANIFEST_BYTES} bytes"], source=str(path))
     try:
-        data = json.loads(raw.decode(), parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
+        data = parse_strict_json(raw)
+    except ValueError as error:
         raise ManifestError([f"is not JSON in UTF-8: {error}"], source=str(path)) from error
     return parse_manifest(data, source=str(path))
+
+
+def parse_strict_json(raw: bytes) -> Any:
+    """Return a JSON value in UTF-8 with finite numbers, distinct keys and sane nesting; a ValueError for all else."""
+    try:
+        return json.loads(raw.decode(), parse_constant=_finite, parse_float=_finite, object_pairs_hook=_no_duplicates)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
 
 
 def parse_manifest(data: object, *, source: str = "") -> ManifestV2:
@@ -222,6 +231,8 @@ def _rules(install: dict[str, Any], code: dict[str, Any], drift: dict[str, Any])
     for key, pattern, wanted in patterns:
         if not pattern.fullmatch(code[key]):
             problems.append(f"code.{key.removesuffix('_name')} must be {wanted}, not {code[key]!r}")
+    unfit = [key for key in ("version", "description") if not code[key].isprintable()]
+    problems += [f"code.{key} must be one printable line, not {code[key]!r:.80}" for key in unfit]
     if "." not in code["interface"]:
         problems.append(f"code.interface must be a dotted name, not {code['interface']!r}")
     taxonomy = code.get("taxonomy") or {}
@@ -242,8 +253,11 @@ def _set_fields(section: Any) -> dict[str, Any]:
     return {key: value for key, value in vars(section).items() if value not in ("", None, (), {})}
 
 
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a JSON number")
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is not a JSON number")
+    return number
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

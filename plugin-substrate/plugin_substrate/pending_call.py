@@ -29,6 +29,7 @@ class PendingCall:
         self.usage: dict[str, float] = {}
         self.logs: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self.forced = False
+        self.answered = False
         self.value: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._on_progress = on_progress
         self._on_usage = on_usage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import signal
 from collections import deque
 from collections.abc import Mapping
@@ -12,24 +11,27 @@ from typing import Any
 
 from plugin_substrate.errors import (
     PluginCancelledError,
-    PluginError,
     PluginLoadError,
     ProtocolError,
     WireValueError,
     WorkerDiedError,
 )
+from plugin_substrate.headers import hello_of, line_of, progress_of, text_of, usage_of
 from plugin_substrate.interface import CallContext
 from plugin_substrate.lifecycle import WorkerProcess
-from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe, clean_line
+from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.worker.failures import restore_error
-from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, FrameDecoder, encode_frame
-from plugin_substrate.worker.values import decode_value, encode_value
+from plugin_substrate.worker.frames import Frame, FrameDecoder, encode_frame
+from plugin_substrate.worker.text import clean_line
+from plugin_substrate.worker.values import pack_value, unpack_value
 
 _EXIT_REPORT_SECONDS = 2.0
+_LAST_WORDS_SECONDS = 0.5
+_QUICK_BYTES = 64 << 10
 
 
-class RemotePluginProxy(asyncio.Protocol):
+class RemotePluginProxy(asyncio.BufferedProtocol):
     """One worker's connection. Created by `connect`; of no use after `alive` turned false."""
 
     def __init__(self, process: WorkerProcess) -> None:
@@ -39,10 +41,11 @@ class RemotePluginProxy(asyncio.Protocol):
         self._log = LogPipe(process.log_descriptor, self._on_pipe_line)
         self._calls: dict[str, PendingCall] = {}
         self._transport: asyncio.Transport | None = None
+        self._reading: set[asyncio.Task[None]] = set()
         self._broken: ProtocolError | None = None
-        loop = asyncio.get_running_loop()
-        self._ready: asyncio.Future[None] = loop.create_future()
-        self._gone: asyncio.Future[WorkerDiedError] = loop.create_future()
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._gone: asyncio.Future[WorkerDiedError] = self._loop.create_future()
         self.layers: tuple[str, ...] = ()
         self.python_version = ""
 
@@ -79,11 +82,8 @@ class RemotePluginProxy(asyncio.Protocol):
 
     async def load(self, module: str, class_name: str, config: Mapping[str, Any], threads: int) -> None:
         """Have the plugin imported, created and initialised, or raise `PluginLoadError` or `WorkerDiedError`."""
-        segments: list[bytes] = []
-        encoded = encode_value(dict(config), "config", segments)
-        self._send(
-            {"type": "load", "module": module, "class": class_name, "config": encoded, "threads": threads}, segments
-        )
+        segments = pack_value(dict(config), "config")
+        self._send({"type": "load", "module": module, "class": class_name, "threads": threads}, segments)
         ends: set[asyncio.Future[Any]] = {self._ready, self._gone}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if self._ready.done():
@@ -93,13 +93,9 @@ class RemotePluginProxy(asyncio.Protocol):
 
     def encode_call(self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bytes]:
         """Return a call's frame, ready to send; a value that cannot cross is a `WireValueError` before anything is."""
-        segments: list[bytes] = []
-        arguments = {
-            "args": encode_value(list(args), "args", segments),
-            "kwargs": encode_value(kwargs, "kwargs", segments),
-        }
+        segments = pack_value({"args": list(args), "kwargs": kwargs}, "")
         try:
-            return encode_frame({"type": "call", "context": asdict(context), "arguments": arguments}, segments)
+            return encode_frame({"type": "call", "context": asdict(context)}, segments)
         except ProtocolError as error:
             raise WireValueError(f"the arguments are too large: {error}", path="args") from error
 
@@ -127,27 +123,39 @@ class RemotePluginProxy(asyncio.Protocol):
     # -- what the worker says
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
+        """Keep the transport, and an eye on the process: a descendant of it may hold its end of the socket open."""
         if isinstance(transport, asyncio.Transport):
             self._transport = transport
+            self._process.when_ended(lambda: self._loop.call_later(_LAST_WORDS_SECONDS, transport.abort))
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, _: int) -> memoryview:
+        """Return where to put what arrives."""
+        return self._decoder.room()
+
+    def buffer_updated(self, count: int) -> None:
         """Handle what arrived; a worker that breaks the protocol is killed."""
         try:
-            for frame in self._decoder.feed(data):
+            for frame in self._decoder.received(count):
                 self._handle(frame)
-        except ProtocolError as error:
-            self._broken = error
-            self._process.kill()
-            if self._transport is not None:
-                self._transport.abort()
+        except Exception as error:  # noqa: BLE001 - whatever a frame can cause must end its sender, never the host
+            self._break_off(error)
 
     def connection_lost(self, _: Exception | None) -> None:
         """Find out how the worker ended, then tell everyone who waits."""
         self._process.kill()  # it may have closed its socket and still run
-        self._burial = asyncio.get_running_loop().create_task(self._bury())
+        self._burial = self._loop.create_task(self._bury())
+
+    def _break_off(self, error: Exception) -> None:
+        self._broken = (
+            error if isinstance(error, ProtocolError) else ProtocolError(f"a frame cannot be read: {error!r}")
+        )
+        self._process.kill()
+        if self._transport is not None:
+            self._transport.abort()
 
     async def _bury(self) -> None:
+        if self._reading:
+            await asyncio.wait(self._reading)
         await asyncio.wait({self._process.returncode}, timeout=_EXIT_REPORT_SECONDS)
         self._process.close()
         self._log.close()
@@ -173,7 +181,7 @@ class RemotePluginProxy(asyncio.Protocol):
             f"was ended by {name}" if name else f"ended with status {returncode}" if returncode is not None else "ended"
         )
         if self._broken is not None:
-            how = f"broke the protocol ({self._broken}) and {how}"
+            how = f"broke the protocol ({clean_line(str(self._broken), 200)}) and {how}"
         error = WorkerDiedError(
             f"the worker {how}", returncode=returncode, signal_name=name, log_tail=tuple(self._lines)[-20:]
         )
@@ -203,24 +211,20 @@ class RemotePluginProxy(asyncio.Protocol):
                 raise ProtocolError(f"unknown frame {unknown!r:.80}")
 
     def _on_hello(self, header: dict[str, Any]) -> None:
-        if header.get("protocol") != PROTOCOL_VERSION:
-            raise ProtocolError(f"the worker speaks protocol {header.get('protocol')!r:.20}, not {PROTOCOL_VERSION}")
         if self.python_version:
             raise ProtocolError("a second hello")
-        self.layers = tuple(str(layer)[:64] for layer in header.get("layers", ()))[:64]
-        self.python_version = str(header.get("python"))[:32]
+        self.layers, self.python_version = hello_of(header)
 
     def _on_load_failed(self, header: dict[str, Any]) -> None:
         cause = restore_error(header.get("error"))
-        phase = str(header.get("phase"))[:32]
-        error = PluginLoadError(str(cause), phase=phase, log_tail=tuple(self._lines)[-20:])
+        error = PluginLoadError(str(cause), phase=line_of(header, "phase"), log_tail=tuple(self._lines)[-20:])
         error.__cause__ = cause
         _set(self._ready, error)
 
     def _on_log(self, header: dict[str, Any]) -> None:
-        line = clean_line(str(header.get("line", "")))
+        line = line_of(header, "line")
         self._lines.append(line)
-        call = self._calls.get(str(header.get("id")))
+        call = self._calls.get(text_of(header, "id"))
         if call is not None:
             call.log(line)
 
@@ -231,46 +235,51 @@ class RemotePluginProxy(asyncio.Protocol):
             next(iter(self._calls.values())).log(line)
 
     def _on_report(self, kind: str, header: dict[str, Any]) -> None:
-        call = self._calls.get(str(header.get("id")))
+        call = self._calls.get(text_of(header, "id"))
         if call is None:
             return  # a thread that outlived its call
         if kind == "progress":
-            progress = _number(header.get("progress"))
-            if progress != -1 and not 0 <= progress <= 1:
-                raise ProtocolError(f"progress of {progress}")
-            call.progress(progress, clean_line(str(header.get("message", ""))))
+            call.progress(progress_of(header), line_of(header, "message"))
         else:
-            usage = header.get("usage")
-            if not isinstance(usage, dict) or any(_number(amount) < 0 for amount in usage.values()):
-                raise ProtocolError("usage is not an object of amounts")
-            call.replace_usage(usage)
+            call.replace_usage(usage_of(header))
 
     def _on_end(self, kind: str, frame: Frame) -> None:
-        call = self._calls.get(str(frame.header.get("id")))
-        if call is None:
+        call = self._calls.get(text_of(frame.header, "id"))
+        if call is None or call.answered:
             raise ProtocolError("an answer to a call that is not running")
+        call.answered = True
         if kind == "error":
             error = restore_error(frame.header.get("error"))
             # The work was done and only its result is lost: the caller must not take it for undone.
             error.outcome_known = not (isinstance(error, WireValueError) and error.path.startswith("result"))
-            call_error: PluginError | None = error
+            self._end(call).fail(error)
+        elif frame.segments and len(frame.segments[0]) > _QUICK_BYTES:
+            task = self._loop.create_task(self._read_apart(call, frame))
+            self._reading.add(task)
+            task.add_done_callback(self._reading.discard)
         else:
-            value, call_error = decode_value(frame.header.get("value"), frame.segments), None
-        del self._calls[call.context.call_id]
-        call.fail(call_error) if call_error else call.finish(value)
+            value = unpack_value(frame.segments)
+            self._end(call).finish(value)
+
+    async def _read_apart(self, call: PendingCall, frame: Frame) -> None:
+        """Read a large result in another thread, where it does not hold up the event loop."""
+        try:
+            value = await asyncio.to_thread(unpack_value, frame.segments)
+        except Exception as error:  # noqa: BLE001 - as in `buffer_updated`
+            self._break_off(error)
+        else:
+            self._end(call).finish(value)
+
+    def _end(self, call: PendingCall) -> PendingCall:
+        return self._calls.pop(call.context.call_id)
 
     def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
         self._write(encode_frame(header, segments or []))
 
     def _write(self, frame: list[bytes]) -> None:
         if self._transport is not None:
-            self._transport.writelines(frame)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return value
-    raise ProtocolError(f"{value!r:.80} is not a number")
+            for piece in frame:
+                self._transport.write(piece)
 
 
 def _signal_name(returncode: int | None) -> str:

@@ -12,7 +12,7 @@ Key = tuple[str, str]  # plugin name, interpreter
 @dataclass
 class _Place:
     users: int = 0
-    supervisors: list[Supervisor] = field(default_factory=list)  # the last one serves, those before it died
+    supervisors: list[Supervisor] = field(default_factory=list)  # the last one serves, those before it are dying
 
 
 class SupervisorPool:
@@ -29,6 +29,7 @@ class SupervisorPool:
         """Return the live supervisor of a key that was joined, starting one when there is none."""
         supervisors = self._places[key].supervisors
         if not supervisors or not supervisors[-1].alive:
+            supervisors[:] = [dying for dying in supervisors if not dying.ended]
             supervisors.append(Supervisor(key[1]))
         return supervisors[-1]
 

@@ -136,6 +136,12 @@ def test_a_second_run_does_nothing_a_changed_source_is_installed_and_force_makes
     assert not workspace.mark.exists()
 
 
+FORGED_ANSWER = """
+import os, sys
+os.write(int(sys.argv[2]), (%s).encode())
+os._exit(0)
+"""
+
 BROKEN = [
     ("meta.py", META.replace("def get_plugin_metadata", "def other"), "no function get_plugin_metadata"),
     ("meta.py", "raise RuntimeError('broken meta')", "RuntimeError: broken meta"),
@@ -146,6 +152,10 @@ BROKEN = [
     ("meta.py", META.replace('"stateless"', '"statless"'), "unknown keys: statless"),
     ("plugin.py", PLUGIN.replace("def get_current_config", "def other"), "does not implement get_current_config"),
     ("plugin.py", "import os\nos._exit(5)", "gave no answer"),
+    ("meta.py", "raise RuntimeError('\\x1b[31mred')", "RuntimeError: \\x1b[31mred"),
+    ("meta.py", META.replace("Answers.", "Answers.\\x1b[31m"), "code.description must be one printable line"),
+    ("meta.py", FORGED_ANSWER % '"[" * 100000', "gave no answer"),
+    ("meta.py", FORGED_ANSWER % """'{"metadata": {"resources": {"ram": 1e999}}}'""", "gave no answer"),
 ]
 
 

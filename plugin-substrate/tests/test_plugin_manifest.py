@@ -95,12 +95,13 @@ def test_every_violation_is_listed_not_only_the_first() -> None:
     [
         (b"\xff\xfe", "not JSON in UTF-8"),
         (b'{"format_version": NaN}', "NaN"),
+        (b'{"format_version": 1e999}', "1e999"),
         (b'{"a": 1, "a": 2}', "same key twice"),
-        (b"[" * 200_000, "not JSON"),
+        (b"[" * 200_000, "nested too deep"),
         (b" " * (1 << 20) + b"{}", "larger than"),
         (None, "cannot be read"),
     ],
-    ids=["encoding", "nan", "duplicate key", "deep", "large", "missing"],
+    ids=["encoding", "nan", "infinity", "duplicate key", "deep", "large", "missing"],
 )
 def test_a_file_that_is_no_manifest_is_refused_with_its_reason(
     content: bytes | None, reason: str, tmp_path: Path

@@ -231,6 +231,13 @@ async def test_events_are_replayed_to_those_who_come_late_and_end_with_the_job(j
     assert [event async for event in jobs.events(job_id, after=followed[-2].number)] == followed[-1:]
 
 
+async def test_following_from_a_number_that_was_never_reached_ends_with_the_job(jobs: JobQueue) -> None:
+    job_id = await jobs.submit("probe", action="probe.echo")
+    follower = asyncio.create_task(anext(jobs.events(job_id, after=999), None))
+    await jobs.wait_for_job(job_id, 30)
+    assert await follower is None
+
+
 async def test_only_the_last_ended_jobs_are_remembered(probe: PluginManager) -> None:
     queue = JobQueue(probe, max_history=2)
     await queue.start()

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from plugin_substrate import InputFile, OutputFile, PluginFatalError, PluginInputError, ProtocolError, WireValueError
 from plugin_substrate.worker.failures import describe_error, restore_error
 from plugin_substrate.worker.frames import FrameDecoder, encode_frame
-from plugin_substrate.worker.values import MAX_DEPTH, decode_value, encode_value
+from plugin_substrate.worker.values import (
+    MAX_DEPTH,
+    MAX_JSON_BYTES,
+    decode_value,
+    encode_value,
+    pack_value,
+    unpack_value,
+)
 
 fixed_offsets = st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes)))
 file_names = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=20)
@@ -46,10 +53,8 @@ values = st.recursive(
 
 
 def through_a_frame(value: Any) -> Any:
-    segments: list[bytes] = []
-    pieces = encode_frame({"value": encode_value(value, "value", segments)}, segments)
-    (frame,) = FrameDecoder().feed(b"".join(pieces))
-    return decode_value(frame.header["value"], frame.segments)
+    (frame,) = FrameDecoder().feed(b"".join(encode_frame({}, pack_value(value, "value"))))
+    return unpack_value(frame.segments)
 
 
 def same(left: Any, right: Any) -> bool:
@@ -115,6 +120,20 @@ def test_a_value_nested_too_deep_or_in_itself_is_refused_not_a_crash() -> None:
     circle.append(circle)
     with pytest.raises(WireValueError, match=f"deeper than {MAX_DEPTH}"):
         encode_value(circle, "result", [])
+
+
+def test_a_value_over_the_limit_is_refused_on_both_sides_bytes_are_not() -> None:
+    with pytest.raises(WireValueError, match="use bytes or files"):
+        pack_value("x" * MAX_JSON_BYTES, "result")
+    with pytest.raises(ProtocolError):
+        unpack_value([b" " * MAX_JSON_BYTES + b"1"])
+    assert through_a_frame(b"x" * MAX_JSON_BYTES) == b"x" * MAX_JSON_BYTES
+
+
+@pytest.mark.parametrize("segments", [[], [b""], [b"{"], [b"\xff"], [b"1", b"unused"], [b"NaN"], [b"1e999"]])
+def test_segments_that_hold_no_value_are_a_protocol_error(segments: list[bytes]) -> None:
+    with pytest.raises(ProtocolError):
+        unpack_value(segments)
 
 
 def test_a_value_at_the_deepest_allowed_level_arrives() -> None:

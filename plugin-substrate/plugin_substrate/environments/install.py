@@ -7,7 +7,6 @@ plugin costs reading its files. The manifest goes first and comes last: what is 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import tempfile
@@ -31,8 +30,10 @@ from plugin_substrate.manifest import (
     ManifestV2,
     compute_config_schema_hash,
     parse_manifest,
+    parse_strict_json,
     write_manifest,
 )
+from plugin_substrate.worker.text import clean_text
 
 INSTALLER_VERSION = "cjm-ctl 0.1.0"
 
@@ -136,20 +137,20 @@ def describe_distribution(python: Path, distribution: str) -> dict[str, Any]:
         answer.seek(0)
         raw = answer.read(_MAX_DESCRIPTION_BYTES)
         output.seek(0)
-        said = output.read(2000).decode(errors="replace").strip()
+        said = clean_text(output.read(2000).decode(errors="replace").strip(), 2000)
     return _described(raw, distribution, said)
 
 
 def _described(raw: bytes, distribution: str, said: str) -> dict[str, Any]:
     try:
-        answer = json.loads(raw)
+        answer = parse_strict_json(raw)
     except ValueError:
         raise PluginFatalError(f"describing {distribution} gave no answer: {said or 'it said nothing'}") from None
     match answer:
         case {"metadata": dict() as metadata}:
             return metadata
         case {"problem": str() as problem}:
-            raise PluginConfigError(problem)
+            raise PluginConfigError(clean_text(problem, 2000))
     raise PluginFatalError(f"describing {distribution} gave an answer of the wrong shape")
 
 

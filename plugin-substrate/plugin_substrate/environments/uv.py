@@ -15,7 +15,7 @@ from pathlib import Path
 from plugin_substrate.errors import PluginFatalError
 
 _INSTALL_SECONDS = 1800.0
-# The system's certificates, as pip uses them: many companies reach package indexes through a proxy with its own authority.
+# The certificates of the system, as for pip: many companies reach indexes through a proxy with an authority of its own.
 _SETTINGS = {"UV_SYSTEM_CERTS": "1", "UV_NATIVE_TLS": "1"}  # the newer and the older name of the same setting
 
 

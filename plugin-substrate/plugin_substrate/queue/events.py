@@ -53,9 +53,9 @@ class EventLog:
                 for event in [event for event in self._events if event.number > after]:
                     after = event.number
                     yield event
-                if self._ended and after == self._number:
-                    return
-                if after == self._number:
+                if after >= self._number:
+                    if self._ended:
+                        return
                     await news.wait()
         finally:
             self._followers.discard(news)

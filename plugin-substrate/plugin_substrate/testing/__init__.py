@@ -14,7 +14,7 @@ from plugin_substrate.interface import DATA_DIR_VARIABLE, ActiveCall, CallContex
 from plugin_substrate.metadata import CallResult
 from plugin_substrate.worker.failures import describe_error, restore_error
 from plugin_substrate.worker.frames import FrameDecoder, encode_frame
-from plugin_substrate.worker.values import decode_value, encode_value
+from plugin_substrate.worker.values import pack_value, unpack_value
 
 __all__ = ["run_in_process"]
 
@@ -32,7 +32,7 @@ def run_in_process(
     What a host would raise is raised: a bare ValueError of the plugin arrives as `PluginInputError`, a value without an
     encoding as `WireValueError`. With ``data_dir`` the plugin sees it as its own folder during the call.
     """
-    arguments = _through_a_frame({"args": list(args), "kwargs": kwargs}, "arguments")
+    arguments = _through_a_frame({"args": list(args), "kwargs": kwargs}, "")
     usage: dict[str, float] = {}
 
     def replace_usage(reported: dict[str, float]) -> None:
@@ -55,10 +55,8 @@ def run_in_process(
 
 
 def _through_a_frame(value: Any, path: str) -> Any:
-    segments: list[bytes] = []
-    pieces = encode_frame({"value": encode_value(value, path, segments)}, segments)
-    (frame,) = FrameDecoder().feed(b"".join(pieces))
-    return decode_value(frame.header["value"], frame.segments)
+    (frame,) = FrameDecoder().feed(b"".join(encode_frame({}, pack_value(value, path))))
+    return unpack_value(frame.segments)
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""The frames between host and worker, without any I/O: both sides feed bytes in and get frames out.
+"""The frames between host and worker, without any I/O: both sides put bytes in and get frames out.
 
 A frame is two unsigned 32-bit numbers in network order (length of all that follows, length of the header), the header
-(a JSON object in UTF-8) and raw binary segments, whose lengths the header lists under ``segments``. Bytes never pass
-through JSON, and nothing is ever unpickled. What breaks these rules is a `ProtocolError`; the decoder is useless after
-it.
+(a JSON object in UTF-8) and raw binary segments, whose lengths the header lists under ``segments``. Headers are small,
+so that no frame costs much to understand; values travel in segments (see `plugin_substrate.worker.values`). Nothing is
+ever unpickled. What breaks these rules is a `ProtocolError`; the decoder is useless after it.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from plugin_substrate.errors import ProtocolError
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 256 << 20
-MAX_HEADER_BYTES = 32 << 20
+MAX_HEADER_BYTES = 256 << 10
 MAX_SEGMENTS = 4096
 
 _PREFIX = struct.Struct(">II")
+_PORTION = 64 << 10
+_LARGE_PORTION = 512 << 10
 
 
 @dataclass(frozen=True)
@@ -36,23 +38,36 @@ def encode_frame(header: dict[str, Any], segments: Sequence[bytes] = ()) -> list
     """Return the pieces to write, in order; a frame over the limits is a `ProtocolError`."""
     lengths = [len(segment) for segment in segments]
     raw = json.dumps({**header, "segments": lengths}, separators=(",", ":"), allow_nan=False).encode("ascii")
-    total = len(raw) + sum(map(len, segments))
+    total = len(raw) + sum(lengths)
     if len(raw) > MAX_HEADER_BYTES or total > MAX_FRAME_BYTES or len(segments) > MAX_SEGMENTS:
         raise ProtocolError(
-            f"a frame of {total} bytes ({len(raw)} of them values, {len(segments)} binary segments) is over the "
-            f"limit of {MAX_FRAME_BYTES} bytes ({MAX_HEADER_BYTES} values, {MAX_SEGMENTS} segments)"
+            f"a frame of {total} bytes ({len(raw)} of them header, {len(segments)} binary segments) is over the "
+            f"limit of {MAX_FRAME_BYTES} bytes ({MAX_HEADER_BYTES} header, {MAX_SEGMENTS} segments)"
         )
-    return [_PREFIX.pack(total, len(raw)) + raw, *segments]
+    pieces = [_PREFIX.pack(total, len(raw)), raw, *segments]
+    return [b"".join(pieces)] if total <= _PORTION else pieces
 
 
 class FrameDecoder:
     """Turns a byte stream into frames. Memory is bounded by one frame, and grows only as its bytes really arrive."""
 
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
-        self._buffer = bytearray()
         self._limit = max_frame_bytes
+        self._buffer = bytearray()
+        self._room = memoryview(bytearray(_LARGE_PORTION))
 
-    def feed(self, data: bytes) -> Iterator[Frame]:
+    def room(self) -> memoryview:
+        """Return where to receive the next bytes; then tell `received` how many.
+
+        Small frames come in portions that are quick to handle, however many are waiting.
+        """
+        return self._room if len(self._buffer) > _PORTION else self._room[:_PORTION]
+
+    def received(self, count: int) -> Iterator[Frame]:
+        """Yield the frames that are complete now."""
+        return self.feed(self._room[:count])
+
+    def feed(self, data: bytes | memoryview) -> Iterator[Frame]:
         """Yield the frames that ``data`` completes."""
         self._buffer += data
         start = 0
@@ -63,9 +78,8 @@ class FrameDecoder:
             end = start + _PREFIX.size + total
             if len(self._buffer) < end:
                 break
-            frame = _parse(self._buffer, start + _PREFIX.size, header_length, end)
+            yield _parse(self._buffer, start + _PREFIX.size, header_length, end)
             start = end
-            yield frame
         del self._buffer[:start]
 
     @property
@@ -74,12 +88,17 @@ class FrameDecoder:
         return len(self._buffer)
 
 
+def parse_json(raw: bytes | bytearray) -> Any:
+    """Return the JSON value in UTF-8; anything else, also NaN and what is nested too deep, is a `ProtocolError`."""
+    try:
+        return json.loads(raw.decode(), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError(f"a frame does not hold JSON: {error}") from error
+
+
 def _parse(buffer: bytearray, start: int, header_length: int, end: int) -> Frame:
     body = start + header_length
-    try:
-        header = json.loads(buffer[start:body].decode(), parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError(f"a frame header is not JSON: {error}") from error
+    header = parse_json(buffer[start:body])
     lengths = header.pop("segments", None) if isinstance(header, dict) else None
     if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
         raise ProtocolError("a frame header is not an object with a list of segment lengths")

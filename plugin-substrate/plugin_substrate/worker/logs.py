@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from plugin_substrate.interface import current_call
 
 MAX_LINE_BYTES = 8192
 
-Emit = Callable[[str, str], None]  # call id (empty outside of a call), line
+Emit = Callable[[str, str], object]  # call id (empty outside of a call), line
 
 
 class LogStream(io.RawIOBase):
@@ -50,6 +51,12 @@ class LogStream(io.RawIOBase):
         for line in lines:
             self._emit_line(call_id, line)
         return len(raw)
+
+    def write_directly(self) -> None:
+        """Forget calls and write to the descriptor; for a forked process, where a lock may be held for ever."""
+        self._lock = threading.Lock()
+        self._partial = {}
+        self._emit = lambda _, line: os.write(self._descriptor, f"{line}\n".encode(errors="replace"))
 
     def end_call(self, call_id: str) -> None:
         """Emit the line that a finished call left open."""

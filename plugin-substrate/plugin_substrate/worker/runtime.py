@@ -17,18 +17,18 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, NoReturn
 
 from plugin_substrate.errors import PluginCancelledError, PluginConfigError, ProtocolError, WireValueError
-from plugin_substrate.interface import ActiveCall, CallContext, PluginInterface
+from plugin_substrate.interface import ActiveCall, CallContext, PluginInterface, current_call
 from plugin_substrate.worker.failures import describe_error
 from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, FrameDecoder, encode_frame
 from plugin_substrate.worker.logs import capture_output
-from plugin_substrate.worker.values import decode_value, encode_value
+from plugin_substrate.worker.values import pack_value, unpack_value
 
-_READ_BYTES = 1 << 18
 _CONTEXT_FIELDS = {field.name for field in fields(CallContext)}
 
 
@@ -46,6 +46,7 @@ class WorkerRuntime:
 
     def serve(self) -> NoReturn:
         """Run until the end of the process: the main thread executes, a second one reads."""
+        os.register_at_fork(after_in_child=self._leave_conversation)
         self._send({
             "type": "hello",
             "protocol": PROTOCOL_VERSION,
@@ -57,32 +58,34 @@ class WorkerRuntime:
         self._work()
 
     def _work(self) -> NoReturn:
-        while True:
-            self._tasks.get()()
+        """Execute; whatever ends this thread ends the process, as a call without an answer would never end."""
+        try:
+            while True:
+                self._tasks.get()()
+        except BaseException:  # noqa: BLE001 - foreign code may have broken anything
+            _die()
 
-    def _read(self) -> None:
-        """Hear the host; whatever ends this thread ends the process, as nobody could cancel it any more."""
+    def _read(self) -> NoReturn:
+        """Hear the host; whatever ends this thread ends the process, as nobody could cancel a call any more."""
         decoder = FrameDecoder()
         try:
-            while data := self._connection.recv(_READ_BYTES):
-                for frame in decoder.feed(data):
+            while count := self._connection.recv_into(decoder.room()):
+                for frame in decoder.received(count):
                     self._handle(frame)
         except OSError:
-            os._exit(0)
-        except ProtocolError as error:
-            os.write(2, f"the host broke the protocol: {error}\n".encode())
-            os._exit(1)
+            pass  # the host is gone, just as when the stream ends
+        except BaseException:  # noqa: BLE001 - foreign code may have broken anything
+            _die()
         os._exit(0)
 
     def _handle(self, frame: Frame) -> None:
-        header = frame.header
-        match header.get("type"):
+        match frame.header["type"]:
             case "load":
-                self._tasks.put(lambda: self._load(header, frame.segments))
+                self._tasks.put(lambda: self._load(frame))
             case "call":
                 self._accept(frame)
             case "cancel":
-                self._cancel(header["id"])
+                self._cancel(frame.header["id"])
             case "unload":
                 self._tasks.put(self._unload)
             case unknown:
@@ -90,8 +93,8 @@ class WorkerRuntime:
 
     # -- the plugin's life
 
-    def _load(self, request: dict[str, Any], segments: tuple[bytes, ...]) -> None:
-        started, phase = time.monotonic(), "environment"
+    def _load(self, frame: Frame) -> None:
+        request, started, phase = frame.header, time.monotonic(), "environment"
         try:
             site.main()  # the interpreter was started without it: only now may the environment's own code run
             logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="[%(levelname)s] %(name)s: %(message)s")
@@ -104,7 +107,7 @@ class WorkerRuntime:
             phase = "create"
             plugin = cls()
             phase = "initialize"
-            plugin.initialize(decode_value(request["config"], segments))
+            plugin.initialize(unpack_value(frame.segments))
         except BaseException as error:  # noqa: BLE001 - SystemExit in plugin code is a failed load too
             self._send({"type": "load_failed", "phase": phase, "error": describe_error(error)})
             return
@@ -142,22 +145,21 @@ class WorkerRuntime:
         segments: list[bytes] = []
         try:
             with call.entered():
-                answer = {"type": "result", "value": self._run(call, frame, segments)}
+                segments = self._run(call, frame)
+            answer: dict[str, Any] = {"type": "result"}
         except BaseException as error:  # noqa: BLE001 - sys.exit() in a plugin must not end the worker
             answer = {"type": "error", "error": describe_error(error)}
-            segments = []
         self._flush_logs(call_id)
         self._calls.pop(call_id, None)
         self._answer({**answer, "id": call_id, "seconds": time.monotonic() - started}, segments)
 
-    def _run(self, call: ActiveCall, frame: Frame, segments: list[bytes]) -> Any:
+    def _run(self, call: ActiveCall, frame: Frame) -> list[bytes]:
         if call.cancelled:
             raise PluginCancelledError
         if self._plugin is None:
             raise ProtocolError("a call before the plugin was ready")
-        arguments = decode_value(frame.header["arguments"], frame.segments)
-        result = self._plugin.execute(*arguments["args"], **arguments["kwargs"])
-        return encode_value(result, "result", segments)
+        arguments = unpack_value(frame.segments)
+        return pack_value(self._plugin.execute(*arguments["args"], **arguments["kwargs"]), "result")
 
     def _answer(self, header: dict[str, Any], segments: list[bytes]) -> None:
         try:
@@ -185,6 +187,13 @@ class WorkerRuntime:
 
     # -- the way out
 
+    def _leave_conversation(self) -> None:
+        """Keep a forked process from speaking for the worker: it has no call, and the log pipe alone."""
+        self._connection.close()
+        current_call.set(None)
+        for stream in self._log_streams:
+            stream.write_directly()
+
     def _send_log(self, call_id: str, line: str) -> None:
         self._send({"type": "log", "id": call_id, "line": line})
 
@@ -200,3 +209,11 @@ class WorkerRuntime:
                     self._connection.sendall(piece)
         except OSError:
             os._exit(0)  # the host is gone, and with it everyone this work was for
+
+
+def _die() -> NoReturn:
+    """End the process with the traceback of what could not be survived."""
+    try:
+        os.write(2, traceback.format_exc().encode(errors="replace"))
+    finally:
+        os._exit(1)

@@ -27,13 +27,14 @@ from plugin_substrate.worker import confine, runtime
 
 MAX_MESSAGE_BYTES = 1 << 16
 
+_WAKING = (signal.SIGCHLD, signal.SIGCONT)  # a child ended; the host died, or needs us though we were stopped
 _EXIT_CHILD_FAILED = 70  # EX_SOFTWARE of sysexits.h
 
 
 def supervise(control: socket.socket, host: int) -> None:
-    """Serve the host until its end of ``control`` is closed; when this returns, no descendant is left."""
+    """Serve the host until its end of ``control`` is closed or it is dead; when this returns, no descendant is left."""
     confine.confine_supervisor(host)
-    supervisor = _Supervisor(control)
+    supervisor = _Supervisor(control, host)
     gc.freeze()  # what is here now is shared by all workers and never garbage
     try:
         supervisor.serve()
@@ -42,11 +43,13 @@ def supervise(control: socket.socket, host: int) -> None:
 
 
 class _Supervisor:
-    def __init__(self, control: socket.socket) -> None:
+    def __init__(self, control: socket.socket, host: int) -> None:
         self._control = control
+        self._host = host
         self._workers: dict[int, int] = {}  # pid -> number
         self._wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        for number in _WAKING:
+            signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
 
     def serve(self) -> None:
@@ -59,6 +62,8 @@ class _Supervisor:
                 if self._wake in ready:
                     os.read(self._wake, 512)
                     self._reap()
+                    if os.getppid() != self._host:  # a process that the host forked may still hold its end
+                        return
                 if self._control.fileno() in ready and not self._handle():
                     return
             except (BrokenPipeError, ConnectionResetError):
@@ -135,7 +140,8 @@ def _become_worker(request: dict[str, Any], descriptors: list[int], supervisor: 
     """Turn the forked child into a worker; it never returns to the supervisor's code."""
     try:
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for number in _WAKING:
+            signal.signal(number, signal.SIG_DFL)
         confine.close_descriptors(descriptors[0], errors_to=descriptors[1])
         os.environ.clear()
         os.environ.update(request["env"])

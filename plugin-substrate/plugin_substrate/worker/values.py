@@ -1,9 +1,10 @@
 """How argument and result values cross the border: the same value arrives, or a typed error names where it stands.
 
-JSON's own types (text, whole numbers of any size up to 4000 digits, finite floats, true, false, null, lists, objects
-with text keys) stand for themselves. Everything else is an object with the key ``$``:
+A value is its frame's first segment, as JSON, and the segments after it, which the JSON refers to. JSON's own types
+(text, whole numbers of any size up to 4000 digits, finite floats, true, false, null, lists, objects with text keys)
+stand for themselves. Everything else is an object with the key ``$``:
 
-    {"$": "bytes", "segment": 0}        raw, in the frame's binary segments
+    {"$": "bytes", "segment": 0}        raw, in the frame's binary segments, counted after the first
     {"$": "tuple", "items": [...]}      {"$": "path", "text": "a/b"}
     {"$": "datetime", "text": ISO}      {"$": "date", "text": ISO}      a time zone arrives as its fixed offset
     {"$": "decimal", "text": "1.50"}    {"$": "uuid", "text": "..."}
@@ -16,6 +17,7 @@ error says what to convert.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime
@@ -26,8 +28,11 @@ from uuid import UUID
 
 from plugin_substrate.errors import ProtocolError, WireValueError
 from plugin_substrate.interface import InputFile, OutputFile
+from plugin_substrate.worker.frames import parse_json
 
 MAX_DEPTH = 64
+#: More than this is not a value but data, and belongs into bytes or files: reading JSON holds up everything else.
+MAX_JSON_BYTES = 8 << 20
 _MAX_INTEGER = 10**4000  # the interpreter's own limit for turning text into a number is 4300 digits
 
 _TAG = "$"
@@ -35,24 +40,49 @@ _TAG = "$"
 Encoder = Callable[[Any, list[bytes], int], Any]
 
 
+def pack_value(value: Any, path: str) -> list[bytes]:
+    """Return the segments that stand for ``value``; a `WireValueError` names what cannot cross, see `encode_value`."""
+    segments: list[bytes] = []
+    encoded = encode_value(value, path, segments)
+    raw = json.dumps(encoded, separators=(",", ":"), allow_nan=False).encode("ascii")
+    if len(raw) > MAX_JSON_BYTES:
+        reason = f"{len(raw)} bytes of JSON are over the limit of {MAX_JSON_BYTES}; use bytes or files for large data"
+        raise WireValueError(f"{path}: {reason}", path=path)
+    return [raw, *segments]
+
+
+def unpack_value(segments: Sequence[bytes]) -> Any:
+    """Return the value that `pack_value` was given; anything malformed is a `ProtocolError`."""
+    if not segments or len(segments[0]) > MAX_JSON_BYTES:
+        raise ProtocolError("a frame has no value, or one over the limit")
+    return decode_value(parse_json(segments[0]), segments[1:])
+
+
 def encode_value(value: Any, path: str, segments: list[bytes]) -> Any:
     """Return ``value`` as JSON, appending its binary parts to ``segments``; a `WireValueError` names what cannot cross.
 
-    ``path`` is what the value is called in errors: ``args``, ``kwargs`` or ``result``.
+    ``path`` is what the value is called in errors: ``config`` or ``result``, empty for a dict that is only a wrapper.
     """
     try:
         return _encode(value, segments, 0)
     except _RefusedError as refused:
-        path += "".join(reversed(refused.steps))
+        path = (path + "".join(reversed(refused.steps))).removeprefix(".")
         raise WireValueError(f"{path}: {refused}", path=path) from None
 
 
 def decode_value(value: Any, segments: Sequence[bytes]) -> Any:
-    """Return the value that `encode_value` was given; a malformed one is a `ProtocolError`."""
+    """Return the value that `encode_value` was given; a malformed one is a `ProtocolError`.
+
+    Each segment is used exactly once, so a value is never larger than the frame it came in.
+    """
+    unused = dict(enumerate(segments))
     try:
-        return _decode(value, segments, 0)
+        decoded = _decode(value, unused, 0)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise ProtocolError(f"a value in a frame is malformed: {error!r}") from error
+        raise ProtocolError(f"a value in a frame is malformed: {error!r:.200}") from error
+    if unused:
+        raise ProtocolError("a frame has a binary segment that its value does not use")
+    return decoded
 
 
 class _RefusedError(Exception):
@@ -152,12 +182,14 @@ _ENCODERS: dict[type, Encoder] = {
 }
 
 
-def _decode(value: Any, segments: Sequence[bytes], depth: int) -> Any:
-    if depth > MAX_DEPTH + 2:  # a frame may wrap what was encoded
+def _decode(value: Any, segments: dict[int, bytes], depth: int) -> Any:
+    if depth > MAX_DEPTH + 1:  # a text may stand below the deepest list
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, list):
         return [_decode(item, segments, depth + 1) for item in value]
     if not isinstance(value, dict):
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError("a number beyond every float")  # which is what json makes of 1e999
         return value
     tag = value.get(_TAG)
     if _TAG not in value:
@@ -169,25 +201,30 @@ def _decode(value: Any, segments: Sequence[bytes], depth: int) -> Any:
     return _decode_leaf(tag, value, segments)
 
 
-def _decode_leaf(tag: object, value: dict[str, Any], segments: Sequence[bytes]) -> Any:
+def _decode_leaf(tag: object, value: dict[str, Any], segments: dict[int, bytes]) -> Any:
     if tag in ("bytes", "input_file", "output_file"):
-        index = value["segment"]
-        if type(index) is not int or index < 0:
-            raise ValueError(f"{index!r} is not a segment")
+        data = segments.pop(value["segment"])
         if tag == "bytes":
-            return segments[index]
+            return data
         kind = InputFile if tag == "input_file" else OutputFile
-        return kind(value["name"], value["mime_type"], segments[index])
+        return kind(value["name"], value["mime_type"], data)
     text = value["text"]
     if isinstance(tag, str) and tag in _PARSERS and isinstance(text, str):
         return _PARSERS[tag](text)
     raise ValueError(f"unknown tag {tag!r:.80}")
 
 
+def _finite_decimal(text: str) -> Decimal:
+    value = Decimal(text)
+    if not value.is_finite():
+        raise ValueError(f"{value} is not a finite number")
+    return value
+
+
 _PARSERS: dict[str, Callable[[str], Any]] = {
     "path": Path,
     "datetime": datetime.fromisoformat,
     "date": date.fromisoformat,
-    "decimal": Decimal,
+    "decimal": _finite_decimal,
     "uuid": UUID,
 }

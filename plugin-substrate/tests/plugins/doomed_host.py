@@ -12,7 +12,14 @@ from pathlib import Path
 from plugin_substrate import PluginManager, PluginMeta, load_manifest
 
 
-async def main(manifest: str, data_dir: str, stop_supervisor: str) -> None:
+def fork_a_survivor() -> None:
+    """Leave a process behind that holds a copy of every descriptor, until the test closes our standard input."""
+    if os.fork() == 0:
+        sys.stdin.read()
+        os._exit(0)
+
+
+async def main(manifest: str, data_dir: str, complication: str) -> None:
     manager = PluginManager(data_dir=Path(data_dir))
     meta = PluginMeta(manifest=load_manifest(Path(manifest)))
     instances = [await manager.load_plugin_async(meta, instance_id=name) for name in ("busy", "sleeping", "stopped")]
@@ -24,8 +31,10 @@ async def main(manifest: str, data_dir: str, stop_supervisor: str) -> None:
         calls.append(asyncio.create_task(call))
         await running.wait()
     os.kill(instances[2].pid, signal.SIGSTOP)
-    if stop_supervisor == "yes":
+    if complication == "stopped supervisor":
         os.kill(instances[0].supervisor_pid, signal.SIGSTOP)
+    elif complication == "forked host":
+        fork_a_survivor()
     pids = [*(instance.pid for instance in instances), instances[0].supervisor_pid, orphan]
     print(json.dumps(pids), flush=True)  # noqa: T201 - this is how the test hears it
     await asyncio.gather(*calls)

@@ -178,7 +178,7 @@ class Probe(PluginInterface):
 
     @plugin_action("probe.forge_answer")
     def forge_answer(self):
-        body = b'{"type":"result","id":"somebody-else","value":1,"segments":[]}'
+        body = b'{"type":"result","id":"somebody-else","segments":[]}'
         os.write(3, len(body).to_bytes(4, "big") * 2 + body)
         signal.pause()
 

@@ -1,0 +1,58 @@
+"""What the headers of a worker's frames say. Foreign code may have written them: what breaks a rule is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plugin_substrate.errors import ProtocolError
+from plugin_substrate.interface import check_usage
+from plugin_substrate.worker.frames import PROTOCOL_VERSION
+from plugin_substrate.worker.text import clean_line
+
+_MAX_LAYERS = 64
+_MAX_NAME = 64
+
+Header = dict[str, Any]
+
+
+def text_of(header: Header, key: str) -> str:
+    """Return a text as it was written."""
+    value = header.get(key)
+    if isinstance(value, str):
+        return value
+    raise ProtocolError(f"{key} is {value!r:.80}, not text")
+
+
+def line_of(header: Header, key: str) -> str:
+    """Return a text that can be shown as one line."""
+    return clean_line(text_of(header, key))
+
+
+def hello_of(header: Header) -> tuple[tuple[str, ...], str]:
+    """Return the layers of confinement and the interpreter's version."""
+    if header.get("protocol") != PROTOCOL_VERSION:
+        raise ProtocolError(f"the worker speaks protocol {header.get('protocol')!r:.20}, not {PROTOCOL_VERSION}")
+    layers = header.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(layer, str) for layer in layers):
+        raise ProtocolError("layers is not a list of texts")
+    return tuple(clean_line(layer, _MAX_NAME) for layer in layers[:_MAX_LAYERS]), line_of(header, "python")[:_MAX_NAME]
+
+
+def progress_of(header: Header) -> float:
+    """Return a progress report's number: -1, or 0 to 1."""
+    progress = header.get("progress")
+    if not isinstance(progress, int | float) or not (progress == -1 or 0 <= progress <= 1):
+        raise ProtocolError(f"progress is {progress!r:.80}")
+    return float(progress)
+
+
+def usage_of(header: Header) -> dict[str, float]:
+    """Return a usage report."""
+    usage = header.get("usage")
+    if not isinstance(usage, dict):
+        raise ProtocolError(f"usage is {usage!r:.80}, not an object")
+    try:
+        check_usage(usage)
+    except ValueError as error:
+        raise ProtocolError(str(error)) from error
+    return usage
