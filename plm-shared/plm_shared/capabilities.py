@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import yaml
+from plm_shared.yaml_entries import read_entries
 
 __all__ = ["Capability", "CapabilityDescriptor", "list_ids", "load_capabilities"]
 
@@ -46,21 +46,22 @@ def load_capabilities(path: Path | str | None = None) -> dict[Capability, Capabi
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no list of tags, or holds an unknown tag or one tag twice; the message names it.
+        ValueError: the file is no list of tags, or holds an unknown tag or one tag twice; the message names it and
+            its line.
     """
     source = Path(path) if path is not None else _DEFAULT
+    _, entries = read_entries(source, "capabilities")
     found: dict[Capability, CapabilityDescriptor] = {}
-    for entry in _entries(source):
+    for line, entry in entries:
+        at = f"{source}, line {line}"
         try:
             capability = Capability(entry.get("id"))
         except ValueError:
-            raise ValueError(f"{source}: unknown capability id {entry.get('id')!r}; known: {_known()}") from None
+            raise ValueError(f"{at}: unknown capability id {entry.get('id')!r}; known: {_known()}") from None
         if capability in found:
-            raise ValueError(f"{source}: capability id {capability.value!r} appears twice; keep one")
+            raise ValueError(f"{at}: capability id {capability.value!r} appears twice; keep one")
         found[capability] = CapabilityDescriptor(
-            id=capability,
-            description=str(entry.get("description") or ""),
-            category=str(entry.get("category") or ""),
+            id=capability, description=entry.get("description", ""), category=entry.get("category", "")
         )
     return found
 
@@ -68,17 +69,6 @@ def load_capabilities(path: Path | str | None = None) -> dict[Capability, Capabi
 def list_ids(path: Path | str | None = None) -> list[Capability]:
     """The tags of a file in its order; raises as ``load_capabilities`` does."""
     return list(load_capabilities(path))
-
-
-def _entries(source: Path) -> list[dict[str, Any]]:
-    try:
-        document = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source}: not YAML ({error})") from error
-    entries = document.get("capabilities") if isinstance(document, dict) else None
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError(f"{source}: 'capabilities' must be a list of mappings with id, description and category")
-    return entries
 
 
 def _known() -> str:

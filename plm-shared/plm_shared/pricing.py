@@ -6,12 +6,16 @@ one the cost is unavailable, never guessed.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from decimal import ROUND_HALF_EVEN, Decimal
+from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation, localcontext
 from enum import Enum
+from pathlib import Path
 from typing import Final, Literal, NamedTuple, Protocol
+
+from plm_shared.yaml_entries import read_entries
 
 __all__ = [
     "Cost",
@@ -22,13 +26,19 @@ __all__ = [
     "PricingVersion",
     "TokenRates",
     "compute_cost",
+    "in_eur",
+    "load_price_table",
 ]
 
 PricingVersion = Literal["litellm-live", "overrides-static", "unavailable"]
 """Where a price came from; the three values are frozen."""
 
 _LEDGER_UNIT: Final = Decimal("0.00000001")  # the cost columns hold eight decimals
+_DEAREST: Final = Decimal(10) ** 10  # the columns are numeric(18, 8)
+_MOST_TOKENS: Final = 2**31 - 1  # the columns are PostgreSQL integers
 _PER: Final = 1000
+_EXACT: Final = Context(prec=80)
+_CURRENCY: Final = re.compile(r"[A-Z]{3}")
 
 
 class CostStatus(str, Enum):  # noqa: UP042 - the frozen contract is (str, Enum): str() of a member names the member
@@ -58,7 +68,7 @@ class TokenRates:
     """Price per thousand tokens in the source's currency.
 
     Raises:
-        ValueError: a rate is negative, infinite or NaN.
+        ValueError: a rate is negative, too large for the ledger, infinite or NaN.
     """
 
     input_per_1k: Decimal
@@ -67,8 +77,8 @@ class TokenRates:
     def __post_init__(self) -> None:
         for name in ("input_per_1k", "output_per_1k"):
             rate = getattr(self, name)
-            if not isinstance(rate, Decimal) or not rate.is_finite() or rate < 0:
-                raise ValueError(f"{name} must be a finite Decimal that is not negative, not {rate!r}")
+            if not isinstance(rate, Decimal) or not rate.is_finite() or not 0 <= rate < _DEAREST:
+                raise ValueError(f"{name} must be a Decimal of at least 0 and below {_DEAREST}, not {rate!r}")
 
 
 class PriceSource(Protocol):
@@ -99,6 +109,36 @@ class PriceTable:
         return self.models.get(model) or self.models.get(model.lower().replace("/", "_").replace("-", "_"))
 
 
+def load_price_table(path: Path | str) -> PriceTable:
+    """Prices from a YAML file: ``currency`` and a list ``models`` of ``id``, ``input_per_1k``, ``output_per_1k``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file has another shape, a price is no finite number or negative, or a model appears twice;
+            the message names the model and the line.
+    """
+    source = Path(path)
+    top, entries = read_entries(source, "models")
+    if not _CURRENCY.fullmatch(top.get("currency", "")):
+        raise ValueError(f"{source}: 'currency' must be an ISO 4217 code such as EUR, not {top.get('currency')!r}")
+    models: dict[str, TokenRates] = {}
+    for line, entry in entries:
+        model = entry.get("id", "")
+        if not model or model in models:
+            raise ValueError(f"{source}, line {line}: model {model!r} has no id, or appears twice; keep one")
+        try:
+            rates = TokenRates(
+                input_per_1k=Decimal(entry.get("input_per_1k", "")),
+                output_per_1k=Decimal(entry.get("output_per_1k", "")),
+            )
+        except (ValueError, InvalidOperation):
+            raise ValueError(
+                f"{source}, line {line}: model {model!r} needs input_per_1k and output_per_1k, plain numbers"
+            ) from None
+        models[model] = rates
+    return PriceTable(currency=top["currency"], models=models)
+
+
 class Cost(NamedTuple):
     """The answer of ``compute_cost``."""
 
@@ -121,19 +161,31 @@ def compute_cost(
     """The cost of a call in EUR, to eight decimals; ``unavailable`` without a price or without a currency rate.
 
     Raises:
-        ValueError: a token count is negative or no integer, or a currency rate is not positive and finite.
+        ValueError: a token count is no integer from 0 to 2 147 483 647, or a currency rate is not positive and finite.
     """
     for name, count in (("prompt_tokens", prompt_tokens), ("completion_tokens", completion_tokens)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ValueError(f"{name} must be an integer that is not negative, not {count!r}")
-    rates = source.rates(model) if source else None
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= _MOST_TOKENS:
+            raise ValueError(f"{name} must be an integer from 0 to {_MOST_TOKENS}, not {count!r}")
+    rates = in_eur(model, source=source, eur_per_unit=eur_per_unit) if source else None
     if source is None or rates is None:
         return _UNKNOWN
+    with localcontext(_EXACT):
+        price = (rates.input_per_1k * prompt_tokens + rates.output_per_1k * completion_tokens) / _PER
+        cost = price.quantize(_LEDGER_UNIT, rounding=ROUND_HALF_EVEN)
+    return Cost(cost, CostStatus.CALCULATED, source.pricing_version)
+
+
+def in_eur(model: str, *, source: PriceSource, eur_per_unit: Mapping[str, Decimal] | None = None) -> TokenRates | None:
+    """The model's rates in EUR, as ``EmitLlmCallArgs.rates`` takes them; None without a price or a currency rate.
+
+    Raises:
+        ValueError: a currency rate is not positive and finite.
+    """
+    rates = source.rates(model)
     exchange = Decimal(1) if source.currency == "EUR" else (eur_per_unit or {}).get(source.currency)
-    if exchange is None:
-        return _UNKNOWN
+    if rates is None or exchange is None:
+        return None
     if not exchange.is_finite() or exchange <= 0:
         raise ValueError(f"eur_per_unit[{source.currency!r}] must be positive and finite, not {exchange}")
-    price = (rates.input_per_1k * prompt_tokens + rates.output_per_1k * completion_tokens) / _PER * exchange
-    cost = price.quantize(_LEDGER_UNIT, rounding=ROUND_HALF_EVEN)
-    return Cost(cost, CostStatus.CALCULATED, source.pricing_version)
+    with localcontext(_EXACT):
+        return TokenRates(input_per_1k=rates.input_per_1k * exchange, output_per_1k=rates.output_per_1k * exchange)

@@ -6,12 +6,19 @@ import os
 import subprocess
 import sys
 import tempfile
+import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg
+import pytest
 from plm_shared.addresses import DatabaseUrls
+from plm_shared.idempotency import IdempotencyKey
+from plm_shared.kernel_api import EmitLlmCallArgs
 from plm_shared.testing import databases
+from plm_shared.testing.clock import FrozenClock
 from plm_shared.testing.databases import ClusterPool, TemplateDatabases, create_tenants
+from plm_shared.testing.memory import InMemoryKernelEmitter
 
 KILLED_RUN = """
 import os
@@ -67,3 +74,44 @@ def test_the_next_run_removes_the_cluster_of_a_killed_one() -> None:
     ClusterPool().close()
     assert not left_behind.exists()
     assert not Path(f"/proc/{pid}/cwd").exists()
+
+
+def test_the_frozen_clock_moves_only_when_told_and_dates_the_snapshots(
+    frozen_clock: FrozenClock, memory_emitter: InMemoryKernelEmitter
+) -> None:
+    def call(span: str) -> None:
+        key = IdempotencyKey(memory_emitter.tenant_id, "t", span, "llm", "h")
+        memory_emitter.record_llm_call(
+            EmitLlmCallArgs(
+                span_id=span,
+                model="m",
+                prompt_tokens=1,
+                completion_tokens=1,
+                pricing_version="overrides-static",
+                cost_eur=1,
+                cost_status="calculated",
+                idempotency_key=key,
+            )
+        )
+
+    call("a")
+    frozen_clock.advance(timedelta(days=1))
+    call("b")
+    assert [row["snapshot_date"] for row in memory_emitter.rows] == ["2030-01-01", "2030-01-02"]
+    assert frozen_clock() == datetime(2030, 1, 2, tzinfo=UTC)
+    with pytest.raises(ValueError, match="backwards"):
+        frozen_clock.advance(timedelta(seconds=-1))
+    with pytest.raises(ValueError, match="aware"):
+        FrozenClock(datetime(2030, 1, 1))  # noqa: DTZ001 - the point of the test
+
+
+def test_the_second_tenant_sees_nothing_of_the_first(
+    kernel_database: DatabaseUrls, two_tenants: tuple[uuid.UUID, uuid.UUID], second_tenant: uuid.UUID
+) -> None:
+    with psycopg.connect(kernel_database.app) as connection:
+        connection.execute("SELECT set_config('app.tenant_id', %s, true)", (str(two_tenants[0]),))
+        connection.execute(
+            "INSERT INTO runs (id, tenant_id, actor_kind) VALUES (gen_random_uuid(), %s, 'agent')", (two_tenants[0],)
+        )
+        connection.execute("SELECT set_config('app.tenant_id', %s, true)", (str(second_tenant),))
+        assert connection.execute("SELECT count(*) FROM runs").fetchone() == (0,)

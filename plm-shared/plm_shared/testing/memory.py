@@ -51,6 +51,11 @@ class InMemoryKernelEmitter:
         self._rows: dict[tuple[str, ...], dict[str, Any]] = {}
 
     @property
+    def tenant_id(self) -> str:
+        """Whose ledger this is."""
+        return self._tenant
+
+    @property
     def rows(self) -> list[dict[str, Any]]:
         """What was written."""
         with self._lock:

@@ -17,7 +17,9 @@ import pytest
 if TYPE_CHECKING:
     from plm_shared.addresses import DatabaseUrls
     from plm_shared.embedded_postgres import EmbeddedPostgres
+    from plm_shared.testing.clock import FrozenClock
     from plm_shared.testing.databases import ClusterPool, TemplateDatabases
+    from plm_shared.testing.memory import InMemoryKernelEmitter
 
 _ALWAYS = {16, 18}
 
@@ -81,6 +83,28 @@ def two_tenants(kernel_database: DatabaseUrls) -> tuple[uuid.UUID, uuid.UUID]:
 
     first, second = create_tenants(kernel_database, "first", "second")
     return first, second
+
+
+@pytest.fixture
+def second_tenant(two_tenants: tuple[uuid.UUID, uuid.UUID]) -> uuid.UUID:
+    """The tenant that must never see what the first one writes."""
+    return two_tenants[1]
+
+
+@pytest.fixture
+def frozen_clock() -> FrozenClock:
+    """A clock that stands at 2030-01-01 until the test moves it."""
+    from plm_shared.testing.clock import FrozenClock
+
+    return FrozenClock()
+
+
+@pytest.fixture
+def memory_emitter(frozen_clock: FrozenClock) -> InMemoryKernelEmitter:
+    """An emitter without a database, for a tenant of its own; ``memory_emitter.rows`` shows what was written."""
+    from plm_shared.testing.memory import InMemoryKernelEmitter
+
+    return InMemoryKernelEmitter(uuid.uuid4(), clock=frozen_clock.today)
 
 
 def _chosen_major(config: pytest.Config) -> int | None:

@@ -1,0 +1,219 @@
+"""Artifacts in an S3 bucket."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any, BinaryIO, Final
+
+from plm_shared.artifacts import (
+    CHUNK,
+    DEFAULT_MAX_BYTES,
+    ArtifactExists,
+    ArtifactRef,
+    Meter,
+    StoredArtifact,
+)
+
+__all__ = ["ObjectStoreBackend"]
+
+_UPLOAD_PART: Final = 8 * 1024 * 1024  # all that is held in memory; S3 takes ten thousand parts
+_RETRIES: Final = 5
+_LONGEST_PRESIGNED: Final = 7 * 24 * 3600  # S3's own limit for signature version 4
+_ABSENT: Final = {"NoSuchKey", "NotFound", "404"}
+_EXISTS: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
+
+
+class ObjectStoreBackend:
+    """Artifacts in an S3 bucket. Requests are retried, and a download that breaks off goes on where it was.
+
+    More than 8 MiB go in parts, and appear only when complete. The size limit holds while streaming: too much data is
+    never fully uploaded. ``only_if_absent`` is decided by the server where it honours ``If-None-Match``, which is tried
+    once; elsewhere by a look before the upload, which another writer may slip past: ``conditional_put`` tells which.
+
+    Raises:
+        ImportError: boto3 is missing and no ``client`` was given.
+    """
+
+    def __init__(
+        self,
+        *,
+        bucket: str,
+        endpoint_url: str | None = None,
+        region_name: str | None = None,
+        aws_access_key_id: str | None = None,
+        aws_secret_access_key: str | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        client: Any = None,
+    ) -> None:
+        self._bucket = bucket
+        self._max_bytes = max_bytes
+        self._conditional: bool | None = None
+        self._client = client or _s3_client(
+            endpoint_url=endpoint_url,
+            region_name=region_name,
+            aws_access_key_id=aws_access_key_id,
+            aws_secret_access_key=aws_secret_access_key,
+        )
+
+    @property
+    def conditional_put(self) -> bool:
+        """Whether the server itself refuses to replace an object when asked to."""
+        if self._conditional is None:
+            self._conditional = self._try_conditional_put()
+        return self._conditional
+
+    def store(self, ref: ArtifactRef, data: BinaryIO, *, only_if_absent: bool = False) -> StoredArtifact:
+        """Stream into the bucket.
+
+        Raises:
+            ArtifactSizeExceeded: nothing was stored; an older version stands.
+            ArtifactExists: it is there and was to be stored only if absent.
+        """
+        stored_uri = self._uri(ref)
+        condition: dict[str, str] = {}
+        if only_if_absent:
+            if self._exists(ref):
+                raise ArtifactExists(stored_uri)
+            condition = {"IfNoneMatch": "*"} if self.conditional_put else {}
+        meter = Meter(data, self._max_bytes)
+        first = _filled(meter)
+        try:
+            if len(first) < _UPLOAD_PART:
+                self._client.put_object(Bucket=self._bucket, Key=ref.relative_path, Body=first, **condition)
+            else:
+                self._upload_parts(ref, first, meter, condition)
+        except self._client.exceptions.ClientError as error:
+            if condition and _code(error) in _EXISTS:
+                raise ArtifactExists(stored_uri) from error
+            raise
+        return meter.stored_at(stored_uri)
+
+    def put(self, ref: ArtifactRef, data: BinaryIO) -> str:
+        """``store``, answering only the ``s3://`` URI."""
+        return self.store(ref, data).uri
+
+    def open(self, ref: ArtifactRef) -> Iterator[bytes]:
+        """The object in chunks, all of one version.
+
+        Raises:
+            FileNotFoundError: there is no such artifact.
+        """
+        return self._chunks(ref, self._request(ref))
+
+    def get(self, ref: ArtifactRef) -> bytes:
+        """The object's bytes; raises as ``open`` does."""
+        return b"".join(self.open(ref))
+
+    def presign_url(self, ref: ArtifactRef, expires_in: int = 3600) -> str:
+        """A signed address, good for ``expires_in`` seconds.
+
+        Raises:
+            ValueError: S3 signs for one second to seven days.
+        """
+        if not 0 < expires_in <= _LONGEST_PRESIGNED:
+            raise ValueError(f"expires_in must be 1 to {_LONGEST_PRESIGNED} seconds, not {expires_in}")
+        url = self._client.generate_presigned_url(
+            "get_object", Params={"Bucket": self._bucket, "Key": ref.relative_path}, ExpiresIn=expires_in
+        )
+        return str(url)
+
+    def delete(self, ref: ArtifactRef) -> None:
+        """Remove the object if it is there."""
+        try:
+            self._client.delete_object(Bucket=self._bucket, Key=ref.relative_path)
+        except self._client.exceptions.ClientError as error:
+            if _code(error) not in _ABSENT:
+                raise
+
+    def _upload_parts(self, ref: ArtifactRef, part: bytes, meter: Meter, condition: dict[str, str]) -> None:
+        place = {"Bucket": self._bucket, "Key": ref.relative_path}
+        place["UploadId"] = self._client.create_multipart_upload(**place)["UploadId"]
+        parts: list[dict[str, Any]] = []
+        try:
+            while part:
+                number = len(parts) + 1
+                tag = self._client.upload_part(**place, PartNumber=number, Body=part)["ETag"]
+                parts.append({"PartNumber": number, "ETag": tag})
+                part = _filled(meter)
+            self._client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts}, **condition)
+        except BaseException:
+            self._client.abort_multipart_upload(**place)
+            raise
+
+    def _chunks(self, ref: ArtifactRef, answer: dict[str, Any]) -> Iterator[bytes]:
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        offset = 0
+        failures = 0
+        while True:
+            try:
+                with closing(answer["Body"]) as body:
+                    while chunk := body.read(CHUNK):
+                        offset += len(chunk)
+                        yield chunk
+            except (HTTPClientError, IncompleteReadError):
+                failures += 1
+                if failures > _RETRIES:
+                    raise
+                answer = self._request(ref, Range=f"bytes={offset}-", IfMatch=answer["ETag"])
+            else:
+                return
+
+    def _request(self, ref: ArtifactRef, **options: str) -> dict[str, Any]:
+        try:
+            return dict(self._client.get_object(Bucket=self._bucket, Key=ref.relative_path, **options))
+        except self._client.exceptions.ClientError as error:
+            if _code(error) in _ABSENT:
+                raise FileNotFoundError(self._uri(ref)) from error
+            raise
+
+    def _exists(self, ref: ArtifactRef) -> bool:
+        try:
+            self._client.head_object(Bucket=self._bucket, Key=ref.relative_path)
+        except self._client.exceptions.ClientError as error:
+            if _code(error) in _ABSENT:
+                return False
+            raise
+        return True
+
+    def _try_conditional_put(self) -> bool:
+        """Put a probe twice: a server that takes the second has not looked at the condition."""
+        probe = {"Bucket": self._bucket, "Key": f".conditional-put/{uuid.uuid4().hex}"}
+        try:
+            for _ in range(2):
+                self._client.put_object(**probe, Body=b"", IfNoneMatch="*")
+        except self._client.exceptions.ClientError as error:
+            if _code(error) in _EXISTS:
+                return True
+            if _code(error) not in {"NotImplemented", "InvalidRequest", "InvalidArgument", "501", "400"}:
+                raise
+        finally:
+            self._client.delete_object(**probe)
+        return False
+
+    def _uri(self, ref: ArtifactRef) -> str:
+        return f"s3://{self._bucket}/{ref.relative_path}"
+
+
+def _s3_client(**options: str | None) -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError as error:
+        raise ImportError("ObjectStoreBackend needs boto3: install plm-shared[s3], or pass client=") from error
+    retries = {"mode": "standard", "total_max_attempts": _RETRIES}
+    return boto3.client("s3", **options, config=Config(signature_version="s3v4", retries=retries))
+
+
+def _filled(meter: Meter) -> bytes:
+    """The next part, full unless the stream ends; a stream may hand out less than it was asked for."""
+    part = bytearray()
+    while len(part) < _UPLOAD_PART and (chunk := meter.read(min(CHUNK, _UPLOAD_PART - len(part)))):
+        part += chunk
+    return bytes(part)
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", ""))
