@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from uuid import UUID
 
 from fastapi import FastAPI
@@ -9,8 +10,9 @@ from fastapi.middleware.cors import CORSMiddleware
 from plm_engine_core.control_plane.identity import IdentityMiddleware, get_current_identity
 from plm_shared.middleware import PlmTenantMiddleware, cors_allowed_headers
 
+from plm_backend import problems
 from plm_backend.body_limit import BodyLimitMiddleware
-from plm_backend.problems import install
+from plm_backend.openapi import describe
 from plm_backend.routers import approvals, artifacts, halts, health, runs
 from plm_backend.wiring import Platform
 
@@ -20,14 +22,15 @@ def create_app(platform: Platform) -> FastAPI:
     app = FastAPI(
         title="PLM platform",
         version="1.0.0",
-        openapi_url="/openapi.json",
+        description="Runs of agents under control: start, follow, approve, halt.",
         docs_url=None,
         redoc_url=None,
     )
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     app.state.platform = platform
     for router in (runs.router, approvals.router, halts.router, artifacts.router, health.router):
         app.include_router(router)
-    install(app)
+    problems.install(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=platform.settings.max_body_bytes)
     app.add_middleware(PlmTenantMiddleware, identity_tenant=_identity_tenant)
     app.add_middleware(IdentityMiddleware, provider=platform.identity, audit=platform.audit)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import io
 import mimetypes
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any
 from uuid import UUID
@@ -29,19 +28,23 @@ class Artifacts:
     async def store(self, tenant_id: UUID, trace_id: str, *, name: str, mime_type: str, data: bytes) -> ArtifactRecord:
         """Put the bytes in the store; the record still has to be committed with whatever they belong to."""
         identifier = new_id()
-        reference = ArtifactRef(
-            tenant_id=str(tenant_id), trace_id=trace_id, artifact_id=str(identifier), ext=_extension(name, mime_type)
-        )
-        uri = await asyncio.to_thread(self._backend.put, reference, io.BytesIO(data))
+        place = _place(tenant_id, trace_id, identifier, _extension(name, mime_type))
+        stored = await asyncio.to_thread(self._backend.store, place, io.BytesIO(data))
         return ArtifactRecord(
             id=identifier,
             name=name,
             mime_type=mime_type,
-            size_bytes=len(data),
-            sha256=hashlib.sha256(data).hexdigest(),
+            size_bytes=stored.size_bytes,
+            sha256=stored.sha256,
             backend=self._name,
-            storage_uri=uri,
+            storage_uri=stored.uri,
         )
+
+    async def discard(self, tenant_id: UUID, trace_id: str, records: Iterable[ArtifactRecord]) -> None:
+        """Remove files that came to belong to nothing."""
+        for record in records:
+            place = _place(tenant_id, trace_id, record.id, _suffix(record.storage_uri))
+            await asyncio.to_thread(self._backend.delete, place)
 
     async def fetch(self, tenant_id: UUID, row: ArtifactRow) -> bytes:
         """The bytes of a recorded artifact.
@@ -49,9 +52,8 @@ class Artifacts:
         Raises:
             FileNotFoundError: the store no longer has it.
         """
-        extension = PurePosixPath(row.storage_uri).suffix.lstrip(".")
-        reference = ArtifactRef(tenant_id=str(tenant_id), trace_id=row.trace_id, artifact_id=str(row.id), ext=extension)
-        return await asyncio.to_thread(self._backend.get, reference)
+        place = _place(tenant_id, row.trace_id, row.id, _suffix(row.storage_uri))
+        return await asyncio.to_thread(self._backend.get, place)
 
 
 def reference(record: ArtifactRecord) -> dict[str, Any]:
@@ -81,6 +83,14 @@ def row_of(record: ArtifactRecord, *, run_id: UUID, trace_id: str) -> ArtifactRo
         backend=record.backend,
         storage_uri=record.storage_uri,
     )
+
+
+def _place(tenant_id: UUID, trace_id: str, identifier: UUID, extension: str) -> ArtifactRef:
+    return ArtifactRef(tenant_id=str(tenant_id), trace_id=trace_id, artifact_id=str(identifier), ext=extension)
+
+
+def _suffix(uri: str) -> str:
+    return PurePosixPath(uri).suffix.lstrip(".")
 
 
 def _extension(name: str, mime_type: str) -> str:

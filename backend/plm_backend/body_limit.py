@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from starlette.exceptions import HTTPException
+from fastapi import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from plm_backend.problems import problem
+from plm_backend.problems import TOO_LARGE, problem
 
 
 class BodyLimitMiddleware:
@@ -23,7 +23,7 @@ class BodyLimitMiddleware:
         detail = f"the body has more than the {self._max_bytes} bytes this API takes"
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if announced.isdigit() and int(announced) > self._max_bytes:
-            await problem(413, "validation/body_too_large", detail)(scope, receive, send)
+            await problem(TOO_LARGE, "validation/body_too_large", detail)(scope, receive, send)
             return
         received = 0
 
@@ -32,7 +32,8 @@ class BodyLimitMiddleware:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
-                raise HTTPException(413, detail)
+                # FastAPI's own class: while it reads a body it turns every other exception into a 400.
+                raise HTTPException(TOO_LARGE, detail)
             return message
 
         await self._app(scope, limited, send)

@@ -6,59 +6,30 @@ import asyncio
 import json
 import os
 import shlex
+import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import uvicorn
-from plm_engine_core.control_plane.errors import ControlPlaneError
-from plm_engine_core.control_plane.identity import IdentityProviderConfigError
-from plm_shared.embedded_postgres import PostgresUnavailable
-from pydantic import ValidationError
 
 from plm_backend.database import local_addresses, open_database
+from plm_backend.demo.command import demo
 from plm_backend.errors import SetupError
 from plm_backend.logs import configure_logging
 from plm_backend.serving import make_app
 from plm_backend.settings import Settings
-from plm_backend.state import LocalState
+from plm_backend.startup import SECRET, load_settings, setup_errors
 from plm_backend.wiring import open_platform, run_worker
-
-SECRET = "PLM_IDENTITY_HS256_SECRET_ACTIVE"  # noqa: S105  # the name of a variable
-NOT_READY = 3
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `plm-cli`."""
-    from plm_backend.demo.command import demo
-
     app.command("serve")(serve)
     app.command("worker")(worker)
     app.command("local-env")(local_env)
     app.command("demo")(demo)
-
-
-@contextmanager
-def setup_errors() -> Iterator[None]:
-    """One sentence on standard error and exit code 3 for whatever the operator has to change."""
-    try:
-        yield
-    except (SetupError, IdentityProviderConfigError, PostgresUnavailable, ControlPlaneError) as error:
-        typer.echo(f"plm-cli: {error}", err=True)
-        raise typer.Exit(NOT_READY) from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        typer.echo(f"plm-cli: setting {'.'.join(map(str, first['loc']))}: {first['msg']}", err=True)
-        raise typer.Exit(NOT_READY) from error
-
-
-def adopt_local_secret(settings: Settings) -> None:
-    """In development, sign tokens with a secret this installation made itself, unless one is given."""
-    if settings.development and not os.environ.get(SECRET):
-        os.environ[SECRET] = LocalState(settings.state_dir).secret("identity_hs256")
 
 
 def serve(
@@ -70,11 +41,10 @@ def serve(
 ) -> None:
     """Serve the API, with a run worker in the same process."""
     with setup_errors():
-        settings = Settings()
+        settings = load_settings()
         configure_logging(settings)
-        adopt_local_secret(settings)
         listener = _listen(host or settings.host, settings.port if port is None else port)
-        url = "http://{}:{}".format(*listener.getsockname()[:2])
+        url = _url(listener)
 
         def on_ready() -> None:
             if ready_file is not None:
@@ -105,20 +75,23 @@ def worker() -> None:
                 await _until_stopped()
 
     with setup_errors():
-        settings = Settings()
+        settings = load_settings()
         configure_logging(settings)
-        adopt_local_secret(settings)
         asyncio.run(work(settings))
 
 
 def local_env() -> None:
     """Print the settings of this local installation for a shell: eval "$(plm-cli local-env)"."""
     with setup_errors():
-        settings = Settings()
-        adopt_local_secret(settings)
+        settings = load_settings()
         values = {SECRET: os.environ[SECRET], **local_addresses(settings)}
         for name, value in values.items():
             typer.echo(f"export {name}={shlex.quote(value)}")
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -134,8 +107,6 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 async def _until_stopped() -> None:
-    import signal
-
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)

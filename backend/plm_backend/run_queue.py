@@ -9,11 +9,16 @@ from typing import Any
 from uuid import UUID
 
 import procrastinate
+import psycopg
 from plm_shared.addresses import driver_dsn
+from procrastinate.exceptions import ConnectorException
 
 from plm_backend.delivery import QUEUE, SCHEMA, TASK
 
 logger = logging.getLogger(__name__)
+
+_RECONNECT_SECONDS = 1.0
+_GRACE_SECONDS = 3.0
 
 
 class ProcrastinateDelivery:
@@ -24,22 +29,38 @@ class ProcrastinateDelivery:
         await connection.execute("SELECT delivery.enqueue_drive_v1(%s, %s)", [tenant_id, run_id])
 
 
-async def deliver(
-    dsn: str, drive: Callable[[UUID, UUID], Awaitable[object]], *, concurrency: int, ready: asyncio.Event | None = None
-) -> None:
+async def deliver(dsn: str, drive: Callable[[UUID, UUID], Awaitable[object]], *, concurrency: int) -> None:
     """Receive drive jobs until cancelled, `concurrency` at once.
 
-    A job that fails is only logged: what was recorded stands, and recovery finds the run.
+    A job that fails is only logged: what was recorded stands, and recovery finds the run. When the database goes away
+    the delivery engine ends; it is started anew until the database is back.
     """
+    while True:
+        try:
+            async with _engine(dsn, drive).open_async() as engine:
+                await engine.run_worker_async(
+                    queues=[QUEUE],
+                    concurrency=concurrency,
+                    install_signal_handlers=False,
+                    delete_jobs="always",
+                    shutdown_graceful_timeout=_GRACE_SECONDS,
+                )
+        except (ConnectorException, psycopg.Error):
+            logger.warning("the delivery of runs lost the database", exc_info=True)
+        logger.warning("the delivery of runs starts anew in %s s", _RECONNECT_SECONDS)
+        await asyncio.sleep(_RECONNECT_SECONDS)
+
+
+def _engine(dsn: str, drive: Callable[[UUID, UUID], Awaitable[object]]) -> procrastinate.App:
     connector = procrastinate.PsycopgConnector(
         conninfo=driver_dsn(dsn),
         kwargs={"options": f"-c search_path={SCHEMA},pg_catalog"},
         min_size=1,
         max_size=4,
     )
-    app = procrastinate.App(connector=connector)
+    engine = procrastinate.App(connector=connector)
 
-    @app.task(name=TASK, queue=QUEUE)
+    @engine.task(name=TASK, queue=QUEUE)
     async def drive_run(tenant_id: str, run_id: str) -> None:
         try:
             await drive(UUID(tenant_id), UUID(run_id))
@@ -47,13 +68,4 @@ async def deliver(
             logger.exception("driving run %s failed; recovery will find it", run_id)
             raise
 
-    async with app.open_async():
-        if ready is not None:
-            ready.set()
-        await app.run_worker_async(
-            queues=[QUEUE],
-            concurrency=concurrency,
-            install_signal_handlers=False,
-            delete_jobs="always",
-            shutdown_graceful_timeout=5.0,
-        )
+    return engine

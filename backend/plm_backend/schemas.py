@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 from uuid import UUID
 
+from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl import ApprovalTicket
 from plm_engine_core.control_plane.limits import Budget
 from plm_engine_core.control_plane.runs import Run, Step
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, RunState, TicketDecision, TicketState
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-CONTRACT_VERSION = "1.0.0"
+from plm_backend.storable import StorableObject, StorableText
+
+MIME_TYPE = r"^[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*(;[ -~]*)?$"
 
 
 class _Body(BaseModel):
@@ -23,28 +26,35 @@ class _Body(BaseModel):
 
 
 class FileInput(_Body):
-    """A file given with the request: its text, or its bytes in base64."""
+    """A file given with the request: its text, or its bytes in base64. `name` is a bare file name, never a path."""
 
     name: str = Field(min_length=1, max_length=255)
-    mime_type: str = Field(default="application/octet-stream", max_length=255)
+    mime_type: str = Field(default="application/octet-stream", max_length=255, pattern=MIME_TYPE)
     text: str | None = None
     base64: str | None = None
+
+    @field_validator("name")
+    @classmethod
+    def _bare(cls, name: str) -> str:
+        if name in {".", ".."} or not name.isprintable() or "/" in name or "\\" in name:
+            raise ValueError("must be a bare file name, without separators and control characters")
+        return name
 
 
 class RunCreate(_Body):
     """What to run: an agent by name, its inputs, and the most it may spend."""
 
-    agent: str = Field(min_length=1, max_length=120)
-    inputs: dict[str, Any] = Field(default_factory=dict)
-    files: dict[str, FileInput] = Field(default_factory=dict)
-    budget: dict[BudgetUnit, Annotated[Decimal, Field(ge=0, allow_inf_nan=False)]] = Field(default_factory=dict)
+    agent: StorableText = Field(min_length=1, max_length=120)
+    inputs: StorableObject = Field(default_factory=dict)
+    files: dict[StorableText, FileInput] = Field(default_factory=dict, max_length=100)
+    budget: dict[BudgetUnit, Amount] = Field(default_factory=dict)
 
 
 class DecisionBody(_Body):
     """An approver's word."""
 
     decision: TicketDecision
-    comment: str = Field(default="", max_length=10_000)
+    comment: StorableText = Field(default="", max_length=10_000)
 
 
 class HaltCreate(_Body):
@@ -52,7 +62,7 @@ class HaltCreate(_Body):
 
     scope: HaltScope
     scope_id: UUID | None = None
-    reason: str = Field(min_length=1, max_length=2000)
+    reason: StorableText = Field(min_length=1, max_length=2000)
 
 
 class Links(BaseModel):

@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from plm_engine_core.agent_runtime import Driver, Selector
@@ -40,7 +40,7 @@ class Platform:
     """Everything one process shares; opened by `open_platform`."""
 
     settings: Settings
-    dsn: str
+    dsn: str = field(repr=False)
     pool: Pool
     control_plane: ControlPlane
     agents: AgentCatalog
@@ -111,11 +111,9 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
             lease_seconds=settings.lease_seconds,
         )
         recovery = Recovery(platform.control_plane.storage, every_seconds=settings.recovery_seconds)
-        ready = asyncio.Event()
-        delivery = deliver(platform.dsn, driver.drive, concurrency=settings.run_concurrency, ready=ready)
+        delivery = deliver(platform.dsn, driver.drive, concurrency=settings.run_concurrency)
         await stack.enter_async_context(_background(delivery, "delivery"))
         await stack.enter_async_context(_background(recovery.run(), "recovery"))
-        await ready.wait()
         yield
 
 

@@ -59,7 +59,8 @@ class ApiClient:
                     self._checked(source.response)
                     for event in source.iter_sse():
                         last = event.id or last
-                        yield News(kind=event.event, data=json.loads(event.data))
+                        if event.data:  # heartbeats have none
+                            yield News(kind=event.event, data=json.loads(event.data))
                 return
             except httpx.TransportError:
                 continue

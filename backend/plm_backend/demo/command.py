@@ -20,6 +20,7 @@ from plm_backend.demo.display import Display
 from plm_backend.demo.story import Review, Reviewer, show
 from plm_backend.errors import BackendError, SetupError
 from plm_backend.settings import Settings
+from plm_backend.startup import load_settings, setup_errors
 
 DEMO_FAILED = 1
 
@@ -38,14 +39,11 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Review a bill of materials under control: plan, plugins, approval, report, record."""
-    from plm_backend.cli import adopt_local_secret, setup_errors
-
     if interactive and deny:
         raise typer.BadParameter("--interactive and --deny exclude each other")
     display = Display(quiet=as_json)
     with setup_errors():
-        settings = Settings()
-        adopt_local_secret(settings)
+        settings = load_settings()
         started = time.perf_counter()
         try:
             report = _run(settings, display, bill, interactive=interactive, deny=deny)

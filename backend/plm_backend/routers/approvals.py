@@ -9,12 +9,13 @@ from fastapi import APIRouter
 from plm_engine_core.control_plane.vocabulary import TicketState
 
 from plm_backend.dependencies import Cursor, Limit, TheCaller, ThePlatform, decode_cursor, encode_cursor
+from plm_backend.problems import DOORS, documented
 from plm_backend.schemas import DecisionBody, TicketDocument, TicketPage, ticket_document
 
 router = APIRouter(prefix="/v1/approvals", tags=["approvals"])
 
 
-@router.get("", operation_id="listApprovals", response_model=TicketPage)
+@router.get("", operation_id="listApprovals", response_model=TicketPage, responses=documented(*DOORS))
 async def list_approvals(
     platform: ThePlatform,
     caller: TheCaller,
@@ -31,7 +32,12 @@ async def list_approvals(
     return {"items": [ticket_document(ticket) for ticket in page], "next": following}
 
 
-@router.post("/{ticket_id}/decision", operation_id="decideApproval", response_model=TicketDocument)
+@router.post(
+    "/{ticket_id}/decision",
+    operation_id="decideApproval",
+    response_model=TicketDocument,
+    responses=documented(*DOORS, 404, 409, 413),
+)
 async def decide(ticket_id: UUID, body: DecisionBody, platform: ThePlatform, caller: TheCaller) -> Any:
     """Approve or deny. The decider is the caller; it needs `plm.hitl.resolve` and cannot be the requester."""
     ticket = await platform.control_plane.decide(

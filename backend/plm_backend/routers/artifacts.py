@@ -9,11 +9,20 @@ from fastapi import APIRouter, Response
 from plm_engine_core.control_plane.errors import NotFound
 
 from plm_backend.dependencies import TheCaller, ThePlatform
+from plm_backend.problems import DOORS, documented
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"])
 
 
-@router.get("/{artifact_id}", operation_id="getArtifact", response_class=Response)
+@router.get(
+    "/{artifact_id}",
+    operation_id="getArtifact",
+    response_class=Response,
+    responses={
+        200: {"description": "The bytes, in the file's own media type.", "content": {"*/*": {}}},
+        **documented(*DOORS, 404),
+    },
+)
 async def get_artifact(artifact_id: UUID, platform: ThePlatform, caller: TheCaller) -> Response:
     """The bytes. They were made by a plugin, so a browser is told to save them, never to run them."""
     row = await platform.control_plane.storage.runs.artifact(caller.tenant_id, artifact_id)

@@ -18,7 +18,7 @@ async def live() -> Health:
     return Health(status="alive")
 
 
-@router.get("/ready", operation_id="ready", response_model=Health)
+@router.get("/ready", operation_id="ready", response_model=Health, responses={503: {"model": Health}})
 async def ready(platform: ThePlatform, response: Response) -> Health:
     """The process can serve: its database answers."""
     try:
