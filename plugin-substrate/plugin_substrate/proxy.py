@@ -7,7 +7,7 @@ import signal
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from plugin_substrate.errors import (
     PluginCancelledError,
@@ -124,9 +124,9 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport, and an eye on the process: a descendant of it may hold its end of the socket open."""
-        if isinstance(transport, asyncio.Transport):
-            self._transport = transport
-            self._process.when_ended(lambda: self._loop.call_later(_LAST_WORDS_SECONDS, transport.abort))
+        # Not checked by isinstance: other event loops (uvloop) bring transports that do not derive from asyncio's.
+        connected = self._transport = cast("asyncio.Transport", transport)
+        self._process.when_ended(lambda: self._loop.call_later(_LAST_WORDS_SECONDS, connected.abort))
 
     def get_buffer(self, _: int) -> memoryview:
         """Return where to put what arrives."""
