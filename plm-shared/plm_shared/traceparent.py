@@ -23,7 +23,9 @@ __all__ = [
     "traceparent_extra_headers",
 ]
 
-_SHAPE: Final = re.compile(r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+_SHAPE: Final = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-[!-~]*)?"
+)
 _current: ContextVar[str | None] = ContextVar("traceparent", default=None)
 
 

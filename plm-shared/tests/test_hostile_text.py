@@ -1,0 +1,184 @@
+"""Whatever text comes from outside, a parser answers or raises what it documents; nothing else ever gets out."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from plm_shared.artifact_store import ArtifactRef
+from plm_shared.canonical_json import JsonRefused, canonical_json, storable_json
+from plm_shared.capabilities import load_capabilities
+from plm_shared.idempotency import IdempotencyKey, compute_content_hash
+from plm_shared.kernel_api import EmitTelemetryArgs
+from plm_shared.knowledge_envelope import KnowledgeEnvelopeV1
+from plm_shared.ledger import ledger_record
+from plm_shared.middleware import InvalidCoreCallerError, parse_core_caller
+from plm_shared.pricing import load_price_table
+from plm_shared.spool import Spool
+from plm_shared.traceparent import is_valid_traceparent, parse_or_generate_traceparent, parse_traceparent
+
+TENANT = str(uuid.uuid4())
+NASTY = st.text(st.characters(codec=None), max_size=60) | st.sampled_from(
+    [
+        "\0",
+        "\ud800",
+        ":",
+        "..",
+        "\\u0000",
+        "urn:uuid:" + TENANT,
+        "{" + TENANT + "}",
+        "\u0660" * 32,
+        "\u0131",
+        "%s",
+        "a" * 5000,
+    ]
+)
+JSON_LIKE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | NASTY
+    | st.builds(lambda: 2**20000)
+    | st.binary(max_size=3),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NASTY | st.integers(), inner, max_size=4),
+    max_leaves=12,
+)
+SHAPED = r"[0-9a-fA-F]{2}-[0-9a-fA-F]{32}-[0-9a-fA-F]{16}-[0-9a-fA-F]{2}(-.*)?"
+quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@quick
+@given(parts=st.lists(NASTY, min_size=5, max_size=5))
+def test_a_key_is_unambiguous_or_refused(parts: list[str]) -> None:
+    try:
+        key = IdempotencyKey(*parts)
+    except ValueError:
+        return
+    assert key.as_db_key().split(":", 4) == parts
+    key.as_db_key().encode()
+    assert len(key.as_db_key().encode()) <= 2000
+
+
+@quick
+@given(
+    text=NASTY | st.from_regex(r"[0-9a-fA-F]{2}-[0-9a-fA-F]{32}-[0-9a-fA-F]{16}-[0-9a-fA-F]{2}(-.*)?", fullmatch=True)
+)
+def test_a_traceparent_is_strictly_w3c_or_replaced(text: str) -> None:
+    parsed = parse_traceparent(text)
+    assert is_valid_traceparent(text) == (parsed is not None)
+    used = parse_or_generate_traceparent(text)
+    assert is_valid_traceparent(used)
+    assert used.isascii()
+    if parsed is not None:
+        assert set(parsed.trace_id) - {"0"}
+        assert (len(parsed.trace_id), len(parsed.span_id), len(parsed.flags)) == (32, 16, 2)
+
+
+@quick
+@given(text=NASTY)
+def test_a_caller_header_is_a_tenant_or_the_documented_error(text: str) -> None:
+    with contextlib.suppress(InvalidCoreCallerError):
+        assert isinstance(parse_core_caller(text), uuid.UUID)
+
+
+@quick
+@given(parts=st.lists(NASTY | st.just(TENANT), min_size=4, max_size=4))
+def test_an_artifact_reference_stays_in_its_folder_or_is_refused(parts: list[str]) -> None:
+    try:
+        ref = ArtifactRef(*parts)
+    except ValueError:
+        return
+    path = Path("/root/of/artifacts") / ref.relative_path
+    assert path == Path(str(path)).resolve()
+    assert ref.relative_path.count("/") == 2
+
+
+@quick
+@given(content=st.binary(max_size=200) | NASTY.map(lambda text: text.encode("utf-8", "surrogatepass")))
+@pytest.mark.parametrize("load", [load_capabilities, load_price_table])
+def test_a_file_is_read_or_refused_with_a_value_error(tmp_path: Path, load: Any, content: bytes) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"file\.yaml"):
+        load(file)
+
+
+FRAGMENT = st.sampled_from(
+    ["capabilities:", "models:", "currency: EUR", "\n", "- ", "  ", "id: read", "id: m", "&a", "*a", "<<: *a",
+     "!!int 1", "{", "}", "[", "]", "input_per_1k: 1e999999", "output_per_1k: 1", "? x", ": ", "'", '"', "|", "---",
+     "%YAML 1.2", "\t"]
+)  # fmt: skip
+
+
+@quick
+@given(pieces=st.lists(FRAGMENT, max_size=30))
+@pytest.mark.parametrize("load", [load_capabilities, load_price_table])
+def test_any_yaml_is_read_or_refused_with_a_value_error(tmp_path: Path, load: Any, pieces: list[str]) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("".join(pieces))
+    said = "file.yaml"
+    try:
+        load(file)
+    except ValueError as error:
+        said = str(error)
+    assert "file.yaml" in said
+
+
+@quick
+@given(value=JSON_LIKE)
+def test_a_payload_is_hashed_and_stored_or_refused_with_its_path(value: Any) -> None:
+    for render in (canonical_json, storable_json, compute_content_hash):
+        try:
+            text = render(value)
+        except JsonRefused as error:
+            refused = error
+        else:
+            text.encode()
+            if render is storable_json:
+                json.loads(text, parse_constant=pytest.fail)
+            continue
+        assert refused.path.startswith("payload")
+
+
+@quick
+@given(payload=st.dictionaries(NASTY, JSON_LIKE, max_size=3), names=st.lists(NASTY, min_size=3, max_size=3))
+def test_an_event_is_rendered_or_refused(payload: dict[str, Any], names: list[str]) -> None:
+    try:
+        key = IdempotencyKey(TENANT, names[0], names[1], names[2], "h")
+        args = EmitTelemetryArgs(
+            event_type=names[2], span_id=names[1], capability="read", payload=payload, idempotency_key=key
+        )
+        record = ledger_record(args, tenant_id=TENANT)
+    except ValueError:
+        return
+    assert record.columns["payload"] == payload
+    assert "\n" not in record.text
+
+
+@quick
+@given(content=st.binary(max_size=300))
+def test_a_spool_segment_of_any_bytes_is_read_to_its_end(tmp_path: Path, content: bytes) -> None:
+    folder = tmp_path / uuid.uuid4().hex
+    folder.mkdir()
+    (folder / "1.spool").write_bytes(content)
+    spool = Spool(folder, max_bytes=10_000)
+    while not spool.wait_until_empty(0):
+        part = spool.take(10, 10_000)
+        assert part is not None
+        spool.done(part)
+    spool.release()
+    assert (folder / "damaged").exists() == bool(content)
+
+
+@quick
+@given(fields=st.dictionaries(st.sampled_from(sorted(KnowledgeEnvelopeV1.model_fields)) | NASTY, JSON_LIKE, max_size=9))
+def test_a_knowledge_envelope_is_read_or_refused_with_a_value_error(fields: dict[str, Any]) -> None:
+    with contextlib.suppress(ValueError):
+        KnowledgeEnvelopeV1.model_validate(fields)
