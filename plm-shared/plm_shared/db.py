@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from plm_shared.addresses import DatabaseUrls, driver_dsn, sqlalchemy_url
@@ -17,10 +20,13 @@ from plm_shared.provisioning import ProvisioningRefused, provision
 __all__ = [
     "DatabaseUrls",
     "ProvisioningRefused",
+    "async_tenant_scoped_session",
     "driver_dsn",
+    "get_async_engine",
     "get_engine",
     "get_sessionmaker",
     "provision",
+    "reset_async_engine",
     "reset_engine",
     "sqlalchemy_url",
     "tenant_scoped_session",
@@ -28,6 +34,9 @@ __all__ = [
 
 _lock = threading.Lock()
 _engine: Engine | None = None
+_async_engines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine] = weakref.WeakKeyDictionary()
+# SET LOCAL takes no parameters; set_config(..., is_local => true) is the same and does.
+_BIND = text("SELECT set_config('app.tenant_id', :tenant, true)")
 
 
 def get_engine() -> Engine:
@@ -39,11 +48,29 @@ def get_engine() -> Engine:
     global _engine  # noqa: PLW0603 - the documented surface of this module is one engine per process
     with _lock:
         if _engine is None:
-            address = os.environ.get("PG_DSN")
-            if not address:
-                raise RuntimeError("PG_DSN is not set; set it to postgresql+psycopg://user:password@host:5432/database")
-            _engine = create_engine(sqlalchemy_url(address), pool_pre_ping=True)
+            _engine = create_engine(_url(), pool_pre_ping=True)
         return _engine
+
+
+def get_async_engine() -> AsyncEngine:
+    """The same for coroutines of the running loop; an engine belongs to the loop that made it.
+
+    Raises:
+        RuntimeError: ``PG_DSN`` is not set, or no loop runs.
+    """
+    loop = asyncio.get_running_loop()
+    with _lock:
+        if loop not in _async_engines:
+            _async_engines[loop] = create_async_engine(_url(), pool_pre_ping=True)
+        return _async_engines[loop]
+
+
+async def reset_async_engine() -> None:
+    """Close the running loop's connections and forget its engine; call it before the loop ends."""
+    with _lock:
+        engine = _async_engines.pop(asyncio.get_running_loop(), None)
+    if engine is not None:
+        await engine.dispose()
 
 
 def get_sessionmaker() -> sessionmaker[Session]:
@@ -73,6 +100,21 @@ def tenant_scoped_session(tenant_id: str | uuid.UUID) -> Iterator[Session]:
     """
     tenant = str(uuid.UUID(str(tenant_id)))
     with get_sessionmaker().begin() as session:
-        # SET LOCAL takes no parameters; set_config(..., is_local => true) is the same and does.
-        session.execute(text("SELECT set_config('app.tenant_id', :tenant, true)"), {"tenant": tenant})
+        session.execute(_BIND, {"tenant": tenant})
         yield session
+
+
+@asynccontextmanager
+async def async_tenant_scoped_session(tenant_id: str | uuid.UUID) -> AsyncIterator[AsyncSession]:
+    """``tenant_scoped_session`` for coroutines, with the same promises and errors."""
+    tenant = str(uuid.UUID(str(tenant_id)))
+    async with async_sessionmaker(get_async_engine(), expire_on_commit=False).begin() as session:
+        await session.execute(_BIND, {"tenant": tenant})
+        yield session
+
+
+def _url() -> str:
+    address = os.environ.get("PG_DSN")
+    if not address:
+        raise RuntimeError("PG_DSN is not set; set it to postgresql+psycopg://user:password@host:5432/database")
+    return sqlalchemy_url(address)

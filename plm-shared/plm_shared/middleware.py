@@ -26,6 +26,8 @@ CORE_CALLER_HEADER: Final = "X-Core-Caller"
 EXEMPT_PATHS: Final = frozenset({"/v1/health", "/v1/health/live", "/v1/health/ready"})
 """Asked by load balancers, which have no tenant."""
 
+_POLICY_VIOLATION: Final = 1008
+
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -83,7 +85,9 @@ class PlmTenantMiddleware:
     any                  malformed           400 ``INVALID_CORE_CALLER``
     ===================  ==================  ==========================================
 
-    It does not touch the database; ``tenant_scoped_session`` does.
+    A websocket is held to the same rules before its handshake: refused with the same answer where the server can send
+    one, else with close code 1008 (RFC 6455, section 7.4.1) and the code as reason. It does not touch the database, so
+    it never blocks the loop; ``tenant_scoped_session`` does.
     """
 
     def __init__(
@@ -99,13 +103,13 @@ class PlmTenantMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if scope["type"] != "http" or scope["path"] in self._exempt_paths:
+        if scope["type"] not in ("http", "websocket") or scope["path"] in self._exempt_paths:
             await self._app(scope, receive, send)
             return
         try:
             tenant = self._tenant(_header(scope, b"x-core-caller"))
         except _Refusal as refusal:
-            await _reply(send, refusal)
+            await (_reply if scope["type"] == "http" else _refuse_websocket)(scope, receive, send, refusal)
             return
         handle = set_context(_trace(tenant, _header(scope, b"traceparent")))
         try:
@@ -143,8 +147,23 @@ def _trace(tenant: uuid.UUID, traceparents: list[str]) -> TraceContext:
     return continued_context(inbound, tenant_id=str(tenant)) if inbound else new_root_context(tenant_id=str(tenant))
 
 
-async def _reply(send: Send, refusal: _Refusal) -> None:
+async def _reply(
+    scope: Scope,  # noqa: ARG001 - the same face as _refuse_websocket
+    receive: Receive,  # noqa: ARG001
+    send: Send,
+    refusal: _Refusal,
+    kind: str = "http.response",
+) -> None:
     body = json.dumps({"code": refusal.code, "message": refusal.message}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": f"{kind}.start", "status": refusal.status, "headers": headers})
+    await send({"type": f"{kind}.body", "body": body})
+
+
+async def _refuse_websocket(scope: Scope, receive: Receive, send: Send, refusal: _Refusal) -> None:
+    """Before the handshake: the HTTP answer where the server can send one (ASGI extension), else a close."""
+    await receive()
+    if "websocket.http.response" in (scope.get("extensions") or {}):
+        await _reply(scope, receive, send, refusal, kind="websocket.http.response")
+    else:
+        await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": refusal.code})

@@ -31,6 +31,11 @@ FORBIDDEN = [
     *(f"{verb} {table}" for table in TABLES for verb in ("DELETE FROM", "TRUNCATE", "DROP TABLE")),
     *(f"ALTER TABLE {table} DISABLE TRIGGER ALL" for table in TABLES),
     *(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY" for table in TABLES),
+    "COPY tenants FROM STDIN",
+    "COPY telemetry_events TO '/tmp/stolen'",
+    "COPY telemetry_events TO PROGRAM 'cat'",
+    "CREATE RULE quiet AS ON INSERT TO telemetry_events DO INSTEAD NOTHING",
+    "CREATE TRIGGER quiet BEFORE INSERT ON telemetry_events EXECUTE FUNCTION guard_quality_level()",
     "UPDATE telemetry_events SET payload = '{}'",
     "UPDATE telemetry_events SET created_at = now()",
     "UPDATE pricing_snapshots SET pricing_version = 'x'",
@@ -143,3 +148,51 @@ def test_a_temporary_type_of_the_callers_does_not_mislead_the_triggers(mine: Dat
         connection.execute("UPDATE runs SET quality_level = 'gold'")
         with pytest.raises(errors.CheckViolation):
             connection.execute("UPDATE runs SET quality_level = 'bronze'")
+
+
+def test_a_crafted_search_path_shadows_nothing_that_the_guards_use(mine: DatabaseUrls) -> None:
+    with psycopg.connect(mine.app, autocommit=True) as connection:
+        for statement in (
+            "SET search_path = pg_temp, public, pg_catalog",
+            "CREATE TYPE pg_temp.cost_status AS ENUM ('pending', 'calculated', 'unavailable')",
+            "CREATE TEMP TABLE pricing_snapshots (id uuid)",
+            "UPDATE public.llm_calls SET cost_status = 'calculated', cost_eur = 1",
+        ):
+            try:
+                connection.execute(statement.encode())
+            except errors.InsufficientPrivilege:
+                assert "TEMP" in statement or "pg_temp" in statement  # the application may make nothing temporary
+        with pytest.raises(errors.CheckViolation):
+            connection.execute("UPDATE public.llm_calls SET cost_eur = 2")
+        with pytest.raises(errors.CheckViolation):
+            connection.execute("UPDATE public.llm_calls SET pricing_snapshot_id = NULL")
+
+
+def test_the_rows_of_others_cannot_be_copied_out(mine: DatabaseUrls, two_tenants: tuple[uuid.UUID, uuid.UUID]) -> None:
+    with psycopg.connect(mine.app) as connection:
+        connection.execute("SELECT set_config('app.tenant_id', %s, true)", (str(two_tenants[1]),))
+        for table in TABLES[:-1]:
+            with connection.cursor().copy(f"COPY {table} TO STDOUT".encode()) as copy:
+                assert list(copy) == []
+
+
+def test_the_migrator_may_do_what_was_granted_and_nothing_else(mine: DatabaseUrls) -> None:
+    forbidden = [
+        *(f"{verb} {table}" for table in TABLES for verb in ("TRUNCATE", "DROP TABLE")),
+        *(f"ALTER TABLE {table} DISABLE TRIGGER ALL" for table in TABLES),
+        *(f"ALTER TABLE {table} DISABLE ROW LEVEL SECURITY" for table in TABLES),
+        "SELECT * FROM mcrc_v1_view",
+        "DROP POLICY tenant_isolation ON runs",
+        "CREATE TABLE mine (n int)",
+        "ALTER ROLE plm_app BYPASSRLS",
+        "SET session_replication_role = replica",
+    ]
+    with psycopg.connect(mine.owner, autocommit=True) as connection:
+        connection.execute("SET ROLE plm_migrator")
+        for statement in forbidden:
+            with pytest.raises(errors.InsufficientPrivilege):
+                connection.execute(statement.encode())
+        for table in TABLES:
+            connection.execute(sql.SQL("SELECT FROM {}").format(sql.Identifier(table)))
+        connection.execute("UPDATE tenants SET name = 'renamed'")
+        connection.execute("DELETE FROM artifacts")

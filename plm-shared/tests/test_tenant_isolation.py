@@ -12,6 +12,7 @@ from plm_shared import db
 from plm_shared.addresses import DatabaseUrls
 from psycopg import errors, sql
 from sqlalchemy import text
+from sqlalchemy.exc import ProgrammingError
 
 pytestmark = pytest.mark.every_postgres
 
@@ -154,3 +155,34 @@ def test_a_session_refuses_a_tenant_that_is_no_uuid_and_a_missing_address(monkey
         pass
     with pytest.raises(RuntimeError, match="PG_DSN is not set"), db.tenant_scoped_session(uuid.uuid4()):
         pass
+
+
+async def test_a_coroutines_session_keeps_the_same_promises(
+    kernel_database: DatabaseUrls, two_tenants: tuple[uuid.UUID, uuid.UUID], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PG_DSN", kernel_database.app)
+    mine, theirs = two_tenants
+    insert_run = text("INSERT INTO runs (id, tenant_id, actor_kind) VALUES (:id, :tenant, 'agent')")
+    count = text("SELECT count(*) FROM runs")
+
+    async def change_my_mind(tenant: uuid.UUID) -> None:
+        async with db.async_tenant_scoped_session(tenant) as session:
+            await session.execute(insert_run, {"id": uuid.uuid4(), "tenant": tenant})
+            raise RuntimeError("changed my mind")
+
+    try:
+        async with db.async_tenant_scoped_session(mine) as session:
+            await session.execute(insert_run, {"id": uuid.uuid4(), "tenant": mine})
+        with pytest.raises(RuntimeError, match="changed my mind"):
+            await change_my_mind(mine)
+        with pytest.raises(ProgrammingError, match="row-level security"):
+            async with db.async_tenant_scoped_session(theirs) as session:
+                await session.execute(insert_run, {"id": uuid.uuid4(), "tenant": mine})
+        async with db.async_tenant_scoped_session(mine) as session:
+            assert await session.scalar(count) == 1
+        async with db.async_tenant_scoped_session(theirs) as session:
+            assert await session.scalar(count) == 0
+        async with db.get_async_engine().connect() as connection:
+            assert await connection.scalar(count) == 0
+    finally:
+        await db.reset_async_engine()

@@ -180,3 +180,35 @@ def test_cors_headers_appear_once_in_order() -> None:
         "X-Core-Caller",
         "Idempotency-Key",
     ]
+
+
+@pytest.mark.parametrize("extension", [True, False])
+async def test_a_websocket_is_held_to_the_same_rules_before_its_handshake(extension: bool) -> None:
+    seen: list[TraceContext | None] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(current_context())
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    middleware = PlmTenantMiddleware(app, identity_tenant=lambda: MINE)
+    extensions = {"websocket.http.response": {}} if extension else None
+    scope = {"type": "websocket", "path": "/v1/live", "headers": [], "extensions": extensions}
+    await middleware(scope, receive, send)
+    assert [context and context.tenant_id for context in seen] == [str(MINE)]
+    await middleware({**scope, "headers": [caller(THEIRS)]}, receive, send)
+    assert len(seen) == 1
+    if extension:
+        assert [message["type"] for message in sent] == [
+            "websocket.http.response.start",
+            "websocket.http.response.body",
+        ]
+        assert sent[0]["status"] == 403
+        assert json.loads(sent[1]["body"])["code"] == "CORE_CALLER_MISMATCH"
+    else:
+        assert sent == [{"type": "websocket.close", "code": 1008, "reason": "CORE_CALLER_MISMATCH"}]
