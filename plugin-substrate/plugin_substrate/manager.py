@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from plugin_substrate.discovery import find_manifests, manifest_folders
-from plugin_substrate.errors import PluginConfigError, PluginError, PluginNotLoadedError
+from plugin_substrate.errors import PluginConfigError, PluginError
 from plugin_substrate.home_loop import HomeLoop
-from plugin_substrate.instance import CallListeners, CancelOutcome, InstanceSettings, LoadedInstance
+from plugin_substrate.instance import CallListeners, CancelOutcome, InstanceSettings
+from plugin_substrate.instances import InstanceTable
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta, RejectedManifest
-from plugin_substrate.supervisors import SupervisorPool
 from plugin_substrate.worker.confine import Limits
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Loading:
-    instance: LoadedInstance
-    task: asyncio.Task[None]
 
 
 class PluginManager:
@@ -55,10 +47,7 @@ class PluginManager:
         self._home = HomeLoop()
         self._discovered: dict[str, PluginMeta] = {}
         self._rejected: tuple[RejectedManifest, ...] = ()
-        self._instances: dict[str, LoadedInstance] = {}
-        self._loading: dict[str, _Loading] = {}
-        self._unloading: set[asyncio.Task[bool]] = set()
-        self._supervisors = SupervisorPool()
+        self._instances = InstanceTable()
 
     # -- finding
 
@@ -82,11 +71,11 @@ class PluginManager:
 
     def get_instance(self, instance_id: str) -> PluginInstance:
         """Return an instance as it stands; a `PluginNotLoadedError` when there is none."""
-        return self._instance(instance_id).view()
+        return self._instances.get(instance_id).view()
 
     def list_instances(self, plugin_name: str | None = None) -> list[PluginInstance]:
         """Return the loaded instances, of one plugin or of all."""
-        views = [instance.view() for instance in self._instances.values()]
+        views = [instance.view() for instance in self._instances.all()]
         return [view for view in views if plugin_name in (None, view.plugin_name)]
 
     # -- loading
@@ -112,9 +101,7 @@ class PluginManager:
         if max_concurrent_requests < 1:
             raise ValueError(f"max_concurrent_requests must be at least 1, not {max_concurrent_requests}")
         if chosen not in self._instances:
-            if chosen not in self._loading:
-                self._begin_load(self._settings(chosen, meta, config, max_concurrent_requests))
-            await asyncio.shield(self._loading[chosen].task)
+            await self._instances.load(self._settings(chosen, meta, config, max_concurrent_requests))
         return self.get_instance(chosen)
 
     def load_plugin(
@@ -143,7 +130,7 @@ class PluginManager:
         A load in progress is given up. Cancelling the awaiting task does not stop the unloading.
         """
         self._home.adopt()
-        return await asyncio.shield(self._begin_unload(instance_id))
+        return await self._instances.unload(instance_id)
 
     def unload_plugin(self, instance_id: str) -> bool:
         """Unload synchronously; False when nothing has this id."""
@@ -152,12 +139,12 @@ class PluginManager:
     async def unload_all_async(self) -> None:
         """Unload everything; when this returns no process of any plugin is left."""
         self._home.adopt()
-        await self._unload_all()
+        await self._instances.unload_all()
         self._home.release()
 
     def unload_all(self) -> None:
         """Unload everything, synchronously."""
-        self._home.run(self._unload_all)
+        self._home.run(self._instances.unload_all)
         self._home.release()
 
     # -- calling
@@ -182,7 +169,7 @@ class PluginManager:
         and its effect cannot be known. Cancelling the awaiting task cancels the call.
         """
         self._home.adopt()
-        instance = self._instance(instance_id)
+        instance = self._instances.get(instance_id)
         context = call or CallContext(call_id=uuid.uuid4().hex)
         listeners = CallListeners(
             before_start=before_start,
@@ -216,7 +203,7 @@ class PluginManager:
     async def cancel_call(self, instance_id: str, call_id: str) -> CancelOutcome:
         """Ask a call to end; after the grace its worker is killed, and with it every other call in that worker."""
         self._home.adopt()
-        return await self._instance(instance_id).cancel(call_id)
+        return await self._instances.get(instance_id).cancel(call_id)
 
     # -- around
 
@@ -228,17 +215,6 @@ class PluginManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.unload_all_async()
-
-    async def _unload_all(self) -> None:
-        for instance_id in {*self._instances, *self._loading}:
-            self._begin_unload(instance_id)
-        await asyncio.gather(*self._unloading)
-
-    def _instance(self, instance_id: str) -> LoadedInstance:
-        try:
-            return self._instances[instance_id]
-        except KeyError:
-            raise PluginNotLoadedError(f"no plugin is loaded as {instance_id!r}") from None
 
     def _settings(
         self, instance_id: str, meta: PluginMeta, config: Mapping[str, Any] | None, max_concurrent_requests: int
@@ -253,46 +229,6 @@ class PluginManager:
             load_timeout=self._load_timeout,
             limits=self._limits,
         )
-
-    def _begin_load(self, settings: InstanceSettings) -> None:
-        key = _supervisor_key(settings.meta)
-        instance = LoadedInstance(settings, lambda: self._supervisors.get(key))
-        task = asyncio.get_running_loop().create_task(self._load(instance))
-        self._loading[settings.instance_id] = _Loading(instance, task)
-
-    async def _load(self, instance: LoadedInstance) -> None:
-        instance_id, key = instance.settings.instance_id, _supervisor_key(instance.settings.meta)
-        self._supervisors.join(key)
-        try:
-            await instance.worker()
-            self._instances[instance_id] = instance
-        except BaseException:
-            await self._supervisors.leave(key)
-            raise
-        finally:
-            del self._loading[instance_id]
-
-    def _begin_unload(self, instance_id: str) -> asyncio.Task[bool]:
-        """Unload in a task of its own, so that nobody who waits for it can leave it half-done."""
-        task = asyncio.get_running_loop().create_task(self._unload(instance_id))
-        self._unloading.add(task)
-        task.add_done_callback(self._unloading.discard)
-        return task
-
-    async def _unload(self, instance_id: str) -> bool:
-        loading = self._loading.get(instance_id)
-        if loading is not None:
-            await loading.instance.close()
-            await asyncio.wait({loading.task})
-        instance = self._instances.pop(instance_id, None)
-        if instance is not None:
-            await instance.close()
-            await self._supervisors.leave(_supervisor_key(instance.settings.meta))
-        return (loading or instance) is not None
-
-
-def _supervisor_key(meta: PluginMeta) -> tuple[str, str]:
-    return meta.name, meta.manifest.install.python_path
 
 
 def _effective_config(meta: PluginMeta, config: Mapping[str, Any]) -> dict[str, Any]:

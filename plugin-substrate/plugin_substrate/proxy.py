@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
+from plugin_substrate.deaths import death_of, forced_end_of
 from plugin_substrate.errors import (
-    PluginCancelledError,
     PluginLoadError,
     ProtocolError,
     WireValueError,
@@ -23,12 +22,12 @@ from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.worker.failures import restore_error
 from plugin_substrate.worker.frames import Frame, FrameDecoder, encode_frame
-from plugin_substrate.worker.text import clean_line
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 _EXIT_REPORT_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.5
 _QUICK_BYTES = 64 << 10
+_TURN_SECONDS = 0.001
 
 
 class RemotePluginProxy(asyncio.BufferedProtocol):
@@ -134,11 +133,24 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
 
     def buffer_updated(self, count: int) -> None:
         """Handle what arrived; a worker that breaks the protocol is killed."""
+        started = self._loop.time()
         try:
             for frame in self._decoder.received(count):
                 self._handle(frame)
         except Exception as error:  # noqa: BLE001 - whatever a frame can cause must end its sender, never the host
             self._break_off(error)
+        if self._loop.time() - started > _TURN_SECONDS:
+            self._let_others_run()
+
+    def _let_others_run(self) -> None:
+        """Read no more until the event loop has been round: uvloop would read on as long as a flood lasts."""
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+            self._loop.call_soon(self._read_on)
+
+    def _read_on(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def connection_lost(self, _: Exception | None) -> None:
         """Find out how the worker ended, then tell everyone who waits."""
@@ -159,34 +171,12 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         await asyncio.wait({self._process.returncode}, timeout=_EXIT_REPORT_SECONDS)
         self._process.close()
         self._log.close()
-        error = self._death()
-        self._gone.set_result(error)
+        returncode = self._process.returncode.result() if self._process.returncode.done() else None
+        self._gone.set_result(death_of(returncode, self._broken, self._lines))
         calls, self._calls = self._calls, {}
         for call in calls.values():
-            if call.forced:
-                cause = PluginCancelledError(
-                    f"call {call.context.call_id} did not end in time, so its worker was killed",
-                    forced=True,
-                    outcome_known=False,
-                )
-                cause.__cause__ = error
-                call.fail(cause)
-            else:
-                call.fail(self._death())
-
-    def _death(self) -> WorkerDiedError:
-        returncode = self._process.returncode.result() if self._process.returncode.done() else None
-        name = _signal_name(returncode)
-        how = (
-            f"was ended by {name}" if name else f"ended with status {returncode}" if returncode is not None else "ended"
-        )
-        if self._broken is not None:
-            how = f"broke the protocol ({clean_line(str(self._broken), 200)}) and {how}"
-        error = WorkerDiedError(
-            f"the worker {how}", returncode=returncode, signal_name=name, log_tail=tuple(self._lines)[-20:]
-        )
-        error.__cause__ = self._broken
-        return error
+            death = death_of(returncode, self._broken, self._lines)  # each waiter raises an error of its own
+            call.fail(forced_end_of(call.context.call_id, death) if call.forced else death)
 
     def _handle(self, frame: Frame) -> None:
         header = frame.header
@@ -279,16 +269,7 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
     def _write(self, frame: list[bytes]) -> None:
         if self._transport is not None:
             for piece in frame:
-                self._transport.write(piece)
-
-
-def _signal_name(returncode: int | None) -> str:
-    if returncode is None or returncode >= 0:
-        return ""
-    try:
-        return signal.Signals(-returncode).name
-    except ValueError:
-        return f"signal {-returncode}"
+                self._transport.write(memoryview(piece))  # of which asyncio copies less than of bytes
 
 
 def _set(future: asyncio.Future[None], outcome: Exception | None) -> None:

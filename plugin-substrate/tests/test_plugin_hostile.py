@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -304,6 +305,19 @@ async def test_unloading_does_not_wait_for_a_plugin_that_never_finishes_loading(
         with pytest.raises(PluginNotLoadedError):
             await load
     assert manager.list_instances() == []
+
+
+async def test_a_load_that_nobody_waits_for_any_more_may_fail_in_silence(
+    manager: PluginManager, hostile_meta: MetaFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    load = asyncio.create_task(manager.load_plugin_async(hostile_meta("SlowToLoad")))
+    await asyncio.sleep(0)
+    load.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await load
+    assert await manager.unload_plugin_async("hostile")
+    gc.collect()
+    assert caplog.records == []
 
 
 async def test_a_cancelled_unload_is_finished_all_the_same(hostile: PluginManager) -> None:

@@ -1,0 +1,45 @@
+"""How a worker ended, as the errors of those who waited for it."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+
+from plugin_substrate.errors import PluginCancelledError, ProtocolError, WorkerDiedError
+from plugin_substrate.worker.text import clean_line
+
+_SHOWN_LINES = 20
+_SHOWN_CHARACTERS = 200
+
+
+def death_of(returncode: int | None, broken: ProtocolError | None, lines: Sequence[str]) -> WorkerDiedError:
+    """Return the error that tells of a death; ``broken`` is what the host killed it for, if it did."""
+    name = _signal_name(returncode)
+    how = "ended" if returncode is None else f"ended with status {returncode}"
+    if name:
+        how = f"was ended by {name}"
+    if broken is not None:
+        how = f"broke the protocol ({clean_line(str(broken), _SHOWN_CHARACTERS)}) and {how}"
+    error = WorkerDiedError(
+        f"the worker {how}", returncode=returncode, signal_name=name, log_tail=tuple(lines)[-_SHOWN_LINES:]
+    )
+    error.__cause__ = broken
+    return error
+
+
+def forced_end_of(call_id: str, death: WorkerDiedError) -> PluginCancelledError:
+    """Return the error of the call for whose sake its worker was killed."""
+    error = PluginCancelledError(
+        f"call {call_id} did not end in time, so its worker was killed", forced=True, outcome_known=False
+    )
+    error.__cause__ = death
+    return error
+
+
+def _signal_name(returncode: int | None) -> str:
+    if returncode is None or returncode >= 0:
+        return ""
+    try:
+        return signal.Signals(-returncode).name
+    except ValueError:
+        return f"signal {-returncode}"

@@ -1,0 +1,106 @@
+"""The instances of one host: which are there, which are coming and which are going."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from plugin_substrate.errors import PluginNotLoadedError
+from plugin_substrate.instance import InstanceSettings, LoadedInstance
+from plugin_substrate.metadata import PluginMeta
+from plugin_substrate.supervisors import Key, SupervisorPool
+
+
+@dataclass(frozen=True)
+class _Loading:
+    instance: LoadedInstance
+    task: asyncio.Task[None]
+
+
+class InstanceTable:
+    """Loads and unloads instances, each in a task of its own: who stops waiting leaves nothing half-done behind.
+
+    Belongs to one event loop.
+    """
+
+    def __init__(self) -> None:
+        self._instances: dict[str, LoadedInstance] = {}
+        self._loading: dict[str, _Loading] = {}
+        self._unloading: set[asyncio.Task[bool]] = set()
+        self._supervisors = SupervisorPool()
+
+    def __contains__(self, instance_id: str) -> bool:
+        return instance_id in self._instances
+
+    def get(self, instance_id: str) -> LoadedInstance:
+        """Return a loaded instance; a `PluginNotLoadedError` when there is none."""
+        try:
+            return self._instances[instance_id]
+        except KeyError:
+            raise PluginNotLoadedError(f"no plugin is loaded as {instance_id!r}") from None
+
+    def all(self) -> list[LoadedInstance]:
+        """Return the loaded instances."""
+        return list(self._instances.values())
+
+    async def load(self, settings: InstanceSettings) -> None:
+        """Load an instance, or wait for the load of its id that is already going on."""
+        loading = self._loading.get(settings.instance_id) or self._begin_load(settings)
+        await asyncio.shield(loading.task)
+
+    async def unload(self, instance_id: str) -> bool:
+        """Unload, giving up a load that is going on; False when nothing has this id."""
+        return await asyncio.shield(self._begin_unload(instance_id))
+
+    async def unload_all(self) -> None:
+        """Unload everything, and wait for what others are unloading."""
+        for instance_id in {*self._instances, *self._loading}:
+            self._begin_unload(instance_id)
+        await asyncio.gather(*self._unloading)
+
+    def _begin_load(self, settings: InstanceSettings) -> _Loading:
+        key = _supervisor_key(settings.meta)
+        instance = LoadedInstance(settings, lambda: self._supervisors.get(key))
+        task = asyncio.get_running_loop().create_task(self._load(instance))
+        task.add_done_callback(_read_exception)
+        loading = self._loading[settings.instance_id] = _Loading(instance, task)
+        return loading
+
+    async def _load(self, instance: LoadedInstance) -> None:
+        instance_id, key = instance.settings.instance_id, _supervisor_key(instance.settings.meta)
+        self._supervisors.join(key)
+        try:
+            await instance.worker()
+            self._instances[instance_id] = instance
+        except BaseException:
+            await self._supervisors.leave(key)
+            raise
+        finally:
+            del self._loading[instance_id]
+
+    def _begin_unload(self, instance_id: str) -> asyncio.Task[bool]:
+        task = asyncio.get_running_loop().create_task(self._unload(instance_id))
+        self._unloading.add(task)
+        task.add_done_callback(self._unloading.discard)
+        return task
+
+    async def _unload(self, instance_id: str) -> bool:
+        loading = self._loading.get(instance_id)
+        if loading is not None:
+            await loading.instance.close()
+            await asyncio.wait({loading.task})
+        instance = self._instances.pop(instance_id, None)
+        if instance is not None:
+            await instance.close()
+            await self._supervisors.leave(_supervisor_key(instance.settings.meta))
+        return (loading or instance) is not None
+
+
+def _supervisor_key(meta: PluginMeta) -> Key:
+    return meta.name, meta.manifest.install.python_path
+
+
+def _read_exception(task: asyncio.Task[None]) -> None:
+    """Take note of a failure: whoever awaited the load may have gone away, which must not cause a warning."""
+    if not task.cancelled():
+        task.exception()
