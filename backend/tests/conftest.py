@@ -1,0 +1,371 @@
+"""A real `plm-cli serve` on a real database, with plugins in their own environments; tests speak HTTP to it.
+
+`platform` serves the plugins and agents of `tests/platform/`, `bom_platform` those of `dev/`. Both live as long as the
+test run; a test that stops, kills or configures a server starts its own with `launch`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import httpx_sse
+import psycopg
+import pytest
+from plm_backend.database import upgrade_all
+from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider
+from plm_shared.addresses import DatabaseUrls
+from plm_shared.testing.databases import TemplateDatabases, create_tenants
+
+BIN = Path(sys.executable).parent
+REPOSITORY = Path(__file__).parents[2]
+TEST_PLATFORM = Path(__file__).parent / "platform"
+SECRET = secrets.token_hex(32)
+ALL_SCOPES = ("plm.runs.create", "plm.halt", "bom.read", "bom.write", "probe.write")
+PATIENCE = 60.0
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """What a condition answers once it holds; a failure that says what did not come true."""
+    deadline = time.monotonic() + PATIENCE
+    while not (answer := condition()):
+        assert time.monotonic() < deadline, f"in {PATIENCE:g} s it did not come true: {what}"
+        time.sleep(0.02)
+    return answer
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Signs tokens as an identity provider would."""
+
+    provider: Hs256JwtIdentityProvider = field(default_factory=lambda: Hs256JwtIdentityProvider(active_secret=SECRET))
+
+    def issue(
+        self, tenant: uuid.UUID, *, user: uuid.UUID | None = None, scopes: tuple[str, ...] = ALL_SCOPES, **claims: Any
+    ) -> str:
+        now = int(time.time())
+        return self.provider.issue_token(
+            {
+                "sub": str(user or uuid.uuid4()),
+                "tenant_id": str(tenant),
+                "actor_kind": "human",
+                "scopes": list(scopes),
+                "iat": now,
+                "exp": now + 3600,
+                **claims,
+            }
+        )
+
+
+class Client(httpx.Client):
+    """One identity at one server. Every answer is compared with the OpenAPI document."""
+
+    def __init__(self, url: str, token: str = "", *, contract: Contract | None = None, **headers: str) -> None:
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        hooks: dict[str, list[Callable[..., Any]]] = {"response": [contract.check] if contract else []}
+        super().__init__(base_url=url, headers=headers, timeout=PATIENCE, event_hooks=hooks)
+
+    def run(self, agent: str, *, files: Mapping[str, Any] | None = None, **inputs: Any) -> dict[str, Any]:
+        """Create a run; it must be accepted."""
+        answer = self.post("/v1/runs", json={"agent": agent, "inputs": inputs, "files": files or {}})
+        assert answer.status_code == 202, answer.text
+        document: dict[str, Any] = answer.json()
+        return document
+
+    def events(self, run_id: str, *, after: int | str | None = None) -> Iterator[httpx_sse.ServerSentEvent]:
+        """The messages of a run's event stream, to its end; heartbeats are left out."""
+        headers = {} if after is None else {"Last-Event-ID": str(after)}
+        with httpx_sse.connect_sse(self, "GET", f"/v1/runs/{run_id}/events", headers=headers) as source:
+            assert source.response.status_code == 200, source.response.read()
+            yield from (message for message in source.iter_sse() if message.data)
+
+    def wait(self, run_id: str, *kinds: str) -> dict[str, Any]:
+        """The payload of the first event of one of these kinds, by default of a terminal one."""
+        wanted = kinds or ("run_succeeded", "run_failed", "run_cancelled")
+        for message in self.events(run_id):
+            if message.event in wanted:
+                payload: dict[str, Any] = json.loads(message.data)["payload"]
+                return payload
+        pytest.fail(f"run {run_id} ended without {wanted}")
+
+    def finished(self, run_id: str) -> dict[str, Any]:
+        """The run's document once it has ended."""
+        self.wait(run_id)
+        document: dict[str, Any] = self.get(f"/v1/runs/{run_id}").json()
+        return document
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The server's own OpenAPI document, which every answer must keep to."""
+
+    document: Mapping[str, Any]
+
+    def check(self, response: httpx.Response) -> None:
+        """Fail on an answer that the document does not announce, and on an error that is no problem document."""
+        operation = self._operation(response.request)
+        if operation is None:
+            return
+        statuses = set(operation["responses"])
+        assert str(response.status_code) in statuses, f"{operation['operationId']}: {response.status_code} undocumented"
+        foreign = response.status_code in (400, 403) and "message" in response.read().decode()
+        if response.is_error and response.status_code != 503 and not foreign:
+            response.read()
+            problem = response.json()
+            assert response.headers["content-type"] == "application/problem+json", response.text
+            assert problem.keys() >= {"type", "title", "status", "detail", "code"}, problem
+            assert problem["status"] == response.status_code
+
+    def _operation(self, request: httpx.Request) -> Mapping[str, Any] | None:
+        for template, operations in self.document["paths"].items():
+            pattern = re.sub(r"\{[^}]+\}", "[^/]+", template)
+            if re.fullmatch(pattern, request.url.path) and request.method.lower() in operations:
+                found: Mapping[str, Any] = operations[request.method.lower()]
+                return found
+        return None
+
+
+@dataclass(kw_only=True)
+class Server:
+    """A running `plm-cli serve`."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    log: Path
+    environment: Mapping[str, str]
+    tenant: uuid.UUID
+    other_tenant: uuid.UUID
+    tokens: Tokens
+    stack: ExitStack
+    contract: Contract | None = None
+
+    def client(self, *, tenant: uuid.UUID | None = None, user: uuid.UUID | None = None, **options: Any) -> Client:
+        """A client of a new identity, of the first tenant unless another is given."""
+        token = self.tokens.issue(tenant or self.tenant, user=user, **options)
+        return self.stack.enter_context(Client(self.url, token, contract=self.contract))
+
+    def anonymous(self, token: str = "", **headers: str) -> Client:
+        """A client with any token, or none."""
+        return self.stack.enter_context(Client(self.url, token, contract=self.contract, **headers))
+
+    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run `plm-cli` with this server's settings."""
+        return run_cli(*arguments, environment=self.environment)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Send a signal and wait for the end."""
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+    def database(self) -> psycopg.Connection[Any]:
+        """A connection of the owner, bound to the first tenant."""
+        connection = self.stack.enter_context(psycopg.connect(self.environment["PG_ADMIN_DSN"], autocommit=True))
+        connection.execute("SELECT set_config('app.tenant_id', %s, false)", [str(self.tenant)])
+        return connection
+
+
+def run_cli(*arguments: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [BIN / "plm-cli", *arguments], env=dict(environment), capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def clean_environment(**settings: str) -> dict[str, str]:
+    """This process's environment without settings of ours, and these instead."""
+    ours = ("PLM_", "PG_", "ENVIRONMENT", "INPUT")
+    return {**{name: value for name, value in os.environ.items() if not name.startswith(ours)}, **settings}
+
+
+@pytest.fixture(scope="session")
+def plugins_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example plugins, installed where `make demo` has them too; what is there already is kept."""
+    folder = Path(os.environ.get("PLM_PLUGINS_DIR") or REPOSITORY / ".state" / "plugins")
+    _install(REPOSITORY / "dev" / "plugins.yaml", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def test_plugins_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("plugins")
+    _install(TEST_PLATFORM / "plugins.yaml", folder)
+    return folder
+
+
+def _install(plugins: Path, folder: Path) -> None:
+    command = [BIN / "cjm-ctl", "install-all", "--plugins", plugins, "--data-dir", folder]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=170, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def new_database(template_databases: TemplateDatabases) -> Iterator[Callable[[], DatabaseUrls]]:
+    """Makes migrated databases, which live as long as the test run."""
+    template = template_databases.template("plm_platform", lambda urls: upgrade_all(urls.owner))
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(template_databases.cloned(template))
+
+
+@pytest.fixture(scope="session")
+def settings_of(
+    tmp_path_factory: pytest.TempPathFactory, test_plugins_dir: Path
+) -> Callable[[DatabaseUrls], dict[str, str]]:
+    """The environment of a server of the test platform on a database."""
+
+    def settings(database: DatabaseUrls, **more: str) -> dict[str, str]:
+        return clean_environment(
+            ENVIRONMENT="test",
+            PG_DSN=database.app,
+            PG_ADMIN_DSN=database.owner,
+            PLM_IDENTITY_HS256_SECRET_ACTIVE=SECRET,
+            PLM_STATE_DIR=str(tmp_path_factory.mktemp("state")),
+            PLM_PLUGINS_DIR=str(test_plugins_dir),
+            PLM_POLICY=str(TEST_PLATFORM / "policy.yaml"),
+            PLM_CAPABILITIES=str(TEST_PLATFORM / "capabilities.yaml"),
+            PLM_AGENTS=str(TEST_PLATFORM / "agents"),
+            PLM_PLUGIN_CONCURRENCY="8",
+            PLM_LEASE_SECONDS="2",
+            PLM_RECOVERY_SECONDS="0.3",
+            **more,
+        )
+
+    return settings
+
+
+@pytest.fixture(scope="session")
+def launch(
+    new_database: Callable[[], DatabaseUrls],
+    settings_of: Callable[..., dict[str, str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Any]:
+    """Starts a server for the length of a block, on a new database unless one of another server is given."""
+
+    @contextmanager
+    def launched(*, like: Server | None = None, **settings: str) -> Iterator[Server]:
+        if like is None:
+            database = new_database()
+            tenant, other = create_tenants(database, "first", "second")
+            environment = {**settings_of(database), **settings}
+        else:
+            tenant, other = like.tenant, like.other_tenant
+            environment = {**like.environment, **settings}
+        folder = tmp_path_factory.mktemp("serve")
+        ready, log = folder / "ready.json", folder / "serve.log"
+        with ExitStack() as stack:
+            output = stack.enter_context(log.open("wb"))
+            process = subprocess.Popen(
+                [BIN / "plm-cli", "serve", "--port", "0", "--ready-file", ready],
+                env=environment,
+                stdout=output,
+                stderr=output,
+            )
+            stack.callback(_end, process)
+            until(lambda: ready.exists() or process.poll() is not None, "the server starts")
+            assert process.poll() is None, log.read_text()
+            server = Server(
+                process=process,
+                url=json.loads(ready.read_text())["url"],
+                log=log,
+                environment=environment,
+                tenant=tenant,
+                other_tenant=other,
+                tokens=Tokens(),
+                stack=stack,
+            )
+            server.contract = Contract(server.client().get("/openapi.json").json())
+            yield server
+
+    return launched
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="session")
+def platform(launch: Callable[..., Any]) -> Iterator[Server]:
+    """A server with the plugins, agents and policy of `tests/platform/`."""
+    with launch() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def bom_platform(launch: Callable[..., Any], plugins_dir: Path) -> Iterator[Server]:
+    """A server with the example plugins, agents and policy of `dev/`."""
+    dev = REPOSITORY / "dev"
+    with launch(
+        PLM_PLUGINS_DIR=str(plugins_dir),
+        PLM_POLICY=str(dev / "policy.yaml"),
+        PLM_CAPABILITIES=str(dev / "capabilities.yaml"),
+        PLM_AGENTS=str(dev / "agents"),
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def client(platform: Server) -> Client:
+    """Somebody of the first tenant who may create runs and halt them."""
+    return platform.client()
+
+
+@pytest.fixture
+def approver(platform: Server) -> Client:
+    """Somebody of the first tenant who may decide approvals and nothing else."""
+    return platform.client(scopes=("plm.hitl.resolve",))
+
+
+@pytest.fixture(name="until", scope="session")
+def until_fixture() -> Callable[[Callable[[], Any], str], Any]:
+    return until
+
+
+@pytest.fixture(scope="session")
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `plm-cli` in an environment."""
+    return run_cli
+
+
+@pytest.fixture(scope="session")
+def environment() -> Callable[..., dict[str, str]]:
+    return clean_environment
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where `probe.hold` waits: the call says that it entered, and leaves when the test opens."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def entered(self) -> None:
+        until(Path(f"{self.path}.entered").exists, "the plugin's call begins")
+
+    def open(self) -> None:
+        self.path.touch()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Gate]:
+    held = Gate(tmp_path / "gate")
+    yield held
+    held.open()

@@ -1,0 +1,104 @@
+"""A plugin for tests: each action shows one behaviour of plugins, good or bad."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from plugin_substrate.errors import (
+    PluginFatalError,
+    PluginInputError,
+    PluginResourceError,
+    PluginTransientError,
+)
+from plugin_substrate.interface import InputFile, OutputFile, PluginInterface, current_call, plugin_action
+
+ERRORS = {
+    "user_input": PluginInputError,
+    "transient": PluginTransientError,
+    "resource": PluginResourceError,
+    "fatal": PluginFatalError,
+}
+
+
+class Probe(PluginInterface):
+    name = "probe"
+    version = "0.1.0"
+
+    def initialize(self, config: dict[str, Any]) -> None:
+        pass
+
+    def get_config_schema(self) -> dict[str, Any]:
+        return {}
+
+    def get_current_config(self) -> dict[str, Any]:
+        return {}
+
+    def execute(self, *, action: str, **arguments: Any) -> Any:
+        return self.run_action(action, **arguments)
+
+    @plugin_action("probe.echo")
+    def echo(self, value: Any = None) -> Any:
+        self.report_progress(0.5, "half way")
+        self.report_progress(1.0, "done")
+        return {"value": value}
+
+    @plugin_action("probe.fail")
+    def fail(self, kind: str) -> Any:
+        raise ERRORS[kind](f"this is a {kind} error")
+
+    @plugin_action("probe.usage")
+    def usage(self, unit: str, amount: str) -> Any:
+        current_call.get().on_usage({unit: float(amount)})  # around the interface's own check
+        return {}
+
+    @plugin_action("probe.make_file")
+    def make_file(self, name: str, mime_type: str, text: str) -> Any:
+        return {"file": OutputFile(name, mime_type, text.encode())}
+
+    @plugin_action("probe.read_file")
+    def read_file(self, file: InputFile) -> Any:
+        return {"name": file.name, "mime_type": file.mime_type, "text": file.data.decode()}
+
+    @plugin_action("probe.hold")
+    def hold(self, gate: str) -> Any:
+        """Say that it was entered, then wait until the file `gate` exists."""
+        Path(f"{gate}.entered").touch()
+        while not Path(gate).exists():
+            self.check_cancel()
+            time.sleep(0.02)
+        return {"held": True}
+
+    @plugin_action("probe.short")
+    def short(self, gate: str) -> Any:
+        return self.hold(gate)
+
+    @plugin_action("probe.stubborn")
+    def stubborn(self, gate: str) -> Any:
+        """Like `hold`, deaf to cancels."""
+        Path(f"{gate}.entered").touch()
+        while not Path(gate).exists():
+            time.sleep(0.02)
+        return {"held": True}
+
+    @plugin_action("probe.journal")
+    def journal(self, journal: str) -> Any:
+        """Write one line a step key, and die before answering the first time."""
+        known = Path(journal)
+        with known.open("a+", encoding="utf-8") as lines:
+            lines.seek(0)
+            if self.call.step_key not in lines.read().splitlines():
+                lines.write(f"{self.call.step_key}\n")
+                lines.flush()
+                os._exit(7)
+        return {"step_key": self.call.step_key}
+
+    @plugin_action("probe.die")
+    def die(self) -> Any:
+        os._exit(9)
+
+    @plugin_action("probe.write")
+    def write(self, value: Any = None) -> Any:
+        return {"written": value}

@@ -1,0 +1,147 @@
+"""The way in: identity, tenant, health, artifacts, and that nothing a client sends is our failure."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+
+def test_health_needs_no_token(platform: Any) -> None:
+    anyone = platform.anonymous()
+    assert anyone.get("/v1/health/live").json() == {"status": "alive", "checks": {}}
+    assert anyone.get("/v1/health/ready").json() == {"status": "ready", "checks": {"database": "ok"}}
+
+
+def test_without_a_good_token_nobody_comes_in(platform: Any) -> None:
+    issue, tenant = platform.tokens.issue, platform.tenant
+    good = issue(tenant)
+    now = int(time.time())
+    expired = _sign_without_checks(platform, exp=now - 10, iat=now - 20)
+    bad = ["", "junk", good[:-4] + "AAAA", f"{good}x", expired, issue(uuid.uuid4())]
+    for token in bad:
+        answer = platform.anonymous(token).get("/v1/runs")
+        assert answer.status_code == 401, token
+        assert answer.headers["www-authenticate"].startswith("Bearer")
+        assert token not in answer.text or not token
+
+
+def _sign_without_checks(platform: Any, **times: int) -> str:
+    import jwt
+
+    claims = {"sub": str(uuid.uuid4()), "tenant_id": str(platform.tenant), "actor_kind": "human", "scopes": [], **times}
+    return jwt.encode(claims, platform.environment["PLM_IDENTITY_HS256_SECRET_ACTIVE"], "HS256")
+
+
+def test_the_caller_header_must_name_the_tokens_tenant(platform: Any) -> None:
+    def asked(value: str) -> Any:
+        return platform.client().get("/v1/runs", headers={"X-Core-Caller": value})
+
+    assert asked(str(platform.tenant)).status_code == 200
+    assert (asked(str(platform.other_tenant)).status_code, asked("junk").status_code) == (403, 400)
+
+
+def test_a_caller_s_trace_is_continued(client: Any) -> None:
+    trace = uuid.uuid4().hex
+    answer = client.post("/v1/runs", json={"agent": "echo"}, headers={"traceparent": f"00-{trace}-{'1' * 16}-01"})
+    assert answer.json()["trace_id"] == trace
+
+
+def test_an_unknown_address_and_a_wrong_method_are_problems(client: Any) -> None:
+    for method, path, status in (("GET", "/v1/nothing", 404), ("PUT", "/v1/runs", 405)):
+        answer = client.request(method, path)
+        assert answer.status_code == status
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_pages_of_other_sites_are_not_let_in(platform: Any, launch: Any) -> None:
+    def allowed(server: Any, origin: str) -> str | None:
+        answer = server.client().get("/v1/runs", headers={"Origin": origin})
+        found: str | None = answer.headers.get("access-control-allow-origin")
+        return found
+
+    assert allowed(platform, "https://console.example") is None
+    with launch(like=platform, PLM_CORS_ALLOWED_ORIGINS="https://console.example") as server:
+        assert allowed(server, "https://console.example") == "https://console.example"
+        assert allowed(server, "https://evil.example") is None
+
+
+def test_an_artifact_is_its_bytes_and_never_runs_in_a_browser(platform: Any, client: Any) -> None:
+    script = "<script>alert(document.cookie)</script>ü"
+    run = client.run("make-file", name="page.html", mime_type="text/html", text=script)
+    reference = client.finished(run["run_id"])["result"]["file"]
+    path = f"/v1/artifacts/{reference['$artifact']}"
+    answer = client.get(path)
+    assert answer.content == script.encode()
+    assert reference["size_bytes"] == len(answer.content)
+    assert answer.headers["content-disposition"].startswith("attachment;")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "sandbox" in answer.headers["content-security-policy"]
+    assert platform.client(tenant=platform.other_tenant).get(path).status_code == 404
+
+
+junk_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=10,
+)
+keys = st.sampled_from(["agent", "inputs", "files", "budget", "decision", "comment", "scope", "scope_id", "reason"])
+agents = st.sampled_from(["echo", "read-file", "nobody"])
+bodies = junk_values | st.dictionaries(keys, junk_values) | st.fixed_dictionaries(
+    {"agent": agents},
+    optional={
+        "inputs": st.dictionaries(st.sampled_from(["value", "table", "list", "ratio"]) | st.text(), junk_values),
+        "files": st.dictionaries(
+            st.just("file"),
+            st.fixed_dictionaries(
+                {"name": st.text(max_size=20)},
+                optional={"text": st.text(), "base64": st.text(), "mime_type": st.text(max_size=20)},
+            ),
+        ),
+        "budget": st.dictionaries(st.sampled_from(["EUR", "calls"]), junk_values),
+    },
+)  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(path=st.sampled_from(["/v1/runs", "/v1/halts", "/v1/approvals/{}/decision"]), body=bodies)
+def test_no_body_is_answered_with_a_failure_of_ours(client: Any, path: str, body: Any) -> None:
+    target = path.format(uuid.uuid4())
+    answer = client.post(target, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code < 500, answer.text
+
+
+latin = st.text(alphabet=st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=40)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(name=st.sampled_from(["Idempotency-Key", "Last-Event-ID", "X-Core-Caller", "traceparent"]), value=latin.map(str.strip))
+def test_no_header_is_answered_with_a_failure_of_ours(client: Any, name: str, value: str) -> None:
+    headers = {name: value.encode("latin-1")}
+    assert client.post("/v1/runs", json={"agent": "nobody"}, headers=headers).status_code < 500
+    assert client.get(f"/v1/runs/{uuid.uuid4()}/events", headers=headers).status_code < 500
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(cursor=st.text(max_size=50) | st.binary(max_size=60).map(lambda raw: raw.hex()), state=st.text(max_size=10))
+def test_no_query_is_answered_with_a_failure_of_ours(client: Any, cursor: str, state: str) -> None:
+    parameters = {"cursor": cursor.encode("utf-8", "replace").decode(), "state": state.encode("utf-8", "replace")}
+    assert client.get("/v1/runs", params=parameters).status_code < 500
+
+
+@pytest.mark.parametrize(
+    "position",
+    [["0001-01-01T00:00:00+23:59", 0], ["9999-12-31T23:59:59-23:59", 0], ["2026-01-01", 0], [[], {}], {"a": 1, "b": 2}],
+)
+def test_a_cursor_that_somebody_made_up_is_no_failure_of_ours(client: Any, position: Any) -> None:
+    import base64
+
+    if isinstance(position, list) and position[1] == 0:
+        position = [position[0], str(uuid.uuid4())]
+    cursor = base64.urlsafe_b64encode(json.dumps(position).encode()).decode()
+    assert client.get("/v1/runs", params={"cursor": cursor}).status_code in (200, 422)

@@ -1,0 +1,67 @@
+"""A run's event stream: every event once, in order, resumable; going away changes nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture
+def finished_run(client: Any) -> str:
+    run_id: str = client.run("echo")["run_id"]
+    client.finished(run_id)
+    return run_id
+
+
+def test_every_event_comes_once_in_order_and_the_stream_ends_with_the_run(client: Any, finished_run: str) -> None:
+    messages = list(client.events(finished_run))
+    assert [int(message.id) for message in messages] == list(range(1, len(messages) + 1))
+    kinds = [message.event for message in messages]
+    assert kinds == ["run_created", "run_taken", "step_granted", "step_started", "step_settled", "run_succeeded"]
+    document = json.loads(messages[0].data)
+    assert document.keys() == {"seq", "kind", "actor", "occurred_at", "hash", "payload"}
+
+
+def test_a_client_that_was_there_from_the_start_sees_the_same_as_one_that_came_later(client: Any, gate: Any) -> None:
+    run_id = client.run("hold-then-echo", gate=str(gate))["run_id"]
+    live = []
+    for message in client.events(run_id):
+        live.append(message)
+        if message.event == "step_started":
+            gate.open()
+    recorded = [(each.id, each.event, each.data) for each in live if each.event != "progress"]
+    assert recorded == [(each.id, each.event, each.data) for each in client.events(run_id)]
+
+
+def test_progress_passes_without_being_an_event(client: Any, gate: Any) -> None:
+    run_id = client.run("hold-then-echo", gate=str(gate))["run_id"]
+    last_id, reports = "", []
+    for message in client.events(run_id):
+        gate.open() if message.event == "step_started" else None
+        if message.event == "progress":
+            assert message.id == last_id, "a report must not move the place to resume from"
+            reports.append(json.loads(message.data))
+        last_id = message.id
+    assert reports[-1] == {"step": 1, "step_id": "act", "fraction": 1.0, "message": "done"}
+
+
+def test_a_stream_resumes_after_the_last_event_that_was_seen(client: Any, finished_run: str) -> None:
+    everything = [message.id for message in client.events(finished_run)]
+    for seen in range(len(everything) + 1):
+        after = everything[seen - 1] if seen else 0
+        assert [message.id for message in client.events(finished_run, after=after)] == everything[seen:]
+
+
+@pytest.mark.parametrize("junk", ["abc", "-1", "1.5", "9" * 30, "1 2", "\u00b2".encode().decode("latin-1")])
+def test_a_last_event_id_that_no_stream_gave_is_refused(client: Any, finished_run: str, junk: str) -> None:
+    answer = client.get(f"/v1/runs/{finished_run}/events", headers={"Last-Event-ID": junk.encode("latin-1")})
+    assert (answer.status_code, answer.json()["field"]) == (422, "Last-Event-ID")
+
+
+def test_a_client_that_goes_away_does_not_cancel_the_run(client: Any, gate: Any) -> None:
+    run_id = client.run("hold", gate=str(gate))["run_id"]
+    client.wait(run_id, "step_started")  # leaves the stream in the middle
+    gate.open()
+    assert client.finished(run_id)["state"] == "succeeded"

@@ -1,0 +1,100 @@
+"""Halts over HTTP: what they stop, who may, and that lifting lets the run go on."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import pytest
+
+SYSTEM = ("plm.runs.create", "plm.halt", "plm.halt.system")
+
+
+def _lift(client: Any, halt: dict[str, Any]) -> dict[str, Any]:
+    answer = client.delete(f"/v1/halts/{halt['halt_id']}")
+    assert answer.status_code == 200, answer.text
+    lifted: dict[str, Any] = answer.json()
+    return lifted
+
+
+def test_a_halted_run_parks_and_goes_on_when_the_halt_is_lifted(client: Any, gate: Any) -> None:
+    run_id = client.run("hold-then-echo", gate=str(gate))["run_id"]
+    gate.entered()
+    answer = client.post("/v1/halts", json={"scope": "run", "scope_id": run_id, "reason": "look first"})
+    assert answer.status_code == 201
+    halt = answer.json()
+    assert (halt["scope"], halt["scope_id"], halt["epoch"], halt["lifted_at"]) == ("run", run_id, 1, None)
+    client.wait(run_id, "run_parked")
+    parked = client.get(f"/v1/runs/{run_id}").json()
+    assert (parked["state"], parked["reason"]) == ("halted", "halted")
+    assert "look first" in parked["message"]
+    gate.open()
+    assert _lift(client, halt)["lifted_at"] is not None
+    assert _lift(client, halt)["lifted_at"] is not None, "lifting twice answers the same"
+    assert client.finished(run_id)["state"] == "succeeded"
+
+
+@pytest.mark.parametrize("scope", ["tenant", "system"])
+def test_a_wider_halt_holds_new_runs_back_until_it_is_lifted(platform: Any, scope: str) -> None:
+    client = platform.client(tenant=platform.other_tenant, scopes=SYSTEM)
+    halt = client.post("/v1/halts", json={"scope": scope, "reason": "maintenance"}).json()
+    run_id = client.run("echo")["run_id"]
+    client.wait(run_id, "run_parked")
+    assert client.get(f"/v1/runs/{run_id}").json()["state"] == "halted"
+    _lift(client, halt)
+    assert client.finished(run_id)["state"] == "succeeded"
+
+
+def test_a_standing_halt_is_answered_as_it_is(client: Any) -> None:
+    run_id = client.run("write")["run_id"]
+    body = {"scope": "run", "scope_id": run_id, "reason": "first"}
+    first = client.post("/v1/halts", json=body).json()
+    assert client.post("/v1/halts", json={**body, "reason": "second"}).json() == first
+    _lift(client, first)
+
+
+@pytest.mark.parametrize(
+    ("scope", "scopes", "missing"),
+    [
+        ("run", ("plm.runs.create",), "plm.halt"),
+        ("tenant", ("plm.runs.create",), "plm.halt"),
+        ("system", ("plm.runs.create", "plm.halt"), "plm.halt.system"),
+    ],
+)
+def test_a_halt_needs_the_scope_of_its_reach(platform: Any, scope: str, scopes: tuple[str, ...], missing: str) -> None:
+    client = platform.client(scopes=scopes)
+    target = client.run("echo")["run_id"] if scope == "run" else None
+    answer = client.post("/v1/halts", json={"scope": scope, "scope_id": target, "reason": "no"})
+    assert (answer.status_code, answer.json()["missing_scopes"]) == (403, [missing])
+
+
+def test_lifting_needs_the_scope_too(platform: Any, client: Any) -> None:
+    run_id = client.run("write")["run_id"]
+    halt = client.post("/v1/halts", json={"scope": "run", "scope_id": run_id, "reason": "stay"}).json()
+    assert platform.client(scopes=()).delete(f"/v1/halts/{halt['halt_id']}").status_code == 403
+    assert platform.client(tenant=platform.other_tenant).delete(f"/v1/halts/{halt['halt_id']}").status_code == 404
+    _lift(client, halt)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"scope": "run", "reason": "which?"},
+        {"scope": "tenant", "scope_id": str(uuid.uuid4()), "reason": "whose?"},
+        {"scope": "galaxy", "reason": "too far"},
+        {"scope": "tenant", "reason": ""},
+        {"scope": "tenant", "reason": "  "},
+        {"scope": "tenant", "reason": "a\x00b"},
+        {"scope": "tenant"},
+    ],
+)
+def test_a_wrong_halt_is_refused(client: Any, body: dict[str, Any]) -> None:
+    assert client.post("/v1/halts", json=body).status_code == 422
+
+
+def test_a_halt_of_what_does_not_exist_is_not_found(platform: Any, client: Any) -> None:
+    body = {"scope": "run", "scope_id": str(uuid.uuid4()), "reason": "?"}
+    assert client.post("/v1/halts", json=body).status_code == 404
+    foreign = platform.client(tenant=platform.other_tenant).run("echo")["run_id"]
+    assert client.post("/v1/halts", json={**body, "scope_id": foreign}).status_code == 404
+    assert client.delete(f"/v1/halts/{uuid.uuid4()}").status_code == 404
