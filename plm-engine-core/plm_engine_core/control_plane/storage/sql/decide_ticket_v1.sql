@@ -21,6 +21,9 @@ BEGIN
             'the requester of a call cannot decide its approval');
     ELSIF v_ticket.state = p_state AND v_ticket.decided_by = p_by THEN
         RETURN jsonb_build_object('status', 'decided', 'run_id', v_run, 'replayed', true);
+    ELSIF v_ticket.state = 'expired' THEN
+        RETURN jsonb_build_object('status', 'refused', 'reason', 'approval_expired', 'run_id', v_run, 'message',
+            format('the deadline %s has passed; the call is denied', v_ticket.deadline));
     ELSIF v_ticket.state <> 'pending' THEN
         RETURN jsonb_build_object('status', 'refused', 'reason', 'already_decided', 'run_id', v_run, 'message',
             format('the ticket is already %s', v_ticket.state));
