@@ -10,6 +10,8 @@ import gc
 import os
 import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -241,6 +243,26 @@ def long_run(tenant: str, app: str, numbers: Numbers) -> dict[str, Figure]:
     }
 
 
+BASE_MODULES = (
+    "artifact_store", "canonical_json", "capabilities", "idempotency", "kernel_api", "knowledge_envelope", "ledger",
+    "middleware", "pricing", "trace_context", "traceparent",
+)  # fmt: skip
+
+
+def import_time() -> dict[str, Figure]:
+    """What a process pays for importing every module of the base install, beside starting at all."""
+
+    def started(code: str) -> float:
+        command = [sys.executable, "-c", code]
+        return statistics.median(timed([lambda: subprocess.run(command, check=True)] * 7)) * 1000
+
+    bare = started("pass")
+    full = started("import " + ", ".join(f"plm_shared.{name}" for name in BASE_MODULES))
+    return {
+        "import of the base install": Figure(value=full - bare, unit="ms", target=150, better="lower", baseline=bare)
+    }
+
+
 def main() -> dict[str, Figure]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -257,6 +279,7 @@ def main() -> dict[str, Figure]:
             plain = 1000 / next(figure.baseline for figure in figures.values() if figure.baseline)
             figures |= batched(tenant, urls.app, numbers, folder, plain)
             figures |= long_run(tenant, urls.app, numbers)
+            figures |= import_time()
             db.reset_engine()
     return figures
 

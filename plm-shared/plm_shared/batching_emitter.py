@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -30,6 +29,7 @@ __all__ = ["Acknowledgement", "BatchingKernelEmitter", "EmitterClosed", "QueueFu
 
 _HEAVIEST: Final = 4 * 1024 * 1024  # characters per batch: what one statement carries
 _AGAIN: Final = 1.0  # seconds between attempts to drain into a database that refuses
+_LAST_STATEMENT: Final = 1.0  # seconds that closing waits for the thread once the writer is closed
 _MAX_SPOOL: Final = 256 * 1024 * 1024
 
 
@@ -75,7 +75,8 @@ class BatchingKernelEmitter:
         if durability not in ("ack", "spool") or (durability == "spool") != (spool is not None):
             raise ValueError(f"durability is 'ack', or 'spool' with a folder; not {durability!r} with spool={spool!r}")
         self._tenant = uuid_text(tenant_id)
-        self._writer = LedgerWriter(self._tenant, _address(dsn), patience=patience)
+        # A spool is patient by itself, attempt by attempt, so that closing never waits for a database that is away.
+        self._writer = LedgerWriter(self._tenant, _address(dsn), patience=patience if spool is None else 0)
         self._clock = clock
         self._most = most
         self._drain = None if spool is None else _Drain(Path(spool) / self._tenant, self._writer, most, max_spool_bytes)
@@ -138,8 +139,10 @@ class BatchingKernelEmitter:
         settled = self._group.close(timeout)
         if settled:
             if self._drain is not None:
-                self._drain.close(timeout)
+                self._drain.finish(timeout)
             self._writer.close()
+            if self._drain is not None:
+                self._drain.release()
         return settled
 
 
@@ -166,19 +169,24 @@ class _Drain:
         return ()
 
     def wait_until_empty(self, timeout: float | None) -> bool:
-        return self._spool.wait_until_empty(timeout)
+        return self._process != os.getpid() or self._spool.wait_until_empty(timeout)
 
-    def close(self, timeout: float | None) -> None:
-        if self._process != os.getpid():
-            return
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self._spool.end()
-        self._closing.set()
-        if self._thread is not None:
-            self._thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-            if self._thread.is_alive():
-                return  # still in the database's hands; the files stay, and so does the lock, until it is done
-        self._spool.release()
+    def finish(self, timeout: float | None) -> None:
+        """Let the thread drain what it can in time."""
+        if self._process == os.getpid():
+            self._spool.end()
+            self._closing.set()
+            if self._thread is not None:
+                self._thread.join(timeout)
+
+    def release(self) -> None:
+        """Give the files up, so that a later start finds what is left; the writer is closed by now."""
+        if self._process == os.getpid():
+            if self._thread is not None:
+                self._thread.join(_LAST_STATEMENT)
+                if self._thread.is_alive():
+                    return  # a statement hangs; the end of the process gives the files up
+            self._spool.release()
 
     def _open(self) -> None:
         self._process = os.getpid()

@@ -59,7 +59,7 @@ Status = Annotated[Literal["pending", "calculated", "unavailable"], BeforeValida
 
 
 class _Args(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
 
 class _CostedArgs(_Args):

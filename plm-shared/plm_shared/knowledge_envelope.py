@@ -12,7 +12,7 @@ __all__ = ["KnowledgeEnvelopeV1", "KnowledgeSourceRef"]
 class KnowledgeSourceRef(BaseModel):
     """Where a statement comes from."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     ref_id: str
     ref_type: str
@@ -23,7 +23,7 @@ class KnowledgeSourceRef(BaseModel):
 class KnowledgeEnvelopeV1(BaseModel):
     """Version 1.0 of the envelope."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
 
     schema_version: Literal["1.0"] = "1.0"
     primitive: str

@@ -27,11 +27,12 @@ _CONNECTION: Final[dict[str, Any]] = {
 _RECORD_IS_BAD: Final = ("22", "23", "54")  # data exception, constraint violation, limit exceeded
 _PASSING: Final = ("08", "40", "53", "55", "57", "58")  # connection, rollback, resources, locks, intervention, system
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5
+_LAST_STATEMENT = 1.0  # seconds that closing waits for one
 _left_to_parents: list[psycopg.Connection[Any]] = []  # never collected: closing one would end the parent's session
 
 
 class LedgerWriter:
-    """Writes for one thread at a time; connects when needed, and again after a fork.
+    """Writes for one thread; connects when needed, and again after a fork.
 
     Passing troubles are tried again, for ``patience`` seconds from the first one on: the same records again are
     replays, so a commit whose answer was lost counts once.
@@ -45,6 +46,7 @@ class LedgerWriter:
         self._process = os.getpid()
         self._troubled_since: float | None = None
         self._closed = threading.Event()
+        self._busy = threading.Lock()
 
     def write(self, records: Sequence[LedgerRecord]) -> Sequence[Exception | None]:
         """Per record None, or why it alone was refused.
@@ -52,25 +54,29 @@ class LedgerWriter:
         Raises:
             psycopg.Error: the database stayed away or refuses us altogether; some records may have been written.
         """
+        if self._process != os.getpid():
+            self._leave_to_the_parent()
         pause = _FIRST_PAUSE
         while True:
-            try:
-                outcomes = self._write(records)
-            except psycopg.Error as error:
-                self._disconnect()
-                if not _passing(error) or self._out_of_patience():
-                    raise
-                if self._closed.wait(pause):
-                    raise
-                pause = min(2 * pause, _LONGEST_PAUSE)
-            else:
-                self._troubled_since = None
-                return outcomes
+            with self._busy:
+                try:
+                    outcomes = self._write(records)
+                except psycopg.Error as error:
+                    self._disconnect()
+                    if not _passing(error) or self._out_of_patience() or self._closed.is_set():
+                        raise
+                else:
+                    self._troubled_since = None
+                    return outcomes
+            self._closed.wait(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
 
     def close(self) -> None:
-        """Close the connection, and stop waiting for the database."""
+        """Stop waiting for the database, and close the connection unless a statement is still on its way."""
         self._closed.set()
-        self._disconnect()
+        if self._process == os.getpid() and self._busy.acquire(timeout=_LAST_STATEMENT):
+            self._disconnect()
+            self._busy.release()
 
     def _write(self, records: Sequence[LedgerRecord]) -> Sequence[Exception | None]:
         connection = self._connected()
@@ -99,16 +105,17 @@ class LedgerWriter:
         return [outcomes[place] for place in range(len(records))]
 
     def _connected(self) -> psycopg.Connection[Any]:
-        if self._process != os.getpid():
-            if self._connection is not None:
-                _left_to_parents.append(self._connection)
-            self._connection, self._process = None, os.getpid()
         if self._connection is None:
             self._connection = psycopg.connect(self._dsn, autocommit=True, **_CONNECTION)
         return self._connection
 
+    def _leave_to_the_parent(self) -> None:
+        if self._connection is not None:
+            _left_to_parents.append(self._connection)
+        self._connection, self._process, self._busy = None, os.getpid(), threading.Lock()
+
     def _disconnect(self) -> None:
-        if self._connection is not None and self._process == os.getpid():
+        if self._connection is not None:
             self._connection.close()
             self._connection = None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from datetime import date
 from typing import Any, Final, NamedTuple, cast
 
@@ -336,13 +336,11 @@ class SqlAlchemyKernelEmitter:
 
 def _write_alone(tenant: str, record: LedgerRecord) -> IdempotencyConflict | None:
     """One transaction on a pooled connection. SQLAlchemy's own execution would cost as much again as the insert."""
-    pooled = get_engine().raw_connection()
     try:
-        return insert_many(cast("psycopg.Connection[Any]", pooled.driver_connection), tenant, [record])[0]
+        with closing(get_engine().raw_connection()) as pooled:
+            return insert_many(cast("psycopg.Connection[Any]", pooled.driver_connection), tenant, [record])[0]
     except psycopg.Error as error:
         raise sqlalchemy.exc.DBAPIError.instance(None, None, error, psycopg.Error) from error
-    finally:
-        pooled.close()
 
 
 def _write_within(connection: Connection, tenant: str, statements: Sequence[Statement]) -> None:

@@ -6,9 +6,10 @@ Scalars stay text, so that a price keeps its digits. Every fault is a ``ValueErr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
-import yaml
+if TYPE_CHECKING:
+    import yaml
 
 __all__ = ["Entry", "read_entries"]
 
@@ -29,6 +30,8 @@ def read_entries(source: Path, key: str) -> tuple[dict[str, str], list[Entry]]:
         FileNotFoundError: there is no such file.
         ValueError: it is larger than 4 MiB, no UTF-8, no YAML, or not of this shape.
     """
+    import yaml
+
     try:
         document = yaml.compose(_text(source), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, RecursionError) as error:
@@ -59,6 +62,8 @@ def _text(source: Path) -> str:
 
 
 def _entry(source: Path, node: yaml.Node, key: str) -> Entry:
+    import yaml
+
     fields: dict[str, str] = {}
     for name, value in _pairs(source, node, f"{key!r} must be a list of mappings"):
         if not isinstance(value, yaml.ScalarNode):
@@ -68,6 +73,8 @@ def _entry(source: Path, node: yaml.Node, key: str) -> Entry:
 
 
 def _pairs(source: Path, node: yaml.Node | None, problem: str) -> list[tuple[str, yaml.Node]]:
+    import yaml
+
     if not isinstance(node, yaml.MappingNode):
         raise ValueError(f"{_at(source, node)}: {problem}")  # noqa: TRY004 - see _entry
     seen: set[str] = set()

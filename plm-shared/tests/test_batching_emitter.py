@@ -447,7 +447,7 @@ def test_a_spool_keeps_events_through_an_outage_and_a_later_start_writes_them_on
     kernel_database: DatabaseUrls, tenant: str, tmp_path: Path
 ) -> None:
     nowhere = f"postgresql://x@/x?host={tmp_path}"
-    emitter = BatchingKernelEmitter(tenant, dsn=nowhere, durability="spool", spool=tmp_path, patience=0)
+    emitter = BatchingKernelEmitter(tenant, dsn=nowhere, durability="spool", spool=tmp_path)
     for number in range(50):
         emitter.emit_telemetry(telemetry(tenant, number))
     assert not emitter.drain(0)
@@ -458,6 +458,18 @@ def test_a_spool_keeps_events_through_an_outage_and_a_later_start_writes_them_on
             assert later.drain(30)
     assert spans(kernel_database) == list(range(50))
     assert not list(tmp_path.glob("*/*.spool"))
+
+
+def test_closing_while_the_database_is_away_leaves_the_spool_to_the_next_emitter_of_the_same_process(
+    kernel_database: DatabaseUrls, tenant: str, tmp_path: Path
+) -> None:
+    nowhere = f"postgresql://x@/x?host={tmp_path}"
+    emitter = BatchingKernelEmitter(tenant, dsn=nowhere, durability="spool", spool=tmp_path)
+    emitter.emit_telemetry(telemetry(tenant, 1))
+    emitter.close()
+    with BatchingKernelEmitter(tenant, dsn=kernel_database.app, durability="spool", spool=tmp_path) as later:
+        assert later.drain(30)
+    assert spans(kernel_database) == [1]
 
 
 def test_two_processes_share_a_spool_folder_and_only_the_dead_ones_segment_is_adopted(

@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -31,6 +32,7 @@ from plm_shared.sqlalchemy_kernel_emitter import (
 )
 from psycopg import sql
 from sqlalchemy import create_engine
+from sqlalchemy.exc import OperationalError
 
 pytestmark = pytest.mark.every_postgres
 TRACE = "a" * 32
@@ -285,6 +287,15 @@ def test_without_an_address_the_emitter_says_what_to_set(monkeypatch: pytest.Mon
     tenant = str(uuid.uuid4())
     with pytest.raises(RuntimeError, match="PG_DSN is not set"):
         SqlAlchemyKernelEmitter(tenant).emit_telemetry(telemetry(tenant, {}))
+
+
+def test_a_database_that_is_away_is_an_operational_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PG_DSN", f"postgresql://x@/x?host={tmp_path}")
+    db.reset_engine()
+    tenant = str(uuid.uuid4())
+    with pytest.raises(OperationalError):
+        SqlAlchemyKernelEmitter(tenant).emit_telemetry(telemetry(tenant, {}))
+    db.reset_engine()
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "sqlalchemy"])
