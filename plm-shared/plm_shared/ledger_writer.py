@@ -62,8 +62,9 @@ class LedgerWriter:
                 try:
                     outcomes = self._write(records)
                 except psycopg.Error as error:
+                    lost = self._connection is not None and self._connection.closed
                     self._disconnect()
-                    if not _passing(error) or self._out_of_patience() or self._closed.is_set():
+                    if not (lost or _passing(error)) or self._out_of_patience() or self._closed.is_set():
                         raise
                 else:
                     self._troubled_since = None
