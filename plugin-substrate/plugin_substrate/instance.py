@@ -229,8 +229,8 @@ class LoadedInstance:
         except BaseException as error:
             if proxy is not None:
                 await proxy.kill()
-            elif supervisor is not None and isinstance(error, TimeoutError):
-                supervisor.dismiss()
+            elif supervisor is not None and isinstance(error, TimeoutError) and not self._closed:
+                supervisor.dismiss()  # it does not answer
             if isinstance(error, PluginError | OSError):
                 raise self._load_error(error, phase, proxy) from error.__cause__ or error
             raise

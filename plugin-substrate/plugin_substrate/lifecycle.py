@@ -67,7 +67,8 @@ class WorkerProcess:
             callback()
 
         loop = self.returncode.get_loop()
-        loop.add_reader(self.pidfd, on_end)
+        if self.pidfd >= 0:
+            loop.add_reader(self.pidfd, on_end)
 
     def close(self) -> None:
         """Give up the descriptor of the process."""
@@ -128,11 +129,6 @@ class Supervisor:
         """Whether the process is dead and reaped."""
         return self._ended.done()
 
-    @property
-    def log_tail(self) -> tuple[str, ...]:
-        """The last lines the supervisor itself wrote, which is only ever an accident."""
-        return tuple(self._lines)
-
     async def spawn(self, *, env: dict[str, str], cwd: Path, limits: Limits) -> WorkerProcess:
         """Fork a worker. A `PluginFatalError` when the supervisor cannot, or is gone."""
         async with self._turn:  # one request at a time always fits into the socket
@@ -157,6 +153,8 @@ class Supervisor:
         except BaseException:
             connection.close()
             os.close(log_read)
+            if spawned.done() and not spawned.cancelled() and spawned.exception() is None:
+                os.close(spawned.result()[1])  # it came just when it was no longer waited for
             raise
         finally:
             remote.close()

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 from plugin_substrate.errors import ManifestError
 
@@ -26,8 +26,6 @@ CAPABILITY_PATTERN = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z][a-z0-9_-]*)+")
 _MODULE_PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _CLASS_PATTERN = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _VARIABLE_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-
-Section = TypeVar("Section")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,9 +51,14 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
     @classmethod
     async def connect(cls, process: WorkerProcess) -> RemotePluginProxy:
         """Take over a forked worker."""
-        _, proxy = await asyncio.get_running_loop().create_unix_connection(
-            lambda: cls(process), sock=process.connection
-        )
+        proxy = cls(process)
+        try:
+            await asyncio.get_running_loop().create_unix_connection(lambda: proxy, sock=process.connection)
+        except BaseException:
+            process.kill()
+            process.close()
+            proxy._log.close()
+            raise
         return proxy
 
     @property

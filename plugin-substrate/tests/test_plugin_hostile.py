@@ -334,6 +334,24 @@ async def test_a_cancelled_unload_is_finished_all_the_same(hostile: PluginManage
     os.close(descriptor)
 
 
+async def test_loads_given_up_at_any_moment_leave_nothing_behind(
+    hostile: PluginManager, hostile_meta: MetaFactory
+) -> None:
+    def kept() -> tuple[int, int]:
+        return len(list(Path("/proc/self/fd").iterdir())), len(asyncio.all_tasks())
+
+    before, sibling = kept(), hostile.get_instance("hostile").pid
+    for turns in range(40):
+        load = asyncio.create_task(hostile.load_plugin_async(hostile_meta(), instance_id="other"))
+        for _ in range(turns % 20):
+            await asyncio.sleep(0.0005 if turns < 20 else 0)
+        load.cancel()
+        await asyncio.wait({load})
+        await hostile.unload_plugin_async("other")
+    assert kept() == before
+    assert (hostile.get_instance("hostile").pid, hostile.get_instance("hostile").alive) == (sibling, True)
+
+
 async def test_eight_workers_with_large_environments_start_at_once(
     manager: PluginManager, hostile_meta: MetaFactory
 ) -> None:
