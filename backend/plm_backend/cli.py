@@ -6,19 +6,17 @@ import asyncio
 import json
 import os
 import shlex
-import signal
 import socket
 from pathlib import Path
 from typing import Annotated
 
 import typer
-import uvicorn
 
 from plm_backend.database import local_addresses, open_database
 from plm_backend.demo.command import demo
 from plm_backend.errors import SetupError
 from plm_backend.logs import configure_logging
-from plm_backend.serving import make_app
+from plm_backend.serving import serve_until_stopped, stop_requested
 from plm_backend.settings import Settings
 from plm_backend.startup import SECRET, load_settings, setup_errors
 from plm_backend.wiring import open_platform, run_worker
@@ -39,45 +37,33 @@ def serve(
         Path | None, typer.Option(help="Write the URL to this file once requests are served.")
     ] = None,
 ) -> None:
-    """Serve the API, with a run worker in the same process."""
+    """Serve the API, with a run worker in the same process.
+
+    Status 0: it was stopped by SIGINT or SIGTERM; 3: a setting is missing or refused, and the sentence says which.
+    """
     with setup_errors():
         settings = load_settings()
         configure_logging(settings)
         listener = _listen(host or settings.host, settings.port if port is None else port)
-        url = _url(listener)
 
-        def on_ready() -> None:
+        def announce() -> None:
+            url = _url(listener)
             if ready_file is not None:
                 draft = ready_file.with_name(f".{ready_file.name}.{os.getpid()}")
                 draft.write_text(json.dumps({"url": url}), encoding="utf-8")
                 draft.rename(ready_file)
             typer.echo(f"listening on {url}", err=True)
 
-        failed: list[Exception] = []
-        config = uvicorn.Config(
-            make_app(settings, on_ready=on_ready, on_failure=failed.append),
-            lifespan="on",
-            log_config=None,
-            timeout_graceful_shutdown=5,
-        )
-        uvicorn.Server(config).run(sockets=[listener])
-        if failed:
-            raise failed[0]
+        with listener:
+            asyncio.run(serve_until_stopped(settings, listener, on_ready=announce))
 
 
 def worker() -> None:
-    """Run a run worker on this node, until it is stopped."""
-
-    async def work(settings: Settings) -> None:
-        with open_database(settings) as database:
-            async with open_platform(settings, database.app) as platform, run_worker(platform):
-                typer.echo("working", err=True)
-                await _until_stopped()
-
+    """Run a run worker on this node, until it is stopped. Status as for `serve`."""
     with setup_errors():
         settings = load_settings()
         configure_logging(settings)
-        asyncio.run(work(settings))
+        asyncio.run(_work(settings))
 
 
 def local_env() -> None:
@@ -89,9 +75,12 @@ def local_env() -> None:
             typer.echo(f"export {name}={shlex.quote(value)}")
 
 
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+async def _work(settings: Settings) -> None:
+    stopped = stop_requested()
+    with open_database(settings) as database:
+        async with open_platform(settings, database.app) as platform, run_worker(platform):
+            typer.echo("working", err=True)
+            await stopped.wait()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -100,14 +89,14 @@ def _listen(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
-    except OSError as error:
-        raise SetupError(f"cannot listen on {host}:{port} ({error.strerror}); choose another with --port") from error
-    listener.listen(256)
+        listener.listen(256)
+    except (OSError, OverflowError) as error:
+        listener.close()
+        reason = getattr(error, "strerror", None) or error
+        raise SetupError(f"cannot listen on {host}:{port} ({reason}); choose another with --host and --port") from error
     return listener
 
 
-async def _until_stopped() -> None:
-    stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    await stopped.wait()
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

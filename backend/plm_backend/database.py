@@ -19,10 +19,14 @@ from plm_backend.state import LocalState
 DATABASE = "plm"
 _CONNECT_SECONDS = 10
 _FITNESS = """
-SELECT to_regclass('public.run_states') IS NOT NULL,
-       to_regprocedure('delivery.enqueue_drive_v1(uuid, uuid)') IS NOT NULL,
-       r.rolsuper OR r.rolbypassrls OR EXISTS (
-           SELECT FROM pg_class WHERE oid = to_regclass('public.run_states') AND pg_has_role(relowner, 'USAGE'))
+WITH known AS (
+    SELECT c.relowner FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    WHERE n.nspname = 'public' AND c.relname = 'run_states'
+)
+SELECT EXISTS (SELECT FROM known)
+           AND EXISTS (SELECT FROM pg_proc AS p JOIN pg_namespace AS n ON n.oid = p.pronamespace
+                       WHERE n.nspname = 'delivery' AND p.proname = 'enqueue_drive_v1'),
+       r.rolsuper OR r.rolbypassrls OR EXISTS (SELECT FROM known WHERE pg_has_role(relowner, 'USAGE'))
 FROM pg_roles AS r WHERE r.rolname = current_user
 """
 
@@ -81,8 +85,8 @@ def check_database(dsn: str) -> None:
     except psycopg.Error as error:
         reason = " ".join(str(error).split())
         raise SetupError(f"the database that PG_DSN names cannot be used: {reason}") from error
-    migrated, delivers, unbound = row or (False, False, False)
-    if not (migrated and delivers):
+    migrated, unbound = row or (False, False)
+    if not migrated:
         raise SetupError(
             "the database that PG_DSN names is not migrated; run `plm-cli db upgrade` with its owner's address in "
             "PG_ADMIN_DSN"

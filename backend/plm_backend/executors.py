@@ -11,8 +11,9 @@ from typing import Any
 from uuid import UUID, uuid5
 
 from plm_engine_core.agent_runtime import Call, Progress
+from plm_engine_core.agent_runtime.executor import ARGUMENTS_REFUSED
 from plm_engine_core.control_plane import Begun, Grant, Outcome
-from plm_engine_core.control_plane.errors import ControlPlaneError
+from plm_engine_core.control_plane.errors import NotFound, StorageUnavailable
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.storage.ports import RunStore
 from plugin_substrate.errors import PluginError
@@ -78,8 +79,13 @@ class PluginExecutor:
         try:
             try:
                 arguments = await self._files.inward(call)
+            except (NotFound, FileNotFoundError, ValueError) as error:
+                return not_started(ARGUMENTS_REFUSED, str(error))
+            except (StorageUnavailable, OSError) as error:
+                return not_started("files_not_ready", str(error))
+            try:
                 instance_id = await self._instance(meta, call.tenant_id)
-            except (PluginError, ControlPlaneError, OSError, ValueError) as error:
+            except (PluginError, OSError) as error:
                 return not_started("plugin_not_ready", str(error))
             async with _relay(progress) as reports:
                 job = await self._run(call, grant, instance_id, arguments, attempt, reports)

@@ -19,6 +19,7 @@ def configure_logging(settings: Settings, *, level: int = logging.INFO) -> None:
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
+        _without_colours,
     ]
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
@@ -35,5 +36,10 @@ def configure_logging(settings: Settings, *, level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for chatty in ("procrastinate", "uvicorn.access", "psycopg.pool"):
+    for chatty in ("alembic", "procrastinate", "uvicorn.access", "psycopg.pool"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+
+
+def _without_colours(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    event.pop("color_message", None)  # uvicorn says everything twice
+    return event

@@ -6,10 +6,10 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 from plm_engine_core.agent_runtime import Driver, Selector
 from plm_engine_core.control_plane import ControlPlane
@@ -59,26 +59,25 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
     """
     dsn = driver_dsn(dsn)
     registry = load_capabilities(settings.capabilities)
+    policy = load_policy(settings.policy)
+    agents = load_catalog(settings.agents, registry)
+    identity = Hs256JwtIdentityProvider.from_environment()
     pool = open_pool(dsn, max_size=settings.run_concurrency + 8)
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(pool)
-        signals = PostgresSignals(pool)
-        control_plane = ControlPlane(
-            policy=load_policy(settings.policy),
-            registry=registry,
-            storage=PostgresStorage(pool, ProcrastinateDelivery()),
-            signals=signals,
-        )
-        hub = SignalHub(dsn)
-        await stack.enter_async_context(_background(hub.listen(), "signal hub"))
+    hub = SignalHub(dsn)
+    async with pool, _background(hub.listen, "signal hub"):
         yield Platform(
             settings=settings,
             dsn=dsn,
             pool=pool,
-            control_plane=control_plane,
-            agents=load_catalog(settings.agents, registry),
+            control_plane=ControlPlane(
+                policy=policy,
+                registry=registry,
+                storage=PostgresStorage(pool, ProcrastinateDelivery()),
+                signals=PostgresSignals(pool),
+            ),
+            agents=agents,
             artifacts=Artifacts(LocalFilesystemBackend(settings.artifact_root), name="local"),
-            identity=Hs256JwtIdentityProvider.from_environment(),
+            identity=identity,
             audit=PostgresAuditSink(pool),
             hub=hub,
         )
@@ -111,9 +110,9 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
             lease_seconds=settings.lease_seconds,
         )
         recovery = Recovery(platform.control_plane.storage, every_seconds=settings.recovery_seconds)
-        delivery = deliver(platform.dsn, driver.drive, concurrency=settings.run_concurrency)
+        delivery = partial(deliver, platform.dsn, driver.drive, concurrency=settings.run_concurrency)
         await stack.enter_async_context(_background(delivery, "delivery"))
-        await stack.enter_async_context(_background(recovery.run(), "recovery"))
+        await stack.enter_async_context(_background(recovery.run, "recovery"))
         yield
 
 
@@ -131,12 +130,12 @@ def _check_capabilities(registry: CapabilityRegistry, manager: PluginManager) ->
 
 
 @asynccontextmanager
-async def _background(work: Coroutine[Any, Any, None], name: str) -> AsyncIterator[None]:
+async def _background(work: Callable[[], Awaitable[None]], name: str) -> AsyncIterator[None]:
     """Run `work` beside the block, and end it with the block; its failure is logged at once, not at the end."""
 
     async def guarded() -> None:
         try:
-            await work
+            await work()
         except asyncio.CancelledError:
             raise
         except Exception:

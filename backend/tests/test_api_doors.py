@@ -120,7 +120,10 @@ latin = st.text(alphabet=st.characters(min_codepoint=0x20, max_codepoint=0xFF, e
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
-@given(name=st.sampled_from(["Idempotency-Key", "Last-Event-ID", "X-Core-Caller", "traceparent"]), value=latin.map(str.strip))
+@given(
+    name=st.sampled_from(["Idempotency-Key", "Last-Event-ID", "X-Core-Caller", "traceparent"]),
+    value=latin.map(str.strip),
+)
 def test_no_header_is_answered_with_a_failure_of_ours(client: Any, name: str, value: str) -> None:
     headers = {name: value.encode("latin-1")}
     assert client.post("/v1/runs", json={"agent": "nobody"}, headers=headers).status_code < 500

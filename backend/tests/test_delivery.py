@@ -1,0 +1,123 @@
+"""Delivery and death: jobs follow their transaction, doubles are harmless, and no process is needed twice."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import psycopg
+import pytest
+
+ENQUEUE = "SELECT delivery.enqueue_drive_v1(gen_random_uuid(), gen_random_uuid())"
+COUNT = "SELECT count(*) FROM delivery.procrastinate_jobs"
+
+
+def test_a_job_exists_exactly_when_its_transaction_commits_and_wakes_a_worker_then(new_database: Any) -> None:
+    database = new_database()
+    with psycopg.connect(database.app) as writer, psycopg.connect(database.app, autocommit=True) as listener:
+        listener.execute('LISTEN "procrastinate_queue_v1#drive"')
+        writer.execute(ENQUEUE)
+        writer.rollback()
+        assert listener.execute(COUNT).fetchone() == (0,)
+        writer.execute(ENQUEUE)
+        assert list(listener.notifies(timeout=0)) == []
+        writer.commit()
+        assert listener.execute(COUNT).fetchone() == (1,)
+        assert len(list(listener.notifies(timeout=30, stop_after=1))) == 1
+
+
+def test_doubled_jobs_change_nothing(platform: Any, client: Any, gate: Any, until: Any) -> None:
+    run_id = client.run("hold", gate=str(gate))["run_id"]
+    gate.entered()
+    books = platform.database()
+    for _ in range(5):
+        books.execute("SELECT delivery.enqueue_drive_v1(%s, %s)", [platform.tenant, run_id])
+    jobs = "SELECT count(*) FROM delivery.procrastinate_jobs WHERE args ->> 'run_id' = %s"
+    until(lambda: books.execute(jobs, [run_id]).fetchone()[0] == 1, "only the job that drives the run is left")
+    gate.open()
+    run = client.finished(run_id)
+    assert len(run["steps"]) == 1
+    assert [message.event for message in client.events(run_id)].count("run_taken") == 1
+
+
+def _verified(server: Any) -> None:
+    done = server.cli("events", "verify", "--tenant-id", str(server.tenant), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(stream["consistent"] for stream in json.loads(done.stdout)["streams"])
+
+
+@contextmanager
+def _worker(server: Any, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    command = [Path(sys.executable).with_name("plm-cli"), "worker"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, env=dict(server.environment), stdout=output, stderr=output)
+        try:
+            yield process
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def test_a_killed_server_s_run_is_finished_by_a_worker_of_another_process(
+    launch: Any, gate: Any, until: Any, tmp_path: Path
+) -> None:
+    with launch() as server:
+        run_id = server.client().run("hold-then-echo", gate=str(gate))["run_id"]
+        gate.entered()
+        plugins = psutil.Process(server.process.pid).children(recursive=True)
+        assert plugins
+        server.stop(signal.SIGKILL)
+        until(lambda: not any(each.is_running() for each in plugins), "the plugins of the killed server are gone")
+        gate.open()
+        with _worker(server, tmp_path / "worker.log") as worker:
+            books = server.database()
+            state = "SELECT state FROM run_states WHERE run_id = %s"
+            until(lambda: books.execute(state, [run_id]).fetchone()[0] == "succeeded", "the worker finishes the run")
+            taken = "SELECT actor FROM events WHERE stream = %s AND kind = 'run_taken' ORDER BY seq"
+            takers = [row[0] for row in books.execute(taken, [f"run/{run_id}"]).fetchall()]
+            assert takers[0].endswith(f"/{server.process.pid}")
+            assert takers[-1].endswith(f"/{worker.pid}")
+            worker.send_signal(signal.SIGTERM)
+            assert worker.wait(30) == 0
+        _verified(server)
+        with launch(like=server) as restarted:
+            run = restarted.client().finished(run_id)
+            assert [step["state"] for step in run["steps"]] == ["superseded", "succeeded", "succeeded"]
+
+
+def test_a_stopped_server_ends_cleanly_with_a_run_and_a_client_under_way(launch: Any, gate: Any, until: Any) -> None:
+    with launch() as server:
+        client = server.client()
+        run_id = client.run("hold", gate=str(gate))["run_id"]
+        gate.entered()
+        with client.stream("GET", f"/v1/runs/{run_id}/events") as stream:
+            next(stream.iter_lines())
+            plugins = psutil.Process(server.process.pid).children(recursive=True)
+            assert plugins
+            assert server.stop(signal.SIGTERM) == 0
+        assert not any(each.is_running() for each in plugins)
+        assert "Traceback" not in server.log.read_text()
+        gate.open()
+        with launch(like=server) as restarted:
+            assert restarted.client().finished(run_id)["state"] == "succeeded"
+        _verified(server)
+
+
+def test_a_server_whose_database_connections_are_cut_goes_on(launch: Any, until: Any) -> None:
+    with launch() as server, psycopg.connect(server.environment["PG_ADMIN_DSN"], autocommit=True) as owner:
+        client = server.client()
+        client.finished(client.run("echo")["run_id"])
+        cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'plm_app'"
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            owner.execute(cut)
+        with psycopg.connect(server.environment["PG_DSN"], autocommit=True) as own:
+            own.execute(f"{cut} AND pid <> pg_backend_pid() AND datname = current_database()")
+        until(lambda: client.get("/v1/runs").status_code == 200, "the API answers again")
+        assert client.finished(client.run("echo")["run_id"])["state"] == "succeeded"
