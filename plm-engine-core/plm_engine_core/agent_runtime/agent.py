@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from plm_engine_core.agent_runtime.executor import ARGUMENTS_REFUSED
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import Reason, StepState
 
@@ -73,8 +74,6 @@ def is_deferred(step: Step) -> bool:
 
 def is_open(step: Step) -> bool:
     """Whether an attempt settled nothing: the same proposal is made again, under the same step key."""
-    return is_deferred(step) or step.state in (
-        StepState.AWAITING_APPROVAL,
-        StepState.NOT_STARTED,
-        StepState.SUPERSEDED,
-    )
+    if step.state is StepState.NOT_STARTED:
+        return refusal(step)[0] != ARGUMENTS_REFUSED
+    return is_deferred(step) or step.state in (StepState.AWAITING_APPROVAL, StepState.SUPERSEDED)

@@ -14,6 +14,9 @@ from plm_engine_core.control_plane.registry import CapabilityDescriptor
 Progress = Callable[[float, str], Awaitable[None]]
 """Reports a fraction from 0 to 1 (-1 when unknown) and a message."""
 
+ARGUMENTS_REFUSED = "arguments_refused"
+"""Category of a `not_started` outcome that is final: the same arguments would be refused again."""
+
 Begin = Callable[[], Awaitable[Begun]]
 
 
