@@ -117,7 +117,7 @@ def locked(venv: Path) -> Iterator[Lock]:
     """Keep other set-ups of the same environment out; a killed process lets go by dying."""
     folder = ROOT / ".state"
     folder.mkdir(exist_ok=True)
-    name = "setup-" + hashlib.sha256(os.fsencode(venv)).hexdigest()[:12] + ".lock"
+    name = "setup-" + hashlib.sha256(os.fsencode(os.path.relpath(venv, ROOT))).hexdigest()[:12] + ".lock"
     descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -211,12 +211,15 @@ def install(venv: Path, *, dev: bool) -> None:
 def run(failure: str, command: list[str]) -> None:
     """Run a tool in silence; a failure shows the last lines it said and the likeliest reason.
 
+    Without a network pip gives up sooner than by its own default.
+
     Raises:
         SetupError: it ended with an exit code other than 0.
     """
     done = subprocess.run(
         command,
         cwd=BACKEND,
+        env={"PIP_RETRIES": "2", **os.environ},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -226,12 +229,17 @@ def run(failure: str, command: list[str]) -> None:
     )
     if done.returncode == 0:
         return
-    said = "\n".join(done.stdout.strip().splitlines()[-20:])
-    if "No space left on device" in done.stdout:
+    said = "\n".join(done.stdout.strip().splitlines()[-8:])
+    if "No space left on device" in done.stdout or is_full(ROOT) or is_full(Path(tempfile.gettempdir())):
         raise SetupError(no_space(), said)
     if any(sign in done.stdout for sign in NETWORK_SIGNS):
         raise SetupError("the package index cannot be reached; check the network or pip's settings, then repeat.", said)
     raise SetupError(f"{failure} (exit code {done.returncode}); its last words are above.", said)
+
+
+def is_full(folder: Path) -> bool:
+    """Whether nothing of any size can be written there; not every tool says so when it fails for that."""
+    return shutil.disk_usage(folder).free < 20_000_000
 
 
 def no_space() -> str:
