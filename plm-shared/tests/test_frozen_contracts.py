@@ -110,7 +110,12 @@ def signatures() -> dict[str, str]:
 
 
 def signature(function: Any) -> str:
-    return re.sub(r" at 0x[0-9a-f]+", "", str(inspect.signature(function)))
+    described = inspect.signature(function)
+    parameters = [
+        each.replace(default=tuple(sorted(each.default))) if isinstance(each.default, frozenset) else each
+        for each in described.parameters.values()
+    ]
+    return re.sub(r" at 0x[0-9a-f]+", "", str(described.replace(parameters=parameters)))
 
 
 def described(path: str, value: Any) -> dict[str, str]:
