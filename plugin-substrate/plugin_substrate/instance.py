@@ -264,7 +264,7 @@ async def _ask(before_start: Callable[[], Awaitable[bool]] | None, call_id: str)
 
 
 def _prepare_folder(folder: Path) -> None:
-    """Make what is missing of an instance's folder; plugin code may have put anything in its place."""
+    """Make what is missing of a plugin's folder; plugin code may have put anything in its place."""
     for place in (folder, folder / "tmp"):
         if place.is_symlink():
             raise NotADirectoryError(f"{place} is a link, not a folder")

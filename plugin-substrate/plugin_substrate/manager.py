@@ -223,7 +223,7 @@ class PluginManager:
             instance_id=instance_id,
             meta=meta,
             config=_effective_config(meta, config or {}),
-            data_dir=self._data_dir / "data" / instance_id,
+            data_dir=self._data_dir / "data" / meta.name,
             max_concurrent_requests=max_concurrent_requests,
             grace_seconds=self._grace_seconds,
             load_timeout=self._load_timeout,

@@ -359,10 +359,3 @@ async def test_eight_workers_with_large_environments_start_at_once(
     meta.manifest.install.env_vars["BIG"] = "x" * 50_000
     await asyncio.gather(*(manager.load_plugin_async(meta, instance_id=f"n{number}") for number in range(8)))
     assert all(instance.alive for instance in manager.list_instances())
-
-
-async def test_instances_of_one_plugin_do_not_share_a_folder(manager: PluginManager, hostile_meta: MetaFactory) -> None:
-    for instance_id in ("one", "two"):
-        await manager.load_plugin_async(hostile_meta(), instance_id=instance_id)
-    await manager.execute_plugin_async("one", action="hostile.lose_data_dir")
-    assert len(list((manager._data_dir / "data").glob("two/tmp"))) == 1
