@@ -23,6 +23,7 @@ from plm_backend.settings import Settings
 from plm_backend.startup import load_settings, setup_errors
 
 DEMO_FAILED = 1
+ENVIRONMENT = "env"  # in place of a file: the environment this runs in
 
 
 def demo(
@@ -61,6 +62,8 @@ def demo(
 
 
 def _run(settings: Settings, display: Display, bill: str | None, *, interactive: bool, deny: bool) -> dict[str, Any]:
+    if bill and bill != ENVIRONMENT and not Path(bill).expanduser().is_file():
+        raise SetupError(f"the input {bill} is not a file; give a CycloneDX JSON or CSV file, or '{ENVIRONMENT}'")
     display.say("[bold]set-up[/]")
     with ExitStack() as stack:
         with display.stage("plugins, each in its environment") as record:
@@ -106,14 +109,11 @@ def _run(settings: Settings, display: Display, bill: str | None, *, interactive:
 def _bills(settings: Settings, bill: str | None) -> list[Path]:
     if not bill:
         return list(preparation.SAMPLES)
-    if bill == "env":
+    if bill == ENVIRONMENT:
         folder = settings.state_dir / "demo"
         folder.mkdir(parents=True, exist_ok=True)
         return [preparation.environment_bill(settings, folder)]
-    path = Path(bill).expanduser()
-    if not path.is_file():
-        raise SetupError(f"the input {bill} is not a file; give a CycloneDX JSON or CSV file, or 'env'")
-    return [path.resolve()]
+    return [Path(bill).expanduser().resolve()]
 
 
 def _review(reviewer: Reviewer, display: Display, bill: Path) -> Review:

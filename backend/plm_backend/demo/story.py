@@ -27,6 +27,7 @@ class Review:
     input: str
     run_id: str = ""
     state: str = ""
+    reason: str | None = None
     message: str | None = None
     decision: str = ""
     approval: Mapping[str, Any] | None = None
@@ -117,7 +118,7 @@ class Reviewer:
         run = self._requester.get(f"/v1/runs/{review.run_id}")
         outputs = {step["step_id"]: step["output"] for step in run["steps"] if step["state"] == "succeeded"}
         read, judged = outputs.get("read") or {}, outputs.get("review") or {}
-        review.state, review.message = run["state"], run["message"]
+        review.state, review.reason, review.message = run["state"], run["reason"], run["message"]
         review.budget = run["budgets"]
         review.findings = judged.get("summary", {})
         review.column_mapping = read.get("column_mapping")
