@@ -12,14 +12,11 @@ from typing import Annotated
 
 import typer
 
-from plm_backend.database import local_addresses, open_database
+from plm_backend.database import local_addresses
 from plm_backend.demo.command import demo
 from plm_backend.errors import SetupError
 from plm_backend.logs import configure_logging
-from plm_backend.serving import serve_until_stopped, stop_requested
-from plm_backend.settings import Settings
 from plm_backend.startup import SECRET, load_settings, setup_errors
-from plm_backend.wiring import open_platform, run_worker
 
 
 def register(app: typer.Typer) -> None:
@@ -41,6 +38,8 @@ def serve(
 
     Status 0: it was stopped by SIGINT or SIGTERM; 3: a setting is missing or refused, and the sentence says which.
     """
+    from plm_backend.serving import serve_until_stopped
+
     with setup_errors():
         settings = load_settings()
         configure_logging(settings)
@@ -60,10 +59,12 @@ def serve(
 
 def worker() -> None:
     """Run a run worker on this node, until it is stopped. Status as for `serve`."""
+    from plm_backend.serving import work_until_stopped
+
     with setup_errors():
         settings = load_settings()
         configure_logging(settings)
-        asyncio.run(_work(settings))
+        asyncio.run(work_until_stopped(settings, on_ready=lambda: typer.echo("working", err=True)))
 
 
 def local_env() -> None:
@@ -73,14 +74,6 @@ def local_env() -> None:
         values = {SECRET: os.environ[SECRET], **local_addresses(settings)}
         for name, value in values.items():
             typer.echo(f"export {name}={shlex.quote(value)}")
-
-
-async def _work(settings: Settings) -> None:
-    stopped = stop_requested()
-    with open_database(settings) as database:
-        async with open_platform(settings, database.app) as platform, run_worker(platform):
-            typer.echo("working", err=True)
-            await stopped.wait()
 
 
 def _listen(host: str, port: int) -> socket.socket:

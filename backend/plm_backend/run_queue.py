@@ -17,6 +17,8 @@ from plm_backend.delivery import QUEUE, SCHEMA, TASK
 
 logger = logging.getLogger(__name__)
 
+# The jobs that a killed worker left behind; its runs have long come back by recovery.
+_FORGET_ABANDONED = "DELETE FROM procrastinate_jobs WHERE status = 'doing' AND worker_id IS NULL"
 _RECONNECT_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
 
@@ -38,6 +40,7 @@ async def deliver(dsn: str, drive: Callable[[UUID, UUID], Awaitable[object]], *,
     while True:
         try:
             async with _engine(dsn, drive).open_async() as engine:
+                await engine.connector.execute_query_async(_FORGET_ABANDONED)
                 await engine.run_worker_async(
                     queues=[QUEUE],
                     concurrency=concurrency,

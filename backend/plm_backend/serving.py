@@ -36,7 +36,7 @@ async def open_application(settings: Settings) -> AsyncIterator[FastAPI]:
 
 async def serve_until_stopped(settings: Settings, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
     """Serve on `listener` until SIGINT or SIGTERM; `on_ready` is called when requests are answered."""
-    stopped = stop_requested()
+    stopped = _stop_requested()
     async with open_application(settings) as app:
         config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=_GRACE_SECONDS)
         server = _Server(config, on_ready)
@@ -47,7 +47,20 @@ async def serve_until_stopped(settings: Settings, listener: socket.socket, *, on
             stopper.cancel()
 
 
-def stop_requested() -> asyncio.Event:
+async def work_until_stopped(settings: Settings, *, on_ready: Callable[[], None]) -> None:
+    """Drive runs until SIGINT or SIGTERM, without an API.
+
+    Raises:
+        SetupError: the operator must change something first.
+    """
+    stopped = _stop_requested()
+    with open_database(settings) as database:
+        async with open_platform(settings, database.app) as platform, run_worker(platform):
+            on_ready()
+            await stopped.wait()
+
+
+def _stop_requested() -> asyncio.Event:
     """An event that SIGINT and SIGTERM set; from here on they do nothing else."""
     stopped = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
