@@ -30,8 +30,17 @@ EXAMPLES = {"bom-reader": "bom_reader", "license-reviewer": "license_reviewer", 
 
 # Tests that start no server and no plugin, which the other interpreters run as well.
 UNIT = [
+    "plm-shared/tests/test_artifact_store.py",
+    "plm-shared/tests/test_contracts.py",
+    "plm-shared/tests/test_package.py",
+    "plm-shared/tests/test_pricing.py",
+    "plm-shared/tests/test_trace_and_tenant.py",
+    "plm-engine-core/tests/test_decide.py",
     "plm-engine-core/tests/test_identity_context.py",
     "plm-engine-core/tests/test_identity_provider.py",
+    "plm-engine-core/tests/test_operator_files.py",
+    "plm-engine-core/tests/test_plan.py",
+    "plm-engine-core/tests/test_public_names.py",
     "plugin-substrate/tests/test_plugin_frames.py",
     "plugin-substrate/tests/test_plugin_interface.py",
     "plugin-substrate/tests/test_plugin_manifest.py",
