@@ -194,9 +194,9 @@ def table(times: dict[str, float], failed: list[str]) -> str:
 def installed() -> str:
     """How much the set-up has installed: its own record, and the plugins' environments."""
     record = Path(sys.prefix) / "plm-setup.json"
-    environment = json.loads(record.read_text(encoding="utf-8"))["bytes"] if record.exists() else None
+    size = json.loads(record.read_text(encoding="utf-8"))["bytes"] if record.exists() else "an unknown number of"
     plugins = sum((Path(folder) / name).lstat().st_size for folder, _, names in os.walk(PLUGINS_DIR) for name in names)
-    return f"installed: {environment} bytes in {Path(sys.prefix).name}, {plugins} bytes of example plugins"
+    return f"installed: {size} bytes in {Path(sys.prefix).name}, {plugins} bytes of example plugins"
 
 
 def say(text: str) -> None:
