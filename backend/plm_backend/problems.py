@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 TOO_LARGE = 413
-TYPE_BASE = "urn:plm-platform:problem:"
+TYPE_BASE = "urn:plm:problem:"
 
 _TITLES = {
     "authorization/forbidden": "The caller may not do this",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 from uuid import UUID
 
@@ -41,6 +41,11 @@ class PostgresSignals:
         self._last[run_id] = now
         await self._notify({"tenant": str(tenant_id), "run": str(run_id), "progress": dict(report)})
 
+    async def interrupt(self, tenant_id: UUID | None, run_id: UUID | None) -> None:
+        """A cancel or a halt was committed: every node wakes the holders of the runs it concerns."""
+        scope = {"tenant": str(tenant_id) if tenant_id else None, "run": str(run_id) if run_id else None}
+        await self._notify({**scope, "interrupt": True})
+
     async def _notify(self, news: Mapping[str, Any]) -> None:
         payload = json.dumps(news)
         if len(payload) > _LONGEST:
@@ -58,6 +63,7 @@ class SignalHub:
     def __init__(self, dsn: str) -> None:
         self._dsn = driver_dsn(dsn)
         self._watchers: dict[tuple[str, str], set[asyncio.Queue[Mapping[str, Any]]]] = {}
+        self._holders: dict[tuple[str, str], set[asyncio.Event]] = {}
 
     async def listen(self) -> None:
         """Listen until cancelled; after a lost connection every watcher is woken, for it may have missed something."""
@@ -85,6 +91,25 @@ class SignalHub:
             if not self._watchers[key]:
                 del self._watchers[key]
 
+    @contextmanager
+    def interrupts(self, tenant_id: UUID, run_id: UUID) -> Iterator[asyncio.Event]:
+        """An event that is set on every interrupt that concerns this run."""
+        key = (str(tenant_id), str(run_id))
+        event = asyncio.Event()
+        self._holders.setdefault(key, set()).add(event)
+        try:
+            yield event
+        finally:
+            self._holders[key].discard(event)
+            if not self._holders[key]:
+                del self._holders[key]
+
+    def _interrupt(self, tenant: str | None, run: str | None) -> None:
+        for (of_tenant, of_run), events in self._holders.items():
+            if tenant in (None, of_tenant) and run in (None, of_run):
+                for event in events:
+                    event.set()
+
     def _hand_out(self, payload: str) -> None:
         try:
             news = json.loads(payload)
@@ -92,10 +117,14 @@ class SignalHub:
         except (ValueError, KeyError, TypeError):
             logger.warning("news that is not ours was ignored")
             return
+        if "interrupt" in news:
+            self._interrupt(*key)
+            return
         for queue in self._watchers.get(key, ()):
             _put(queue, news)
 
     def _wake_all(self) -> None:
+        self._interrupt(None, None)
         for queues in self._watchers.values():
             for queue in queues:
                 _put(queue, {})

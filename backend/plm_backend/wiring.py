@@ -108,6 +108,7 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
             selector=Selector([executor]),
             owner=f"{socket.gethostname()}/{os.getpid()}",
             lease_seconds=settings.lease_seconds,
+            interrupts=platform.hub,
         )
         recovery = Recovery(platform.control_plane.storage, every_seconds=settings.recovery_seconds)
         delivery = partial(deliver, platform.dsn, driver.drive, concurrency=settings.run_concurrency)

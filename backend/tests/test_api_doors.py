@@ -108,7 +108,7 @@ bodies = junk_values | st.dictionaries(keys, junk_values) | st.fixed_dictionarie
 )  # fmt: skip
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 @given(path=st.sampled_from(["/v1/runs", "/v1/halts", "/v1/approvals/{}/decision"]), body=bodies)
 def test_no_body_is_answered_with_a_failure_of_ours(client: Any, path: str, body: Any) -> None:
     target = path.format(uuid.uuid4())
@@ -119,7 +119,7 @@ def test_no_body_is_answered_with_a_failure_of_ours(client: Any, path: str, body
 latin = st.text(alphabet=st.characters(min_codepoint=0x20, max_codepoint=0xFF, exclude_characters="\x7f"), max_size=40)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     name=st.sampled_from(["Idempotency-Key", "Last-Event-ID", "X-Core-Caller", "traceparent"]),
     value=latin.map(str.strip),
@@ -130,7 +130,7 @@ def test_no_header_is_answered_with_a_failure_of_ours(client: Any, name: str, va
     assert client.get(f"/v1/runs/{uuid.uuid4()}/events", headers=headers).status_code < 500
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cursor=st.text(max_size=50) | st.binary(max_size=60).map(lambda raw: raw.hex()), state=st.text(max_size=10))
 def test_no_query_is_answered_with_a_failure_of_ours(client: Any, cursor: str, state: str) -> None:
     parameters = {"cursor": cursor.encode("utf-8", "replace").decode(), "state": state.encode("utf-8", "replace")}

@@ -98,3 +98,24 @@ def test_a_halt_of_what_does_not_exist_is_not_found(platform: Any, client: Any) 
     foreign = platform.client(tenant=platform.other_tenant).run("echo")["run_id"]
     assert client.post("/v1/halts", json={**body, "scope_id": foreign}).status_code == 404
     assert client.delete(f"/v1/halts/{uuid.uuid4()}").status_code == 404
+
+
+@pytest.mark.parametrize("scope", ["run", "tenant", "system"])
+def test_a_running_call_is_stopped_at_once_however_long_its_lease_is(launch: Any, gate: Any, scope: str) -> None:
+    with launch(PLM_LEASE_SECONDS="3600") as server:
+        client = server.client(scopes=SYSTEM)
+        run_id = client.run("hold-then-echo", gate=str(gate))["run_id"]
+        gate.entered()
+        halt = {"scope": scope, "scope_id": run_id if scope == "run" else None, "reason": "look first"}
+        assert client.post("/v1/halts", json=halt).status_code == 201
+        client.wait(run_id, "run_parked")
+        assert client.post(f"/v1/runs/{run_id}/cancel").json()["state"] == "cancelled"
+
+
+def test_a_running_call_is_cancelled_at_once_however_long_its_lease_is(launch: Any, gate: Any) -> None:
+    with launch(PLM_LEASE_SECONDS="3600") as server:
+        client = server.client()
+        run_id = client.run("hold", gate=str(gate))["run_id"]
+        gate.entered()
+        assert client.post(f"/v1/runs/{run_id}/cancel").status_code == 200
+        assert client.finished(run_id)["state"] == "cancelled"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import psycopg
 import pytest
 
+BACKEND = Path(__file__).parents[1]
 ENQUEUE = "SELECT delivery.enqueue_drive_v1(gen_random_uuid(), gen_random_uuid())"
 COUNT = "SELECT count(*) FROM delivery.procrastinate_jobs"
 
@@ -123,3 +126,22 @@ def test_a_server_whose_database_connections_are_cut_goes_on(launch: Any, until:
             own.execute(f"{cut} AND pid <> pg_backend_pid() AND datname = current_database()")
         until(lambda: client.get("/v1/runs").status_code == 200, "the API answers again")
         assert client.finished(client.run("echo")["run_id"])["state"] == "succeeded"
+
+
+def test_a_server_of_the_operators_choice_can_run_the_application(platform: Any, until: Any, tmp_path: Path) -> None:
+    with socket.socket() as listener, (tmp_path / "uvicorn.log").open("wb") as log:
+        listener.bind(("127.0.0.1", 0))
+        command = [sys.executable, "-m", "uvicorn", "main:app", "--app-dir", BACKEND, "--fd", str(listener.fileno())]
+        server = subprocess.Popen(
+            command, env=platform.environment, stdout=log, stderr=log, pass_fds=[listener.fileno()]
+        )
+        try:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            token = platform.client().headers["Authorization"]
+            until(lambda: b"startup complete" in (tmp_path / "uvicorn.log").read_bytes(), "the server starts")
+            with httpx.Client(base_url=url, headers={"Authorization": token}) as client:
+                run_id = client.post("/v1/runs", json={"agent": "echo"}).json()["run_id"]
+            assert platform.client().finished(run_id)["state"] == "succeeded"
+        finally:
+            server.terminate()
+            assert server.wait(30) in (0, -signal.SIGTERM)
