@@ -24,6 +24,7 @@ from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, StorageUnavailable
+from plm_engine_core.control_plane.events.signals import Interrupts, NoSignals
 from plm_engine_core.control_plane.facade import ControlPlane
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import Evidence, OutcomeStatus, Reason, RunState, StepState
@@ -47,7 +48,9 @@ class Driver:
         selector: Selector,
         owner: str,
         lease_seconds: float = 30.0,
+        interrupts: Interrupts | None = None,
     ) -> None:
+        self._interrupts: Interrupts = interrupts or NoSignals()
         self._control_plane = control_plane
         self._agents = agents
         self._selector = selector
@@ -69,9 +72,10 @@ class Driver:
         if lease is None:
             return None
         try:
-            async with held(runs, lease, self._lease_seconds) as hold:
-                await self._close_abandoned(hold)
-                return await self._advance(hold)
+            with self._interrupts.interrupts(tenant_id, run_id) as wake:
+                async with held(runs, lease, self._lease_seconds, wake) as hold:
+                    await self._close_abandoned(hold)
+                    return await self._advance(hold)
         except FencingLost:
             logger.warning("another run worker took the run over", extra={"run_id": str(run_id)})
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,10 +58,10 @@ class Hold:
 
 
 @asynccontextmanager
-async def held(runs: RunStore, lease: Lease, seconds: float) -> AsyncIterator[Hold]:
-    """Keep a lease of `seconds` alive until the block ends."""
+async def held(runs: RunStore, lease: Lease, seconds: float, wake: asyncio.Event) -> AsyncIterator[Hold]:
+    """Keep a lease of `seconds` alive until the block ends; `wake` makes the next heartbeat due at once."""
     hold = Hold(lease=lease)
-    task = asyncio.create_task(_heartbeat(runs, hold, seconds), name=f"lease of {lease.run.id}")
+    task = asyncio.create_task(_heartbeat(runs, hold, seconds, wake), name=f"lease of {lease.run.id}")
     try:
         yield hold
     finally:
@@ -69,9 +69,12 @@ async def held(runs: RunStore, lease: Lease, seconds: float) -> AsyncIterator[Ho
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _heartbeat(runs: RunStore, hold: Hold, seconds: float) -> None:
+async def _heartbeat(runs: RunStore, hold: Hold, seconds: float, wake: asyncio.Event) -> None:
     while not hold.lost:
-        await asyncio.sleep(seconds / _BEATS_PER_LEASE)
+        with suppress(TimeoutError):  # the usual case: nothing interrupts, and the heartbeat is due
+            async with asyncio.timeout(seconds / _BEATS_PER_LEASE):
+                await wake.wait()
+        wake.clear()
         try:
             hold.hear(
                 await runs.renew(hold.run.tenant_id, hold.run.id, fencing_token=hold.fencing_token, seconds=seconds)

@@ -219,6 +219,7 @@ class ControlPlane:
             Conflict: it already ended otherwise, or the outcome of a step is unknown.
         """
         run = await self.storage.runs.request_cancel(tenant_id, run_id, actor=by.actor)
+        await self.signals.interrupt(tenant_id, run_id)
         await self.signals.changed(tenant_id, run_id)
         return run
 
@@ -235,6 +236,7 @@ class ControlPlane:
     ) -> Halt:
         """Halt a run, a tenant or the system; see `KillSwitch.trigger`."""
         halt = await self._kill_switch.trigger(tenant_id, scope, scope_id, reason=reason, by=by)
+        await self.signals.interrupt(None if scope is HaltScope.SYSTEM else tenant_id, halt.scope_id)
         if halt.scope_id is not None:
             await self.signals.changed(tenant_id, halt.scope_id)
         return halt
