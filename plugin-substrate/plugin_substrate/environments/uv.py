@@ -24,7 +24,7 @@ def find_uv() -> str:
     beside = Path(sysconfig.get_path("scripts")) / "uv"
     found = str(beside) if beside.is_file() else shutil.which("uv")
     if found is None:
-        raise PluginFatalError("uv is not installed; it comes with the 'host' extra of plugin-substrate, or put one on the PATH")
+        raise PluginFatalError("uv is not installed; it comes with plugin-substrate's extra 'host'")
     return found
 
 
