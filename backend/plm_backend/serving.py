@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from plm_backend.app import create_app
 from plm_backend.database import open_database
+from plm_backend.errors import SetupError
 from plm_backend.settings import Settings
 from plm_backend.wiring import open_platform, run_worker
 
@@ -53,6 +54,8 @@ async def work_until_stopped(settings: Settings, *, on_ready: Callable[[], None]
     Raises:
         SetupError: the operator must change something first.
     """
+    if settings.run_concurrency == 0:
+        raise SetupError("PLM_RUN_CONCURRENCY is 0, so this run worker would drive nothing; set it to 1 or more")
     stopped = _stop_requested()
     with open_database(settings) as database:
         async with open_platform(settings, database.app) as platform, run_worker(platform):

@@ -33,7 +33,9 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     lease_seconds: float = Field(default=30.0, ge=0.5, le=3600)
     recovery_seconds: float = Field(default=10.0, ge=0.2, le=3600)
-    run_concurrency: int = Field(default=8, ge=1, le=256)
+    run_concurrency: int = Field(default=8, ge=0, le=256)
+    """Runs this process drives at once; 0 leaves them to the run workers of other processes."""
+
     plugin_concurrency: int = Field(default=1, ge=1, le=64)
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
     cors_allowed_origins: Annotated[tuple[str, ...], NoDecode] = ()

@@ -85,8 +85,14 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
 
 @asynccontextmanager
 async def run_worker(platform: Platform) -> AsyncIterator[None]:
-    """A run worker in this process: plugins, queue, driver, delivery and recovery, until the block ends."""
+    """A run worker in this process: plugins, queue, driver, delivery and recovery, until the block ends.
+
+    With a `run_concurrency` of 0 there is none: other processes drive the runs.
+    """
     settings = platform.settings
+    if settings.run_concurrency == 0:
+        yield
+        return
     async with AsyncExitStack() as stack:
         manager = PluginManager(data_dir=settings.plugin_root)
         manager.discover_manifests()

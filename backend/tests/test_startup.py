@@ -55,6 +55,10 @@ def test_a_worker_is_as_particular(cli: Any, settings: dict[str, str]) -> None:
     _refused(cli("worker", environment={**settings, "PG_DSN": ""}), "PG_DSN")
 
 
+def test_a_run_worker_that_would_drive_nothing_is_refused(cli: Any, settings: dict[str, str]) -> None:
+    _refused(cli("worker", environment={**settings, "PLM_RUN_CONCURRENCY": "0"}), "PLM_RUN_CONCURRENCY")
+
+
 def test_a_port_in_use_is_named(cli: Any, settings: dict[str, str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
