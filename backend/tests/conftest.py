@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -251,10 +251,15 @@ def launch(
     settings_of: Callable[..., dict[str, str]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Any]:
-    """Starts a server for the length of a block, on a new database unless one of another server is given."""
+    """Starts a server for the length of a block, on a new database unless one of another server is given.
+
+    `program` is what runs in place of `plm-cli`.
+    """
 
     @contextmanager
-    def launched(*, like: Server | None = None, **settings: str) -> Iterator[Server]:
+    def launched(
+        *, like: Server | None = None, program: Sequence[str | Path] = (BIN / "plm-cli",), **settings: str
+    ) -> Iterator[Server]:
         if like is None:
             database = new_database()
             tenant, other = create_tenants(database, "first", "second")
@@ -267,7 +272,7 @@ def launch(
         with ExitStack() as stack:
             output = stack.enter_context(log.open("wb"))
             process = subprocess.Popen(
-                [BIN / "plm-cli", "serve", "--port", "0", "--ready-file", ready],
+                [*program, "serve", "--port", "0", "--ready-file", ready],
                 env=environment,
                 stdout=output,
                 stderr=output,
