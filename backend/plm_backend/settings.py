@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     lease_seconds: float = Field(default=30.0, ge=0.5, le=3600)
     recovery_seconds: float = Field(default=10.0, ge=0.2, le=3600)
+    patience_seconds: float = Field(default=30.0, ge=0.5, le=3600)
+    """An enqueued run that no run worker took for so long is enqueued once more: its job may be lost."""
+
     run_concurrency: int = Field(default=8, ge=0, le=256)
     """Runs this process drives at once; 0 leaves them to the run workers of other processes."""
 

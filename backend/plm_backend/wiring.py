@@ -116,7 +116,11 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
             lease_seconds=settings.lease_seconds,
             interrupts=platform.hub,
         )
-        recovery = Recovery(platform.control_plane.storage, every_seconds=settings.recovery_seconds)
+        recovery = Recovery(
+            platform.control_plane.storage,
+            every_seconds=settings.recovery_seconds,
+            patience_seconds=settings.patience_seconds,
+        )
         delivery = partial(deliver, platform.dsn, driver.drive, concurrency=settings.run_concurrency)
         await stack.enter_async_context(_background(delivery, "delivery"))
         await stack.enter_async_context(_background(recovery.run, "recovery"))

@@ -14,7 +14,7 @@ from plm_shared.schema_lint import lint
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = ("0013", "0014", "0015", "0016")
+REVISIONS = ("0013", "0014", "0015", "0016", "0017")
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -34,7 +34,7 @@ SHAPE = """
 """
 FUNCTIONS = """
     SELECT p.oid::regprocedure::text, p.proowner::regrole::text, p.prosecdef FROM pg_proc AS p
-    WHERE p.proname LIKE 'engine\\_%\\_v1' ORDER BY 1
+    WHERE p.proname LIKE 'engine\\_%\\_v_' ORDER BY 1
 """
 
 
@@ -83,7 +83,7 @@ def test_functions_are_callable_through_the_engines_writer_role_only(engine_data
     for signature, _, _ in functions:
         assert query(engine_database.admin, may, "plm_engine_writer", signature) == [(True,)], signature
         assert query(engine_database.admin, may, "plm_kernel_writer", signature) == [(False,)], signature
-    call = "SELECT * FROM engine_abandoned_runs_v1(1)"
+    call = "SELECT * FROM engine_abandoned_runs_v2(1, 30)"
     assert query(engine_database.app, call) == []
     with psycopg.connect(engine_database.admin, autocommit=True) as connection:
         connection.execute("REVOKE plm_engine_writer FROM plm_app")
@@ -92,10 +92,13 @@ def test_functions_are_callable_through_the_engines_writer_role_only(engine_data
         connection.execute("GRANT plm_engine_writer TO plm_app")
 
 
-def test_one_function_looks_across_tenants_and_all_others_act_as_their_caller(engine_database: DatabaseUrls) -> None:
+def test_only_the_look_for_abandoned_runs_goes_across_tenants(engine_database: DatabaseUrls) -> None:
     functions = query(engine_database.admin, FUNCTIONS)
     definers = [(signature, owner) for signature, owner, definer in functions if definer]
-    assert definers == [("engine_abandoned_runs_v1(integer)", "plm_migrator")]
+    assert sorted(definers) == [
+        ("engine_abandoned_runs_v1(integer)", "plm_migrator"),
+        ("engine_abandoned_runs_v2(integer,double precision)", "plm_migrator"),
+    ]
 
 
 def test_every_function_stands_in_a_shipped_file_or_its_migration(engine_database: DatabaseUrls) -> None:

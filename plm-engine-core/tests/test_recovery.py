@@ -76,13 +76,21 @@ async def test_four_sweepers_at_once_enqueue_each_run_once(bench):
     assert [bench.deliveries(run) - was for run, was in zip(everyone, before, strict=True)] == [1] * 15
 
 
+async def test_how_long_a_job_may_be_on_its_way_is_up_to_the_operator(bench):
+    run = await bench.run()
+    bench.sql("UPDATE run_states SET updated_at = updated_at - interval '1 minute' WHERE run_id = %s", run.id)
+    assert await Recovery(bench.storage, patience_seconds=120).sweep() == 0
+    assert await Recovery(bench.storage, patience_seconds=50).sweep() == 1
+    assert await Recovery(bench.storage, patience_seconds=50).sweep() == 0
+
+
 async def test_it_looks_across_tenants_but_sees_only_ids(bench):
     (other,) = create_tenants(bench.database, "other")
     runs = {(await each.run()).id for each in (bench, bench.in_tenant(other))}
     for run_id in runs:
         bench.sql(LONG_AGO, run_id)
-    assert {run_id for _, run_id in await bench.storage.runs.abandoned(10)} == runs
-    assert len(await bench.storage.runs.abandoned(1)) == 1
+    assert {run_id for _, run_id in await bench.storage.runs.abandoned(10, patience_seconds=30)} == runs
+    assert len(await bench.storage.runs.abandoned(1, patience_seconds=30)) == 1
 
 
 async def test_one_run_that_cannot_be_brought_back_does_not_hold_up_the_others(bench, monkeypatch, caplog):
@@ -91,10 +99,10 @@ async def test_one_run_that_cannot_be_brought_back_does_not_hold_up_the_others(b
         bench.sql(LONG_AGO, run.id)
     revive = bench.storage.runs.revive
 
-    async def failing(tenant_id, run_id):
+    async def failing(tenant_id, run_id, *, patience_seconds):
         if run_id == runs[0].id:
             raise StorageUnavailable("locked")
-        return await revive(tenant_id, run_id)
+        return await revive(tenant_id, run_id, patience_seconds=patience_seconds)
 
     monkeypatch.setattr(bench.storage.runs, "revive", failing)
     assert await Recovery(bench.storage).sweep() == 2
@@ -104,8 +112,8 @@ async def test_one_run_that_cannot_be_brought_back_does_not_hold_up_the_others(b
 async def test_the_loop_outlives_a_failed_pass(bench, monkeypatch, caplog):
     passes = asyncio.Queue()
 
-    async def abandoned(limit):
-        passes.put_nowait(limit)
+    async def abandoned(limit, *, patience_seconds):
+        passes.put_nowait((limit, patience_seconds))
         raise RuntimeError("a defect")
 
     monkeypatch.setattr(bench.storage.runs, "abandoned", abandoned)

@@ -78,7 +78,7 @@ async def foreign(bench):
         ),
         "runs.request_cancel": lambda: storage.runs.request_cancel(other, run.id, actor="human:x"),
         "runs.reconcile": lambda: storage.runs.reconcile(other, run.id, happened=True, output=None, actor="human:x"),
-        "runs.revive": lambda: storage.runs.revive(other, run.id),
+        "runs.revive": lambda: storage.runs.revive(other, run.id, patience_seconds=0),
         "runs.mcrc": lambda: storage.runs.mcrc(other, run.id),
         "runs.artifact": lambda: storage.runs.artifact(other, record.id),
         "approvals.get": lambda: storage.approvals.get(other, pending.ticket_id),

@@ -16,19 +16,22 @@ _BATCH = 200
 class Recovery:
     """Finds runs whose worker is gone, whose job was lost or whose ticket has expired, and has them driven again.
 
-    It decides nothing itself: whoever then takes the lease closes the abandoned grant, and never guesses.
+    It decides nothing itself: whoever then takes the lease closes the abandoned grant, and never guesses. An enqueued
+    run that nobody took for `patience_seconds` counts as lost on its way and is enqueued once more.
     """
 
-    def __init__(self, storage: Storage, *, every_seconds: float = 10.0) -> None:
+    def __init__(self, storage: Storage, *, every_seconds: float = 10.0, patience_seconds: float = 30.0) -> None:
         self._storage = storage
         self._every_seconds = every_seconds
+        self._patience = patience_seconds
 
     async def sweep(self) -> int:
         """One pass; answers how many runs were enqueued."""
         revived = 0
-        for tenant_id, run_id in await self._storage.runs.abandoned(_BATCH):
+        runs = self._storage.runs
+        for tenant_id, run_id in await runs.abandoned(_BATCH, patience_seconds=self._patience):
             try:
-                revived += await self._storage.runs.revive(tenant_id, run_id)
+                revived += await runs.revive(tenant_id, run_id, patience_seconds=self._patience)
             except ControlPlaneError:
                 logger.warning("a run could not be brought back yet", extra={"run_id": str(run_id)}, exc_info=True)
         return revived

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from plm_shared.addresses import sqlalchemy_url
+from plm_shared.migrations import stored_revision
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-__all__ = ["VERSION_TABLE", "KernelSchemaMissing", "current", "downgrade", "upgrade"]
+__all__ = ["VERSION_TABLE", "KernelSchemaMissing", "current", "downgrade", "revisions", "upgrade"]
 
 VERSION_TABLE = "alembic_version_plm_engine_core"
 
@@ -51,12 +52,12 @@ def downgrade(dsn: str, revision: str = "base") -> None:
 
 def current(dsn: str) -> str | None:
     """The engine's revision in this database, or None before the first."""
-    from alembic.runtime.migration import MigrationContext
-    from sqlalchemy import create_engine, pool
+    return stored_revision(dsn, VERSION_TABLE)
 
-    engine = create_engine(sqlalchemy_url(dsn), poolclass=pool.NullPool)
-    with engine.connect() as connection:
-        return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+
+def revisions() -> list[str]:
+    """Every revision there is here, oldest first: each file of ``versions/`` begins with its number."""
+    return sorted(path.name.partition("_")[0] for path in (Path(__file__).parent / "versions").glob("[0-9]*_*.py"))
 
 
 def _config(dsn: str) -> Config:

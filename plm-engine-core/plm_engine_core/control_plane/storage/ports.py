@@ -177,14 +177,15 @@ class RunStore(Protocol):
         """Say what became of the step whose outcome is unknown; the run continues in the same commit."""
         ...
 
-    async def abandoned(self, limit: int) -> Sequence[tuple[UUID, UUID]]:
+    async def abandoned(self, limit: int, *, patience_seconds: float) -> Sequence[tuple[UUID, UUID]]:
         """Tenant and id of runs, over all tenants, that nobody drives although somebody should.
 
-        Their lease ran out, their drive job was lost, their ticket expired, or the halt that parked them was lifted.
+        Their lease ran out, their drive job was lost (nobody took them for `patience_seconds`), their ticket expired,
+        or the halt that parked them was lifted.
         """
         ...
 
-    async def revive(self, tenant_id: UUID, run_id: UUID) -> bool:
+    async def revive(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:
         """Enqueue a drive job for a run found by `abandoned`; false when somebody else has seen to it by now."""
         ...
 

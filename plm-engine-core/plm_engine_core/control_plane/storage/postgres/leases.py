@@ -144,20 +144,23 @@ class PostgresLeases:
                 await self._delivery.enqueue(connection, tenant_id, run_id)
             return state
 
-    async def abandoned(self, limit: int) -> Sequence[tuple[UUID, UUID]]:
+    async def abandoned(self, limit: int, *, patience_seconds: float) -> Sequence[tuple[UUID, UUID]]:
         """Runs that nobody drives although somebody should, over all tenants."""
         async with self._gateway.connection() as connection:
-            cursor = await connection.execute("SELECT tenant_id, run_id FROM engine_abandoned_runs_v1(%s)", [limit])
+            cursor = await connection.execute(
+                "SELECT tenant_id, run_id FROM engine_abandoned_runs_v2(%s, %s)", [limit, patience_seconds]
+            )
             return [(row["tenant_id"], row["run_id"]) for row in await cursor.fetchall()]
 
-    async def revive(self, tenant_id: UUID, run_id: UUID) -> bool:
+    async def revive(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:
         """Enqueue a drive job if the run is still abandoned; taking its lease settles everything else."""
         async with self._gateway.transaction(tenant_id) as connection:
             expired = await self._expire_tickets(connection, tenant_id, run_id)
             cursor = await connection.execute(
                 "UPDATE run_states SET updated_at = clock_timestamp() "
-                "WHERE tenant_id = %s AND run_id = %s AND engine_is_abandoned_v1(run_states) RETURNING state",
-                [tenant_id, run_id],
+                "WHERE tenant_id = %s AND run_id = %s AND engine_is_abandoned_v2(run_states, %s) "
+                "RETURNING state",
+                [tenant_id, run_id, patience_seconds],
             )
             row = await cursor.fetchone()
             if row is None and not expired:
