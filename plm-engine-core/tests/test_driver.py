@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from decimal import Decimal
 
 import pytest
@@ -326,6 +327,21 @@ class TestCrashes:
             return answer
 
         monkeypatch.setattr(bench.storage.admission, "begin", forgetful)
+        acts = await scene(plan(FIRE))
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert await acts.steps() == [("s0", 1, "not_started"), ("s0", 2, "succeeded")]
+        assert len(acts.executor.calls) == 1
+
+    async def test_a_process_that_was_stopped_after_begin_does_not_make_the_call(self, scene, bench, monkeypatch):
+        original, slept = bench.storage.admission.begin, [100.0, 0.0]
+
+        async def stopped(*args, **kwargs):
+            answer = await original(*args, **kwargs)
+            away = slept.pop(0)
+            monkeypatch.setattr(Hold, "_now", staticmethod(lambda: time.monotonic() + away))
+            return answer
+
+        monkeypatch.setattr(bench.storage.admission, "begin", stopped)
         acts = await scene(plan(FIRE))
         assert await acts.drive() is RunState.SUCCEEDED
         assert await acts.steps() == [("s0", 1, "not_started"), ("s0", 2, "succeeded")]

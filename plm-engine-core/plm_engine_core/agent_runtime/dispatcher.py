@@ -9,12 +9,12 @@ from typing import Any
 from plm_shared.canonical_json import storable_json
 
 from plm_engine_core.agent_runtime.executor import Call, Executor, Progress
+from plm_engine_core.agent_runtime.hold import Hold
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.facade import ControlPlane
-from plm_engine_core.control_plane.runs.run import Lease
-from plm_engine_core.control_plane.vocabulary import OutcomeStatus
+from plm_engine_core.control_plane.vocabulary import OutcomeStatus, Reason
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,22 @@ class Dispatcher:
     def __init__(self, control_plane: ControlPlane) -> None:
         self._control_plane = control_plane
 
-    async def call(self, lease: Lease, grant: Grant, executor: Executor, proposal: Proposal) -> Outcome:
+    async def call(self, hold: Hold, grant: Grant, executor: Executor, proposal: Proposal) -> Outcome:
         """Have the call made, and answer what became of it; never raises for what an executor does."""
         began = False
 
         async def begin() -> Begun:
             nonlocal began
             begun = await self._control_plane.begin(
-                grant, fencing_token=lease.fencing_token, actor=proposal.principal.actor
+                grant, fencing_token=hold.fencing_token, actor=proposal.principal.actor
             )
+            if begun.accepted and not hold.surely_held:
+                # This process was away: another may hold the run by now, and this call would be beside its books.
+                begun = Begun(
+                    accepted=False,
+                    reason=Reason.LEASE_EXPIRED,
+                    message="the lease ran out before the call could leave the host",
+                )
             began = began or begun.accepted
             return begun
 
@@ -48,8 +55,8 @@ class Dispatcher:
             capability=self._control_plane.capability(proposal.capability),
             resource=proposal.resource,
             arguments=proposal.arguments,
-            traceparent=f"00-{lease.run.trace_id}-{grant.span_id}-01",
-            trace_id=lease.run.trace_id,
+            traceparent=f"00-{hold.run.trace_id}-{grant.span_id}-01",
+            trace_id=hold.run.trace_id,
             begin=begin,
         )
         try:

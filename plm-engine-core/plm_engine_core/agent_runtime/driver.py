@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from uuid import UUID
@@ -68,12 +69,13 @@ class Driver:
             StorageUnavailable: the database could not be reached; the lease runs out and another driver continues.
         """
         runs = self._control_plane.storage.runs
+        asked_at = time.monotonic()
         lease = await runs.take(tenant_id, run_id, owner=self._owner, seconds=self._lease_seconds)
         if lease is None:
             return None
         try:
             with self._interrupts.interrupts(tenant_id, run_id) as wake:
-                async with held(runs, lease, self._lease_seconds, wake) as hold:
+                async with held(runs, lease, seconds=self._lease_seconds, asked_at=asked_at, wake=wake) as hold:
                     await self._close_abandoned(hold)
                     return await self._advance(hold)
         except FencingLost:
@@ -185,7 +187,7 @@ class Driver:
         if hold.halt is not None:  # admission has just seen that it was lifted
             hold.halt = None
             hold.stop.clear()
-        call = asyncio.create_task(self._dispatcher.call(hold.lease, grant, executor, proposal))
+        call = asyncio.create_task(self._dispatcher.call(hold, grant, executor, proposal))
         stop = asyncio.create_task(hold.stop.wait())
         halted = False
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,9 +21,13 @@ _BEATS_PER_LEASE = 3
 
 @dataclass(kw_only=True)
 class Hold:
-    """A lease and what its heartbeat heard; `stop` is set while there is a reason to stop the call in progress."""
+    """A lease and what its heartbeat heard; `stop` is set while there is a reason to stop the call in progress.
+
+    `valid_until` is the moment on this process's monotonic clock up to which nobody else can have taken the run.
+    """
 
     lease: Lease
+    valid_until: float
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     lost: bool = False
     cancel_requested: bool = False
@@ -37,6 +42,15 @@ class Hold:
     def fencing_token(self) -> int:
         """What every write presents."""
         return self.lease.fencing_token
+
+    @property
+    def surely_held(self) -> bool:
+        """Whether nobody else can hold the run at this moment; a process that was stopped meanwhile finds out here."""
+        return not self.lost and self._now() < self.valid_until
+
+    @staticmethod
+    def _now() -> float:
+        return time.monotonic()
 
     def hear(self, beat: Heartbeat) -> None:
         """Take in what a renewal answered."""
@@ -58,9 +72,14 @@ class Hold:
 
 
 @asynccontextmanager
-async def held(runs: RunStore, lease: Lease, seconds: float, wake: asyncio.Event) -> AsyncIterator[Hold]:
-    """Keep a lease of `seconds` alive until the block ends; `wake` makes the next heartbeat due at once."""
-    hold = Hold(lease=lease)
+async def held(
+    runs: RunStore, lease: Lease, *, seconds: float, asked_at: float, wake: asyncio.Event
+) -> AsyncIterator[Hold]:
+    """Keep a lease of `seconds` alive until the block ends; `wake` makes the next heartbeat due at once.
+
+    `asked_at` is when the lease was asked for, on the monotonic clock: the database's count began later.
+    """
+    hold = Hold(lease=lease, valid_until=asked_at + seconds)
     task = asyncio.create_task(_heartbeat(runs, hold, seconds, wake), name=f"lease of {lease.run.id}")
     try:
         yield hold
@@ -75,10 +94,12 @@ async def _heartbeat(runs: RunStore, hold: Hold, seconds: float, wake: asyncio.E
             async with asyncio.timeout(seconds / _BEATS_PER_LEASE):
                 await wake.wait()
         wake.clear()
+        asked_at = time.monotonic()
         try:
             hold.hear(
                 await runs.renew(hold.run.tenant_id, hold.run.id, fencing_token=hold.fencing_token, seconds=seconds)
             )
+            hold.valid_until = asked_at + seconds
         except StorageUnavailable:
             logger.warning("the lease could not be renewed", extra={"run_id": str(hold.run.id)})
         except Exception:

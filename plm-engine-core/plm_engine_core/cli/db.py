@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 import psycopg
@@ -17,31 +15,12 @@ from plm_shared.addresses import driver_dsn
 from plm_shared.provisioning import provision
 from sqlalchemy.exc import DBAPIError
 
+from plm_engine_core.cli.chains import installed_chains, upgrade_all
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
 from plm_engine_core.control_plane.ids import new_id
 
-MIGRATIONS_GROUP = "plm.migrations"
-
 app = typer.Typer(help="Bring the database's schema up to date; create tenants.", no_args_is_help=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chain:
-    """One package's migrations: a module with ``upgrade(dsn)`` and ``current(dsn)``, or a callable ``upgrade(dsn)``."""
-
-    name: str
-    provider: Any
-
-    def upgrade(self, dsn: str) -> None:
-        """Bring the database up to this chain's head."""
-        upgrade: Callable[[str], None] = getattr(self.provider, "upgrade", self.provider)
-        upgrade(dsn)
-
-    def current(self, dsn: str) -> str | None:
-        """The revision the database stands at, or None before the first or where the chain does not say."""
-        current: Callable[[str], str | None] | None = getattr(self.provider, "current", None)
-        return current(dsn) if current else None
 
 
 @app.command("upgrade")
@@ -53,8 +32,7 @@ def upgrade(as_json: AsJson = False) -> None:
     """
     dsn = owner_dsn()
     with database_errors():
-        for chain in installed_chains():
-            chain.upgrade(dsn)
+        upgrade_all(dsn)
     _show_revisions(dsn, as_json=as_json)
 
 
@@ -113,12 +91,6 @@ def create_tenant(
     if row is None or row[0] != name:
         fail(ExitCode.FAILED, f"tenant {tenant} exists under another name; choose another --tenant-id")
     show({"tenant_id": tenant, "name": name, "created": created is not None}, str(tenant), as_json=as_json)
-
-
-def installed_chains() -> list[Chain]:
-    """The migrations of every installed package, in the order of their names."""
-    found = sorted(entry_points(group=MIGRATIONS_GROUP), key=lambda entry: entry.name)
-    return [Chain(name=entry.name, provider=entry.load()) for entry in found]
 
 
 def owner_dsn() -> str:

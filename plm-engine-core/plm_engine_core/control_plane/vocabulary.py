@@ -193,6 +193,7 @@ class Reason(StrEnum):
     GRANT_EXPIRED = "grant_expired"
     GRANT_USED = "grant_used"
     CANCEL_REQUESTED = "cancel_requested"
+    LEASE_EXPIRED = "lease_expired"
 
 
 class EventKind(StrEnum):
