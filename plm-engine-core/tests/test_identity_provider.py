@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import random
+import secrets
 import time
 import uuid
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jwt
@@ -218,15 +220,41 @@ def test_production_refuses_shared_secrets(environment: str) -> None:
 
 
 def test_a_short_secret_is_refused_without_repeating_it() -> None:
-    for secrets in ({"active_secret": "short-secret"}, {"active_secret": SECRET, "previous_secret": "short-secret"}):
-        with pytest.raises(IdentityProviderConfigError, match="has 12 bytes; it needs at least 32") as caught:
-            Hs256JwtIdentityProvider(**secrets)  # type: ignore[arg-type]
+    for settings in ({"active_secret": "short-secret"}, {"active_secret": SECRET, "previous_secret": "short-secret"}):
+        with pytest.raises(IdentityProviderConfigError, match="has 12 bytes; it needs at least 32 ") as caught:
+            Hs256JwtIdentityProvider(**settings)  # type: ignore[arg-type]
         assert "short-secret" not in str(caught.value)
 
 
-def test_an_unknown_mode_is_refused() -> None:
-    with pytest.raises(IdentityProviderConfigError, match="'oidc'"):
-        Hs256JwtIdentityProvider(active_secret=SECRET, identity_provider_mode="oidc")
+@pytest.mark.parametrize(
+    ("secret", "reason"),
+    [
+        ("a" * 40, "repeats itself"),
+        ("deadbeef" * 8, "repeats itself"),
+        ("0123456789abcdef" * 2, "repeats itself"),
+        ("abcdefghijklmnopqrstuvwxyz0123456789", "follows a sequence"),
+        ("change-me-in-production-or-else-you-lose", "placeholder 'changeme'"),
+        ("a-string-secret-at-least-256-bits-long", "placeholder 'atleast256bits'"),
+        ("My_Super_Secret.Key-for.the=platform/42", "placeholder 'secretkey'"),
+    ],
+)
+def test_a_secret_that_is_plainly_not_random_is_refused_without_repeating_it(secret: str, reason: str) -> None:
+    for settings in ({"active_secret": secret}, {"active_secret": SECRET, "previous_secret": secret}):
+        with pytest.raises(IdentityProviderConfigError, match=reason) as caught:
+            Hs256JwtIdentityProvider(**settings)  # type: ignore[arg-type]
+        assert secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [lambda: secrets.token_hex(16), lambda: secrets.token_urlsafe(24)])
+def test_a_random_secret_of_the_least_size_is_accepted(make: Callable[[], str]) -> None:
+    for _ in range(1_000):
+        Hs256JwtIdentityProvider(active_secret=make())
+
+
+@pytest.mark.parametrize("mode", ["oidc", "none", "off", "disabled", "false", "0"])
+def test_no_mode_switches_identity_off(mode: str) -> None:
+    with pytest.raises(IdentityProviderConfigError, match=f"'{mode}'"):
+        Hs256JwtIdentityProvider(active_secret=SECRET, identity_provider_mode=mode)
 
 
 def test_the_environment_configures_the_provider() -> None:

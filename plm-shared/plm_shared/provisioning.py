@@ -24,6 +24,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from plm_shared.addresses import DatabaseUrls, build_dsn, driver_dsn
+from plm_shared.server_version import require_supported_server
 
 __all__ = [
     "APP",
@@ -65,6 +66,7 @@ def provision(
 
     Raises:
         ProvisioningRefused: the login may not create roles, or the database exists and belongs to another role.
+        ServerTooOld: the server's major version is below 15.
         psycopg.OperationalError: the server cannot be reached.
     """
     owner_password = owner_password or secrets.token_hex(24)
@@ -72,6 +74,7 @@ def provision(
     address = conninfo_to_dict(driver_dsn(admin_dsn))
     try:
         with _cursor(address) as cursor:
+            require_supported_server(cursor.connection.info.server_version)
             cursor.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
             _make_roles(cursor)
             _make_database(cursor, database)

@@ -118,7 +118,7 @@ def upgrade_all(owner_dsn: str) -> None:
         SchemaAhead: the database is newer than this installation. Neither touches anything.
     """
     with psycopg.connect(driver_dsn(owner_dsn)) as connection:
-        require_supported_server(connection)
+        require_supported_server(connection.info.server_version)
     chains = installed_chains()
     for chain in chains:
         chain.require_known(owner_dsn)

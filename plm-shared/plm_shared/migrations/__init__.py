@@ -9,12 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from plm_shared.addresses import sqlalchemy_url
+from plm_shared.addresses import driver_dsn, sqlalchemy_url
 
 if TYPE_CHECKING:
     from alembic.config import Config
 
-__all__ = ["VERSION_TABLE", "current", "downgrade", "sql_for", "upgrade"]
+__all__ = ["VERSION_TABLE", "current", "downgrade", "revisions", "sql_for", "stored_revision", "upgrade"]
 
 VERSION_TABLE = "alembic_version_plm_shared"
 
@@ -35,12 +35,30 @@ def downgrade(dsn: str, revision: str = "base") -> None:
 
 def current(dsn: str) -> str | None:
     """The revision the database stands at, or None before the first."""
-    from alembic.runtime.migration import MigrationContext
-    from sqlalchemy import create_engine, pool
+    return stored_revision(dsn, VERSION_TABLE)
 
-    engine = create_engine(sqlalchemy_url(dsn), poolclass=pool.NullPool)
-    with engine.connect() as connection:
-        return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+
+def revisions() -> list[str]:
+    """Every revision there is here, oldest first: each file of ``versions/`` begins with its number."""
+    return sorted(path.name.partition("_")[0] for path in (Path(__file__).parent / "versions").glob("[0-9]*_*.py"))
+
+
+def stored_revision(dsn: str, version_table: str) -> str | None:
+    """What a version table holds; None where there is no such table, or nothing in it.
+
+    Raises:
+        psycopg.errors.InsufficientPrivilege: the login may not read the table.
+    """
+    import psycopg
+    from psycopg import sql
+
+    query = sql.SQL("SELECT version_num FROM {}").format(sql.Identifier("public", version_table))
+    try:
+        with psycopg.connect(driver_dsn(dsn)) as connection:
+            row = connection.execute(query).fetchone()
+    except psycopg.errors.UndefinedTable:
+        return None
+    return str(row[0]) if row else None
 
 
 def sql_for(revision: str = "head") -> str:

@@ -17,8 +17,8 @@ from plm_engine_core.control_plane.identity.errors import (
     IdentityProviderConfigError,
     RejectReason,
 )
+from plm_engine_core.control_plane.identity.secret_strength import MIN_SECRET_BYTES, weakness
 
-MIN_SECRET_BYTES: Final = 32  # RFC 7518, section 3.2: a key of at least the hash's size
 MAX_TOKEN_CHARS: Final = 8_192
 
 _ALGORITHM: Final = "HS256"
@@ -56,8 +56,9 @@ class Hs256JwtIdentityProvider:
     accepted only when that audience is.
 
     Raises:
-        IdentityProviderConfigError: a secret is shorter than 32 bytes, the mode is not ``hs256``, or the environment
-            is production: whoever may validate a shared secret may also forge.
+        IdentityProviderConfigError: a secret is shorter than 32 bytes or plainly not random (RFC 8725, section 3.5),
+            the mode is not ``hs256``, or the environment is production: whoever may validate a shared secret may also
+            forge.
     """
 
     name = "hs256"
@@ -191,9 +192,10 @@ def _plain(error: Exception) -> str:
 
 
 def _checked(secret: str, which: str) -> bytes:
-    key = secret.encode()
-    if len(key) < MIN_SECRET_BYTES:
+    reason = weakness(secret)
+    if reason is not None:
         raise IdentityProviderConfigError(
-            f"{_SECRET}_{which} has {len(key)} bytes; it needs at least {MIN_SECRET_BYTES} random ones"
+            f"{_SECRET}_{which} {reason}; it needs at least {MIN_SECRET_BYTES} random bytes, for example from "
+            "`openssl rand -hex 32`"
         )
-    return key
+    return secret.encode()

@@ -10,11 +10,13 @@ branch_labels = None
 depends_on = None
 
 _TABLES = "alembic_version_plm_shared, alembic_version_plm_engine_core"
+_GRANT = f"GRANT SELECT ON {_TABLES} TO plm_engine_writer"
+_REVOKE = f"REVOKE SELECT ON {_TABLES} FROM plm_engine_writer"  # noqa: S608  # names of ours, no input
 
 
 def upgrade() -> None:
-    op.execute(f"GRANT SELECT ON {_TABLES} TO plm_engine_writer")
+    op.execute(_GRANT)
 
 
 def downgrade() -> None:
-    op.execute(f"REVOKE SELECT ON {_TABLES} FROM plm_engine_writer")
+    op.execute(_REVOKE)
