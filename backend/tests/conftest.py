@@ -337,6 +337,12 @@ def approver(platform: Server) -> Client:
     return platform.client(scopes=("plm.hitl.resolve",))
 
 
+@pytest.fixture(scope="session")
+def tokens() -> Tokens:
+    """Signs tokens that the servers of the tests accept."""
+    return Tokens()
+
+
 @pytest.fixture(name="until", scope="session")
 def until_fixture() -> Callable[[Callable[[], Any], str], Any]:
     return until
