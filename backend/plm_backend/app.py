@@ -25,6 +25,7 @@ def create_app(platform: Platform) -> FastAPI:
         description="Runs of agents under control: start, follow, approve, halt.",
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would carry the request's token along
     )
     app.openapi = partial(describe, app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     app.state.platform = platform

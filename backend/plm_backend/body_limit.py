@@ -7,6 +7,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from plm_backend.problems import TOO_LARGE, problem
 
+_WITH_BODY = frozenset({"POST", "PUT", "PATCH"})
+
 
 class BodyLimitMiddleware:
     """Answers 413 as soon as a body is known, or turns out, to be larger than `max_bytes`."""
@@ -17,10 +19,12 @@ class BodyLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one ASGI connection."""
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["method"] not in _WITH_BODY:
             await self._app(scope, receive, send)
             return
-        detail = f"the body has more than the {self._max_bytes} bytes this API takes"
+        detail = (
+            f"the body has more than the {self._max_bytes} bytes this API takes; send less, or ask for a higher limit"
+        )
         announced = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if announced.isdigit() and int(announced) > self._max_bytes:
             await problem(TOO_LARGE, "validation/body_too_large", detail)(scope, receive, send)

@@ -13,23 +13,31 @@ from fastapi.responses import JSONResponse
 from plm_engine_core.control_plane import errors as engine
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-TOO_LARGE = 413
+NOT_FOUND, NOT_ALLOWED, TOO_LARGE = 404, 405, 413
 TYPE_BASE = "urn:plm:problem:"
+
+_LONGEST_MESSAGE = 400
+_MOST_FIELDS = 50
 
 _TITLES = {
     "authorization/forbidden": "The caller may not do this",
     "dependency/storage_unavailable": "The database did not answer in time",
     "http/error": "The request could not be served",
+    "http/method_not_allowed": "Nothing is served this way at this address",
+    "http/no_such_address": "There is nothing at this address",
     "runtime/error": "Something went wrong on our side",
     "timeout/hitl_timeout": "The deadline of the approval has passed",
     "validation/body_too_large": "The request body is too large",
+    "validation/body_unreadable": "The request body is no readable JSON",
     "validation/hitl_decision_conflict": "The approval ticket cannot be decided any more",
     "validation/idempotency_conflict": "The Idempotency-Key was used for another request",
     "validation/impossible_transition": "The present state does not allow this",
+    "validation/media_type_unsupported": "The request body is of a kind this API does not take",
     "validation/run_not_found": "Nothing of that id exists in this tenant",
     "validation/schema_invalid": "The request does not have the documented shape",
 }
@@ -38,6 +46,25 @@ _CONFLICT_CODES = {
     "approval_expired": "timeout/hitl_timeout",
     "idempotency_conflict": "validation/idempotency_conflict",
 }
+_STATUS_CODES = {
+    400: "validation/body_unreadable",
+    404: "http/no_such_address",
+    405: "http/method_not_allowed",
+    413: "validation/body_too_large",
+    415: "validation/media_type_unsupported",
+}
+_REMEDIES = {
+    "already_decided": "read the ticket, nothing is left to decide",
+    "approval_expired": "start a new run to ask again",
+    "idempotency_conflict": "send the first request again, or choose another key",
+    "impossible_transition": "read the run, nothing is left to change",
+    "missing_scopes": "get a token that holds it",
+    "not_human": "have a person decide",
+    "outcome_unknown": "an operator does that with `plm-cli run reconcile`",
+    "separation_of_duties": "have somebody else decide",
+}
+"""What to do about a reason; the reason itself is the engine's word."""
+
 _MEANINGS = {
     400: "The request cannot be read.",
     401: "No identity: the bearer token is missing, forged, expired or of an unknown tenant.",
@@ -45,6 +72,7 @@ _MEANINGS = {
     404: "Nothing of that id exists in the caller's tenant.",
     409: "The present state does not allow this.",
     413: "The body is larger than this API takes.",
+    415: "The body has another media type than JSON, or a content coding.",
     422: "The request does not have the documented shape; `detail` names the field.",
     503: "The database or the audit log did not answer in time; try again.",
 }
@@ -94,28 +122,34 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 DOORS = (400, 401, 403, 422, 503)
 """What any authenticated operation may answer: its tenant, identity, scopes, parameters and database."""
 
+BODIES = (400, 413, 415)
+"""What an operation with a body may answer besides."""
+
 
 def install(app: FastAPI) -> None:
     """Answer every error of the packages below, and of the framework, as a problem document."""
 
     @app.exception_handler(engine.InvalidRequest)
     async def invalid(_: Request, error: engine.InvalidRequest) -> ProblemResponse:
-        return problem(422, "validation/schema_invalid", str(error), field=error.field)
+        return problem(422, "validation/schema_invalid", _corrected(str(error)), field=error.field)
 
     @app.exception_handler(engine.NotFound)
     async def not_found(_: Request, error: engine.NotFound) -> ProblemResponse:
-        return problem(404, "validation/run_not_found", str(error))
+        detail = f"{error} in your tenant; check the id, and whose token you send"
+        return problem(404, "validation/run_not_found", detail)
 
     @app.exception_handler(engine.Forbidden)
     async def forbidden(_: Request, error: engine.Forbidden) -> ProblemResponse:
+        detail = f"{error}; {_REMEDIES.get(error.reason, 'ask somebody who may')}"
         return problem(
-            403, "authorization/forbidden", str(error), reason=error.reason, missing_scopes=list(error.missing_scopes)
+            403, "authorization/forbidden", detail, reason=error.reason, missing_scopes=list(error.missing_scopes)
         )
 
     @app.exception_handler(engine.Conflict)
     async def conflict(_: Request, error: engine.Conflict) -> ProblemResponse:
         code = _CONFLICT_CODES.get(error.reason, "validation/impossible_transition")
-        return problem(409, code, str(error), reason=error.reason)
+        detail = f"{error}; {_REMEDIES.get(error.reason, 'read the present state and decide anew')}"
+        return problem(409, code, detail, reason=error.reason)
 
     @app.exception_handler(engine.StorageUnavailable)
     async def unavailable(_: Request, error: engine.StorageUnavailable) -> ProblemResponse:
@@ -123,25 +157,53 @@ def install(app: FastAPI) -> None:
         return problem(
             503,
             "dependency/storage_unavailable",
-            "the database did not answer in time; nothing was changed, try again",
+            "the database did not answer in time; send the same request again in a moment, with its Idempotency-Key",
             headers={"Retry-After": "1"},
             retry_after_ms=1000,
         )
 
     @app.exception_handler(RequestValidationError)
     async def schema(_: Request, error: RequestValidationError) -> ProblemResponse:
-        fields = [
-            {"field": ".".join(str(part) for part in each["loc"]), "message": each["msg"]} for each in error.errors()
-        ]
-        first = fields[0] if fields else {"field": "body", "message": "cannot be read"}
-        return problem(422, "validation/schema_invalid", f"{first['field']}: {first['message']}", fields=fields[:50])
+        fields = [_field(each) for each in error.errors()[:_MOST_FIELDS]]
+        detail = _corrected(f"{fields[0]['field']}: {fields[0]['message']}") if fields else "send what is documented"
+        return problem(422, "validation/schema_invalid", detail, fields=fields)
 
     @app.exception_handler(HTTPException)
-    async def http(_: Request, error: HTTPException) -> ProblemResponse:
-        code = "validation/body_too_large" if error.status_code == TOO_LARGE else "http/error"
-        return problem(error.status_code, code, str(error.detail), headers=error.headers)
+    async def http(request: Request, error: HTTPException) -> ProblemResponse:
+        code = _STATUS_CODES.get(error.status_code, "http/error")
+        detail, headers = str(error.detail), dict(error.headers or {})
+        if error.status_code == NOT_FOUND:
+            detail = f"{request.url.path!r:.200} is no address of this API; /openapi.json lists them"
+        elif error.status_code == NOT_ALLOWED:
+            headers["Allow"] = ", ".join(_methods(app, request)) or headers.get("allow", "")
+            detail = f"{request.method} is not served at {request.url.path!r:.200}; use {headers['Allow']}"
+        return problem(error.status_code, code, detail, headers=headers)
 
     @app.exception_handler(Exception)
     async def defect(_: Request, error: Exception) -> ProblemResponse:
         logger.error("an unforeseen error reached the API", exc_info=error)
         return problem(500, "runtime/error", "the request failed for a reason of ours; the log has it")
+
+
+def _corrected(text: str) -> str:
+    """What is wrong, with what to do about it where the text does not say that itself."""
+    return text if "; " in text else f"{text}; correct it and send the request again"
+
+
+def _field(error: Mapping[str, Any]) -> dict[str, str]:
+    """One finding of pydantic's: which field, what is wrong, and the value where it is a short one."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[: _LONGEST_MESSAGE // 2]} … {message[-_LONGEST_MESSAGE // 2 :]}"
+    given = error.get("input")
+    shown = f", not {given!r:.80}" if isinstance(given, str | int | float) and "; " not in message else ""
+    return {"field": ".".join(str(part) for part in error["loc"]), "message": message + shown}
+
+
+def _methods(app: FastAPI, request: Request) -> list[str]:
+    """Every method that is served at the request's address (RFC 9110, section 10.2.1)."""
+    found: set[str] = set()
+    for route in app.routes:
+        if route.matches(request.scope)[0] is not Match.NONE:
+            found |= getattr(route, "methods", None) or set()
+    return sorted(found)

@@ -68,14 +68,15 @@ def check_inputs(plan: Plan, body: RunCreate) -> RunInputs:
             values[name] = declared.default
         else:
             raise InvalidRequest(
-                f"agent {plan.agent} needs the input {name!r} of type {declared.type}", field=f"{place}.{name}"
+                f"agent {plan.agent} needs the input {name!r} of type {declared.type}; give it under {place!r}",
+                field=f"{place}.{name}",
             )
     return RunInputs(values=values, files=files)
 
 
 def _typed(name: str, kind: str, value: Any) -> Any:
     if not isinstance(value, _TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
-        raise InvalidRequest(f"{name} must be of type {kind}, not {type(value).__name__}", field=f"inputs.{name}")
+        raise InvalidRequest(f"{name} must be of type {kind}, not {value!r:.80}", field=f"inputs.{name}")
     return value
 
 
@@ -86,6 +87,7 @@ def _decoded(name: str, given: FileInput) -> InputFileData:
         data = given.text.encode() if given.text is not None else base64.b64decode(given.base64 or "", validate=True)
     except ValueError as error:
         raise InvalidRequest(
-            f"the content of the file {name} cannot be read: {error}", field=f"files.{name}"
+            f"the content of the file {name} cannot be read: {error}; send 'text', or the bytes in base64 (RFC 4648)",
+            field=f"files.{name}",
         ) from error
     return InputFileData(name=given.name, mime_type=given.mime_type, data=data)

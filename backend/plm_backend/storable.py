@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, TypeVar
 
 from plm_shared.canonical_json import storable_json
-from pydantic import AfterValidator
+from pydantic import AfterValidator, ValidationInfo
 
 Value = TypeVar("Value", str, dict[str, Any])
 
 
-def _storable(value: Value) -> Value:
-    storable_json(value, root="value")
+def _storable(value: Value, info: ValidationInfo) -> Value:
+    storable_json(value, root=info.field_name or "value")
     return value
 
 

@@ -46,6 +46,17 @@ class _Refusal(Exception):
         self.code = code
         self.message = message
 
+    def problem(self) -> dict[str, Any]:
+        """Problem details (RFC 9457); ``message`` is the older name of ``detail``."""
+        return {
+            "type": f"urn:plm:problem:{self.code.lower()}",
+            "title": "The tenant of the request is not established",
+            "status": self.status,
+            "detail": self.message,
+            "code": self.code,
+            "message": self.message,
+        }
+
 
 def parse_core_caller(value: str | None) -> uuid.UUID:
     """The tenant that the header names.
@@ -58,7 +69,9 @@ def parse_core_caller(value: str | None) -> uuid.UUID:
     try:
         return uuid.UUID(value.strip())
     except ValueError:
-        raise InvalidCoreCallerError(f"{CORE_CALLER_HEADER} must be a tenant's UUID, not {value!r}") from None
+        raise InvalidCoreCallerError(
+            f"{CORE_CALLER_HEADER} must be a tenant's UUID, not {value!r:.80}; correct it"
+        ) from None
 
 
 def cors_allowed_headers(extra: Iterable[str] = ()) -> list[str]:
@@ -134,7 +147,9 @@ class PlmTenantMiddleware:
         except InvalidCoreCallerError as error:
             raise _Refusal(400, "INVALID_CORE_CALLER", str(error)) from error
         if identity not in (None, caller):
-            raise _Refusal(403, "CORE_CALLER_MISMATCH", f"{CORE_CALLER_HEADER} names another tenant than your token")
+            raise _Refusal(
+                403, "CORE_CALLER_MISMATCH", f"{CORE_CALLER_HEADER} names another tenant than your token; leave it out"
+            )
         return caller
 
 
@@ -154,8 +169,8 @@ async def _reply(
     refusal: _Refusal,
     kind: str = "http.response",
 ) -> None:
-    body = json.dumps({"code": refusal.code, "message": refusal.message}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    body = json.dumps(refusal.problem()).encode()
+    headers = [(b"content-type", b"application/problem+json"), (b"content-length", str(len(body)).encode())]
     await send({"type": f"{kind}.start", "status": refusal.status, "headers": headers})
     await send({"type": f"{kind}.body", "body": body})
 

@@ -139,8 +139,9 @@ async def test_the_tenant_follows_from_identity_and_header(
     got, body, context = await ask(*headers, identity=identity)
     assert got == status
     if context is None:
-        assert body["code"] == answer
-        assert body["message"]
+        assert (body["code"], body["status"]) == (answer, status)
+        assert "; " in body["detail"], "it says what to do"
+        assert body["message"] == body["detail"], "the older name"
     else:
         assert context.tenant_id == str(answer)
 

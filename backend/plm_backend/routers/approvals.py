@@ -9,10 +9,11 @@ from fastapi import APIRouter
 from plm_engine_core.control_plane.vocabulary import TicketState
 
 from plm_backend.dependencies import Cursor, Limit, TheCaller, ThePlatform, decode_cursor, encode_cursor
-from plm_backend.problems import DOORS, documented
+from plm_backend.json_body import JsonRoute
+from plm_backend.problems import BODIES, DOORS, documented
 from plm_backend.schemas import DecisionBody, TicketDocument, TicketPage, ticket_document
 
-router = APIRouter(prefix="/v1/approvals", tags=["approvals"])
+router = APIRouter(prefix="/v1/approvals", tags=["approvals"], route_class=JsonRoute)
 
 
 @router.get("", operation_id="listApprovals", response_model=TicketPage, responses=documented(*DOORS))
@@ -36,7 +37,7 @@ async def list_approvals(
     "/{ticket_id}/decision",
     operation_id="decideApproval",
     response_model=TicketDocument,
-    responses=documented(*DOORS, 404, 409, 413),
+    responses=documented(*DOORS, *BODIES, 404, 409),
 )
 async def decide(ticket_id: UUID, body: DecisionBody, platform: ThePlatform, caller: TheCaller) -> Any:
     """Approve or deny. The decider is the caller; it needs `plm.hitl.resolve` and cannot be the requester."""

@@ -8,10 +8,11 @@ from uuid import UUID
 from fastapi import APIRouter
 
 from plm_backend.dependencies import TheCaller, ThePlatform
-from plm_backend.problems import DOORS, documented
+from plm_backend.json_body import JsonRoute
+from plm_backend.problems import BODIES, DOORS, documented
 from plm_backend.schemas import HaltCreate, HaltDocument, halt_document
 
-router = APIRouter(prefix="/v1/halts", tags=["halts"])
+router = APIRouter(prefix="/v1/halts", tags=["halts"], route_class=JsonRoute)
 
 
 @router.post(
@@ -19,7 +20,7 @@ router = APIRouter(prefix="/v1/halts", tags=["halts"])
     status_code=201,
     operation_id="triggerHalt",
     response_model=HaltDocument,
-    responses=documented(*DOORS, 404, 413),
+    responses=documented(*DOORS, *BODIES, 404),
 )
 async def trigger(body: HaltCreate, platform: ThePlatform, caller: TheCaller) -> Any:
     """Halt. When this answers, no grant is issued and no call begins in the scope until the halt is lifted."""

@@ -15,7 +15,8 @@ from sse_starlette import EventSourceResponse
 
 from plm_backend.artifacts import reference, row_of
 from plm_backend.dependencies import Cursor, Limit, TheCaller, ThePlatform, decode_cursor, encode_cursor
-from plm_backend.problems import DOORS, documented
+from plm_backend.json_body import JsonRoute
+from plm_backend.problems import BODIES, DOORS, documented
 from plm_backend.run_events import HEARTBEAT_SECONDS, follow, resume_after
 from plm_backend.run_inputs import check_inputs
 from plm_backend.schemas import (
@@ -29,7 +30,7 @@ from plm_backend.schemas import (
     step_document,
 )
 
-router = APIRouter(prefix="/v1/runs", tags=["runs"])
+router = APIRouter(prefix="/v1/runs", tags=["runs"], route_class=JsonRoute)
 
 
 @router.post(
@@ -37,7 +38,7 @@ router = APIRouter(prefix="/v1/runs", tags=["runs"])
     status_code=202,
     operation_id="createRun",
     response_model=RunDocument,
-    responses=documented(*DOORS, 409, 413),
+    responses=documented(*DOORS, *BODIES, 409),
 )
 async def create_run(
     body: RunCreate,
@@ -144,8 +145,7 @@ async def follow_run(
 
     `progress` messages carry no id: they are news, not record. Going away never cancels the run.
     """
-    after = resume_after(last_event_id)
-    await platform.control_plane.storage.runs.get(caller.tenant_id, run_id)
+    after = await resume_after(platform, caller.tenant_id, run_id, last_event_id)
     return EventSourceResponse(
         follow(platform, caller.tenant_id, run_id, after=after), ping=HEARTBEAT_SECONDS, send_timeout=60
     )

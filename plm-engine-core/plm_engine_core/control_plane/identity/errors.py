@@ -37,10 +37,11 @@ class IdentityValidationError(Exception):
     """The caller's identity was not established.
 
     `tenant_id` is the token's tenant where its signature proved it, else None. Neither the text nor a field repeats
-    any part of the token.
+    any part of the token. `remedy` is what the caller does next.
     """
 
     code: ClassVar[str] = "IDENTITY_INVALID"
+    remedy: ClassVar[str] = "get another token from your identity provider"
 
     def __init__(self, message: str, *, reason: RejectReason, tenant_id: UUID | None = None) -> None:
         super().__init__(message)
@@ -52,8 +53,9 @@ class IdentityMissingError(IdentityValidationError):
     """No bearer token was sent."""
 
     code = "IDENTITY_MISSING"
+    remedy = "send the header `Authorization: Bearer <token>`"
 
-    def __init__(self, message: str = "send the header `Authorization: Bearer <token>`") -> None:
+    def __init__(self, message: str = "the request has no bearer token") -> None:
         super().__init__(message, reason=RejectReason.MISSING)
 
 
@@ -71,7 +73,9 @@ class IdentityExpiredError(IdentityValidationError):
 
     code = "IDENTITY_EXPIRED"
 
-    def __init__(self, message: str = "the token has expired; get a new one", *, tenant_id: UUID | None = None) -> None:
+    remedy = "get a new one from your identity provider"
+
+    def __init__(self, message: str = "the token has expired", *, tenant_id: UUID | None = None) -> None:
         super().__init__(message, reason=RejectReason.EXPIRED, tenant_id=tenant_id)
 
 
@@ -79,6 +83,7 @@ class IdentityMalformedError(IdentityValidationError):
     """The token's form, header or claims break a rule; `reason` says which."""
 
     code = "IDENTITY_MALFORMED"
+    remedy = "get one that is right from your identity provider, and send only that"
 
 
 class IdentityProviderConfigError(RuntimeError):

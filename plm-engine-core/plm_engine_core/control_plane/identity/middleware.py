@@ -100,7 +100,9 @@ def _bearer_token(headers: Iterable[tuple[bytes, bytes]]) -> str:
     if not values:
         raise IdentityMissingError
     if len(values) > 1:
-        raise IdentityMalformedError("send one Authorization header", reason=RejectReason.MALFORMED_TOKEN)
+        raise IdentityMalformedError(
+            "the request has several Authorization headers", reason=RejectReason.MALFORMED_TOKEN
+        )
     scheme, _, token = values[0].decode("latin-1").partition(" ")
     if scheme.lower() != "bearer" or not token.strip(" "):
         raise IdentityMissingError

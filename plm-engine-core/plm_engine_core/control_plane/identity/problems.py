@@ -24,12 +24,12 @@ class Problem:
 
     @classmethod
     def unauthenticated(cls, error: IdentityValidationError) -> Self:
-        """401; the text never repeats any part of the token."""
+        """401; the text never repeats any part of the token, and ends in what to do."""
         return cls(
             status=401,
             title="Identity not established",
             code=error.code,
-            detail=str(error),
+            detail=f"{error}; {error.remedy}",
             headers=((b"www-authenticate", b'Bearer realm="plm"'),),
         )
 
