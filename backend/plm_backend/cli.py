@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shlex
 import socket
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from plm_backend.database import local_addresses
+from plm_backend.database import local_addresses, open_database
 from plm_backend.demo.command import demo
 from plm_backend.errors import SetupError
 from plm_backend.logs import configure_logging
-from plm_backend.startup import SECRET, load_settings, setup_errors
+from plm_backend.startup import OLDER_SECRET, SECRET, load_settings, setup_errors
+from plm_backend.stopping import StopRequest
+
+_PORT = 8000
 
 
 def register(app: typer.Typer) -> None:
@@ -36,11 +41,17 @@ def serve(
 ) -> None:
     """Serve the API, with a run worker in the same process.
 
-    Status 0: it was stopped by SIGINT or SIGTERM; 3: a setting is missing or refused, and the sentence says which.
+    Without --port and PLM_PORT it listens on 8000, or on a free port when that is in use. An embedded database that
+    dies is started again; while any other is away, requests are answered with 503.
+
+    Status 0: it was stopped by SIGINT or SIGTERM; 3: a setting is missing or refused, and the sentence says which; 130:
+    it was stopped before it was ready.
     """
     from plm_backend.serving import serve_until_stopped
 
+    stop = StopRequest()
     with setup_errors():
+        stop.listen()
         settings = load_settings()
         configure_logging(settings)
         listener = _listen(host or settings.host, settings.port if port is None else port)
@@ -53,40 +64,59 @@ def serve(
                 draft.rename(ready_file)
             typer.echo(f"listening on {url}", err=True)
 
-        with listener:
-            asyncio.run(serve_until_stopped(settings, listener, on_ready=announce))
+        with listener, open_database(settings) as database:
+            asyncio.run(serve_until_stopped(settings, database, listener, stop, on_ready=announce))
 
 
 def worker() -> None:
-    """Run a run worker on this node, until it is stopped. Status as for `serve`."""
+    """Run a run worker on this node, until it is stopped.
+
+    Status as for `serve`, and 1: the database was away for longer than PLM_DATABASE_PATIENCE_SECONDS.
+    """
     from plm_backend.serving import work_until_stopped
 
+    stop = StopRequest()
     with setup_errors():
+        stop.listen()
         settings = load_settings()
         configure_logging(settings)
-        asyncio.run(work_until_stopped(settings, on_ready=lambda: typer.echo("working", err=True)))
+        with open_database(settings) as database:
+            asyncio.run(work_until_stopped(settings, database, stop, on_ready=lambda: typer.echo("working", err=True)))
 
 
 def local_env() -> None:
     """Print the settings of this local installation for a shell: eval "$(plm-cli local-env)"."""
     with setup_errors():
         settings = load_settings()
-        values = {SECRET: os.environ[SECRET], **local_addresses(settings)}
+        secret = os.environ.get(SECRET) or os.environ[OLDER_SECRET]
+        values = {SECRET: secret, **local_addresses(settings)}
         for name, value in values.items():
             typer.echo(f"export {name}={shlex.quote(value)}")
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def _listen(host: str, port: int | None) -> socket.socket:
+    """Listen on the port that is asked for; when none is, on 8000 or any that is free."""
     try:
+        try:
+            return _bound(host, _PORT if port is None else port)
+        except OSError as error:
+            if port is not None or error.errno != errno.EADDRINUSE:
+                raise
+            return _bound(host, 0)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        place = f"{host}:{_PORT if port is None else port}"
+        raise SetupError(f"cannot listen on {place} ({reason}); choose another with --host and --port") from error
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(256)
-    except (OSError, OverflowError) as error:
-        listener.close()
-        reason = getattr(error, "strerror", None) or error
-        raise SetupError(f"cannot listen on {host}:{port} ({reason}); choose another with --host and --port") from error
+        stack.pop_all()
     return listener
 
 

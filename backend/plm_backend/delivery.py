@@ -45,6 +45,11 @@ COMMENT ON SCHEMA {SCHEMA} IS '{VERSION}'
 """
 
 
+def revisions() -> list[str]:
+    """What this installation can apply."""
+    return [VERSION]
+
+
 def current(dsn: str) -> str | None:
     """What is applied, or None."""
     with psycopg.connect(driver_dsn(dsn)) as connection:

@@ -1,7 +1,8 @@
 """Errors of the application, beside those of the packages below it.
 
 BackendError
-└── SetupError    the operator must change something before the application can start: `remedy` says what
+├── SetupError      the operator must change something before the application can start
+└── DatabaseLost    a run worker gave up on its database
 """
 
 from __future__ import annotations
@@ -13,3 +14,7 @@ class BackendError(Exception):
 
 class SetupError(BackendError):
     """The application cannot start as it is configured; one sentence says what to do."""
+
+
+class DatabaseLost(BackendError):
+    """The database did not come back in the time that a run worker waits for it."""

@@ -6,7 +6,8 @@ import asyncio
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from functools import partial
 
 import uvicorn
 from fastapi import FastAPI
@@ -15,60 +16,77 @@ from starlette.routing import Mount
 from starlette.types import Receive, Scope, Send
 
 from plm_backend.app import create_app
-from plm_backend.database import open_database
-from plm_backend.errors import SetupError
+from plm_backend.database import Database, open_database
+from plm_backend.errors import DatabaseLost, SetupError
+from plm_backend.server_keeper import keep_running
 from plm_backend.settings import Settings
-from plm_backend.wiring import open_platform, run_worker
+from plm_backend.stopping import StopRequest
+from plm_backend.wiring import Platform, background, open_platform, run_worker
 
 _GRACE_SECONDS = 5  # for answers under way; event streams are ended at once
 
 
 @asynccontextmanager
-async def open_application(settings: Settings) -> AsyncIterator[FastAPI]:
+async def open_application(settings: Settings, database: Database) -> AsyncIterator[FastAPI]:
     """The API with a run worker in the same process.
 
     Raises:
         SetupError: the operator must change something first.
     """
-    with open_database(settings) as database:
-        async with open_platform(settings, database.app) as platform, run_worker(platform):
-            yield create_app(platform)
+    async with _open_node(settings, database) as platform:
+        yield create_app(platform)
 
 
-async def serve_until_stopped(settings: Settings, listener: socket.socket, *, on_ready: Callable[[], None]) -> None:
-    """Serve on `listener` until SIGINT or SIGTERM; `on_ready` is called when requests are answered."""
-    stopped = _stop_requested()
-    async with open_application(settings) as app:
+async def serve_until_stopped(
+    settings: Settings,
+    database: Database,
+    listener: socket.socket,
+    stop: StopRequest,
+    *,
+    on_ready: Callable[[], None],
+) -> None:
+    """Serve on `listener` until it is asked to stop; `on_ready` is called when requests are answered."""
+    stopped = asyncio.create_task(stop.wait())
+    async with open_application(settings, database) as app:
         config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=_GRACE_SECONDS)
         server = _Server(config, on_ready)
-        stopper = asyncio.create_task(_stop(server, stopped))
-        try:
-            await server.serve(sockets=[listener])
-        finally:
-            stopper.cancel()
+        stopped.add_done_callback(lambda _: server.handle_exit(signal.SIGTERM, None))
+        await server.serve(sockets=[listener])
+    stopped.cancel()
 
 
-async def work_until_stopped(settings: Settings, *, on_ready: Callable[[], None]) -> None:
-    """Drive runs until SIGINT or SIGTERM, without an API.
+async def work_until_stopped(
+    settings: Settings, database: Database, stop: StopRequest, *, on_ready: Callable[[], None]
+) -> None:
+    """Drive runs until it is asked to stop, without an API.
 
     Raises:
         SetupError: the operator must change something first.
+        DatabaseLost: the database was away for longer than `database_patience_seconds`.
     """
     if settings.run_concurrency == 0:
         raise SetupError("PLM_RUN_CONCURRENCY is 0, so this run worker would drive nothing; set it to 1 or more")
-    stopped = _stop_requested()
-    with open_database(settings) as database:
-        async with open_platform(settings, database.app) as platform, run_worker(platform):
-            on_ready()
-            await stopped.wait()
+    stopped = asyncio.create_task(stop.wait())
+    async with _open_node(settings, database) as platform:
+        on_ready()
+        patience = settings.database_patience_seconds
+        given_up = asyncio.create_task(platform.database.given_up(patience))
+        await asyncio.wait([stopped, given_up], return_when=asyncio.FIRST_COMPLETED)
+        given_up.cancel()
+    if not stopped.done():
+        stopped.cancel()
+        raise DatabaseLost(f"the database was away for {patience:g} s; start the run worker again once it is back")
 
 
-def _stop_requested() -> asyncio.Event:
-    """An event that SIGINT and SIGTERM set; from here on they do nothing else."""
-    stopped = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
-    return stopped
+@asynccontextmanager
+async def _open_node(settings: Settings, database: Database) -> AsyncIterator[Platform]:
+    """What an API process and a run worker have in common; an embedded server is kept alive meanwhile."""
+    async with AsyncExitStack() as stack:
+        if database.server is not None:
+            await stack.enter_async_context(background(partial(keep_running, database.server), "server keeper"))
+        platform = await stack.enter_async_context(open_platform(settings, database.app))
+        await stack.enter_async_context(run_worker(platform))
+        yield platform
 
 
 def make_app(settings: Settings) -> Starlette:
@@ -76,9 +94,10 @@ def make_app(settings: Settings) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(outer: Starlette) -> AsyncIterator[None]:
-        async with open_application(settings) as app:
-            outer.state.api = app
-            yield
+        with open_database(settings) as database:
+            async with open_application(settings, database) as app:
+                outer.state.api = app
+                yield
 
     async def forward(scope: Scope, receive: Receive, send: Send) -> None:
         await outer.state.api(scope, receive, send)
@@ -101,8 +120,3 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-async def _stop(server: uvicorn.Server, stopped: asyncio.Event) -> None:
-    await stopped.wait()
-    server.handle_exit(signal.SIGTERM, None)

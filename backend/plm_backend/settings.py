@@ -30,11 +30,16 @@ class Settings(BaseSettings):
     artifacts_dir: Path | None = None
     plugins_dir: Path | None = None
     host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
+    port: int | None = Field(default=None, ge=0, le=65535)
+    """0 takes a free port; when none is named, 8000, or a free one when that is in use."""
+
     lease_seconds: float = Field(default=30.0, ge=0.5, le=3600)
     recovery_seconds: float = Field(default=10.0, ge=0.2, le=3600)
     patience_seconds: float = Field(default=30.0, ge=0.5, le=3600)
     """An enqueued run that no run worker took for so long is enqueued once more: its job may be lost."""
+
+    database_patience_seconds: float = Field(default=60.0, ge=0.5, le=86_400)
+    """A run worker that cannot reach the database for so long ends; an API waits for ever, and answers 503."""
 
     run_concurrency: int = Field(default=8, ge=0, le=256)
     """Runs this process drives at once; 0 leaves them to the run workers of other processes."""

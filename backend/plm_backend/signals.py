@@ -14,10 +14,13 @@ import psycopg
 from plm_engine_core.control_plane.storage.postgres.gateway import Pool
 from plm_shared.addresses import driver_dsn
 
+from plm_backend.reachability import Reachability
+
 logger = logging.getLogger(__name__)
 
 CHANNEL = "plm_run_news"
 _LONGEST = 7000  # bytes; PostgreSQL refuses a NOTIFY payload of 8000 and more
+_RECONNECT_SECONDS = 0.5
 _AT_MOST_EVERY = 0.1  # seconds between two reports of one run: a plugin must not flood the database
 
 
@@ -58,10 +61,14 @@ class PostgresSignals:
 
 
 class SignalHub:
-    """One listening connection per process, fanned out to whoever watches a run here."""
+    """One listening connection per process, fanned out to whoever watches a run here.
 
-    def __init__(self, dsn: str) -> None:
+    It is also how the process knows, and says, that the database is gone and back again.
+    """
+
+    def __init__(self, dsn: str, *, database: Reachability) -> None:
         self._dsn = driver_dsn(dsn)
+        self._database = database
         self._watchers: dict[tuple[str, str], set[asyncio.Queue[Mapping[str, Any]]]] = {}
         self._holders: dict[tuple[str, str], set[asyncio.Event]] = {}
 
@@ -71,12 +78,13 @@ class SignalHub:
             try:
                 async with await psycopg.AsyncConnection.connect(self._dsn, autocommit=True) as connection:
                     await connection.execute(f"LISTEN {CHANNEL}".encode())
+                    await self._database.found()
                     self._wake_all()
                     async for notice in connection.notifies():
                         self._hand_out(notice.payload)
-            except psycopg.Error:
-                logger.warning("the listening connection was lost", exc_info=True)
-                await asyncio.sleep(1.0)
+            except psycopg.Error as error:
+                self._database.lost(error)
+                await asyncio.sleep(_RECONNECT_SECONDS)
 
     @asynccontextmanager
     async def watch(self, tenant_id: UUID, run_id: UUID) -> AsyncIterator[asyncio.Queue[Mapping[str, Any]]]:

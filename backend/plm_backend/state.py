@@ -23,9 +23,11 @@ class LocalState:
         if not path.exists():
             draft = folder / f".{name}.{os.getpid()}.{secrets.token_hex(4)}"
             descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(32))
-            with suppress(FileExistsError):  # another process was first; its secret counts
-                path.hardlink_to(draft)
-            draft.unlink()
+            try:
+                with os.fdopen(descriptor, "w") as file:
+                    file.write(secrets.token_hex(32))
+                with suppress(FileExistsError):  # another process was first; its secret counts
+                    path.hardlink_to(draft)
+            finally:
+                draft.unlink()
         return path.read_text(encoding="ascii")

@@ -28,6 +28,7 @@ from plm_backend.artifacts import Artifacts
 from plm_backend.catalog import AgentCatalog, load_catalog
 from plm_backend.errors import SetupError
 from plm_backend.executors import PluginExecutor
+from plm_backend.reachability import Reachability
 from plm_backend.run_queue import ProcrastinateDelivery, deliver
 from plm_backend.settings import Settings
 from plm_backend.signals import PostgresSignals, SignalHub
@@ -48,6 +49,7 @@ class Platform:
     identity: IdentityProvider
     audit: PostgresAuditSink
     hub: SignalHub
+    database: Reachability
 
 
 @asynccontextmanager
@@ -63,8 +65,9 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
     agents = load_catalog(settings.agents, registry)
     identity = Hs256JwtIdentityProvider.from_environment()
     pool = open_pool(dsn, max_size=settings.run_concurrency + 8)
-    hub = SignalHub(dsn)
-    async with pool, _background(hub.listen, "signal hub"):
+    database = Reachability(on_return=pool.check)  # or each idle connection would fail one request
+    hub = SignalHub(dsn, database=database)
+    async with pool, background(hub.listen, "signal hub"):
         yield Platform(
             settings=settings,
             dsn=dsn,
@@ -80,6 +83,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
             identity=identity,
             audit=PostgresAuditSink(pool),
             hub=hub,
+            database=database,
         )
 
 
@@ -122,8 +126,8 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
             patience_seconds=settings.patience_seconds,
         )
         delivery = partial(deliver, platform.dsn, driver.drive, concurrency=settings.run_concurrency)
-        await stack.enter_async_context(_background(delivery, "delivery"))
-        await stack.enter_async_context(_background(recovery.run, "recovery"))
+        await stack.enter_async_context(background(delivery, "delivery"))
+        await stack.enter_async_context(background(recovery.run, "recovery"))
         yield
 
 
@@ -141,7 +145,7 @@ def _check_capabilities(registry: CapabilityRegistry, manager: PluginManager) ->
 
 
 @asynccontextmanager
-async def _background(work: Callable[[], Awaitable[None]], name: str) -> AsyncIterator[None]:
+async def background(work: Callable[[], Awaitable[None]], name: str) -> AsyncIterator[None]:
     """Run `work` beside the block, and end it with the block; its failure is logged at once, not at the end."""
 
     async def guarded() -> None:

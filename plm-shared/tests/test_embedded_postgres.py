@@ -179,8 +179,10 @@ def test_what_a_failing_server_said_is_in_the_error(server: EmbeddedPostgres) ->
     server.stop()
     with (server.cluster_dir / "postgresql.conf").open("a") as settings:
         settings.write("\nno_such_setting = 1\n")
-    with pytest.raises(ServerStartFailed, match="no_such_setting"):
+    with pytest.raises(ServerStartFailed, match="no_such_setting") as caught:
         server.start()
+    assert "\n" not in str(caught.value), "one sentence; the whole log is at hand"
+    assert "no_such_setting" in caught.value.log_tail
 
 
 def test_a_lost_password_is_named(server: EmbeddedPostgres) -> None:

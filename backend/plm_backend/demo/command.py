@@ -74,7 +74,7 @@ def _run(settings: Settings, display: Display, bill: str | None, *, interactive:
                 raise SetupError("set PG_ADMIN_DSN to the database owner's address as well: the demo creates a tenant")
             upgrade_all(database.owner)
             preparation.create_tenant(database.owner)
-            record["note"] = f"embedded {database.version}" if database.embedded else "from PG_DSN"
+            record["note"] = f"embedded PostgreSQL {database.server.major}" if database.server else "from PG_DSN"
         bills = _bills(settings, bill)
         with display.stage("API and run worker") as record:
             url = stack.enter_context(preparation.running_server(settings, database.app))

@@ -106,21 +106,25 @@ def owner_dsn() -> str:
 
 @contextmanager
 def database_errors() -> Iterator[None]:
-    """Turn the database's refusals into one sentence; the driver's texts name hosts and roles, never passwords."""
+    """Turn the database's refusals, and those of a chain such as `KernelSchemaMissing`, into one sentence."""
     try:
         yield
-    except (psycopg.Error, DBAPIError) as error:
-        fail(ExitCode.FAILED, _sentence(error.orig if isinstance(error, DBAPIError) else error))
-    except RuntimeError as error:  # a chain's own refusal, such as KernelSchemaMissing
-        fail(ExitCode.FAILED, str(error))
+    except (psycopg.Error, DBAPIError, RuntimeError) as error:
+        fail(ExitCode.FAILED, database_sentence(error))
 
 
-def _sentence(error: BaseException | None) -> str:
-    if isinstance(error, psycopg.errors.InsufficientPrivilege):
-        return f"the login may not do this ({error.diag.message_primary}); set PG_ADMIN_DSN to the owner's address"
-    if isinstance(error, psycopg.errors.UndefinedTable):
+def database_sentence(error: Exception) -> str:
+    """One sentence for what went wrong; the driver's texts name hosts and roles, never passwords."""
+    reason = error.orig if isinstance(error, DBAPIError) else error
+    if isinstance(reason, psycopg.errors.InsufficientPrivilege):
+        return f"the login may not do this ({reason.diag.message_primary}); set PG_ADMIN_DSN to the owner's address"
+    if isinstance(reason, psycopg.errors.UndefinedTable):
         return "the database has no schema yet; run `plm-cli db upgrade` first"
-    return f"the database refused: {' '.join(str(error).split())}"
+    if isinstance(reason, psycopg.errors.DiskFull):
+        return f"no space is left for the database ({reason.diag.message_primary}); make room, then repeat"
+    if isinstance(reason, psycopg.Error):
+        return f"the database refused: {' '.join(str(reason).split())}"
+    return str(reason)
 
 
 def _show_revisions(dsn: str, *, as_json: bool) -> None:

@@ -15,6 +15,7 @@ class ExitCode(IntEnum):
     FAILED = 1  # it was tried and did not work; the sentence on stderr says why
     USAGE = 2  # the arguments are wrong; nothing was tried
     NOT_CONFIGURED = 3  # a setting is missing or refused; nothing was tried
+    INTERRUPTED = 130  # by a signal, before it was done
 
 
 def fail(code: ExitCode, sentence: str) -> NoReturn:

@@ -15,9 +15,10 @@ from plm_shared.embedded_postgres.errors import (
     ServerStartFailed,
     ServerVersionMismatch,
 )
-from plm_shared.embedded_postgres.server import EmbeddedPostgres
+from plm_shared.embedded_postgres.server import SERVER_NAME, EmbeddedPostgres
 
 __all__ = [
+    "SERVER_NAME",
     "EmbeddedPostgres",
     "LocationUnsuitable",
     "PostgresUnavailable",

@@ -25,8 +25,12 @@ class Account:
     gid: int
     switched: bool
 
-    def run(self, argv: Sequence[str | Path], *, cwd: Path = Path("/")) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, argv: Sequence[str | Path], *, cwd: Path = Path("/"), keep_open: Sequence[int] = ()
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command as this account, in a clean environment, by default away from our working folder.
+
+        It hears no Ctrl-C of our terminal: we do, and end it. What is in ``keep_open`` stays open in it.
 
         Raises:
             PermissionError: the account cannot reach the program.
@@ -42,6 +46,8 @@ class Account:
             cwd=cwd,
             env={"PATH": os.defpath, "LC_ALL": "C", "TZ": "UTC"},
             umask=0o077,
+            pass_fds=keep_open,
+            start_new_session=True,
             user=self.uid if self.switched else None,
             group=self.gid if self.switched else None,
             extra_groups=[] if self.switched else None,
@@ -74,8 +80,8 @@ def server_account() -> Account:
         if entry.pw_uid != 0:
             return Account(name=name, uid=entry.pw_uid, gid=entry.pw_gid, switched=True)
     raise ServerAccountMissing(
-        f"PostgreSQL does not run as root, and {setting or ' or '.join(_CANDIDATES)} is no unprivileged account here. "
-        f"Name an existing one in {ACCOUNT_SETTING}."
+        f"PostgreSQL does not run as root, and {setting or ' or '.join(_CANDIDATES)} is no unprivileged account here; "
+        f"name an existing one in {ACCOUNT_SETTING}"
     )
 
 
@@ -85,7 +91,7 @@ def _ourselves() -> Account:
         name = pwd.getpwuid(uid).pw_name
     except KeyError:
         raise ServerAccountMissing(
-            f"PostgreSQL does not run under uid {uid}, which has no name in the password database. "
-            "Run as a named user, or set PG_DSN to a server that runs elsewhere."
+            f"PostgreSQL does not run under uid {uid}, which has no name in the password database; "
+            "run as a named user, or set PG_DSN to a server that runs elsewhere"
         ) from None
     return Account(name=name, uid=uid, gid=os.getegid(), switched=False)

