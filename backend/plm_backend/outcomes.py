@@ -7,10 +7,11 @@ from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
+from plm_engine_core.agent_runtime.executor import OUTPUT_REFUSED
 from plm_engine_core.control_plane import Begun, Outcome
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import OutcomeStatus
-from plugin_substrate.errors import JobError
+from plugin_substrate.errors import JobError, WireValueError
 from plugin_substrate.queue import Job, JobStatus
 
 _MOST_USAGE = Decimal(10) ** 9
@@ -39,6 +40,10 @@ def outcome_of(
     if job.status is JobStatus.COMPLETED or job.result is not None:
         return Outcome(status=OutcomeStatus.SUCCEEDED, output=job.result, usage=usage, layers=layers)
     error = _error(job.error)
+    if job.error is not None and job.error.error_type == WireValueError.__name__ and not job.error.outcome_known:
+        # The plugin returned, so the call is over; repeating it would only bring the same result again.
+        error = {**error, "category": OUTPUT_REFUSED, "message": f"the plugin's {job.error.message}"}
+        return Outcome(status=OutcomeStatus.FAILED, error=error, usage=usage, layers=layers)
     if timed_out:
         sentence = f"{capability.id} did not end within its {capability.timeout_seconds:g} s"
         error = {**error, "category": "timeout", "message": sentence}

@@ -8,7 +8,7 @@ from typing import Any
 
 from plm_shared.canonical_json import storable_json
 
-from plm_engine_core.agent_runtime.executor import Call, Executor, Progress
+from plm_engine_core.agent_runtime.executor import OUTPUT_REFUSED, Call, Executor, Progress
 from plm_engine_core.agent_runtime.hold import Hold
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Proposal
@@ -94,7 +94,7 @@ def _storable(outcome: Outcome) -> Outcome:
         outcome,
         status=OutcomeStatus.FAILED if failed else outcome.status,
         output=None,
-        error={"category": "output_refused", "message": f"the plugin's {problem}"},
+        error={"category": OUTPUT_REFUSED, "message": f"the plugin's {problem}"},
         artifacts=(),
     )
 

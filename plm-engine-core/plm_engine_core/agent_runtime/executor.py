@@ -17,6 +17,9 @@ Progress = Callable[[float, str], Awaitable[None]]
 ARGUMENTS_REFUSED = "arguments_refused"
 """Category of a `not_started` outcome that is final: the same arguments would be refused again."""
 
+OUTPUT_REFUSED = "output_refused"
+"""Category of a `failed` outcome: the call returned, but what it returned cannot be kept."""
+
 Begin = Callable[[], Awaitable[Begun]]
 
 

@@ -232,7 +232,7 @@ def _answer(
         return Decision(
             outcome=Verdict.STEER,
             reason=Reason.STEERED,
-            message=f"the policy steers {capability.id}",
+            message=f"the policy steers {capability.id}: {policy.guidance[capability.id]}",
             guidance=policy.guidance[capability.id],
             mode=capability.mode,
             tier=tier,
