@@ -22,7 +22,7 @@ from plm_backend.database import upgrade_all
 from plm_engine_core.testing.crash_points import CrashPoints
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.embedded_postgres import EmbeddedPostgres
-from plm_shared.testing.databases import ClusterPool, create_tenants
+from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 HERE = Path(__file__).parent
 PLATFORM = HERE / "platform"
@@ -96,6 +96,14 @@ class Cluster:
         self.nodes = [node for node in self.nodes if node.alive]
         self.start(*(node.role for node in dead))
 
+    def kill(self, pid: int) -> None:
+        """Kill one of the processes, and start another like it; one that is dead already is only replaced."""
+        for node in self.nodes:
+            if node.process.pid == pid:
+                node.process.kill()
+                node.process.wait()
+        self.repair()
+
     def stop(self) -> None:
         """End every process."""
         for node in self.nodes:
@@ -168,10 +176,11 @@ class Cluster:
         self.until(answered, f"an answer to {method} {path}")
         return answers[0]
 
-    def create(self, agent: str, *, key: str, **inputs: Any) -> str:
+    def create(self, agent: str, *, key: str, budget: Mapping[str, str] | None = None, **inputs: Any) -> str:
         """The id of a run, however often its request has to be repeated."""
-        answer = self.ask("POST", "/v1/runs", json={"agent": agent, "inputs": inputs}, headers={"Idempotency-Key": key})
-        assert answer.status_code in (200, 202), answer.text
+        request = {"agent": agent, "inputs": inputs, "budget": budget or {}}
+        answer = self.ask("POST", "/v1/runs", json=request, headers={"Idempotency-Key": key})
+        assert answer.status_code == 202, answer.text
         return str(answer.json()["run_id"])
 
     def run(self, run_id: str) -> dict[str, Any]:
@@ -181,12 +190,12 @@ class Cluster:
         document: dict[str, Any] = answer.json()
         return document
 
-    def approve(self, run_id: str) -> None:
-        """Approve what the run waits for; to find it already approved is as good."""
+    def decide(self, run_id: str, word: str = "approve") -> None:
+        """Approve or deny what the run waits for; to find it already decided is as good."""
         for ticket in self.ask("GET", "/v1/approvals?state=pending&limit=200").json()["items"]:
             if ticket["run_id"] == run_id:
                 path = f"/v1/approvals/{ticket['ticket_id']}/decision"
-                answer = self.ask("POST", path, token=self.approver, json={"decision": "approve"})
+                answer = self.ask("POST", path, token=self.approver, json={"decision": word})
                 assert answer.status_code in (200, 409), answer.text
 
     def reconcile(self, run_id: str, journal: Journal, label: str = "act") -> None:
@@ -208,7 +217,7 @@ class Cluster:
             document = self.run(run_id)
             if document["state"] == "awaiting_approval":
                 acted.append("awaiting_approval")
-                self.approve(run_id)
+                self.decide(run_id)
             elif document["state"] == "outcome_unknown":
                 acted.append("outcome_unknown")
                 self.reconcile(run_id, journal)
@@ -260,19 +269,21 @@ def crash_plugins_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def own_postgres() -> Iterator[Callable[[], tuple[EmbeddedPostgres, DatabaseUrls]]]:
-    """A server that tests may kill; each call makes a migrated database on it."""
-    pool = ClusterPool()
-    server = pool.cluster()
-    templates = pool.templates_of(server)
+    """A server that tests may kill, so it is as durable as one in use; each call makes a migrated database on it."""
+    with tempfile.TemporaryDirectory(prefix="plm-test-pg-") as folder:
+        Path(folder).chmod(0o711)  # the server's account must pass through it when root runs the tests
+        server = EmbeddedPostgres(Path(folder))
+        server.start()
+        templates = TemplateDatabases(server)
 
-    def new() -> tuple[EmbeddedPostgres, DatabaseUrls]:
-        return server, templates.clone(templates.template("plm_crash", lambda urls: upgrade_all(urls.owner)))
+        def new() -> tuple[EmbeddedPostgres, DatabaseUrls]:
+            return server, templates.clone(templates.template("plm_crash", lambda urls: upgrade_all(urls.owner)))
 
-    try:
-        yield new
-    finally:
-        server.start()  # a test that failed may have left it dead
-        pool.close()
+        try:
+            yield new
+        finally:
+            server.start()  # a test that failed may have left it dead
+            server.remove()
 
 
 @pytest.fixture(scope="session")

@@ -138,6 +138,11 @@ class Trap:
         self._reached = threading.Event()
         self._released = threading.Event()
 
+    @property
+    def has_caught(self) -> bool:
+        """Whether a process is, or was, caught here."""
+        return self._reached.is_set()
+
     def reached(self, seconds: float = 60.0) -> int:
         """The process that is caught here, once there is one.
 

@@ -27,13 +27,14 @@ class Append(PluginInterface):
         return self.run_action(action, **arguments)
 
     @plugin_action("append.write")
-    def write(self, journal: str, label: str) -> Any:
+    def write(self, journal: str, label: str, seconds: float = 0) -> Any:
         """Have an effect, then wait while the file `<label>.closed` is there."""
         folder = Path(journal)
         (folder / f"{label}.effect.{uuid.uuid4()}").touch()
         self.report_progress(0.5, "the effect is there")
         self.report_usage({"line": 1.0})
         (folder / f"{label}.entered").touch()
+        time.sleep(seconds)  # the work
         while (folder / f"{label}.closed").exists():
             self.check_cancel()
             time.sleep(0.01)

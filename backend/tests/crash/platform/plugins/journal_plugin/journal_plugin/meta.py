@@ -15,5 +15,5 @@ def get_plugin_metadata() -> dict[str, Any]:
         "resources": {"requires_gpu": False},
         "idempotent": True,
         "stateless": False,
-        "capabilities": ["journal.write", "journal.sign"],
+        "capabilities": ["journal.write", "journal.refuse", "journal.sign"],
     }

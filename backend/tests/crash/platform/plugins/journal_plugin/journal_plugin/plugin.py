@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from plugin_substrate.errors import PluginInputError
 from plugin_substrate.interface import PluginInterface, plugin_action
 
 
@@ -26,17 +27,22 @@ class Journal(PluginInterface):
         return self.run_action(action, **arguments)
 
     @plugin_action("journal.write")
-    def write(self, journal: str, label: str) -> Any:
+    def write(self, journal: str, label: str, seconds: float = 0) -> Any:
         """Have the effect unless this step had it; then wait while the file `<label>.closed` is there."""
         folder = Path(journal)
         (folder / f"{label}.effect.{self.call.step_key.replace('/', '.')}").touch()
         self.report_progress(0.5, "the effect is there")
         self.report_usage({"line": 1.0})
         (folder / f"{label}.entered").touch()
+        time.sleep(seconds)  # the work
         while (folder / f"{label}.closed").exists():
             self.check_cancel()
             time.sleep(0.01)
         return {"label": label, "step_key": self.call.step_key}
+
+    @plugin_action("journal.refuse")
+    def refuse(self) -> Any:
+        raise PluginInputError("there is nothing to write")
 
     @plugin_action("journal.sign")
     def sign(self, journal: str, label: str) -> Any:

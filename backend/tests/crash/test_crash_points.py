@@ -1,0 +1,164 @@
+"""At every crash point the process that reaches it is killed, and what was asked for still happens, once.
+
+The points are those of the ports, so an operation that is added to a port has no story here until somebody writes it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from plm_backend.artifacts import Artifacts
+from plm_engine_core.testing.crash_points import PORTS, crash_points
+
+POINTS = crash_points({**PORTS, "artifacts": Artifacts})
+EFFECTS = Counter(warm=1, act=1, sign=1)
+FILE = {"name": "note.txt", "mime_type": "text/plain", "text": "a note"}
+
+Story = Callable[[Any, Any, Any], None]
+
+
+@pytest.fixture(scope="module")
+def cluster(open_cluster: Callable[..., Any]) -> Iterator[Any]:
+    with open_cluster("serve", "serve") as opened:
+        yield opened
+        opened.consistent()
+
+
+def a_run(cluster: Any, journal: Any, trap: Any) -> None:
+    """Create with a file, watch it work, approve."""
+    journal.close("act")
+    request = {"agent": "filed", "inputs": {"journal": str(journal.folder)}, "files": {"file": FILE}}
+    run_id = _created(cluster, journal, request)
+    cluster.until(lambda: trap.has_caught or journal.entered("act"), "the run is at work")
+    if trap.point.startswith("runs.renew"):
+        trap.reached()
+    journal.open("act")
+    run, _ = cluster.finish(run_id, journal)
+    assert run["state"] == "succeeded", run
+    assert journal.effects() == EFFECTS
+
+
+def a_repeated_request(cluster: Any, journal: Any, trap: Any) -> None:
+    """The same request with its file twice: the second file belongs to nothing and is discarded."""
+    request = {"agent": "filed", "inputs": {"journal": str(journal.folder)}, "files": {"file": FILE}}
+    first, second = (_created(cluster, journal, request) for _ in range(2))
+    assert first == second
+    run, _ = cluster.finish(first, journal)
+    assert run["state"] == "succeeded", run
+    assert journal.effects() == EFFECTS
+
+
+def a_halt(cluster: Any, journal: Any, trap: Any) -> None:
+    """Halt a run whose call is at work, and lift that."""
+    journal.close("act")
+    run_id = cluster.create("repeatable", key=str(journal.folder), journal=str(journal.folder))
+    cluster.until(lambda: journal.entered("act"), "the run is at work")
+    scope = {"scope": "run", "scope_id": run_id, "reason": "to be sure"}
+    assert cluster.ask("POST", "/v1/halts", json=scope).status_code == 201
+    cluster.until(lambda: cluster.run(run_id)["state"] == "halted", "the run is parked")
+    journal.open("act")
+    for (halt_id,) in cluster.query("SELECT id FROM halts WHERE scope_id = %s", run_id):
+        answer = cluster.ask("DELETE", f"/v1/halts/{halt_id}")
+        assert answer.status_code == 200, answer.text
+    run, _ = cluster.finish(run_id, journal)
+    assert run["state"] == "succeeded", run
+    assert journal.effects() == EFFECTS
+
+
+def a_cancel(cluster: Any, journal: Any, trap: Any) -> None:
+    """Cancel a run whose call is at work."""
+    journal.close("act")
+    run_id = cluster.create("repeatable", key=str(journal.folder), journal=str(journal.folder))
+    cluster.until(lambda: journal.entered("act"), "the run is at work")
+    answer = cluster.ask("POST", f"/v1/runs/{run_id}/cancel")
+    assert answer.status_code == 200, answer.text
+    run, _ = cluster.finish(run_id, journal)
+    assert run["state"] == "cancelled", run
+    assert journal.effects() == Counter(warm=1, act=1)
+
+
+def an_unknown_outcome(cluster: Any, journal: Any, trap: Any) -> None:
+    """A worker dies over an effect that cannot be repeated; somebody says that it happened."""
+    journal.close("act")
+    run_id = cluster.create("unrepeatable", key=str(journal.folder), journal=str(journal.folder))
+    cluster.until(lambda: journal.entered("act"), "the run is at work")
+    cluster.kill(cluster.holder(run_id))
+    cluster.until(lambda: cluster.run(run_id)["state"] == "outcome_unknown", "the run waits for a word")
+    word = ["run", "reconcile", run_id, "--tenant-id", str(cluster.tenant), "--happened"]
+    if cluster.cli(*word).returncode != 0 and cluster.run(run_id)["state"] == "outcome_unknown":
+        done = cluster.cli(*word)
+        assert done.returncode == 0, done.stderr
+    run, acted = cluster.finish(run_id, journal)
+    assert acted.count("outcome_unknown") == 0
+    assert run["state"] == "succeeded", run
+    assert journal.effects() == EFFECTS
+
+
+def a_dead_worker(cluster: Any, journal: Any, trap: Any) -> None:
+    """A worker dies over an effect that may be repeated; another finds the run."""
+    journal.close("act")
+    run_id = cluster.create("repeatable", key=str(journal.folder), journal=str(journal.folder))
+    cluster.until(lambda: journal.entered("act"), "the run is at work")
+    cluster.kill(cluster.holder(run_id))
+    journal.open("act")
+    run, _ = cluster.finish(run_id, journal)
+    assert run["state"] == "succeeded", run
+    assert journal.effects() == EFFECTS
+
+
+STORIES: dict[str, Story] = {
+    "artifacts.discard": a_repeated_request,
+    "executor.cancel": a_halt,
+    "halts.lift": a_halt,
+    "halts.trigger": a_halt,
+    "runs.reconcile": an_unknown_outcome,
+    "runs.request_cancel": a_cancel,
+    "runs.revive": a_dead_worker,
+    "signals.interrupt": a_halt,
+    **dict.fromkeys(
+        (
+            "admission.admit",
+            "admission.begin",
+            "admission.settle",
+            "admission.take_rate",
+            "approvals.decide",
+            "artifacts.store",
+            "audit.write",
+            "delivery.enqueue",
+            "driver.drive",
+            "executor.execute",
+            "runs.create",
+            "runs.finish",
+            "runs.renew",
+            "runs.take",
+            "signals.changed",
+            "signals.progress",
+        ),
+        a_run,
+    ),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_process_killed_there_loses_nothing(cluster: Any, point: str, journal: Any) -> None:
+    cluster.repair()
+    story = STORIES[point.rpartition(".")[0]]
+    trap = cluster.points.kill(point)
+    try:
+        story(cluster, journal("journal"), trap)
+        assert trap.reached(seconds=1), "the story goes past its point"
+    finally:
+        cluster.points.release_all()
+
+
+def test_every_story_is_of_a_point_that_exists() -> None:
+    assert {point.rpartition(".")[0] for point in POINTS} == STORIES.keys()
+
+
+def _created(cluster: Any, journal: Any, request: dict[str, Any]) -> str:
+    answer = cluster.ask("POST", "/v1/runs", json=request, headers={"Idempotency-Key": str(journal.folder)})
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["run_id"])
