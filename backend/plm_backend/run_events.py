@@ -21,19 +21,34 @@ _ENDS = {EventKind.RUN_SUCCEEDED, EventKind.RUN_FAILED, EventKind.RUN_CANCELLED}
 _BIGINT_DIGITS = 18
 
 
-def resume_after(last_event_id: str | None) -> int:
-    """The sequence that a `Last-Event-ID` header names; 0 without one.
+async def resume_after(platform: Platform, tenant_id: UUID, run_id: UUID, last_event_id: str | None) -> int:
+    """The sequence after which a run's stream goes on for a client with this `Last-Event-ID`; 0 without one.
 
     Raises:
-        InvalidRequest: it is not an id of ours.
+        InvalidRequest: it is not an id that this stream has given.
+        NotFound: no such run in this tenant.
     """
+    after = _sequence(last_event_id)
+    storage = platform.control_plane.storage
+    await storage.runs.get(tenant_id, run_id)
+    if after and not await storage.events.read(tenant_id, run_stream(run_id), after=after - 1, limit=1):
+        raise _refused(last_event_id)  # it would wait for events that are already there
+    return after
+
+
+def _sequence(last_event_id: str | None) -> int:
     if last_event_id is None or not last_event_id.strip():
         return 0
     if not (last_event_id.isascii() and last_event_id.isdecimal() and len(last_event_id) <= _BIGINT_DIGITS):
-        raise InvalidRequest(
-            f"Last-Event-ID must be a number this stream gave, not {last_event_id!r}", field="Last-Event-ID"
-        )
+        raise _refused(last_event_id)
     return int(last_event_id)
+
+
+def _refused(last_event_id: str | None) -> InvalidRequest:
+    return InvalidRequest(
+        f"Last-Event-ID must be a number this stream gave, not {last_event_id!r}; leave it out to begin anew",
+        field="Last-Event-ID",
+    )
 
 
 async def follow(platform: Platform, tenant_id: UUID, run_id: UUID, *, after: int) -> AsyncIterator[ServerSentEvent]:
