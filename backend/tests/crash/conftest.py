@@ -307,6 +307,7 @@ def open_cluster(
                 postgres=server,
                 environment={
                     **settings_of(database),
+                    "ENVIRONMENT": "development",  # elsewhere an embedded server that keeps its data is refused
                     "PLM_PLUGINS_DIR": str(crash_plugins_dir),
                     "PLM_POLICY": str(PLATFORM / "policy.yaml"),
                     "PLM_CAPABILITIES": str(PLATFORM / "capabilities.yaml"),
