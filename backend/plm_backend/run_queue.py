@@ -48,9 +48,9 @@ async def deliver(dsn: str, drive: Callable[[UUID, UUID], Awaitable[object]], *,
                     delete_jobs="always",
                     shutdown_graceful_timeout=_GRACE_SECONDS,
                 )
-        except (ConnectorException, psycopg.Error):
-            logger.warning("the delivery of runs lost the database", exc_info=True)
-        logger.warning("the delivery of runs starts anew in %s s", _RECONNECT_SECONDS)
+        except (ConnectorException, psycopg.Error) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            logger.warning("the delivery of runs lost the database and starts anew: %s", reason)
         await asyncio.sleep(_RECONNECT_SECONDS)
 
 

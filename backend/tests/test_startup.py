@@ -6,8 +6,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 import yaml
+from plm_engine_core.migrations import revisions
 
 SECRET = "a-secret-of-this-test-that-nobody-may-see"
 
@@ -32,12 +34,15 @@ def settings(platform: Any) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"PG_DSN": ""}, ("PG_DSN", "test")),
+        ({"PG_DSN": ""}, ("PG_DSN", "staging")),
         ({"PG_DSN": f"postgresql://plm_app:{SECRET}@127.0.0.1:1/plm"}, ("PG_DSN", "refused")),
         ({"PG_DSN": f"mysql://plm_app:{SECRET}@localhost/plm"}, ("PG_DSN", "postgresql://")),
         ({"PLM_IDENTITY_HS256_SECRET_ACTIVE": ""}, ("PLM_IDENTITY_HS256_SECRET_ACTIVE",)),
         ({"PLM_IDENTITY_HS256_SECRET_ACTIVE": SECRET[:20]}, ("PLM_IDENTITY_HS256_SECRET_ACTIVE", "32")),
-        ({"ENVIRONMENT": "production"}, ("production",)),
+        ({"PLM_IDENTITY_HS256_SECRET_ACTIVE": "changeme" * 5}, ("PLM_IDENTITY_HS256_SECRET_ACTIVE", "placeholder")),
+        ({"ENVIRONMENT": "production", "PG_DSN": ""}, ("production", "hs256")),
+        ({"IDENTITY_PROVIDER_MODE": "off"}, ("IDENTITY_PROVIDER_MODE", "off")),
+        ({"ENVIRONMENT": "development", "IDENTITY_PROVIDER_MODE": "none"}, ("IDENTITY_PROVIDER_MODE", "none")),
         ({"PLM_POLICY": "/does/not/exist.yaml"}, ("/does/not/exist.yaml",)),
         ({"PLM_PORT": "eighty"}, ("PLM_PORT",)),
         ({"PLM_LEASE_SECONDS": "0"}, ("PLM_LEASE_SECONDS",)),
@@ -72,9 +77,40 @@ def test_a_database_that_is_not_migrated_is_named(cli: Any, settings: dict[str, 
     _refused(cli("serve", environment={**settings, "PG_DSN": database.app}), "plm-cli db upgrade")
 
 
-def test_a_login_that_row_level_security_does_not_bind_is_refused(cli: Any, settings: dict[str, str]) -> None:
-    owner = settings["PG_ADMIN_DSN"]
-    _refused(cli("serve", environment={**settings, "PG_DSN": owner}), "row-level security", "plm_app")
+@pytest.mark.parametrize(("revision", "words"), [("0016", ("0016", "plm-cli db upgrade")), ("9999", ("9999", "newer"))])
+def test_a_schema_that_is_behind_or_ahead_is_refused_by_server_and_worker(
+    cli: Any, settings: dict[str, str], new_database: Any, revision: str, words: tuple[str, ...]
+) -> None:
+    database = new_database()
+    with psycopg.connect(database.owner) as owner:
+        owner.execute("UPDATE alembic_version_plm_engine_core SET version_num = %s", [revision])
+    for command in ("serve", "worker"):
+        _refused(cli(command, environment={**settings, "PG_DSN": database.app}), *words, revisions()[-1])
+
+
+def test_a_login_that_row_level_security_does_not_bind_is_refused(
+    cli: Any, settings: dict[str, str], new_database: Any
+) -> None:
+    database = new_database()
+    pretending = f"{database.admin}&options=-c%20role%3Dplm_app"
+    for dsn in (database.owner, database.admin, pretending):
+        _refused(cli("serve", environment={**settings, "PG_DSN": dsn}), "row-level security", "plm_app")
+
+
+def test_a_login_without_the_application_s_rights_is_refused(
+    cli: Any, settings: dict[str, str], new_database: Any
+) -> None:
+    database = new_database()
+    with psycopg.connect(database.admin, autocommit=True) as admin:
+        admin.execute("CREATE ROLE stranger LOGIN PASSWORD 'stranger'")
+        try:
+            admin.execute(f"GRANT CONNECT ON DATABASE {admin.info.dbname} TO stranger".encode())
+            host = database.admin.partition("@")[2]
+            stranger = {**settings, "PG_DSN": f"postgresql://stranger:stranger@{host}"}
+            _refused(cli("serve", environment=stranger), "plm_app", "plm_engine_writer")
+        finally:
+            admin.execute("DROP OWNED BY stranger")
+            admin.execute("DROP ROLE stranger")
 
 
 def _changed(path: str, folder: Path, change: Any) -> str:

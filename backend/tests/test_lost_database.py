@@ -1,0 +1,172 @@
+"""A database that dies: an embedded server is started again, any other is waited for, and a run worker gives up."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+import pytest
+from plm_backend.database import upgrade_all
+from plm_shared.addresses import DatabaseUrls
+from plm_shared.embedded_postgres import EmbeddedPostgres
+from plm_shared.provisioning import provision
+
+NOTHING = "00000000-0000-0000-0000-000000000000"
+REQUESTS = [
+    ("GET", "/v1/runs"),
+    ("POST", "/v1/runs"),
+    ("GET", f"/v1/runs/{NOTHING}"),
+    ("GET", f"/v1/runs/{NOTHING}/events"),
+    ("POST", f"/v1/runs/{NOTHING}/cancel"),
+    ("GET", "/v1/approvals"),
+    ("GET", f"/v1/artifacts/{NOTHING}"),
+    ("DELETE", f"/v1/halts/{NOTHING}"),
+]
+PROBLEM = {"type", "title", "status", "detail", "code"}
+
+
+def asked(client: httpx.Client) -> set[int]:
+    """The statuses of one request of each kind; whatever is no success must be a 503 that says why."""
+    with ThreadPoolExecutor(len(REQUESTS)) as at_once:  # each may wait a while for a connection
+        answers = list(at_once.map(lambda request: client.request(*request), REQUESTS))
+    for answer in answers:
+        assert answer.status_code in (200, 404, 422, 503), answer.text
+        if answer.status_code == 503:
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.json().keys() >= PROBLEM
+    return {answer.status_code for answer in answers}
+
+
+def answers_again(client: httpx.Client) -> bool:
+    return 503 not in asked(client)
+
+
+def create_tenants(owner_dsn: str, *tenants: Any) -> None:
+    with psycopg.connect(owner_dsn) as owner, owner.cursor() as cursor:
+        cursor.executemany(
+            "INSERT INTO tenants (id, name) VALUES (%s, %s)", [(tenant, f"tenant {tenant}") for tenant in tenants]
+        )
+
+
+def postmaster(server: EmbeddedPostgres) -> int:
+    return int((server.cluster_dir / "postmaster.pid").read_text(encoding="utf-8").split("\n", 1)[0])
+
+
+def test_an_embedded_server_that_is_killed_is_started_again_and_no_run_is_lost(
+    launch: Any, platform: Any, gate: Any, until: Any, cli: Any, tmp_path: Path
+) -> None:
+    state = tmp_path / "mit Leerzeichen é 数据"
+    local = {"ENVIRONMENT": "development", "PG_DSN": "", "PG_ADMIN_DSN": "", "PLM_STATE_DIR": str(state)}
+    with launch(like=platform, **local) as server:
+        exported = shlex.split(server.cli("local-env").stdout.replace("export ", ""))
+        addresses = dict(line.split("=", 1) for line in exported)
+        create_tenants(addresses["PG_ADMIN_DSN"], server.tenant)
+        server.contract = None  # it was asked for before the tenant existed
+        client = server.client()
+        run_id = client.run("hold-then-echo", gate=str(gate))["run_id"]
+        gate.entered()
+        kept = EmbeddedPostgres(state / "postgres")
+        victim = postmaster(kept)
+        os.kill(victim, signal.SIGKILL)
+        gate.open()
+        until(lambda: answers_again(client), "the API answers again")
+        assert postmaster(kept) != victim
+        assert client.finished(run_id)["state"] == "succeeded"
+        log = server.log.read_text(encoding="utf-8")
+        assert "the embedded database has died" in log
+        assert "the embedded database runs again" in log
+
+        strict = {**server.environment, **addresses, "ENVIRONMENT": "staging"}
+        refused = cli("serve", environment=strict)
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (3, 1), refused.stderr
+        assert "PG_DSN names an embedded database" in refused.stderr
+        assert server.stop() == 0
+    assert not kept.running
+
+
+@dataclass
+class Own:
+    """A database server of the operator's, on which nobody else depends."""
+
+    server: EmbeddedPostgres
+    urls: DatabaseUrls
+
+
+@pytest.fixture
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Own]:
+    server = EmbeddedPostgres(tmp_path_factory.mktemp("own") / "data", durable=False)
+    try:
+        server.start()
+        urls = provision(server.admin_dsn, "plm")
+        upgrade_all(urls.owner)
+        yield Own(server, urls)
+    finally:
+        server.remove()
+
+
+def worker(environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [Path(sys.executable).with_name("plm-cli"), "worker"], env=environment, stdout=output, stderr=output
+        )
+
+
+def test_any_other_database_is_waited_for_and_a_run_worker_gives_up_in_the_end(
+    launch: Any, platform: Any, own: Own, until: Any, tmp_path: Path
+) -> None:
+    create_tenants(own.urls.owner, platform.tenant)
+    settings = {"PG_DSN": own.urls.app, "PG_ADMIN_DSN": own.urls.owner, "PLM_RUN_CONCURRENCY": "0"}
+    with launch(like=platform, **settings) as server:
+        client = server.client()
+        works = {**server.environment, "PLM_RUN_CONCURRENCY": "2"}
+        hasty_log, patient_log = tmp_path / "hasty.log", tmp_path / "patient.log"
+        hasty = worker({**works, "PLM_DATABASE_PATIENCE_SECONDS": "1"}, hasty_log)
+        patient = worker(works, patient_log)
+        try:
+            for log in (hasty_log, patient_log):
+                until(lambda log=log: b"working" in log.read_bytes(), "the run worker is ready")
+            os.kill(postmaster(own.server), signal.SIGKILL)
+            assert hasty.wait(60) == 1
+            last = hasty_log.read_text(encoding="utf-8").splitlines()[-1]
+            assert last.startswith("plm-cli: the database was away for 1 s; start the run worker again")
+
+            assert asked(client) == {503}
+            assert client.get("/v1/health/live").status_code == 200
+            assert client.get("/v1/health/ready").status_code == 503
+            own.server.start()
+            until(lambda: answers_again(client), "the API answers again")
+            assert client.get("/v1/health/ready").status_code == 200
+            assert client.finished(client.run("echo")["run_id"])["state"] == "succeeded"
+            assert patient.poll() is None
+            for log in (server.log, patient_log):
+                said = log.read_text(encoding="utf-8")
+                assert said.count("the database cannot be reached; it is tried again until it is back") == 1
+                assert said.count("the database is back") == 1
+        finally:
+            for process in (hasty, patient):
+                process.terminate()
+                process.wait(30)
+        assert patient.returncode == 0
+
+
+def test_a_run_worker_stops_at_once_when_asked_to_while_the_database_is_away(
+    platform: Any, own: Own, until: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "worker.log"
+    process = worker({**platform.environment, "PG_DSN": own.urls.app}, log)
+    until(lambda: b"working" in log.read_bytes(), "the run worker is ready")
+    own.server.stop()
+    until(lambda: b"cannot be reached" in log.read_bytes(), "the run worker misses the database")
+    process.terminate()
+    assert process.wait(30) == 0
+    assert b"Traceback" not in log.read_bytes().rpartition(b"cannot be reached")[2]
