@@ -6,6 +6,7 @@ import json
 import random
 import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
@@ -14,10 +15,13 @@ from itertools import cycle
 from typing import Any
 
 import httpx
+import psutil
 import psycopg
 import pytest
 
 WATCHERS = 4
+STREAMS = 100
+POOLED = 30  # connections and threads that a busy server keeps for the next time
 ENDS = ("run_succeeded", "run_failed", "run_cancelled")
 HOSTILE = "é\u2028😀\r\n\r\nid: 99\r\nevent: run_succeeded\r\ndata: {}\r\n\r\n"
 APPEND = "SELECT engine_append_event_v1(%s, %s, 'note', 'user:test', %s)"
@@ -266,6 +270,35 @@ def test_streams_go_on_after_every_connection_to_the_database_was_cut(launch: An
         _append(server, run_id, "after the cut")
         gate.open()
         assert watching.result().messages == _stored(server, run_id)
+
+
+def test_a_hundred_open_streams_keep_nobody_waiting_and_leave_nothing_behind(launch: Any, until: Any) -> None:
+    with launch() as server, ThreadPoolExecutor(STREAMS) as pool:
+        client, crowd = server.client(), server.client()
+        run_id = client.run("write")["run_id"]
+        client.wait(run_id, "approval_requested")
+        process = psutil.Process(server.process.pid)
+        before = process.num_fds()
+        watchers = [Watcher(run_id=run_id) for _ in range(STREAMS)]
+        gone = threading.Event()
+        watching = [pool.submit(each.read, crowd, cut=lambda *_: gone.is_set()) for each in watchers]
+        until(
+            lambda: all(each.messages[-1:] and each.messages[-1][1] == "approval_requested" for each in watchers),
+            "all watch",
+        )
+        connections = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'plm_app' AND datname = current_database()"
+        with closing(server.database()) as books:
+            assert books.execute(connections).fetchone()[0] < STREAMS / 2
+        assert client.finished(client.run("echo")["run_id"])["state"] == "succeeded"
+        gone.set()
+        _append(server, run_id, "the last that these see")
+        assert [each.result() for each in watching] == [False] * STREAMS
+        until(lambda: process.num_fds() <= before + POOLED, "the streams' connections are closed")
+        watching = [pool.submit(each.read, crowd) for each in watchers]
+        assert client.post(f"/v1/runs/{run_id}/cancel").status_code == 200
+        assert [each.result() for each in watching] == [True] * STREAMS
+        stored = _stored(server, run_id)
+        assert [each.messages == stored for each in watchers] == [True] * STREAMS
 
 
 @contextmanager
