@@ -21,10 +21,11 @@ from plm_backend.wiring import Platform
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """The authenticated caller and its tenant; both come from the token, never from a body."""
+    """The authenticated caller, its tenant, and until when; all come from the token, never from a body."""
 
     tenant_id: UUID
     principal: Principal
+    until: datetime
     trace: TraceContext
 
 
@@ -40,6 +41,7 @@ def _caller() -> Caller:
         principal=Principal(
             user_id=identity.user_id, actor_kind=str(identity.actor_kind), scopes=frozenset(identity.scopes)
         ),
+        until=identity.expires_at,
         trace=current_context() or new_root_context(tenant_id=str(identity.tenant_id)),
     )
 

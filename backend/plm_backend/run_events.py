@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import InvalidRequest
@@ -46,13 +47,15 @@ def _sequence(last_event_id: str | None) -> int:
 
 def _refused(last_event_id: str | None) -> InvalidRequest:
     return InvalidRequest(
-        f"Last-Event-ID must be a number this stream gave, not {last_event_id!r}; leave it out to begin anew",
+        f"Last-Event-ID must be a number this stream gave, not {last_event_id!r:.80}; leave it out to begin anew",
         field="Last-Event-ID",
     )
 
 
-async def follow(platform: Platform, tenant_id: UUID, run_id: UUID, *, after: int) -> AsyncIterator[ServerSentEvent]:
-    """Every event above `after`, once and in order, then those to come, until the run has ended.
+async def follow(
+    platform: Platform, tenant_id: UUID, run_id: UUID, *, after: int, until: datetime
+) -> AsyncIterator[ServerSentEvent]:
+    """Every event above `after`, once and in order, then those to come, until the run or the caller's token has ended.
 
     Progress reports pass between them; they carry no id, because they are news and not record.
     """
@@ -67,10 +70,11 @@ async def follow(platform: Platform, tenant_id: UUID, run_id: UUID, *, after: in
                     yield _message(event)
                     if event.kind in _ENDS:
                         return
-            if ended:
+            left = (until - datetime.now(UTC)).total_seconds()
+            if ended or left <= 0:
                 return
             try:
-                update = await asyncio.wait_for(news.get(), HEARTBEAT_SECONDS)
+                update = await asyncio.wait_for(news.get(), min(left, HEARTBEAT_SECONDS))
             except TimeoutError:
                 continue
             if "progress" in update:

@@ -144,8 +144,11 @@ async def follow_run(
     """Server-sent events: every event of the run once, in order, from `Last-Event-ID` on, then the end.
 
     `progress` messages carry no id: they are news, not record. Going away never cancels the run.
+    The stream closes early when the token that opened it expires.
     """
     after = await resume_after(platform, caller.tenant_id, run_id, last_event_id)
     return EventSourceResponse(
-        follow(platform, caller.tenant_id, run_id, after=after), ping=HEARTBEAT_SECONDS, send_timeout=60
+        follow(platform, caller.tenant_id, run_id, after=after, until=caller.until),
+        ping=HEARTBEAT_SECONDS,
+        send_timeout=60,
     )
