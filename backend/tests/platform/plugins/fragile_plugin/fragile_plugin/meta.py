@@ -15,5 +15,5 @@ def get_plugin_metadata() -> dict[str, Any]:
         "resources": {"requires_gpu": False},
         "idempotent": False,
         "stateless": False,
-        "capabilities": ["fragile.append"],
+        "capabilities": ["fragile.append", "fragile.hang"],
     }

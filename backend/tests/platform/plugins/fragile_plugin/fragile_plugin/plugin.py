@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,10 @@ class Fragile(PluginInterface):
             if first:
                 os._exit(7)
         return {"appended": True}
+
+    @plugin_action("fragile.hang")
+    def hang(self, gate: str) -> Any:
+        """Wait until the file `gate` exists, deaf to cancels."""
+        while not Path(gate).exists():
+            time.sleep(0.02)
+        return {"held": True}

@@ -27,5 +27,9 @@ def get_plugin_metadata() -> dict[str, Any]:
             "probe.journal",
             "probe.die",
             "probe.write",
+            "probe.blocked",
+            "probe.steered",
+            "probe.nonsense",
+            "probe.misbehave",
         ],
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,24 @@ ERRORS = {
     "resource": PluginResourceError,
     "fatal": PluginFatalError,
 }
+
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+NONSENSE = {
+    "a number that is none": float("nan"),
+    "an object": object(),
+    "a set": {1},
+    "a list that holds itself": CYCLE,
+    "a text with NUL": {"text": "a\0b"},
+    "half a surrogate pair": {"text": "\ud800"},
+    "a name that is no text": {1: "one"},
+    "bytes": b"\xff",
+}
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no words")
 
 
 class Probe(PluginInterface):
@@ -102,3 +122,32 @@ class Probe(PluginInterface):
     @plugin_action("probe.write")
     def write(self, value: Any = None) -> Any:
         return {"written": value}
+
+    @plugin_action("probe.blocked")
+    def blocked(self) -> Any:
+        return {"reached": True}
+
+    @plugin_action("probe.steered")
+    def steered(self) -> Any:
+        return {"reached": True}
+
+    @plugin_action("probe.nonsense")
+    def nonsense(self, what: str) -> Any:
+        return NONSENSE[what]
+
+    @plugin_action("probe.misbehave")
+    def misbehave(self, how: str) -> Any:
+        if how == "raise":
+            raise RuntimeError("this plugin has a defect")
+        if how == "raise without words":
+            raise Unprintable
+        if how == "leave":
+            sys.exit(3)
+        if how == "be killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "flood":
+            for number in range(20_000):
+                self.report_progress(number / 20_000, "x" * 1000)
+                sys.stdout.write("x" * 1000 + "\n")
+            return {"flooded": True}
+        return {"text": "x" * int(how)}
