@@ -87,9 +87,9 @@ def set_up(venv: Path, *, dev: bool) -> None:
         (venv / RECORD).unlink(missing_ok=True)
         if anew:
             with stage("virtual environment"):
-                make_environment(venv)
+                make_environment(venv, lock)
         with stage("packages"):
-            install(venv, dev=dev)
+            install(venv, lock, dev=dev)
         size = installed_bytes(venv)
         write_record(venv, {"fingerprint": fingerprint(venv), "venv": str(venv), "dev": dev, "bytes": size})
         lock.end()
@@ -97,19 +97,22 @@ def set_up(venv: Path, *, dev: bool) -> None:
 
 
 class Lock:
-    """A locked file whose content tells whether the set-up that last held it came to its end."""
+    """A locked file whose content tells whether the set-up that last held it came to its end.
+
+    The tools it starts inherit it: one that outlives a killed set-up keeps the next one waiting until it is done.
+    """
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
         self.interrupted = os.pread(descriptor, 1, 0) != b""
 
     def begin(self) -> None:
         """Note that the environment is about to be changed."""
-        os.pwrite(self._descriptor, HALF_DONE, 0)
+        os.pwrite(self.descriptor, HALF_DONE, 0)
 
     def end(self) -> None:
         """Note that it is whole again."""
-        os.ftruncate(self._descriptor, 0)
+        os.ftruncate(self.descriptor, 0)
 
 
 @contextmanager
@@ -194,22 +197,22 @@ def check_replaceable(venv: Path) -> None:
         raise SetupError(f"{venv} is not a virtual environment; move it away, or name another with --venv.")
 
 
-def make_environment(venv: Path) -> None:
+def make_environment(venv: Path, lock: Lock) -> None:
     """Make an empty environment in place of whatever is there."""
     if venv.exists():
         shutil.rmtree(venv)
-    run("making the virtual environment failed", [sys.executable, "-m", "venv", str(venv)])
+    run("making the virtual environment failed", [sys.executable, "-m", "venv", str(venv)], lock)
 
 
-def install(venv: Path, *, dev: bool) -> None:
+def install(venv: Path, lock: Lock, *, dev: bool) -> None:
     """Install with pip, in `backend/`, as relative paths in a requirements file are relative to the current folder."""
     command = [str(venv / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-input"]
     command += ["--disable-pip-version-check", "-r", "requirements.txt"]
-    run("pip could not install the packages", command + (["-r", "requirements-dev.txt"] if dev else []))
+    run("pip could not install the packages", command + (["-r", "requirements-dev.txt"] if dev else []), lock)
 
 
-def run(failure: str, command: list[str]) -> None:
-    """Run a tool in silence; a failure shows the last lines it said and the likeliest reason.
+def run(failure: str, command: list[str], lock: Lock) -> None:
+    """Run a tool in silence; a failure without a known reason shows the last lines it said.
 
     Without a network pip gives up sooner than by its own default.
 
@@ -226,14 +229,15 @@ def run(failure: str, command: list[str]) -> None:
         encoding="utf-8",
         errors="replace",
         check=False,
+        pass_fds=[lock.descriptor],
     )
     if done.returncode == 0:
         return
-    said = "\n".join(done.stdout.strip().splitlines()[-8:])
     if "No space left on device" in done.stdout or is_full(ROOT) or is_full(Path(tempfile.gettempdir())):
-        raise SetupError(no_space(), said)
+        raise SetupError(no_space())
     if any(sign in done.stdout for sign in NETWORK_SIGNS):
-        raise SetupError("the package index cannot be reached; check the network or pip's settings, then repeat.", said)
+        raise SetupError("the package index cannot be reached; check the network or pip's settings, then repeat.")
+    said = "\n".join(done.stdout.strip().splitlines()[-8:])
     raise SetupError(f"{failure} (exit code {done.returncode}); its last words are above.", said)
 
 

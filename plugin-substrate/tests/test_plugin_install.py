@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -239,3 +241,41 @@ def test_the_command_says_what_is_wrong_with_its_usage() -> None:
         check=False,
     )
     assert (done.returncode, done.stderr) == (1, "no.txt: neither .json nor .yaml\n")
+
+
+SLOW_BACKEND = """
+from hatchling.build import *
+from hatchling.build import build_wheel as really
+
+def build_wheel(*arguments, **options):
+    with open("{pipe}"):
+        return really(*arguments, **options)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_an_installation_that_was_ended_in_its_middle_is_made_anew_by_the_next(
+    workspace: Workspace, number: signal.Signals
+) -> None:
+    """The uv of a killed installer may go on for a while; the next one waits for it."""
+    pipe, package = workspace.folder / "pipe", workspace.package.parent
+    os.mkfifo(pipe)
+    (package / "slow.py").write_text(SLOW_BACKEND.format(pipe=pipe))
+    slow = PYPROJECT.replace('"hatchling.build"', '"slow"\nbackend-path = ["."]')
+    (package / "pyproject.toml").write_text(slow)
+    command = [sys.executable, "-c", "from plugin_substrate.cli import main; main()", "install-all"]
+    command += ["--plugins", str(workspace.plugins), "--data-dir", str(workspace.data_dir)]
+    ended = subprocess.Popen(command, start_new_session=True)
+    with pipe.open("w"):  # opens once uv builds the plugin: the installation is in its middle
+        workspace.mark.touch()
+        (package / "pyproject.toml").write_text(PYPROJECT)
+        if number == signal.SIGKILL:
+            ended.kill()  # alone: uv lives on
+        else:
+            os.killpg(ended.pid, number)  # as a terminal's Ctrl-C
+        assert ended.wait(60) != 0
+        again = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    said, _ = again.communicate(timeout=120)
+    assert (again.returncode, said) == (0, "tiny: installed\n")
+    assert not workspace.mark.exists(), "nothing of the half-made environment is used"
+    assert workspace.install().output == "tiny: unchanged\n"

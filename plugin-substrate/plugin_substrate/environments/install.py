@@ -22,6 +22,7 @@ from plugin_substrate.environments.uv import (
     environment_python,
     find_interpreter,
     install_package,
+    installing,
 )
 from plugin_substrate.errors import ManifestError, PluginConfigError, PluginError, PluginFatalError
 from plugin_substrate.lifecycle import interpreter_command
@@ -36,6 +37,8 @@ from plugin_substrate.manifest import (
 from plugin_substrate.worker.text import clean_text
 
 INSTALLER_VERSION = "cjm-ctl 0.1.0"
+_HALF_DONE = Path(".cjm", "half-done")
+"""Stands in an environment while packages are put into it; one that still has it is made anew, with all its plugins."""
 
 _DESCRIBE_SECONDS = 120.0
 _MAX_DESCRIPTION_BYTES = 1 << 20
@@ -68,43 +71,49 @@ class Installer:
         """Bring one plugin up to date; when it cannot be, the reason is the outcome."""
         try:
             digest = _digest(spec)
-            if not self._force and self._is_current(spec, digest):
-                return InstallOutcome(name=spec.name, status="unchanged")
-            self._manifest(spec).unlink(missing_ok=True)
-            self._stamp(spec).unlink(missing_ok=True)
-            self._install(spec)
-            self._stamp(spec).write_text(digest, encoding="ascii")
+            with installing(self._data_dir / "envs") as lock:
+                if not self._force and self._is_current(spec, digest):
+                    return InstallOutcome(name=spec.name, status="unchanged")
+                self._manifest(spec).unlink(missing_ok=True)
+                self._stamp(spec).unlink(missing_ok=True)
+                self._install(spec, lock)
+                self._stamp(spec).write_text(digest, encoding="ascii")
         except (PluginError, OSError) as error:
             return InstallOutcome(name=spec.name, status="failed", reason=str(error))
         return InstallOutcome(name=spec.name, status="installed")
 
-    def _install(self, spec: PluginSpec) -> None:
+    def _install(self, spec: PluginSpec, lock: int) -> None:
         if spec.folder is not None and not spec.folder.is_dir():
             raise PluginConfigError(f"the package folder {spec.folder} does not exist")
         folder = self._data_dir / "envs" / spec.env_name
-        self._make_environment(spec, folder)
+        self._make_environment(spec, folder, lock)
         distribution = distribution_name(spec)
-        install_package(folder, distribution, spec.requirement, editable=spec.editable)
+        half_done = folder / _HALF_DONE
+        half_done.touch()
+        install_package(folder, distribution, spec.requirement, lock=lock, editable=spec.editable)
         described = describe_distribution(environment_python(folder), distribution)
         if described.get("name") != spec.name:
             raise PluginConfigError(f"the plugin calls itself {described.get('name')!r}, plugins.yaml {spec.name!r}")
+        half_done.unlink()
         write_manifest(self._manifest(spec), _manifest(described, environment_python(folder), spec))
 
-    def _make_environment(self, spec: PluginSpec, folder: Path) -> None:
+    def _make_environment(self, spec: PluginSpec, folder: Path, lock: int) -> None:
         interpreter = find_interpreter(spec.python_version)
         note = folder / ".cjm" / "interpreter"
         made_with = note.read_text(encoding="utf-8") if note.is_file() else ""
-        usable = environment_python(folder).exists() and made_with == str(interpreter)
+        whole = environment_python(folder).exists() and not (folder / _HALF_DONE).exists()
+        usable = whole and made_with == str(interpreter)
         if spec.env_name not in self._made and (self._force or not usable):
-            create_environment(folder, interpreter)
+            create_environment(folder, interpreter, lock=lock)
             note.parent.mkdir(mode=0o700)
             note.write_text(str(interpreter), encoding="utf-8")
         self._made.add(spec.env_name)
 
     def _is_current(self, spec: PluginSpec, digest: str) -> bool:
-        stamp = self._stamp(spec)
-        there = [stamp, self._manifest(spec), environment_python(self._data_dir / "envs" / spec.env_name)]
-        return all(path.is_file() for path in there) and stamp.read_text(encoding="ascii") == digest
+        stamp, folder = self._stamp(spec), self._data_dir / "envs" / spec.env_name
+        there = [stamp, self._manifest(spec), environment_python(folder)]
+        whole = all(path.is_file() for path in there) and not (folder / _HALF_DONE).exists()
+        return whole and stamp.read_text(encoding="ascii") == digest
 
     def _manifest(self, spec: PluginSpec) -> Path:
         return self._data_dir / "manifests" / f"{spec.name}.json"

@@ -5,11 +5,14 @@ It is told the interpreter by path and never downloads one; where packages come 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from plugin_substrate.errors import PluginFatalError
@@ -41,17 +44,31 @@ def find_interpreter(version: str = "") -> Path:
     return Path(found)
 
 
-def create_environment(folder: Path, interpreter: Path) -> None:
+@contextmanager
+def installing(folder: Path) -> Iterator[int]:
+    """Keep other installers of this folder out; answers the lock's descriptor, which uv is to inherit.
+
+    A killed installer lets go by dying, but not before an uv that outlives it has ended.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def create_environment(folder: Path, interpreter: Path, *, lock: int) -> None:
     """Make an empty environment, replacing what is there."""
-    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _run("venv", "--quiet", "--no-project", "--clear", "--python", str(interpreter), str(folder))
+    _run("venv", "--quiet", "--no-project", "--clear", "--python", str(interpreter), str(folder), lock=lock)
 
 
-def install_package(folder: Path, distribution: str, requirement: str, *, editable: bool = False) -> None:
+def install_package(folder: Path, distribution: str, requirement: str, *, lock: int, editable: bool = False) -> None:
     """Install a package into an environment, built anew; compiled at once, as workers write no bytecode."""
     target = ["--python", str(environment_python(folder)), "--reinstall-package", distribution]
     source = ["--editable", requirement] if editable else [requirement]
-    _run("pip", "install", "--quiet", "--compile-bytecode", *target, *source)
+    _run("pip", "install", "--quiet", "--compile-bytecode", *target, *source, lock=lock)
 
 
 def environment_python(folder: Path) -> Path:
@@ -59,7 +76,7 @@ def environment_python(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def _run(*arguments: str) -> None:
+def _run(*arguments: str, lock: int) -> None:
     """Run uv; its own words are the error's."""
     environment = {**_SETTINGS, **os.environ, "UV_PYTHON_DOWNLOADS": "never"}
     try:
@@ -72,6 +89,7 @@ def _run(*arguments: str) -> None:
             errors="replace",
             timeout=_INSTALL_SECONDS,
             check=False,
+            pass_fds=[lock],
         )
     except subprocess.TimeoutExpired as error:
         raise PluginFatalError(f"uv {arguments[0]} took longer than {_INSTALL_SECONDS:.0f} s") from error
