@@ -21,6 +21,7 @@ MEDIA_TYPE = "application/problem+json"
 NOT_FOUND, NOT_ALLOWED, TOO_LARGE = 404, 405, 413
 TYPE_BASE = "urn:plm:problem:"
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _LONGEST_MESSAGE = 400
 _MOST_FIELDS = 50
 
@@ -153,7 +154,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(engine.StorageUnavailable)
     async def unavailable(_: Request, error: engine.StorageUnavailable) -> ProblemResponse:
-        logger.warning("a request was refused because the database did not answer", exc_info=error)
+        logger.warning("a request was refused: %s", error)
         return problem(
             503,
             "dependency/storage_unavailable",
@@ -175,7 +176,7 @@ def install(app: FastAPI) -> None:
         if error.status_code == NOT_FOUND:
             detail = f"{request.url.path!r:.200} is no address of this API; /openapi.json lists them"
         elif error.status_code == NOT_ALLOWED:
-            headers["Allow"] = ", ".join(_methods(app, request)) or headers.get("allow", "")
+            headers["Allow"] = ", ".join(_methods(app, request))
             detail = f"{request.method} is not served at {request.url.path!r:.200}; use {headers['Allow']}"
         return problem(error.status_code, code, detail, headers=headers)
 
@@ -202,8 +203,8 @@ def _field(error: Mapping[str, Any]) -> dict[str, str]:
 
 def _methods(app: FastAPI, request: Request) -> list[str]:
     """Every method that is served at the request's address (RFC 9110, section 10.2.1)."""
-    found: set[str] = set()
-    for route in app.routes:
-        if route.matches(request.scope)[0] is not Match.NONE:
-            found |= getattr(route, "methods", None) or set()
-    return sorted(found)
+
+    def served(method: str) -> bool:
+        return any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in app.routes)
+
+    return [method for method in _METHODS if served(method)]
