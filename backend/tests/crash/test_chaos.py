@@ -20,7 +20,7 @@ from typing import Any
 SOAK = float(os.environ.get("SOAK", "0.05"))
 SECONDS = max(15.0, 120 * SOAK)
 RUNS = 60
-AT_ONCE = 12
+AT_ONCE = 30
 ENDED = ("succeeded", "failed", "cancelled")
 
 # What is asked for, in turn: the agent, its budget, and what the approver says.
@@ -70,9 +70,9 @@ def test_killed_at_random_they_leave_what_one_process_leaves(open_cluster: Calla
         expected_spend = _tenant_spend(cluster, serial)
 
     with open_cluster("api", "api", "worker", "worker", "worker") as cluster:
-        errands = [Errand(cluster=cluster, journal=journal(f"struck{n}"), number=n, seconds=0.2) for n in range(RUNS)]
+        errands = [Errand(cluster=cluster, journal=journal(f"struck{n}"), number=n, seconds=0.5) for n in range(RUNS)]
         kills = _under_fire(cluster, errands)
-        assert kills >= SECONDS / 6, "there was some killing"
+        assert kills >= SECONDS / 3, "there was some killing"
         for errand, wanted in zip(errands, expected, strict=True):
             assert _left_behind(cluster, errand) == wanted, (errand.run_id, errand.document)
         assert _tenant_spend(cluster, errands) == expected_spend
@@ -89,13 +89,20 @@ def _under_fire(cluster: Any, errands: list[Errand]) -> int:
 
     def fire() -> None:
         nonlocal kills
-        while not over.wait(dice.uniform(0.2, 1.5)):
-            cluster.kill(dice.choice([node.process.pid for node in cluster.nodes]))
-            kills += 1
+        while not over.wait(dice.uniform(0.2, 1.8)):
+            alive = [node for node in cluster.nodes if node.alive]
+            if alive:
+                dice.choice(alive).process.kill()
+                kills += 1
+
+    def mend() -> None:
+        while not over.wait(0.05):
+            cluster.repair()
 
     started = time.monotonic()
-    gunner = threading.Thread(target=fire)
-    gunner.start()
+    threads = [threading.Thread(target=each) for each in (fire, mend)]
+    for thread in threads:
+        thread.start()
     try:
         waiting, working = list(errands), list[Errand]()
         while waiting or working:
@@ -109,7 +116,8 @@ def _under_fire(cluster: Any, errands: list[Errand]) -> int:
         cluster.until(lambda: time.monotonic() - started > SECONDS, "the time is over")
     finally:
         over.set()
-        gunner.join()
+        for thread in threads:
+            thread.join()
     cluster.repair()
     return kills
 
@@ -164,7 +172,7 @@ def _disowned(cluster: Any, errands: list[Errand]) -> Counter[str]:
 
 
 def _ledger(cluster: Any, errand: Errand, last: dict[int, int]) -> Counter[Any]:
-    """The rows of the attempts that counted; an outcome that was reported later stands in the ledger as unknown."""
+    """The rows of the attempts that counted; one that somebody vouched for later stands there as unknown, at no cost."""
     rows = cluster.query(
         "SELECT t.event_type, t.capability, (t.payload ->> 'step')::int, (t.payload ->> 'attempt')::int, "
         "t.payload ->> 'status', c.cost_eur FROM telemetry_events AS t LEFT JOIN connector_calls AS c "
@@ -172,7 +180,7 @@ def _ledger(cluster: Any, errand: Errand, last: dict[int, int]) -> Counter[Any]:
         errand.run_id,
     )
     return Counter(
-        (event, capability, step, "succeeded" if status == "outcome_unknown" else status, cost)
+        (event, capability, step, "succeeded" if status == "outcome_unknown" else status, cost or Decimal(0))
         for event, capability, step, attempt, status, cost in rows
         if last[step] == attempt
     )
