@@ -172,7 +172,7 @@ def _disowned(cluster: Any, errands: list[Errand]) -> Counter[str]:
 
 
 def _ledger(cluster: Any, errand: Errand, last: dict[int, int]) -> Counter[Any]:
-    """The rows of the attempts that counted; one that somebody vouched for later stands there as unknown, at no cost."""
+    """The rows of the attempts that counted; what somebody vouched for later stands there as unknown, at no cost."""
     rows = cluster.query(
         "SELECT t.event_type, t.capability, (t.payload ->> 'step')::int, (t.payload ->> 'attempt')::int, "
         "t.payload ->> 'status', c.cost_eur FROM telemetry_events AS t LEFT JOIN connector_calls AS c "
