@@ -287,16 +287,30 @@ def test_a_run_shows_the_budgets_of_its_own_tenant(kept_apart: Offered) -> None:
         ]
 
 
-def test_the_operators_check_reads_the_streams_of_one_tenant(kept_apart: Offered, open_house: Offered) -> None:
-    for offered, isolated in ((kept_apart, True), (open_house, False)):
-        unfiltered, other, spy = offered
-        command = [*PROGRAM, "events", "verify", "--tenant-id", str(spy.tenant), "--json"]
-        done = subprocess.run(
-            command, env=unfiltered.server.environment, capture_output=True, text=True, timeout=60, check=False
-        )
-        streams = {stream["stream"] for stream in json.loads(done.stdout)["streams"]}
-        assert streams >= {f"run/{run_id}" for run_id in spy.runs}
-        assert streams.isdisjoint(f"run/{run_id}" for run_id in other.runs) is isolated
+def _operator(unfiltered: Unfiltered, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*PROGRAM, *arguments],
+        env=unfiltered.server.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_an_operator_who_acts_for_one_tenant_reaches_no_other(kept_apart: Offered, open_house: Offered) -> None:
+    for (unfiltered, other, spy), isolated in ((kept_apart, True), (open_house, False)):
+        acting = ("--tenant-id", str(spy.tenant))
+        streams = json.loads(_operator(unfiltered, "events", "verify", *acting, "--json").stdout)["streams"]
+        names = {stream["stream"] for stream in streams}
+        assert names >= {f"run/{run_id}" for run_id in spy.runs}
+        assert names.isdisjoint(f"run/{run_id}" for run_id in other.runs) is isolated
+        refusals = []
+        for run_id in (other.finished, str(uuid.uuid4())):
+            refused = _operator(unfiltered, "run", "reconcile", run_id, *acting, "--did-not")
+            assert refused.returncode != 0
+            refusals.append(UUID.sub("ID", refused.stderr))
+        assert (refusals[0] == refusals[1]) is isolated, refusals
 
 
 def test_two_tenants_halt_lift_and_finish_without_touching_each_other(kept_apart: Offered, tmp_path: Path) -> None:
