@@ -182,14 +182,16 @@ class Bench:
     async def settle(
         self, grant: Grant, lease: Lease, status: OutcomeStatus = OutcomeStatus.SUCCEEDED, **outcome: Any
     ) -> Settlement:
-        keywords = {name: outcome.pop(name) for name in ("connection", "capability_id") if name in outcome}
+        keywords = {name: outcome.pop(name) for name in ("connection",) if name in outcome}
+        capability = self.control_plane.capability(outcome.pop("capability_id", "thing.read"))
         return await self.control_plane.settle(
             grant,
             Outcome(status=status, **outcome),
             fencing_token=lease.fencing_token,
             trace_id=lease.run.trace_id,
             actor="test",
-            **{"capability_id": "thing.read", **keywords},
+            capability=capability,
+            **keywords,
         )
 
     async def ask(self, lease: Lease | None = None, **changes: Any) -> tuple[Lease, Pending]:

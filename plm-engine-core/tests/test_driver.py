@@ -11,6 +11,7 @@ from plm_engine_core.agent_runtime import Driver, Finish, Plan, PlanAgent, Propo
 from plm_engine_core.agent_runtime.hold import Hold
 from plm_engine_core.control_plane import Outcome
 from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
     HaltScope,
@@ -260,6 +261,21 @@ class TestCrashes:
         )
         assert await acts.drive() is RunState.SUCCEEDED
         assert [capability for _, capability, _ in acts.executor.calls] == [FIRE, *[FIRE] * (not happened), READ]
+
+    async def test_during_a_call_that_is_not_registered_any_more_the_run_waits_until_somebody_knows(
+        self, scene, bench, monkeypatch
+    ):
+        acts = await scene(plan(READ), thing_read=["hang"])
+        task = acts.start()
+        await acts.executor.entered.wait()
+        await acts.kill(task)
+        left = CapabilityRegistry([each for each in bench.control_plane.registry if each.id != READ])
+        monkeypatch.setattr(bench.control_plane, "registry", left)
+        assert await acts.drive(owner="node/2") is RunState.OUTCOME_UNKNOWN
+        await bench.storage.runs.reconcile(bench.tenant, acts.run.id, happened=False, output=None, actor="human:x")
+        assert await acts.drive() is RunState.FAILED
+        assert (await acts.fresh()).reason == "capability_unknown"
+        assert await acts.consistent()
 
     async def test_after_the_effect_and_before_settlement_it_is_the_same_as_during_the_call(
         self, scene, bench, monkeypatch

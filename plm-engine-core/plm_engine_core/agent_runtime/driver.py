@@ -27,6 +27,8 @@ from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.events.signals import Interrupts, NoSignals
 from plm_engine_core.control_plane.facade import ControlPlane
+from plm_engine_core.control_plane.policy import Facts
+from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import Evidence, OutcomeStatus, Reason, RunState, StepState
 
@@ -88,9 +90,10 @@ class Driver:
         last = steps[-1] if steps else None
         if last is None or last.state not in (StepState.GRANTED, StepState.RUNNING):
             return
+        known = self._control_plane.registry.get(last.capability)
         if last.state is StepState.GRANTED:
             status, message = OutcomeStatus.NOT_STARTED, "its run worker was lost before the call began"
-        elif self._control_plane.capability(last.capability).idempotent:
+        elif known is not None and known.idempotent:
             status, message = OutcomeStatus.SUPERSEDED, "its run worker was lost; the step is repeated"
         else:
             status, message = OutcomeStatus.OUTCOME_UNKNOWN, "its run worker was lost; it may have had its effect"
@@ -99,7 +102,7 @@ class Driver:
             evidence=Evidence.REPORTED,
             error={"category": "abandoned", "message": f"{last.capability}: {message}"},
         )
-        await self._settle(hold, _grant(hold.run, last), outcome, last.capability)
+        await self._settle(hold, _grant(hold.run, last), outcome, _decided_on(last))
 
     async def _advance(self, hold: Hold) -> RunState:
         runs = self._control_plane.storage.runs
@@ -167,8 +170,8 @@ class Driver:
                 return await self._finish(hold, RunState.HALTED, halted)
             case Denied(reason=Reason.RATE_LIMIT_EXCEEDED as reason, retry_after_ms=wait):
                 await hold.pause(pause_seconds(reason.value, place.attempt, retry_after_ms=wait))
-            case Granted(grant=grant) if executor is not None:
-                outcome = await self._carry_out(hold, grant, executor, proposal)
+            case Granted(grant=grant) if capability is not None and executor is not None:
+                outcome = await self._carry_out(hold, grant, executor, proposal, capability)
                 if outcome.status in _CAME_TO_NOTHING:
                     await hold.pause(pause_seconds(TRANSIENT, place.attempt))
         return None
@@ -182,7 +185,9 @@ class Driver:
 
         return await patiently(admit)
 
-    async def _carry_out(self, hold: Hold, grant: Grant, executor: Executor, proposal: Proposal) -> Outcome:
+    async def _carry_out(
+        self, hold: Hold, grant: Grant, executor: Executor, proposal: Proposal, capability: CapabilityDescriptor
+    ) -> Outcome:
         """Have the call made, stop it when the run must stop, and settle."""
         if hold.halt is not None:  # admission has just seen that it was lifted
             hold.halt = None
@@ -200,20 +205,17 @@ class Driver:
             for task in (call, stop):
                 task.cancel()
             await asyncio.gather(call, stop, return_exceptions=True)
-        if halted and outcome.status is OutcomeStatus.CANCELLED and self._repeatable(proposal.capability):
+        if halted and outcome.status is OutcomeStatus.CANCELLED and capability.idempotent:
             outcome = replace(outcome, error={**(outcome.error or {}), "reason": Reason.HALTED.value})
-        await self._settle(hold, grant, outcome, proposal.capability)
+        await self._settle(hold, grant, outcome, capability)
         return outcome
 
-    def _repeatable(self, capability_id: str) -> bool:
-        return self._control_plane.capability(capability_id).idempotent
-
-    async def _settle(self, hold: Hold, grant: Grant, outcome: Outcome, capability_id: str) -> None:
+    async def _settle(self, hold: Hold, grant: Grant, outcome: Outcome, capability: CapabilityDescriptor) -> None:
         await patiently(
             lambda: self._control_plane.settle(
                 grant,
                 outcome,
-                capability_id=capability_id,
+                capability=capability,
                 fencing_token=hold.fencing_token,
                 trace_id=hold.run.trace_id,
                 actor=hold.run.principal.actor,
@@ -246,6 +248,14 @@ class Driver:
 def _printable(text: str | None) -> str | None:
     """Text that can be stored, whatever an agent or plugin put into it."""
     return text and text.encode(errors="backslashreplace").decode().replace("\x00", "\\x00")
+
+
+def _decided_on(step: Step) -> CapabilityDescriptor:
+    """The capability of a granted step as it was decided on; it may not be registered any more."""
+    capability = Facts.from_json(step.decision["facts"]).capability
+    if capability is None:
+        raise ValueError(f"attempt {step.attempt} of step {step.step_index} was granted without a capability")
+    return capability
 
 
 def _grant(run: Run, step: Step) -> Grant:

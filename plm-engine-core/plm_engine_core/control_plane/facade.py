@@ -159,18 +159,18 @@ class ControlPlane:
         grant: Grant,
         outcome: Outcome,
         *,
-        capability_id: str,
+        capability: CapabilityDescriptor,
         fencing_token: int,
         trace_id: str,
         actor: str,
         connection: Connection | None = None,
     ) -> Settlement:
-        """Close a grant with what its call did; see `admission.settle`."""
+        """Close a grant of `capability`, as it was decided on, with what its call did; see `admission.settle`."""
         settlement = await settle(
             grant,
             outcome,
             fencing_token=fencing_token,
-            capability=self.capability(capability_id),
+            capability=capability,
             trace_id=trace_id,
             actor=actor,
             storage=self.storage.admission,
