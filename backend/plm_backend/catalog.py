@@ -45,9 +45,12 @@ def load_catalog(folder: Path, registry: CapabilityRegistry) -> AgentCatalog:
     for path in sorted(folder.glob("*.yaml")):
         plan = load_plan(path)
         if plan.agent in plans:
-            raise InvalidRequest(f"{path}: agent {plan.agent} stands in two files", field="agent")
+            raise InvalidRequest(f"{path}: agent {plan.agent} stands in two files; rename one of them", field="agent")
         unknown = sorted({step.capability for step in plan.steps if registry.get(step.capability) is None})
         if unknown:
-            raise InvalidRequest(f"{path}: capability {unknown[0]} is not registered", field="capability")
+            raise InvalidRequest(
+                f"{path}: capability {unknown[0]} is not registered; register it, or correct the plan",
+                field="capability",
+            )
         plans[plan.agent] = plan
     return AgentCatalog(plans)

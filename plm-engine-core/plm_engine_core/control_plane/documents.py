@@ -14,6 +14,7 @@ from plm_engine_core.control_plane.errors import InvalidRequest
 Model = TypeVar("Model", bound=BaseModel)
 
 _SHOWN = 120
+_SCALARS = (str, int, float)
 
 
 def load_document(path: Path, model: type[Model], what: str) -> Model:
@@ -25,16 +26,26 @@ def load_document(path: Path, model: type[Model], what: str) -> Model:
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506  # a SafeLoader
     except OSError as error:
-        raise InvalidRequest(f"the {what} {path} cannot be read: {error.strerror}", field=what) from error
+        raise InvalidRequest(
+            f"the {what} {path} cannot be read: {error.strerror}; check the path and its permissions", field=what
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the {what} {path} is not YAML: {error}", field=what) from error
+        raise InvalidRequest(f"the {what} {path} is not YAML: {_where(error)}; correct it there", field=what) from error
     try:
         return model.model_validate(document)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or what
-        given = "" if first["type"] == "missing" else f" (given: {_shortened(repr(first['input']))})"
-        raise InvalidRequest(f"{path}: {where}: {first['msg']}{given}", field=where) from error
+        problem = first["msg"].removeprefix("Value error, ")
+        given = f" (given: {_shortened(repr(first['input']))})" if isinstance(first["input"], _SCALARS) else ""
+        raise InvalidRequest(f"{path}: {where}: {problem}{given}; correct it in that file", field=where) from error
+
+
+def _where(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """The place and the problem on one line; YAML's own text draws a picture."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
 
 
 def _shortened(text: str) -> str:

@@ -59,7 +59,9 @@ class CapabilityRegistry:
         self._by_id: dict[str, CapabilityDescriptor] = {}
         for capability in capabilities:
             if capability.id in self._by_id:
-                raise InvalidRequest(f"capability {capability.id} is registered twice", field="capabilities")
+                raise InvalidRequest(
+                    f"capability {capability.id} is registered twice; remove one of the two", field="capabilities"
+                )
             self._by_id[capability.id] = capability
 
     def __iter__(self) -> Iterator[CapabilityDescriptor]:
