@@ -26,7 +26,7 @@ from plm_shared.provisioning import provision
 from plm_shared.testing.databases import create_tenants
 
 PAGE = (Path(__file__).parents[3] / "docs" / "api.md").read_text(encoding="utf-8")
-PARKED_OR_ENDED = {"awaiting_approval", "halted", "outcome_unknown", "succeeded", "failed", "cancelled"}
+ENDED = {"succeeded", "failed", "cancelled"}
 UNSETTLED = (
     "SELECT count(*) FROM grants AS g LEFT JOIN reservations AS r ON r.tenant_id = g.tenant_id AND r.grant_id = g.id "
     "WHERE g.run_id = %s AND (g.state <> 'settled' OR r.settled IS NULL)"
@@ -182,7 +182,7 @@ def left(until: Callable[[Callable[[], Any], str], Any]) -> Callable[..., None]:
     def check(row: Row, server: Any, client: Any, run_id: str, *says: str) -> None:
         def settled() -> dict[str, Any] | None:
             document: dict[str, Any] = client.get(f"/v1/runs/{run_id}").json()
-            return document if document["state"] in PARKED_OR_ENDED else None
+            return document if document["state"] in {row["state"], *ENDED} else None
 
         run = until(settled, "the run ends or is parked")
         assert run["state"] == row["state"], run
