@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 import pytest
@@ -74,30 +73,6 @@ def test_lifting_needs_the_scope_too(platform: Any, client: Any) -> None:
     assert platform.client(scopes=()).delete(f"/v1/halts/{halt['halt_id']}").status_code == 403
     assert platform.client(tenant=platform.other_tenant).delete(f"/v1/halts/{halt['halt_id']}").status_code == 404
     _lift(client, halt)
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"scope": "run", "reason": "which?"},
-        {"scope": "tenant", "scope_id": str(uuid.uuid4()), "reason": "whose?"},
-        {"scope": "galaxy", "reason": "too far"},
-        {"scope": "tenant", "reason": ""},
-        {"scope": "tenant", "reason": "  "},
-        {"scope": "tenant", "reason": "a\x00b"},
-        {"scope": "tenant"},
-    ],
-)
-def test_a_wrong_halt_is_refused(client: Any, body: dict[str, Any]) -> None:
-    assert client.post("/v1/halts", json=body).status_code == 422
-
-
-def test_a_halt_of_what_does_not_exist_is_not_found(platform: Any, client: Any) -> None:
-    body = {"scope": "run", "scope_id": str(uuid.uuid4()), "reason": "?"}
-    assert client.post("/v1/halts", json=body).status_code == 404
-    foreign = platform.client(tenant=platform.other_tenant).run("echo")["run_id"]
-    assert client.post("/v1/halts", json={**body, "scope_id": foreign}).status_code == 404
-    assert client.delete(f"/v1/halts/{uuid.uuid4()}").status_code == 404
 
 
 @pytest.mark.parametrize("scope", ["run", "tenant", "system"])

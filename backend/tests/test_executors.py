@@ -17,12 +17,9 @@ def _spent(run: dict[str, Any]) -> dict[str, str]:
     return {each["unit"]: each["spent"] for each in run["budgets"] if each["scope"] == "run"}
 
 
-@pytest.mark.parametrize("kind", ["user_input", "transient", "resource", "fatal"])
-def test_an_error_of_a_plugin_fails_the_run_with_its_category(client: Any, kind: str) -> None:
-    run = client.finished(client.run("fail", kind=kind)["run_id"])
-    assert (run["state"], run["reason"]) == ("failed", kind)
-    assert run["message"] == f"step act: this is a {kind} error"
-    assert (run["steps"][-1]["error"]["category"], _spent(run)["calls"]) == (kind, "1")
+def test_a_call_that_fails_is_charged_and_its_error_recorded(client: Any) -> None:
+    run = client.finished(client.run("fail", kind="fatal")["run_id"])
+    assert (run["steps"][-1]["error"]["category"], _spent(run)["calls"]) == ("fatal", "1")
 
 
 @pytest.mark.parametrize(
@@ -88,15 +85,6 @@ def test_an_idempotent_call_whose_worker_dies_is_repeated_under_its_key_and_has_
     assert _spent(run)["calls"] == "1"
 
 
-def test_a_plugin_that_always_dies_ends_its_run_with_a_clear_reason(client: Any) -> None:
-    run = client.finished(client.run("die")["run_id"])
-    assert (run["state"], run["reason"]) == ("failed", "attempts_exhausted")
-    assert "status 9" in run["message"]
-    assert {step["state"] for step in run["steps"]} == {"superseded"}
-    assert len(run["steps"]) <= 6
-    assert {each["reserved"] for each in run["budgets"]} == {"0"}
-
-
 @pytest.mark.parametrize(("word", "effects"), [("--happened", 1), ("--did-not", 2)])
 def test_an_unknown_outcome_waits_for_a_word_and_is_repeated_only_on_did_not(
     platform: Any, client: Any, until: Any, tmp_path: Path, word: str, effects: int
@@ -114,23 +102,12 @@ def test_an_unknown_outcome_waits_for_a_word_and_is_repeated_only_on_did_not(
     assert again.returncode == 1
 
 
-def test_a_call_that_takes_too_long_is_stopped_and_fails(client: Any, gate: Any) -> None:
-    run = client.finished(client.run("short", gate=str(gate))["run_id"])
-    assert (run["state"], run["reason"]) == ("failed", "timeout")
-    assert run["message"] == "step act: probe.short did not end within its 0.5 s"
-
-
 def test_a_call_deaf_to_cancels_is_ended_by_force(client: Any, gate: Any) -> None:
     run_id = client.run("stubborn", gate=str(gate))["run_id"]
     gate.entered()
     client.post(f"/v1/runs/{run_id}/cancel")
     run = client.finished(run_id)
     assert (run["state"], run["steps"][-1]["state"]) == ("cancelled", "superseded")
-
-
-def test_a_capability_that_no_plugin_serves_fails_the_run(client: Any) -> None:
-    run = client.finished(client.run("absent")["run_id"])
-    assert (run["state"], run["reason"]) == ("failed", "capability_unavailable")
 
 
 def test_a_grant_that_expires_while_its_call_waits_is_not_used_and_the_step_is_admitted_again(

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
-NAMED = sorted(set(re.findall(r"`([\w/-]+/tests/\w+\.py(?:::\w+)?)`", PAGE)))
+NAMED = sorted(set(re.findall(r"`([\w/-]+/tests/[\w/]+\.py(?:::\w+)?)`", PAGE)))
 
 
 @pytest.mark.parametrize("named", NAMED)

@@ -112,6 +112,7 @@ class Cases:
     def halt_of_nothing(self) -> Refusal:
         nothing = str(uuid.uuid4())
         assert self._client.delete(f"/v1/halts/{nothing}").status_code == 404
+        assert self._decide(self._approver, nothing).status_code == 404
         body = {"scope": "run", "scope_id": nothing, "reason": "?"}
         return self._client.post("/v1/halts", json=body), nothing, "does not exist"
 
