@@ -30,6 +30,7 @@ class Hold:
     valid_until: float
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     lost: bool = False
+    given_back: bool = False
     cancel_requested: bool = False
     halt: Mapping[str, Any] | None = None
 
@@ -84,12 +85,13 @@ async def held(
     try:
         yield hold
     finally:
+        hold.given_back = True  # a cancel can get lost, in the rollback of a database that is going away
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
 
 async def _heartbeat(runs: RunStore, hold: Hold, seconds: float, wake: asyncio.Event) -> None:
-    while not hold.lost:
+    while not (hold.lost or hold.given_back):
         with suppress(TimeoutError):  # the usual case: nothing interrupts, and the heartbeat is due
             async with asyncio.timeout(seconds / _BEATS_PER_LEASE):
                 await wake.wait()
