@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +17,9 @@ from procrastinate.exceptions import ConnectorException
 from plm_backend.delivery import QUEUE, SCHEMA, TASK
 
 logger = logging.getLogger(__name__)
+
+Drive = Callable[[UUID, UUID], Awaitable[object]]
+"""Drives a run of a tenant."""
 
 # The jobs that a killed worker left behind; its runs have long come back by recovery.
 _FORGET_ABANDONED = "DELETE FROM procrastinate_jobs WHERE status = 'doing' AND worker_id IS NULL"
@@ -31,30 +35,64 @@ class ProcrastinateDelivery:
         await connection.execute("SELECT delivery.enqueue_drive_v1(%s, %s)", [tenant_id, run_id])
 
 
-async def deliver(dsn: str, drive: Callable[[UUID, UUID], Awaitable[object]], *, concurrency: int) -> None:
+async def deliver(dsn: str, drive: Drive, *, concurrency: int) -> None:
     """Receive drive jobs until cancelled, `concurrency` at once.
 
-    A job that fails is only logged: what was recorded stands, and recovery finds the run. When the database goes away
-    the delivery engine ends; it is started anew until the database is back.
+    A drive that fails is only logged: what was recorded stands, and recovery finds the run. When the database goes away
+    the delivery engine ends, and is started anew until the database is back; the drives go on meanwhile.
     """
-    while True:
-        try:
-            async with _engine(dsn, drive).open_async() as engine:
-                await engine.connector.execute_query_async(_FORGET_ABANDONED)
-                await engine.run_worker_async(
-                    queues=[QUEUE],
-                    concurrency=concurrency,
-                    install_signal_handlers=False,
-                    delete_jobs="always",
-                    shutdown_graceful_timeout=_GRACE_SECONDS,
-                )
-        except (ConnectorException, psycopg.Error) as error:
-            reason = " ".join(str(error.__cause__ or error).split())
-            logger.warning("the delivery of runs lost the database and starts anew: %s", reason)
-        await asyncio.sleep(_RECONNECT_SECONDS)
+    async with _outliving(drive, concurrency) as start:
+        while True:
+            try:
+                async with _engine(dsn, start).open_async() as engine:
+                    await engine.connector.execute_query_async(_FORGET_ABANDONED)
+                    await engine.run_worker_async(
+                        queues=[QUEUE],
+                        concurrency=concurrency,
+                        install_signal_handlers=False,
+                        delete_jobs="always",
+                        shutdown_graceful_timeout=0,
+                    )
+            except (ConnectorException, psycopg.Error) as error:
+                reason = " ".join(str(error.__cause__ or error).split())
+                logger.warning("the delivery of runs lost the database and starts anew: %s", reason)
+            await asyncio.sleep(_RECONNECT_SECONDS)
 
 
-def _engine(dsn: str, drive: Callable[[UUID, UUID], Awaitable[object]]) -> procrastinate.App:
+@asynccontextmanager
+async def _outliving(drive: Drive, concurrency: int) -> AsyncIterator[Drive]:
+    """Drives that outlive the delivery engine: a call in progress must not end because its job's connection did.
+
+    At the end of the block they have a moment to come to theirs.
+    """
+    slots = asyncio.Semaphore(concurrency)
+    drives: set[asyncio.Task[None]] = set()
+
+    async def guarded(tenant_id: UUID, run_id: UUID) -> None:
+        async with slots:
+            try:
+                await drive(tenant_id, run_id)
+            except Exception:
+                logger.exception("driving run %s failed; recovery will find it", run_id)
+
+    async def start(tenant_id: UUID, run_id: UUID) -> None:
+        task = asyncio.create_task(guarded(tenant_id, run_id), name=f"drive {run_id}")
+        drives.add(task)
+        task.add_done_callback(drives.discard)
+        await asyncio.shield(task)
+
+    try:
+        yield start
+    finally:
+        if drives:
+            await asyncio.wait(drives, timeout=_GRACE_SECONDS)
+        while drives:  # one cancel can get lost, in the rollback of a database that is going away
+            for task in drives:
+                task.cancel()
+            await asyncio.wait(drives, timeout=_GRACE_SECONDS)
+
+
+def _engine(dsn: str, drive: Drive) -> procrastinate.App:
     connector = procrastinate.PsycopgConnector(
         conninfo=driver_dsn(dsn),
         kwargs={"options": f"-c search_path={SCHEMA},pg_catalog"},
@@ -65,10 +103,6 @@ def _engine(dsn: str, drive: Callable[[UUID, UUID], Awaitable[object]]) -> procr
 
     @engine.task(name=TASK, queue=QUEUE)
     async def drive_run(tenant_id: str, run_id: str) -> None:
-        try:
-            await drive(UUID(tenant_id), UUID(run_id))
-        except Exception:
-            logger.exception("driving run %s failed; recovery will find it", run_id)
-            raise
+        await drive(UUID(tenant_id), UUID(run_id))
 
     return engine

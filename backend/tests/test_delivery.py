@@ -19,6 +19,7 @@ import pytest
 
 BACKEND = Path(__file__).parents[1]
 ENQUEUE = "SELECT delivery.enqueue_drive_v1(gen_random_uuid(), gen_random_uuid())"
+CUT = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'plm_app'"
 COUNT = "SELECT count(*) FROM delivery.procrastinate_jobs"
 
 
@@ -119,13 +120,25 @@ def test_a_server_whose_database_connections_are_cut_goes_on(launch: Any, until:
     with launch() as server, psycopg.connect(server.environment["PG_ADMIN_DSN"], autocommit=True) as owner:
         client = server.client()
         client.finished(client.run("echo")["run_id"])
-        cut = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'plm_app'"
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            owner.execute(cut)
+            owner.execute(CUT)
         with psycopg.connect(server.environment["PG_DSN"], autocommit=True) as own:
-            own.execute(f"{cut} AND pid <> pg_backend_pid() AND datname = current_database()")
+            own.execute(f"{CUT} AND pid <> pg_backend_pid() AND datname = current_database()")
         until(lambda: client.get("/v1/runs").status_code == 200, "the API answers again")
         assert client.finished(client.run("echo")["run_id"])["state"] == "succeeded"
+
+
+def test_a_call_goes_on_while_the_database_connections_are_cut(launch: Any, gate: Any, until: Any) -> None:
+    with launch() as server:
+        client = server.client()
+        run_id = client.run("hold", gate=str(gate))["run_id"]
+        gate.entered()
+        with psycopg.connect(server.environment["PG_DSN"], autocommit=True) as own:
+            own.execute(f"{CUT} AND pid <> pg_backend_pid() AND datname = current_database()")
+            own.execute("SELECT pg_sleep(1)")  # longer than it takes to notice
+        until(lambda: client.get("/v1/runs").status_code == 200, "the API answers again")
+        gate.open()
+        assert [step["state"] for step in client.finished(run_id)["steps"]] == ["succeeded"]
 
 
 def test_a_server_of_the_operators_choice_can_run_the_application(platform: Any, until: Any, tmp_path: Path) -> None:
