@@ -58,7 +58,7 @@ def main() -> None:
     except SetupError as error:
         sys.exit(f"{error.details}\nset-up: {error}" if error.details else f"set-up: {error}")
     except OSError as error:
-        sys.exit(f"set-up: {no_space() if error.errno == errno.ENOSPC else error}")
+        sys.exit(f"set-up: {no_space(arguments.venv) if error.errno == errno.ENOSPC else error}")
     except KeyboardInterrupt:
         sys.exit("set-up: interrupted; the next one starts anew.")
 
@@ -102,8 +102,9 @@ class Lock:
     The tools it starts inherit it: one that outlives a killed set-up keeps the next one waiting until it is done.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, venv: Path) -> None:
         self.descriptor = descriptor
+        self.venv = venv
         self.interrupted = os.pread(descriptor, 1, 0) != b""
 
     def begin(self) -> None:
@@ -128,7 +129,7 @@ def locked(venv: Path) -> Iterator[Lock]:
         except BlockingIOError:
             say("set-up: waiting for another one to finish")
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield Lock(descriptor)
+        yield Lock(descriptor, venv)
     finally:
         os.close(descriptor)
 
@@ -233,8 +234,8 @@ def run(failure: str, command: list[str], lock: Lock) -> None:
     )
     if done.returncode == 0:
         return
-    if "No space left on device" in done.stdout or is_full(ROOT) or is_full(Path(tempfile.gettempdir())):
-        raise SetupError(no_space())
+    if "No space left on device" in done.stdout or is_full(lock.venv) or is_full(Path(tempfile.gettempdir())):
+        raise SetupError(no_space(lock.venv))
     if any(sign in done.stdout for sign in NETWORK_SIGNS):
         raise SetupError("the package index cannot be reached; check the network or pip's settings, then repeat.")
     said = "\n".join(done.stdout.strip().splitlines()[-8:])
@@ -243,12 +244,12 @@ def run(failure: str, command: list[str], lock: Lock) -> None:
 
 def is_full(folder: Path) -> bool:
     """Whether nothing of any size can be written there; not every tool says so when it fails for that."""
-    return shutil.disk_usage(folder).free < 20_000_000
+    return shutil.disk_usage(folder if folder.exists() else folder.parent).free < 20_000_000
 
 
-def no_space() -> str:
+def no_space(venv: Path) -> str:
     """The sentence for a full disk."""
-    return f"no space left in {ROOT} or {tempfile.gettempdir()}; make room, then repeat."
+    return f"no space left in {venv} or {tempfile.gettempdir()}; make room, then repeat."
 
 
 def installed_bytes(venv: Path) -> int:

@@ -35,6 +35,8 @@ from plm_backend.signals import PostgresSignals, SignalHub
 
 logger = logging.getLogger(__name__)
 
+_CANCEL_AGAIN_SECONDS = 5.0  # longer than any work of ours takes to tidy up
+
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
@@ -161,5 +163,7 @@ async def background(work: Callable[[], Awaitable[None]], name: str) -> AsyncIte
     try:
         yield
     finally:
-        task.cancel()
+        while not task.done():  # one cancel can get lost, in a library that is just giving up on the database
+            task.cancel()
+            await asyncio.wait([task], timeout=_CANCEL_AGAIN_SECONDS)
         await asyncio.gather(task, return_exceptions=True)

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,7 +202,7 @@ def plugins_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def test_plugins_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("plugins")
+    folder = tmp_path_factory.mktemp("Plugins für alle Fälle")
     _install(TEST_PLATFORM / "plugins.yaml", folder)
     return folder
 
@@ -340,6 +343,101 @@ def approver(platform: Server) -> Client:
 def tokens() -> Tokens:
     """Signs tokens that the servers of the tests accept."""
     return Tokens()
+
+
+class Machine:
+    """Namespaces: a small disk or no network for a few processes, which no other process of this machine notices.
+
+    Where none can be made a test fails: the hosted runners can.
+    """
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack = stack
+
+    def without_network(self, *command: str | Path) -> list[str | Path]:
+        """The command, on a machine of its own without any network."""
+        return ["unshare", *self._as_root(), "--net", *command]
+
+    def small_disk(self, folder: Path) -> SmallDisk:
+        """A file system of 1 MB at `folder`, for the length of the test."""
+        command = ["unshare", *self._as_root(), "--mount", "sh", "-ec"]
+        command += ['mount -t tmpfs -o size=1m,mode=711 small "$1"; echo mounted; exec sleep 600', "sh", folder]
+        holder = subprocess.Popen(command, stdout=subprocess.PIPE)
+        self._stack.callback(_end, holder)
+        assert holder.stdout is not None
+        with holder.stdout:
+            assert holder.stdout.readline() == b"mounted\n", "a mount namespace can be made"
+        return SmallDisk(holder.pid, folder)
+
+    def as_ordinary_user(self, *command: str | Path) -> list[str | Path]:
+        """The command as somebody who is not root.
+
+        Where our interpreter lies in a closed home, that home looks open to this command alone; nothing is changed.
+        """
+        if os.geteuid() != 0:
+            return [*command]
+        needed = {path for start in (REPOSITORY, sys.prefix, sys.base_prefix) for path in Path(start).resolve().parents}
+        closed = sorted(path for path in needed if not path.stat().st_mode & 0o001)
+        script = """
+            views=$(mktemp -d); mount -t tmpfs -o mode=755 views "$views"; user=$1 group=$2; shift 2
+            while [ "$1" != -- ]; do
+                work=$(mktemp -d -p "$views"); mkdir -m 755 "$work/open" "$work/scratch"
+                mount -t overlay -o "lowerdir=$1,upperdir=$work/open,workdir=$work/scratch" view "$1"; shift
+            done
+            shift; exec setpriv --reuid "$user" --regid "$group" --clear-groups -- "$@"
+        """
+        user = self.ordinary_user
+        return ["unshare", "--mount", "sh", "-ec", script, "sh", str(user[0]), str(user[1]), *closed, "--", *command]
+
+    @property
+    def ordinary_user(self) -> tuple[int, int]:
+        """Uid and gid of `as_ordinary_user`."""
+        nobody = pwd.getpwnam("nobody")
+        return (nobody.pw_uid, nobody.pw_gid) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+
+    @staticmethod
+    def _as_root() -> list[str]:
+        return [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+
+
+@dataclass(frozen=True)
+class SmallDisk:
+    """A disk that only commands started with `here` see."""
+
+    holder: int
+    folder: Path
+
+    def here(self, *command: str | Path) -> list[str | Path]:
+        """The command where the disk is mounted, as the user who runs the tests."""
+        if os.geteuid() == 0:
+            return ["nsenter", "--target", str(self.holder), "--mount", "--", *command]
+        back = ["unshare", "--user", f"--map-user={os.geteuid()}", f"--map-group={os.getegid()}"]
+        return [*self._entered(), *back, *command]
+
+    def grow(self) -> None:
+        """Make room."""
+        remount = ["mount", "-o", "remount,size=500m", self.folder]
+        subprocess.run([*self._entered(), *remount], check=True)
+
+    def _entered(self) -> list[str | Path]:
+        as_root = [] if os.geteuid() == 0 else ["--user", "--preserve-credentials"]
+        return ["nsenter", "--target", str(self.holder), *as_root, "--mount", "--"]
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """This machine, with less of something."""
+    with ExitStack() as stack:
+        yield Machine(stack)
+
+
+@pytest.fixture
+def open_folder(machine: Machine) -> Iterator[Path]:
+    """A folder of the ordinary user, who cannot enter pytest's."""
+    folder = Path(tempfile.mkdtemp(prefix="plm ordinär "))
+    os.chown(folder, *machine.ordinary_user)
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(name="until", scope="session")

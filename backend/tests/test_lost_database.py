@@ -92,6 +92,7 @@ def test_an_embedded_server_that_is_killed_is_started_again_and_no_run_is_lost(
         assert "PG_DSN names an embedded database" in refused.stderr
         assert server.stop() == 0
     assert not kept.running
+    kept.remove()
 
 
 @dataclass

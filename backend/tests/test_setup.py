@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,14 +26,19 @@ def project(tmp_path: Path) -> Path:
         (folder / package / "pyproject.toml").touch()
     for name in ("requirements.txt", "requirements-dev.txt"):
         (folder / "backend" / name).touch()
-    (folder / "dev").mkdir()
+    for name in ("dev", ".venv-place"):
+        (folder / name).mkdir()
     shutil.copy(ROOT / "dev" / "setup.py", folder / "dev")
     return folder
 
 
 def set_up(project: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run(command(project, *arguments), **environment)
+
+
+def run(argv: list[Any], **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(project, *arguments),
+        argv,
         env={**os.environ, **environment},
         capture_output=True,
         encoding="utf-8",
@@ -104,6 +110,62 @@ def test_a_set_up_that_was_killed_is_made_anew(project: Path) -> None:
     assert not kept.exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_set_up_waits_for_the_tools_of_one_that_was_ended_alone(project: Path, number: signal.Signals) -> None:
+    pipe = project / "backend" / "pipe"
+    os.mkfifo(pipe)
+    require(project, "-r pipe")
+    ended = subprocess.Popen(command(project), stderr=subprocess.PIPE, encoding="utf-8", start_new_session=True)
+    with pipe.open("wb"):
+        require(project)
+        ended.send_signal(number)  # a killed set-up leaves its pip behind; an interrupted one takes it along
+        said = ended.communicate(timeout=60)[1]
+        again = subprocess.Popen(command(project), stderr=subprocess.PIPE, encoding="utf-8")
+    assert ended.returncode == (1 if number == signal.SIGINT else -number)
+    assert (said.splitlines()[-1] == "set-up: interrupted; the next one starts anew.") == (number == signal.SIGINT)
+    said = again.communicate(timeout=120)[1]
+    assert again.returncode == 0, said
+    assert "virtual environment" in said
+    assert "is current" in set_up(project).stderr
+
+
+def one_sentence(failed: subprocess.CompletedProcess[str]) -> str:
+    """What is said beside the stages, which must be one line."""
+    assert failed.returncode == 1
+    stages = [line for line in failed.stderr.splitlines() if line.startswith("  ") or " with Python " in line]
+    (sentence,) = [line for line in failed.stderr.splitlines() if line not in stages]
+    assert sentence.startswith("set-up: ")
+    return sentence
+
+
+def test_a_set_up_without_a_network_says_so_and_goes_on_with_one(project: Path, machine: Any) -> None:
+    require(project, "nothing-of-this-name")
+    failed = run(machine.without_network(*command(project)), PIP_RETRIES="1")
+    assert "the package index cannot be reached; check the network" in one_sentence(failed)
+    require(project)
+    assert set_up(project).returncode == 0
+
+
+def test_a_set_up_on_a_full_disk_says_so_and_goes_on_when_there_is_room(project: Path, machine: Any) -> None:
+    disk = machine.small_disk(project / ".venv-place")
+    there = ["--venv", str(disk.folder / "venv")]
+    failed = run(disk.here(*command(project, *there)))
+    assert f"no space left in {disk.folder / 'venv'}" in one_sentence(failed)
+    disk.grow()
+    again = run(disk.here(*command(project, *there)))
+    assert again.returncode == 0, again.stderr
+
+
+def test_an_ordinary_user_sets_up_a_clone_of_their_own(project: Path, machine: Any, open_folder: Path) -> None:
+    theirs = open_folder / "mein Projekt"
+    shutil.copytree(project, theirs)
+    for path in (theirs, *theirs.rglob("*")):
+        os.chown(path, *machine.ordinary_user)
+    done = run(machine.as_ordinary_user(*command(theirs)), HOME=str(open_folder))
+    assert done.returncode == 0, done.stderr
+    assert (theirs / ".venv" / "bin" / "pip").stat().st_uid == machine.ordinary_user[0]
+
+
 def test_a_moved_workspace_gets_a_new_environment(project: Path) -> None:
     set_up(project)
     moved = project.rename(project.with_name("moved"))
@@ -124,17 +186,6 @@ def test_two_set_ups_at_once_make_one_environment(project: Path) -> None:
     assert ["is current" in text for text in told].count(True) == 1
 
 
-def test_an_index_that_cannot_be_reached_is_named_as_the_cause_and_the_next_set_up_repairs(project: Path) -> None:
-    require(project, "nothing-of-this-name")
-    nowhere = {"PIP_INDEX_URL": "http://127.0.0.1:9/simple", "PIP_RETRIES": "1", "PIP_CONFIG_FILE": os.devnull}
-    failed = set_up(project, **nowhere)
-    assert failed.returncode == 1
-    last = failed.stderr.splitlines()[-1]
-    assert last.startswith("set-up: the package index cannot be reached")
-    require(project)
-    assert set_up(project).returncode == 0
-
-
 def test_a_folder_that_is_no_environment_is_never_replaced(project: Path) -> None:
     precious = project / ".venv" / "precious"
     precious.parent.mkdir()
@@ -148,8 +199,9 @@ def test_a_folder_that_is_no_environment_is_never_replaced(project: Path) -> Non
     assert precious.exists()
 
 
-def test_a_python_without_the_modules_is_told_what_to_install(project: Path) -> None:
-    without = "import sys; sys.modules['ensurepip'] = None; sys.argv = ['setup.py']; import runpy; "
+@pytest.mark.parametrize("module", ["venv", "ensurepip"])
+def test_a_python_without_the_modules_is_told_what_to_install(project: Path, module: str) -> None:
+    without = f"import sys; sys.modules[{module!r}] = None; sys.argv = ['setup.py']; import runpy; "
     path = str(project / "dev" / "setup.py")
     done = subprocess.run(
         [sys.executable, "-c", f"{without} runpy.run_path({path!r}, run_name='__main__')"],
@@ -158,4 +210,4 @@ def test_a_python_without_the_modules_is_told_what_to_install(project: Path) -> 
         check=False,
     )
     assert done.returncode == 1
-    assert "lacks the module ensurepip; on Debian and Ubuntu install python3." in done.stderr.splitlines()[-1]
+    assert f"lacks the module {module}; on Debian and Ubuntu install python3." in done.stderr.splitlines()[-1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -30,6 +32,7 @@ APPROVER = uuid.uuid5(TENANT, "approver")
 REQUESTER_SCOPES = ["plm.runs.create", "bom.read", "bom.write"]
 APPROVER_SCOPES = ["plm.hitl.resolve"]
 _START_SECONDS = 60.0
+_NETWORK_SIGNS = ("error sending request", "Failed to fetch")
 
 
 def install_plugins(settings: Settings) -> dict[str, Any]:
@@ -44,10 +47,21 @@ def install_plugins(settings: Settings) -> dict[str, Any]:
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SetupError(f"the plugins could not be installed:\n{done.stderr or done.stdout}")
+        raise SetupError(_why_not_installed(done.stdout + done.stderr, settings.plugin_root, command))
     installed = [line.partition(":")[0] for line in done.stdout.splitlines() if not line.endswith(": unchanged")]
     note = f"installed {', '.join(installed)}" if installed else "already installed"
     return {"bytes": folder_size(settings.plugin_root / "envs"), "note": note}
+
+
+def _why_not_installed(said: str, folder: Path, command: list[str]) -> str:
+    if os.strerror(errno.ENOSPC) in said:
+        return f"the plugins could not be installed: no space is left in {folder}; make room, then repeat"
+    if any(sign in said for sign in _NETWORK_SIGNS):
+        return (
+            "the plugins could not be installed: the package index cannot be reached; check the network or uv's "
+            "settings, then repeat"
+        )
+    return f"the plugins could not be installed; `{shlex.join(command)}` says why"
 
 
 def folder_size(folder: Path) -> int:
@@ -136,8 +150,8 @@ def _url_when_ready(server: subprocess.Popen[bytes], ready: Path, log: Path) -> 
     deadline = time.monotonic() + _START_SECONDS
     while not ready.exists():
         if server.poll() is not None or time.monotonic() > deadline:
-            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-            raise SetupError(f"the server did not start; the end of {log}:\n{tail}")
+            said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+            raise SetupError(f"the server did not start ({said[-1] if said else 'it said nothing'}); {log} says why")
         time.sleep(0.05)
     url: str = json.loads(ready.read_text(encoding="utf-8"))["url"]
     return url
