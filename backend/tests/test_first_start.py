@@ -166,6 +166,30 @@ def test_an_ordinary_user_starts_with_a_database_of_their_own_and_is_told_of_a_f
     assert "/usr/plm-state: Permission denied; name a folder of your own in PLM_STATE_DIR" in said
 
 
+@pytest.mark.parametrize("lacks", ["network", "space"])
+def test_a_demo_that_cannot_install_its_plugins_says_what_is_missing(
+    environment: Any, machine: Any, tmp_path: Path, lacks: str
+) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    inside, said = {
+        "network": (machine.without_network, "the package index cannot be reached; check the network"),
+        "space": (machine.small_disk(state).here, "no space is left in "),
+    }[lacks]
+    settings = {"PLM_STATE_DIR": str(state), "UV_CACHE_DIR": str(tmp_path / "cache"), "UV_HTTP_RETRIES": "0"}
+    done = subprocess.run(
+        inside(BIN / "plm-cli", "demo", "--json"),
+        env=environment(**settings),
+        capture_output=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, ""), done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("plm-cli: the plugins could not be installed: ")
+    assert said in line
+
+
 def test_a_server_program_that_is_no_supported_postgresql_is_named(serve: Any, state: Path, tmp_path: Path) -> None:
     old = tmp_path / "bin"
     old.mkdir()
