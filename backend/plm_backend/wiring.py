@@ -35,6 +35,7 @@ from plm_backend.signals import PostgresSignals, SignalHub
 
 logger = logging.getLogger(__name__)
 
+_BEGIN_ANEW_SECONDS = 1.0
 _CANCEL_AGAIN_SECONDS = 5.0  # longer than any work of ours takes to tidy up
 
 
@@ -148,16 +149,15 @@ def _check_capabilities(registry: CapabilityRegistry, manager: PluginManager) ->
 
 @asynccontextmanager
 async def background(work: Callable[[], Awaitable[None]], name: str) -> AsyncIterator[None]:
-    """Run `work` beside the block, and end it with the block; its failure is logged at once, not at the end."""
+    """Run `work` beside the block, and end it with the block; what fails unforeseen is logged and begun anew."""
 
     async def guarded() -> None:
-        try:
-            await work()
-        except asyncio.CancelledError:
-            raise
-        except Exception:
-            logger.exception("the %s ended unexpectedly", name)
-            raise
+        while True:
+            try:
+                return await work()
+            except Exception:
+                logger.exception("the %s ended unexpectedly and begins anew", name)
+                await asyncio.sleep(_BEGIN_ANEW_SECONDS)
 
     task = asyncio.create_task(guarded(), name=name)
     try:
