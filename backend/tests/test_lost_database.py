@@ -32,6 +32,7 @@ REQUESTS = [
     ("GET", f"/v1/artifacts/{NOTHING}"),
     ("DELETE", f"/v1/halts/{NOTHING}"),
 ]
+LISTENERS = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN \"procrastinate%'"
 PROBLEM = {"type", "title", "status", "detail", "code"}
 
 
@@ -122,6 +123,15 @@ def worker(environment: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
         )
 
 
+def end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 def test_any_other_database_is_waited_for_and_a_run_worker_gives_up_in_the_end(
     launch: Any, platform: Any, own: Own, until: Any, tmp_path: Path
 ) -> None:
@@ -149,14 +159,15 @@ def test_any_other_database_is_waited_for_and_a_run_worker_gives_up_in_the_end(
             assert client.get("/v1/health/ready").status_code == 200
             assert client.finished(client.run("echo")["run_id"])["state"] == "succeeded"
             assert patient.poll() is None
+            with psycopg.connect(own.urls.app, autocommit=True) as books:
+                until(lambda: books.execute(LISTENERS).fetchone() == (1,), "the run worker hears of new jobs again")
             for log in (server.log, patient_log):
                 said = log.read_text(encoding="utf-8")
                 assert said.count("the database cannot be reached; it is tried again until it is back") == 1
                 assert said.count("the database is back") == 1
         finally:
             for process in (hasty, patient):
-                process.terminate()
-                process.wait(30)
+                end(process)
         assert patient.returncode == 0
 
 
