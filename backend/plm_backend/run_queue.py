@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -12,6 +12,7 @@ from uuid import UUID
 import procrastinate
 import psycopg
 from plm_shared.addresses import driver_dsn
+from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
 
 from plm_backend.delivery import QUEUE, SCHEMA, TASK
@@ -44,19 +45,58 @@ async def deliver(dsn: str, drive: Drive, *, concurrency: int) -> None:
     async with _outliving(drive, concurrency) as start:
         while True:
             try:
-                async with _engine(dsn, start).open_async() as engine:
-                    await engine.connector.execute_query_async(_FORGET_ABANDONED)
-                    await engine.run_worker_async(
-                        queues=[QUEUE],
-                        concurrency=concurrency,
-                        install_signal_handlers=False,
-                        delete_jobs="always",
-                        shutdown_graceful_timeout=0,
-                    )
+                await _deliver_while_connected(dsn, start, concurrency)
             except (ConnectorException, psycopg.Error) as error:
                 reason = " ".join(str(error.__cause__ or error).split())
                 logger.warning("the delivery of runs lost the database and starts anew: %s", reason)
             await asyncio.sleep(_RECONNECT_SECONDS)
+
+
+async def _deliver_while_connected(dsn: str, start: Drive, concurrency: int) -> None:
+    connector = _Connector(
+        conninfo=driver_dsn(dsn),
+        kwargs={"options": f"-c search_path={SCHEMA},pg_catalog"},
+        min_size=1,
+        max_size=4,
+        timeout=_GRACE_SECONDS,
+    )
+    async with _engine(connector, start).open_async() as engine:
+        await connector.execute_query_async(_FORGET_ABANDONED)
+        working = asyncio.create_task(
+            engine.run_worker_async(
+                queues=[QUEUE],
+                concurrency=concurrency,
+                install_signal_handlers=False,
+                delete_jobs="always",
+                shutdown_graceful_timeout=0,
+            )
+        )
+        try:
+            await asyncio.wait({working, connector.deaf}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+        await (connector.deaf if connector.deaf.done() else working)
+
+
+class _Connector(procrastinate.PsycopgConnector):
+    """Says when its listening connection is gone for good: the engine would go on, and look for jobs now and then.
+
+    `deaf` then holds the reason.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.deaf: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def listen_notify(self, on_notification: Notify, channels: Iterable[str]) -> None:
+        """Listen until cancelled, or until the connection is lost and no other can be made."""
+        try:
+            await super().listen_notify(on_notification, channels)
+        except ConnectorException as error:
+            self.deaf.set_exception(error)
+            self.deaf.exception()  # nobody asks any more when the engine is already ending
+            raise
 
 
 @asynccontextmanager
@@ -92,13 +132,7 @@ async def _outliving(drive: Drive, concurrency: int) -> AsyncIterator[Drive]:
             await asyncio.wait(drives, timeout=_GRACE_SECONDS)
 
 
-def _engine(dsn: str, drive: Drive) -> procrastinate.App:
-    connector = procrastinate.PsycopgConnector(
-        conninfo=driver_dsn(dsn),
-        kwargs={"options": f"-c search_path={SCHEMA},pg_catalog"},
-        min_size=1,
-        max_size=4,
-    )
+def _engine(connector: _Connector, drive: Drive) -> procrastinate.App:
     engine = procrastinate.App(connector=connector)
 
     @engine.task(name=TASK, queue=QUEUE)

@@ -159,8 +159,6 @@ def test_any_other_database_is_waited_for_and_a_run_worker_gives_up_in_the_end(
             assert client.get("/v1/health/ready").status_code == 200
             assert client.finished(client.run("echo")["run_id"])["state"] == "succeeded"
             assert patient.poll() is None
-            with psycopg.connect(own.urls.app, autocommit=True) as books:
-                until(lambda: books.execute(LISTENERS).fetchone() == (1,), "the run worker hears of new jobs again")
             for log in (server.log, patient_log):
                 said = log.read_text(encoding="utf-8")
                 assert said.count("the database cannot be reached; it is tried again until it is back") == 1
@@ -169,6 +167,23 @@ def test_any_other_database_is_waited_for_and_a_run_worker_gives_up_in_the_end(
             for process in (hasty, patient):
                 end(process)
         assert patient.returncode == 0
+
+
+def test_a_run_worker_that_missed_its_database_for_a_moment_hears_of_new_jobs_again(
+    platform: Any, own: Own, until: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "worker.log"
+    process = worker({**platform.environment, "PG_DSN": own.urls.app}, log)
+    try:
+        for _ in range(2):
+            with psycopg.connect(own.urls.app, autocommit=True) as books:
+                until(lambda: books.execute(LISTENERS).fetchone() == (1,), "the run worker hears of jobs")
+            os.kill(postmaster(own.server), signal.SIGKILL)
+            own.server.start()
+        until(lambda: b"is back" in log.read_bytes(), "the run worker has its database again")
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def test_a_run_worker_stops_at_once_when_asked_to_while_the_database_is_away(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from plm_engine_core.control_plane.errors import ControlPlaneError
+from plm_engine_core.control_plane.errors import ControlPlaneError, StorageUnavailable
 from plm_engine_core.control_plane.storage.ports import Storage
 
 logger = logging.getLogger(__name__)
@@ -41,6 +41,8 @@ class Recovery:
         while True:
             try:
                 await self.sweep()
+            except StorageUnavailable as error:
+                logger.warning("a recovery pass has to wait: %s", error)
             except Exception:
                 logger.exception("a recovery pass failed; the next one tries again")
             await asyncio.sleep(self._every_seconds)
