@@ -6,7 +6,7 @@ Everything it finds comes with the statement that mends it.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -15,12 +15,14 @@ from psycopg import errors, sql
 
 from plm_shared.addresses import driver_dsn
 from plm_shared.schema_lint import EXEMPT_SCHEMAS, EXEMPT_TABLES, Finding, lint
+from plm_shared.tenancy_remedies import close_to_others, quoted, remedy_of
 
 __all__ = ["Diagnosis", "doctor_tenancy"]
 
-_MINE: Final = "tenant_id = NULLIF(current_setting('app.tenant_id', true), '')::uuid"
+_FOUNDATION: Final = "tenant column"  # policies and keys are built on it
+_REFUSED: Final = "42501"  # insufficient_privilege, which row-level security raises too
 _TENANT_TABLES: Final = """
-    SELECT n.nspname, c.relname FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
+    SELECT n.nspname, c.relname, c.relkind <> 'v' FROM pg_class AS c JOIN pg_namespace AS n ON n.oid = c.relnamespace
     WHERE c.relkind IN ('r', 'p', 'v') AND n.nspname NOT LIKE 'pg\\_%%' AND n.nspname <> 'information_schema'
         AND n.nspname <> ALL (%s) AND c.relname <> ALL (%s)
         AND has_table_privilege(c.oid, 'SELECT') AND has_schema_privilege(n.oid, 'USAGE')
@@ -40,7 +42,9 @@ class Diagnosis:
 
 
 def doctor_tenancy(admin_dsn: str, app_dsn: str) -> list[Diagnosis]:
-    """Everything that could let one tenant see or write another's rows, sorted; empty when all is well.
+    """Everything that could let one tenant see or write another's rows; empty when all is well.
+
+    The remedies stand in the order in which they can be run; look again afterwards, for one illness may hide another.
 
     ``admin_dsn`` is any login that may read the catalogue; ``app_dsn`` must be the application's, for the probes show
     only what that login may do. Every probe is rolled back, so nothing is changed.
@@ -48,11 +52,17 @@ def doctor_tenancy(admin_dsn: str, app_dsn: str) -> list[Diagnosis]:
     Raises:
         psycopg.OperationalError: one of the addresses cannot be reached.
     """
-    found = [_diagnosed(finding) for finding in lint(admin_dsn)]
+    with psycopg.connect(driver_dsn(admin_dsn), autocommit=True) as connection:
+        found = [_diagnosis(connection, finding) for finding in lint(admin_dsn)]
     with psycopg.connect(driver_dsn(app_dsn), autocommit=True) as connection:
         found += _login(connection)
         found += _probed(connection)
-    return sorted(set(found))
+    return sorted(set(found), key=lambda each: (each.rule != _FOUNDATION, each))
+
+
+def _diagnosis(connection: psycopg.Connection[Any], finding: Finding) -> Diagnosis:
+    remedy = remedy_of(connection, finding)
+    return Diagnosis(rule=finding.rule, name=finding.name, problem=finding.problem, remedy=remedy)
 
 
 def _login(connection: psycopg.Connection[Any]) -> Iterator[Diagnosis]:
@@ -62,117 +72,57 @@ def _login(connection: psycopg.Connection[Any]) -> Iterator[Diagnosis]:
     ).fetchone()
     name, superuser, bypasses, owns = row or ("?", True, True, True)
     if superuser or bypasses:
-        remedy = f"ALTER ROLE {_quoted(name)} NOSUPERUSER NOBYPASSRLS"
+        remedy = f"ALTER ROLE {quoted(name)} NOSUPERUSER NOBYPASSRLS"
         yield Diagnosis(
             rule="application login", name=name, problem="is not bound by row-level security", remedy=remedy
         )
     if owns:
-        remedy = f"REASSIGN OWNED BY {_quoted(name)} TO plm_owner"
+        remedy = f"REASSIGN OWNED BY {quoted(name)} TO plm_owner"
         yield Diagnosis(
             rule="application login", name=name, problem="owns tables, whose policies it may drop", remedy=remedy
         )
 
 
 def _probed(connection: psycopg.Connection[Any]) -> Iterator[Diagnosis]:
-    """As no tenant, as the empty one, and as a tenant that does not exist: no row of anybody must show."""
-    exempt = [*EXEMPT_TABLES]
-    tables = connection.execute(_TENANT_TABLES, (list(EXEMPT_SCHEMAS), exempt)).fetchall()
+    """As no tenant, the empty one, one that does not exist and two that do: no row of others shows or can be made."""
+    tables = connection.execute(_TENANT_TABLES, (list(EXEMPT_SCHEMAS), [*EXEMPT_TABLES])).fetchall()
     tenants = [row[0] for row in connection.execute("SELECT id FROM tenants ORDER BY id LIMIT 2").fetchall()]
-    one, other = (*tenants, uuid.uuid4(), uuid.uuid4())[:2]
-    for schema, table in tables:
+    one, other, nobody = (*tenants, uuid.uuid4(), uuid.uuid4(), uuid.uuid4())[:3]
+    seen, strange = sql.SQL("true"), sql.SQL("tenant_id <> NULLIF(current_setting('app.tenant_id', true), '')::uuid")
+    strangers = {
+        "no tenant": (None, seen, one),
+        "the empty tenant": ("", seen, one),
+        "a tenant that does not exist": (str(nobody), seen, one),
+        f"tenant {one}": (str(one), strange, other),
+        f"tenant {other}": (str(other), strange, one),
+    }
+    for schema, table, writable in tables:
         name = sql.Identifier(schema, table)
-        strangers = {
-            "no tenant": (None, "true"),
-            "the empty tenant": ("", "true"),
-            "a tenant that does not exist": (str(uuid.uuid4()), "true"),
-            f"tenant {one}": (str(one), "tenant_id <> NULLIF(current_setting('app.tenant_id', true), '')::uuid"),
-            f"tenant {other}": (str(other), "tenant_id <> NULLIF(current_setting('app.tenant_id', true), '')::uuid"),
-        }
-        for who, (tenant, foreign) in strangers.items():
-            query = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE {})").format(name, sql.SQL(foreign))  # type: ignore[arg-type,unused-ignore]
-            answer = _tried(connection, tenant, lambda query=query: connection.execute(query).fetchone())  # type: ignore[misc]
-            if answer != (False,):
-                said = "sees rows of others" if answer == (True,) else f"gets an error instead of no rows: {answer}"
-                yield Diagnosis(rule="probe", name=str(table), problem=f"{who} {said}", remedy=_restore(schema, table))
+        for who, (tenant, foreign, victim) in strangers.items():
+            look = sql.SQL("SELECT EXISTS (SELECT FROM {} WHERE {})").format(name, foreign)
+            write = sql.SQL("INSERT INTO {} (tenant_id) VALUES ({})").format(name, sql.Literal(victim))
+            looked = _tried(connection, tenant, look)
+            # The policy is checked before every constraint, so a row without its columns is enough to ask.
+            written = _tried(connection, tenant, write) if writable else _REFUSED
+            problems = {
+                "sees rows of others": looked == "true",
+                f"gets an error instead of no rows: {looked}": looked not in ("true", "false"),
+                "may write rows of others": not written.startswith(_REFUSED),
+            }
+            for problem in [problem for problem, found in problems.items() if found]:
+                remedy = close_to_others(connection, schema, table)
+                yield Diagnosis(rule="probe", name=str(table), problem=f"{who} {problem}", remedy=remedy)
 
 
-def _tried(connection: psycopg.Connection[Any], tenant: str | None, act: Callable[[], Any]) -> Any:
+def _tried(connection: psycopg.Connection[Any], tenant: str | None, statement: sql.Composed) -> str:
+    """What the statement answers, as text, or the error's code and sentence; nothing of it stays."""
     with connection.transaction(force_rollback=True):
         if tenant is not None:
             connection.execute("SELECT set_config('app.tenant_id', %s, true)", (tenant,))
         try:
             with connection.transaction():
-                return act()
+                cursor = connection.execute(statement)
+                row = cursor.fetchone() if cursor.description else None
+                return str(row[0]).lower() if row else "done"
         except errors.Error as error:
             return f"{error.sqlstate} {error.diag.message_primary}"
-
-
-def _diagnosed(finding: Finding) -> Diagnosis:
-    return Diagnosis(
-        rule=finding.rule,
-        name=finding.name,
-        problem=finding.problem,
-        remedy=_remedy(finding.rule, finding.name, finding.problem),
-    )
-
-
-def _remedy(rule: str, name: str, problem: str) -> str:
-    table = _quoted(name.partition(".")[0])
-    first = problem.split(" ", 1)[0]
-    match rule:
-        case "tenant column":
-            return f"ALTER TABLE {table} ADD COLUMN tenant_id uuid NOT NULL REFERENCES tenants (id) ON DELETE CASCADE"
-        case "row-level security":
-            return f"ALTER TABLE {table} ENABLE ROW LEVEL SECURITY; ALTER TABLE {table} FORCE ROW LEVEL SECURITY"
-        case "policy":
-            return _restore("public", name)
-        case "unique key":
-            return f"CREATE UNIQUE INDEX CONCURRENTLY ON {table} (tenant_id, ...); DROP INDEX {first}"
-        case "foreign key":
-            return f"ALTER TABLE {table} DROP CONSTRAINT {first}, ADD FOREIGN KEY (tenant_id, ...) REFERENCES ..."
-        case "foreign key index":
-            return f"CREATE INDEX CONCURRENTLY ON {table} (<the columns of {first}>)"
-        case "view" if "materialised" in problem:
-            return f"DROP MATERIALIZED VIEW {table}"
-        case "view":
-            return f"ALTER VIEW {table} SET (security_invoker = true)"
-        case "function":
-            return f"ALTER FUNCTION {table} SET search_path = pg_catalog, public, pg_temp"
-        case "grant to everybody":
-            return _revoke(name, problem)
-        case _:
-            return _bind_application(name, problem)
-
-
-def _revoke(name: str, problem: str) -> str:
-    right = problem.removeprefix("everybody has ").removesuffix(" on it")
-    relation, _, column = name.partition(".")
-    if right in ("CONNECT", "TEMPORARY"):
-        return f"REVOKE {right} ON DATABASE {_quoted(name)} FROM PUBLIC"
-    if right in ("CREATE", "USAGE"):
-        return f"REVOKE {right} ON SCHEMA {_quoted(name)} FROM PUBLIC"
-    if right == "EXECUTE":
-        return f"REVOKE EXECUTE ON FUNCTION {_quoted(name)} FROM PUBLIC"
-    columns = f" ({_quoted(column)})" if column else ""
-    return f"REVOKE {right}{columns} ON {_quoted(relation)} FROM PUBLIC"
-
-
-def _bind_application(name: str, problem: str) -> str:
-    if problem.startswith("is a member of "):
-        return f"REVOKE {problem.removeprefix('is a member of ')} FROM {_quoted(name)}"
-    if problem.startswith("belongs to"):
-        return f"ALTER TABLE {_quoted(name)} OWNER TO plm_owner"
-    return f"ALTER ROLE {_quoted(name)} NOSUPERUSER NOBYPASSRLS NOCREATEROLE NOCREATEDB"
-
-
-def _restore(schema: str, table: str) -> str:
-    name = f"{_quoted(schema)}.{_quoted(table)}"
-    return (
-        f"ALTER TABLE {name} ENABLE ROW LEVEL SECURITY; ALTER TABLE {name} FORCE ROW LEVEL SECURITY;"
-        f" DROP POLICY IF EXISTS tenant_isolation ON {name};"
-        f" CREATE POLICY tenant_isolation ON {name} USING ({_MINE}) WITH CHECK ({_MINE})"
-    )
-
-
-def _quoted(name: str) -> str:
-    return name if name.isidentifier() and name.islower() else '"' + name.replace('"', '""') + '"'

@@ -28,6 +28,7 @@ NEEDS_A_DATABASE = {
     "plm_shared.schema_lint",
     "plm_shared.sqlalchemy_kernel_emitter",
     "plm_shared.tables",
+    "plm_shared.tenancy_remedies",
     "plm_shared.testing",
 }
 MODULES = sorted(f"plm_shared.{module.name}" for module in pkgutil.iter_modules(plm_shared.__path__))

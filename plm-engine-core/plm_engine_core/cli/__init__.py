@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import typer
 
-from plm_engine_core.cli import auth, db, events, run
+from plm_engine_core.cli import auth, db, doctor, events, run
 
 __all__ = ["COMMANDS_GROUP", "GROUPS", "build_app", "main"]
 
@@ -23,6 +23,7 @@ COMMANDS_GROUP = "plm_cli.commands"
 GROUPS: dict[str, typer.Typer] = {
     "auth": auth.app,
     "db": db.app,
+    "doctor": doctor.app,
     "events": events.app,
     "run": run.app,
 }
