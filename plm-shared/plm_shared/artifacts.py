@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, Protocol
@@ -29,6 +29,7 @@ __all__ = [
     "Meter",
     "StoredArtifact",
     "chunks_of",
+    "verified",
 ]
 
 DEFAULT_MAX_BYTES: Final = 100 * 1024 * 1024
@@ -157,3 +158,18 @@ def chunks_of(stream: Any) -> Iterator[bytes]:
     with closing(stream):
         while chunk := stream.read(CHUNK):
             yield chunk
+
+
+def verified(uri: str, chunks: Iterator[bytes], expected: Collection[str]) -> Iterator[bytes]:
+    """The chunks, the last of them only when the SHA-256 of all is an expected one; else ``ArtifactCorrupt``."""
+    digest = hashlib.sha256()
+    last = b""
+    for chunk in chunks:
+        if last:
+            yield last
+        digest.update(chunk)
+        last = chunk
+    if digest.hexdigest() not in expected:
+        raise ArtifactCorrupt(uri, expected=" or ".join(expected) or "nothing", found=digest.hexdigest())
+    if last:
+        yield last

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -14,12 +13,12 @@ from typing import BinaryIO, Final
 from plm_shared.artifacts import (
     CHUNK,
     DEFAULT_MAX_BYTES,
-    ArtifactCorrupt,
     ArtifactExists,
     ArtifactRef,
     Meter,
     StoredArtifact,
     chunks_of,
+    verified,
 )
 
 __all__ = ["LocalFilesystemBackend"]
@@ -74,7 +73,7 @@ class LocalFilesystemBackend:
         with _locked(path.parent):
             file = path.open("rb")
             expected = self._hashes(ref)
-        return _verified(path.as_uri(), chunks_of(file), expected)
+        return verified(path.as_uri(), chunks_of(file), expected)
 
     def get(self, ref: ArtifactRef) -> bytes:
         """The file's bytes; raises as ``open`` does."""
@@ -120,20 +119,6 @@ class LocalFilesystemBackend:
 
     def _hash_path(self, ref: ArtifactRef) -> Path:
         return self._root / _HASHES / ref.relative_path
-
-
-def _verified(uri: str, chunks: Iterator[bytes], expected: list[str]) -> Iterator[bytes]:
-    digest = hashlib.sha256()
-    last = b""
-    for chunk in chunks:
-        if last:
-            yield last
-        digest.update(chunk)
-        last = chunk
-    if digest.hexdigest() not in expected:
-        raise ArtifactCorrupt(uri, expected=" or ".join(expected) or "nothing", found=digest.hexdigest())
-    if last:
-        yield last
 
 
 @contextmanager

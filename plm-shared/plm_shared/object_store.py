@@ -14,6 +14,7 @@ from plm_shared.artifacts import (
     ArtifactRef,
     Meter,
     StoredArtifact,
+    verified,
 )
 
 __all__ = ["ObjectStoreBackend"]
@@ -21,6 +22,7 @@ __all__ = ["ObjectStoreBackend"]
 _UPLOAD_PART: Final = 8 * 1024 * 1024  # all that is held in memory; S3 takes ten thousand parts
 _RETRIES: Final = 5
 _LONGEST_PRESIGNED: Final = 7 * 24 * 3600  # S3's own limit for signature version 4
+_HASH, _NOTE = "sha256", "sha256-note"  # metadata: the hash itself, or the name of the object that holds it
 _ABSENT: Final = {"NoSuchKey", "NotFound", "404"}
 _EXISTS: Final = {"PreconditionFailed", "ConditionalRequestConflict", "412", "409"}
 
@@ -31,6 +33,11 @@ class ObjectStoreBackend:
     More than 8 MiB go in parts, and appear only when complete. The size limit holds while streaming: too much data is
     never fully uploaded. ``only_if_absent`` is decided by the server where it honours ``If-None-Match``, which is tried
     once; elsewhere by a look before the upload, which another writer may slip past: ``conditional_put`` tells which.
+
+    The hash of each artifact is kept with it and checked whenever the artifact is read. That of an upload in parts is
+    known too late for the object's own metadata: it stands in a note below ``.sha256/``, written before the upload is
+    completed and named by the object, so that content and hash change together. Deleting takes the note along;
+    replacing leaves the old one, 64 bytes.
 
     Raises:
         ImportError: boto3 is missing and no ``client`` was given.
@@ -74,14 +81,14 @@ class ObjectStoreBackend:
         stored_uri = self._uri(ref)
         condition: dict[str, str] = {}
         if only_if_absent:
-            if self._exists(ref):
+            if self._head(ref) is not None:
                 raise ArtifactExists(stored_uri)
             condition = {"IfNoneMatch": "*"} if self.conditional_put else {}
         meter = Meter(data, self._max_bytes)
         first = _filled(meter)
         try:
             if len(first) < _UPLOAD_PART:
-                self._client.put_object(Bucket=self._bucket, Key=ref.relative_path, Body=first, **condition)
+                self._put(ref.relative_path, first, Metadata={_HASH: meter.stored_at(stored_uri).sha256}, **condition)
             else:
                 self._upload_parts(ref, first, meter, condition)
         except self._client.exceptions.ClientError as error:
@@ -99,8 +106,10 @@ class ObjectStoreBackend:
 
         Raises:
             FileNotFoundError: there is no such artifact.
+            ArtifactCorrupt: in place of the last chunk.
         """
-        return self._chunks(ref, self._request(ref))
+        answer = self._request(ref.relative_path)
+        return verified(self._uri(ref), self._chunks(ref, answer), self._hashes(answer["Metadata"]))
 
     def get(self, ref: ArtifactRef) -> bytes:
         """The object's bytes; raises as ``open`` does."""
@@ -121,15 +130,15 @@ class ObjectStoreBackend:
 
     def delete(self, ref: ArtifactRef) -> None:
         """Remove the object if it is there."""
-        try:
-            self._client.delete_object(Bucket=self._bucket, Key=ref.relative_path)
-        except self._client.exceptions.ClientError as error:
-            if _code(error) not in _ABSENT:
-                raise
+        metadata = (self._head(ref) or {}).get("Metadata", {})
+        self._remove(ref.relative_path)
+        if _NOTE in metadata:
+            self._remove(metadata[_NOTE])
 
     def _upload_parts(self, ref: ArtifactRef, part: bytes, meter: Meter, condition: dict[str, str]) -> None:
         place = {"Bucket": self._bucket, "Key": ref.relative_path}
-        place["UploadId"] = self._client.create_multipart_upload(**place)["UploadId"]
+        note = f".sha256/{ref.relative_path}/{uuid.uuid4().hex}"
+        place["UploadId"] = self._client.create_multipart_upload(**place, Metadata={_NOTE: note})["UploadId"]
         parts: list[dict[str, Any]] = []
         try:
             while part:
@@ -137,9 +146,11 @@ class ObjectStoreBackend:
                 tag = self._client.upload_part(**place, PartNumber=number, Body=part)["ETag"]
                 parts.append({"PartNumber": number, "ETag": tag})
                 part = _filled(meter)
+            self._put(note, meter.stored_at(note).sha256.encode())
             self._client.complete_multipart_upload(**place, MultipartUpload={"Parts": parts}, **condition)
         except BaseException:
             self._client.abort_multipart_upload(**place)
+            self._remove(note)
             raise
 
     def _chunks(self, ref: ArtifactRef, answer: dict[str, Any]) -> Iterator[bytes]:
@@ -157,26 +168,45 @@ class ObjectStoreBackend:
                 failures += 1
                 if failures > _RETRIES:
                     raise
-                answer = self._request(ref, Range=f"bytes={offset}-", IfMatch=answer["ETag"])
+                answer = self._request(ref.relative_path, Range=f"bytes={offset}-", IfMatch=answer["ETag"])
             else:
                 return
 
-    def _request(self, ref: ArtifactRef, **options: str) -> dict[str, Any]:
+    def _hashes(self, metadata: dict[str, str]) -> list[str]:
+        """What the content may hash to: nothing when that was lost, or never kept by whoever put the object there."""
+        if _NOTE not in metadata:
+            return [metadata[_HASH]] if _HASH in metadata else []
         try:
-            return dict(self._client.get_object(Bucket=self._bucket, Key=ref.relative_path, **options))
+            with closing(self._request(metadata[_NOTE])["Body"]) as body:
+                return [body.read().decode("ascii", "replace")]
+        except FileNotFoundError:
+            return []
+
+    def _put(self, key: str, data: bytes, **options: Any) -> None:
+        self._client.put_object(Bucket=self._bucket, Key=key, Body=data, **options)
+
+    def _request(self, key: str, **options: str) -> dict[str, Any]:
+        try:
+            return dict(self._client.get_object(Bucket=self._bucket, Key=key, **options))
         except self._client.exceptions.ClientError as error:
             if _code(error) in _ABSENT:
-                raise FileNotFoundError(self._uri(ref)) from error
+                raise FileNotFoundError(f"s3://{self._bucket}/{key}") from error
             raise
 
-    def _exists(self, ref: ArtifactRef) -> bool:
+    def _head(self, ref: ArtifactRef) -> dict[str, Any] | None:
         try:
-            self._client.head_object(Bucket=self._bucket, Key=ref.relative_path)
+            return dict(self._client.head_object(Bucket=self._bucket, Key=ref.relative_path))
         except self._client.exceptions.ClientError as error:
             if _code(error) in _ABSENT:
-                return False
+                return None
             raise
-        return True
+
+    def _remove(self, key: str) -> None:
+        try:
+            self._client.delete_object(Bucket=self._bucket, Key=key)
+        except self._client.exceptions.ClientError as error:
+            if _code(error) not in _ABSENT:
+                raise
 
     def _try_conditional_put(self) -> bool:
         """Put a probe twice: a server that takes the second has not looked at the condition."""

@@ -14,7 +14,8 @@ import sys
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_the_condition_is_the_servers_where_it_honours_it(bucket: dict[str, str]
     honours = store.conditional_put
     store.put(REF, io.BytesIO(b"first"))
     if honours:
-        store._exists = lambda _: False  # type: ignore[method-assign] # another writer slips in after the look
+        store._head = lambda _: None  # type: ignore[method-assign] # another writer slips in after the look
         with pytest.raises(ArtifactExists):
             store.store(REF, io.BytesIO(b"second"), only_if_absent=True)
         assert store.get(REF) == b"first"
@@ -272,20 +273,57 @@ def test_a_large_artifact_needs_little_memory(buckets: dict[str, dict[str, str]]
     assert int(said) < 64 * 1024
 
 
-def test_a_changed_byte_is_noticed_before_the_last_of_the_artifact_is_handed_out(tmp_path: Path) -> None:
-    store = LocalFilesystemBackend(tmp_path)
-    data = os.urandom(200_000)
-    store.put(REF, io.BytesIO(data))
-    file = tmp_path / REF.relative_path
-    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+def tamper(backend: ArtifactStorageBackend, folder: Path, change: Callable[[bytes], bytes]) -> None:
+    """Change what is stored behind the backend's back, as a bad disk or a meddler would: the metadata stays."""
+    if isinstance(backend, ObjectStoreBackend):
+        place = {"Bucket": backend._bucket, "Key": REF.relative_path}
+        found = backend._client.get_object(**place)
+        backend._client.put_object(**place, Body=change(found["Body"].read()), Metadata=found["Metadata"])
+    else:
+        file = folder / "artifacts" / REF.relative_path
+        file.write_bytes(change(file.read_bytes()))
+
+
+@pytest.mark.parametrize("size", [200_000, 9 * 1024 * 1024])
+def test_a_changed_byte_is_noticed_before_the_last_of_the_artifact_is_handed_out(
+    backend: ArtifactStorageBackend, tmp_path: Path, size: int
+) -> None:
+    data = os.urandom(size)
+    backend.put(REF, io.BytesIO(data))
+    tamper(backend, tmp_path, lambda stored: stored[:-1] + bytes([stored[-1] ^ 1]))
     handed_out: list[bytes] = []
     with pytest.raises(ArtifactCorrupt) as caught:
-        handed_out.extend(store.open(REF))
+        handed_out.extend(backend.open(REF))
     assert len(b"".join(handed_out)) < len(data)
     assert caught.value.expected == hashlib.sha256(data).hexdigest()
-    file.write_bytes(b"")
+    tamper(backend, tmp_path, lambda _: b"")
     with pytest.raises(ArtifactCorrupt):
-        store.get(REF)
+        backend.get(REF)
+    backend.put(REF, io.BytesIO(data))
+    assert backend.get(REF) == data
+
+
+@pytest.mark.parametrize("bucket", SERVERS, indirect=True)
+def test_an_object_without_its_hash_is_not_trusted_and_deleting_leaves_no_note(bucket: dict[str, str]) -> None:
+    store = ObjectStoreBackend(**bucket)
+    fresh = replace(REF, artifact_id=uuid.uuid4().hex)
+
+    def notes() -> list[str]:
+        return [each["Key"] for each in store._client.list_objects_v2(Bucket=bucket["bucket"]).get("Contents", [])]
+
+    store.put(fresh, io.BytesIO(bytes(9 * 1024 * 1024)))
+    (note,) = [key for key in notes() if key.startswith(f".sha256/{fresh.relative_path}/")]
+    store._client.delete_object(Bucket=bucket["bucket"], Key=note)
+    with pytest.raises(ArtifactCorrupt, match="nothing was stored"):
+        store.get(fresh)
+    store.put(fresh, io.BytesIO(bytes(9 * 1024 * 1024)))
+    store.delete(fresh)
+    assert not [key for key in notes() if fresh.relative_path in key]
+    store._client.put_object(Bucket=bucket["bucket"], Key=fresh.relative_path, Body=b"somebody else's")
+    with pytest.raises(ArtifactCorrupt, match="nothing was stored"):
+        store.get(fresh)
+    store.delete(fresh)
+    store._client.close()
 
 
 @pytest.mark.parametrize("crash_after", ["_remember", "replace"])
