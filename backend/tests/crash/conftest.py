@@ -315,6 +315,7 @@ def open_cluster(
                     "PLM_LEASE_SECONDS": str(LEASE_SECONDS),
                     "PLM_RECOVERY_SECONDS": "0.2",
                     "PLM_PATIENCE_SECONDS": "1",
+                    "PLM_RUN_CONCURRENCY": "4",  # so that all of them find room on the one server
                     "CRASH_POINTS": str(points.socket_path),
                     **settings,
                 },

@@ -32,32 +32,28 @@ PLUGINS = ("plugin worker", "supervisor")
 
 
 @pytest.fixture(scope="module")
-def backends(open_cluster: Callable[..., Any]) -> Iterator[Any]:
-    with open_cluster("serve", "serve", "serve") as cluster:
-        yield cluster
-        cluster.consistent()
+def cluster(request: pytest.FixtureRequest, open_cluster: Callable[..., Any]) -> Iterator[Any]:
+    """Backends with a run worker inside, or run workers beside an API."""
+    with open_cluster(*request.param) as opened:
+        yield opened
+        opened.consistent()
 
 
-@pytest.fixture(scope="module")
-def workers(open_cluster: Callable[..., Any]) -> Iterator[Any]:
-    with open_cluster("api", "worker", "worker", "worker") as cluster:
-        yield cluster
-        cluster.consistent()
-
-
+@pytest.mark.parametrize("cluster", [("serve", "serve", "serve")], indirect=True, ids=["backends"])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_struck_backend_loses_and_doubles_nothing(backends: Any, fault: str, moment: str, journal: Any) -> None:
-    _strike(backends, "backend", fault, moment, journal)
+def test_a_struck_backend_loses_and_doubles_nothing(cluster: Any, fault: str, moment: str, journal: Any) -> None:
+    _strike(cluster, "backend", fault, moment, journal)
 
 
+@pytest.mark.parametrize("cluster", [("api", "worker", "worker", "worker")], indirect=True, ids=["workers"])
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("victim", ["run worker", *PLUGINS, "PostgreSQL"])
 def test_a_struck_part_loses_and_doubles_nothing(
-    workers: Any, victim: str, fault: str, moment: str, journal: Any
+    cluster: Any, victim: str, fault: str, moment: str, journal: Any
 ) -> None:
-    _strike(workers, victim, fault, moment, journal)
+    _strike(cluster, victim, fault, moment, journal)
 
 
 def _strike(cluster: Any, victim: str, fault: str, moment: str, journal: Any) -> None:

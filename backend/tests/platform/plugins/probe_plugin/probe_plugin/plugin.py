@@ -83,11 +83,13 @@ class Probe(PluginInterface):
         return {"name": file.name, "mime_type": file.mime_type, "text": file.data.decode()}
 
     @plugin_action("probe.hold")
-    def hold(self, gate: str) -> Any:
-        """Say that it was entered, then wait until the file `gate` exists."""
+    def hold(self, gate: str, beat: bool = False) -> Any:
+        """Say that it was entered, then wait until the file `gate` exists, on request with a report at every look."""
         Path(f"{gate}.entered").touch()
         while not Path(gate).exists():
             self.check_cancel()
+            if beat:
+                self.report_progress(0.5, "at the gate")
             time.sleep(0.02)
         return {"held": True}
 
