@@ -510,7 +510,16 @@ class TestDefects:
             (Finish(succeeded=True, result={"x": object()}), "result_refused"),
             (Finish(succeeded=False, reason="x", message="\x00\ud800"), "x"),
         ],
-        ids=str,
+        ids=[
+            "raises",
+            "no move",
+            "NUL argument",
+            "NUL step",
+            "surrogate resource",
+            "unknown capability",
+            "no JSON result",
+            "NUL message",
+        ],
     )
     async def test_an_agent_that_misbehaves_ends_its_own_run(self, scene, move, reason):
         class Agent:
