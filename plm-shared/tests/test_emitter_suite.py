@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import random
+import os
 import subprocess
 import sys
 import threading
@@ -43,6 +43,7 @@ METHODS = {
     "llm": "record_llm_call",
     "connector": "record_connector_call",
 }
+SOAK = float(os.environ.get("SOAK", "0.05"))
 EMITTERS = ("memory", "sqlalchemy", "batching", "async")
 
 
@@ -175,6 +176,7 @@ def test_the_memory_emitter_is_a_kernel_emitter_and_shows_what_it_wrote(tenant: 
     assert (row["table"], row["capability"], row["payload"]) == ("telemetry_events", "governance", {"c": 5})
 
 
+Drawn = tuple[str, int, str, str]
 EVENTS = st.tuples(
     st.sampled_from(KINDS), st.integers(0, 2), st.sampled_from(["s1", "s2"]), st.sampled_from(["t1", "t2"])
 )
@@ -198,7 +200,7 @@ def test_any_sequence_has_the_outcomes_of_a_dictionary(make: Callable[[str], Any
             self.oracle: dict[tuple[str, ...], tuple[Any, ...]] = {}
 
         @rule(drawn=EVENTS)
-        def emit(self, drawn: tuple[str, int, str, str]) -> None:
+        def emit(self, drawn: Drawn) -> None:
             kind, content, span, trace = drawn
             args = event(tenant, kind, content, span=self.prefix + span, trace=trace)
             table = "events" if kind in ("telemetry", "governance") else kind
@@ -222,14 +224,12 @@ sys.path.insert(0, sys.argv[1])
 from test_emitter_suite import METHODS, event, outcome_of, opened_emitter
 tenant = sys.argv[2]
 emitter = opened_emitter(sys.argv[3], tenant)
-print("ready", flush=True)
-drawn = json.loads(sys.stdin.readline())
 def write(drawn):
     kind, content, span, trace = drawn
     return outcome_of(getattr(emitter, METHODS[kind]), event(tenant, kind, content, span=span, trace=trace))
 with ThreadPoolExecutor(8) as pool:
-    said = list(pool.map(write, drawn))
-print(json.dumps(said), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(list(pool.map(write, json.loads(line)))), flush=True)
 """
 
 
@@ -249,43 +249,75 @@ def written(database: DatabaseUrls) -> dict[tuple[str, ...], str]:
     return {(table, identity): key for table, identity, key in rows}
 
 
+class Writers:
+    """Processes of eight threads each, which write what they are given at the same time."""
+
+    def __init__(self, tenant: str, which: tuple[str, ...]) -> None:
+        words = [sys.executable, "-c", WRITER, str(Path(__file__).parent), tenant]
+        self._processes = [
+            subprocess.Popen([*words, each], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for each in which
+        ]
+
+    def write(self, drawn: list[list[Drawn]]) -> list[list[str]]:
+        for process, events in zip(self._processes, drawn, strict=True):
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(events) + "\n")
+            process.stdin.flush()
+        return [json.loads(process.stdout.readline()) for process in self._processes if process.stdout is not None]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.communicate()
+            assert process.returncode == 0
+
+
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("which", [("sqlalchemy", "sqlalchemy"), ("batching", "batching"), ("batching", "sqlalchemy")])
 def test_two_processes_and_sixteen_threads_with_overlapping_keys_agree_with_some_serial_order(
     kernel_database: DatabaseUrls, tenant: str, monkeypatch: pytest.MonkeyPatch, which: tuple[str, str]
 ) -> None:
-    """In every serial order the first of an identity wins, its replays are silent and all others conflict."""
+    """In every serial order the first of an identity wins for good, its replays are silent and all others conflict."""
     monkeypatch.setenv("PG_DSN", kernel_database.app)
-    draw = random.Random(0)
-    drawn = [
-        [(draw.choice(KINDS), draw.randrange(3), f"s{draw.randrange(40)}", f"t{draw.randrange(2)}") for _ in range(400)]
-        for _ in which
-    ]
-    words = [str(Path(__file__).parent), tenant]
-    writers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WRITER, *words, each], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    writers = Writers(tenant, which)
+
+    class Overlaps(RuleBasedStateMachine):
+        @initialize()
+        def begin(self) -> None:
+            self.prefix = uuid.uuid4().hex
+            self.won: dict[tuple[str, ...], str] = {}
+
+        @rule(drawn=st.lists(st.lists(EVENTS, max_size=40), min_size=2, max_size=2))
+        def write_at_once(self, drawn: list[list[Drawn]]) -> None:
+            sent = [
+                [(kind, content, self.prefix + span, trace) for kind, content, span, trace in events]
+                for events in drawn
+            ]
+            outcomes = writers.write(sent)
+            winners = {key: won for key, won in written(kernel_database).items() if self.prefix in key[1]}
+            assert winners.items() >= self.won.items()
+            asked = set()
+            for events, said in zip(sent, outcomes, strict=True):
+                for (kind, content, span, trace), outcome in zip(events, said, strict=True):
+                    key = event(tenant, kind, content, span=span, trace=trace).idempotency_key.as_db_key()
+                    table = "events" if kind in ("telemetry", "governance") else kind
+                    identity = (table, f"{trace}/{span}/e1" if table == "events" else span)
+                    asked.add((identity, key))
+                    assert outcome == ("ok" if winners[identity] == key else "IdempotencyConflict")
+            assert winners.items() - self.won.items() <= asked
+            self.won = winners
+
+    try:
+        run_state_machine_as_test(
+            Overlaps,
+            settings=settings(
+                max_examples=max(4, int(80 * SOAK)),
+                stateful_step_count=6,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
         )
-        for each in which
-    ]
-    for writer in writers:
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == "ready\n"
-    for writer, events in zip(writers, drawn, strict=True):
-        assert writer.stdin is not None
-        writer.stdin.write(json.dumps(events) + "\n")
-        writer.stdin.flush()
-    outcomes = []
-    for writer in writers:
-        said, _ = writer.communicate()
-        assert writer.returncode == 0
-        outcomes.append(json.loads(said))
-    winners = written(kernel_database)
-    for events, said in zip(drawn, outcomes, strict=True):
-        for (kind, content, span, trace), outcome in zip(events, said, strict=True):
-            key = event(tenant, kind, content, span=span, trace=trace).idempotency_key.as_db_key()
-            table = "events" if kind in ("telemetry", "governance") else kind
-            identity = (table, f"{trace}/{span}/e1" if table == "events" else span)
-            assert outcome == ("ok" if winners[identity] == key else "IdempotencyConflict")
+    finally:
+        writers.close()
 
 
 UNIQUE_INDEXES = """

@@ -53,8 +53,10 @@ class EmbeddedPostgres:
     """A PostgreSQL server of our own in one folder, shared by every process that names the same folder.
 
     ``start`` makes the folder's cluster when there is none, and adopts a server that already runs there, be it left by
-    a crash or in use by another process; ``stop`` stops it when no other process of ours still uses it. With
-    ``durable=False`` a power cut loses data: for tests.
+    a crash or in use by another process; ``stop`` stops it when no other process of ours still uses it.
+
+    ``durable=False`` is for tests that keep their server alive: a killed server loses its last commits, although they
+    were acknowledged, and a power cut may cost the whole cluster.
 
     Every method raises a class of ``PostgresUnavailable`` whose message ends with the remedy.
     """
