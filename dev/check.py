@@ -47,6 +47,9 @@ UNIT = [
     "plugin-substrate/tests/test_plugin_values.py",
 ]
 
+# Most tests wait: for processes, locks and leases. The tests of one file stay together and share what they started.
+SIDE_BY_SIDE = ["-n", "2", "--dist", "loadfile"]
+
 IMPORT_EVERYTHING = """
 import importlib, pkgutil, sys
 names = []
@@ -109,7 +112,7 @@ def test_stages() -> list[Stage]:
         Stage(
             name=f"{folder}-tests",
             group=f"{folder}-tests",
-            commands=[pytest(f"{folder}/tests")],
+            commands=[pytest(f"{folder}/tests", *SIDE_BY_SIDE)],
             environment={"RUN_LINTER_NEGATIVE": "1", "PLM_PLUGINS_DIR": str(PLUGINS_DIR)},
         )
         for folder in PACKAGES
