@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psycopg
 from plm_engine_core.cli.chains import SchemaMismatch, installed_chains
+from plm_engine_core.cli.db import driver_words
 from plm_shared.addresses import driver_dsn
 from plm_shared.embedded_postgres import SERVER_NAME
 from plm_shared.provisioning import ENGINE_WRITER, KERNEL_WRITER
@@ -46,8 +47,7 @@ def check_database(settings: Settings, dsn: str) -> None:
     except (ServerTooOld, SchemaMismatch) as error:
         raise SetupError(f"the database that PG_DSN names cannot be used: {error}") from error
     except psycopg.Error as error:
-        reason = " ".join(str(error).split())
-        raise SetupError(f"the database that PG_DSN names cannot be used: {reason}") from error
+        raise SetupError(f"the database that PG_DSN names cannot be used: {driver_words(error)}") from error
 
 
 def _check_login(settings: Settings, connection: psycopg.Connection[tuple[bool, bool, bool]]) -> None:

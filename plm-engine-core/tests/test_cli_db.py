@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import uuid
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import plm_engine_core.cli as package
@@ -120,3 +124,23 @@ def hello() -> None:
 
 def add(app: typer.Typer) -> None:
     app.command("added")(lambda: None)
+
+
+@pytest.mark.parametrize("place", ["[::1/plm", "no host/plm"])
+@pytest.mark.parametrize(
+    "command", [["db", "upgrade"], ["db", "current"], ["events", "verify", "--tenant-id", str(TENANT)]]
+)
+def test_an_address_that_cannot_be_read_is_not_repeated(command: list[str], place: str) -> None:
+    address = f"postgresql://plm_app:never shown@{place}"
+    done = subprocess.run(
+        [Path(sys.executable).with_name("plm-cli"), *command],
+        env={**os.environ, "PG_ADMIN_DSN": address, "PG_DSN": address},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert len(done.stderr.splitlines()) == 1
+    assert "percent-encode" in done.stderr
+    assert "never shown" not in done.stderr

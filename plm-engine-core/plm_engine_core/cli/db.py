@@ -114,7 +114,7 @@ def database_errors() -> Iterator[None]:
 
 
 def database_sentence(error: Exception) -> str:
-    """One sentence for what went wrong; the driver's texts name hosts and roles, never passwords."""
+    """One sentence for what went wrong; it may name hosts and roles, never a password."""
     reason = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(reason, psycopg.errors.InsufficientPrivilege):
         return f"the login may not do this ({reason.diag.message_primary}); set PG_ADMIN_DSN to the owner's address"
@@ -123,8 +123,16 @@ def database_sentence(error: Exception) -> str:
     if isinstance(reason, psycopg.errors.DiskFull):
         return f"no space is left for the database ({reason.diag.message_primary}); make room, then repeat"
     if isinstance(reason, psycopg.Error):
-        return f"the database refused: {' '.join(str(reason).split())}"
+        return f"the database refused: {driver_words(reason)}"
     return str(reason)
+
+
+def driver_words(error: psycopg.Error) -> str:
+    """What the driver says, on one line; it may name hosts and roles, never a password."""
+    if isinstance(error, psycopg.ProgrammingError) and error.sqlstate is None:
+        # It repeats the part of the address that it cannot read.
+        return "the address cannot be read; percent-encode what has a meaning in a URL"
+    return " ".join(str(error).split())
 
 
 def _show_revisions(dsn: str, *, as_json: bool) -> None:

@@ -11,8 +11,11 @@ from importlib.metadata import entry_points
 from typing import Any, TypeVar
 from uuid import UUID
 
+import psycopg
 from plm_shared.addresses import driver_dsn
+from psycopg.conninfo import conninfo_to_dict
 
+from plm_engine_core.cli.db import driver_words
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.identity import AuditError, PostgresAuditSink
@@ -64,9 +67,13 @@ def _dsn() -> str:
     if not dsn:
         fail(ExitCode.NOT_CONFIGURED, "set PG_DSN to the application's address: postgresql://plm_app:…@host/database")
     try:
-        return driver_dsn(dsn)
+        address = driver_dsn(dsn)
+        conninfo_to_dict(address)  # a pool would try, and log, an address that cannot be read again and again
     except ValueError as error:
         fail(ExitCode.NOT_CONFIGURED, f"PG_DSN is {error}")
+    except psycopg.Error as error:
+        fail(ExitCode.NOT_CONFIGURED, f"PG_DSN: {driver_words(error)}")
+    return address
 
 
 def _delivery() -> Delivery:
