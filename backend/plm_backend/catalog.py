@@ -39,8 +39,10 @@ def load_catalog(folder: Path, registry: CapabilityRegistry) -> AgentCatalog:
     """Read every `*.yaml` plan of a folder, and check that each names only registered capabilities.
 
     Raises:
-        InvalidRequest: naming the file and what is wrong with it.
+        InvalidRequest: naming the file or the folder, and what is wrong with it.
     """
+    if not folder.is_dir():
+        raise InvalidRequest(f"{folder} is no folder; name the one with the plans in PLM_AGENTS", field="agents")
     plans: dict[str, Plan] = {}
     for path in sorted(folder.glob("*.yaml")):
         plan = load_plan(path)

@@ -24,6 +24,9 @@ _FOLDER_REMEDIES = {
     errno.ENOSPC: "make room, then repeat",
     errno.EDQUOT: "make room, then repeat",
     errno.EACCES: _NOT_OURS,
+    errno.EEXIST: _NOT_OURS,
+    errno.ENAMETOOLONG: _NOT_OURS,
+    errno.ENOTDIR: _NOT_OURS,
     errno.EPERM: _NOT_OURS,
     errno.EROFS: _NOT_OURS,
 }
