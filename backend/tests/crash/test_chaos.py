@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
+import pytest
+
 SOAK = float(os.environ.get("SOAK", "0.05"))
 SECONDS = max(15.0, 120 * SOAK)
 RUNS = 60
@@ -61,6 +63,7 @@ class Errand:
         return self.document is not None
 
 
+@pytest.mark.timeout(180 + 4 * SECONDS)
 def test_killed_at_random_they_leave_what_one_process_leaves(open_cluster: Callable[..., Any], journal: Any) -> None:
     with open_cluster("serve", PLM_RUN_CONCURRENCY="1") as cluster:
         serial = [Errand(cluster=cluster, journal=journal(f"serial{n}"), number=n, seconds=0) for n in range(RUNS)]
