@@ -6,6 +6,7 @@ batch of hundreds, and the engine's settlement on its own connection. Refusals a
 
 from __future__ import annotations
 
+import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -172,6 +173,9 @@ def ledger_statements(
     conflict is a unique violation of ``uq_<table>_logical`` that aborts the transaction, an unknown tenant or run a
     foreign key violation. They may be sent through a pipeline. A telemetry event carries ``run_id`` in its payload.
 
+    While a unique index is rebuilt concurrently its name may end in ``_ccnew`` or ``_ccold``, and a row that another
+    transaction writes at the same moment may be reported as a violation: run the transaction again.
+
     Raises:
         KeyMismatch: the key's tenant, span or event type is not the one recorded; or the payload names another run.
         JsonRefused: the payload holds what jsonb cannot; the message names its path.
@@ -188,6 +192,7 @@ def _statements(record: LedgerRecord, tenant_id: str) -> list[Statement]:
     return [Statement(text, params) for text in texts]
 
 
+_REBUILT: Final = re.compile(r"_cc(?:new|old)\d*$")  # what REINDEX CONCURRENTLY appends to the one of two that goes
 _REBUILDS: Final = 100  # attempts while an index is rebuilt concurrently; each is a whole transaction
 
 
@@ -253,7 +258,7 @@ def rows_of_unknown_runs(
 
 def refusal_of(error: psycopg.Error, tenant_id: str, record: LedgerRecord) -> Exception:
     """What a failed statement about this one record means; the error itself when it is none of the known refusals."""
-    constraint = error.diag.constraint_name
+    constraint = _REBUILT.sub("", error.diag.constraint_name or "")
     if constraint == _TABLES[record.table].identity_constraint:
         return IdempotencyConflict(table=record.table, idempotency_key=record.idempotency_key)
     if constraint in (f"{record.table}_tenant_id_fkey", "pricing_snapshots_tenant_id_fkey"):
@@ -344,11 +349,22 @@ def _write_alone(tenant: str, record: LedgerRecord) -> IdempotencyConflict | Non
 
 
 def _write_within(connection: Connection, tenant: str, statements: Sequence[Statement]) -> None:
-    """A savepoint in the caller's transaction."""
+    """A savepoint in the caller's transaction, and another when an index that is being rebuilt was overlooked."""
     _bind_tenant(connection, tenant)
-    with connection.begin_nested() if isinstance(connection, sqlalchemy.Connection) else connection.transaction():
-        for statement in statements:
-            _execute(connection, statement)
+    for attempt in range(_REBUILDS):
+        last = statements[-1]  # the only one that may meet the row in the way
+        try:
+            with (
+                connection.begin_nested() if isinstance(connection, sqlalchemy.Connection) else connection.transaction()
+            ):
+                for running in statements:
+                    _execute(connection, running)
+        except (sqlalchemy.exc.IntegrityError, psycopg.errors.UniqueViolation) as error:
+            overlooked = isinstance(getattr(error, "orig", error), psycopg.errors.UniqueViolation)
+            if not overlooked or running is last or attempt == _REBUILDS - 1:
+                raise
+        else:
+            return
 
 
 def _bind_tenant(connection: Connection, tenant: str) -> None:

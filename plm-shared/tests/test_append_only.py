@@ -55,6 +55,21 @@ FORBIDDEN = [
     "ALTER ROLE plm_app BYPASSRLS",
     "GRANT plm_migrator TO plm_app",
     "DROP FUNCTION guard_cost_status CASCADE",
+    "ALTER TABLE telemetry_events OWNER TO plm_app",
+    "ALTER TABLE llm_calls DISABLE TRIGGER USER",
+    "ALTER FUNCTION guard_cost_status RESET search_path",
+    "CREATE FUNCTION guard_cost_status() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+    "INSERT INTO telemetry_events (id) SELECT id FROM telemetry_events ON CONFLICT (id) DO UPDATE SET span_id = 'x'",
+    "WITH gone AS (DELETE FROM telemetry_events RETURNING *) SELECT * FROM gone",
+    "MERGE INTO telemetry_events AS t USING tenants ON true WHEN MATCHED THEN DELETE",
+    "SELECT * FROM telemetry_events FOR UPDATE",
+    "DO $$ BEGIN LOCK TABLE telemetry_events IN ACCESS EXCLUSIVE MODE; END $$",
+    "DO $$ BEGIN DELETE FROM telemetry_events; END $$",
+    "COPY (DELETE FROM telemetry_events RETURNING *) TO STDOUT",
+    "SELECT lo_export(0, '/tmp/stolen')",
+    "SELECT pg_read_file('/etc/passwd')",
+    "ALTER SYSTEM SET row_security = off",
+    "DROP EXTENSION plpgsql",
 ]
 
 
@@ -74,8 +89,12 @@ def mine(seeded: DatabaseUrls, two_tenants: tuple[uuid.UUID, uuid.UUID]) -> Data
     return DatabaseUrls(admin=seeded.admin, owner=seeded.owner, app=tenant)
 
 
-def test_the_application_can_change_nothing_that_is_recorded(mine: DatabaseUrls) -> None:
+@pytest.mark.parametrize("role", ["plm_app", "plm_kernel_writer"])
+def test_the_application_can_change_nothing_that_is_recorded(mine: DatabaseUrls, role: str) -> None:
+    """Neither as itself nor in the one role that it may take."""
     with psycopg.connect(mine.app, autocommit=True) as connection:
+        assert connection.execute("SELECT session_user").fetchone() == ("plm_app",)
+        connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))
         assert connection.execute("SELECT count(*) FROM telemetry_events").fetchone() == (1,)
         for statement in FORBIDDEN:
             with pytest.raises((errors.InsufficientPrivilege, errors.CantChangeRuntimeParam), match=r".") as caught:
@@ -174,6 +193,20 @@ def test_the_rows_of_others_cannot_be_copied_out(mine: DatabaseUrls, two_tenants
         for table in TABLES[:-1]:
             with connection.cursor().copy(f"COPY {table} TO STDOUT".encode()) as copy:
                 assert list(copy) == []
+
+
+@pytest.mark.parametrize("role", ["plm_app", "plm_kernel_writer"])
+def test_nothing_is_copied_in_past_the_policies_and_nothing_out_without_them(mine: DatabaseUrls, role: str) -> None:
+    with psycopg.connect(mine.app, autocommit=True) as connection:
+        connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))
+        for table in TABLES[:-1]:
+            with pytest.raises((errors.FeatureNotSupported, errors.InsufficientPrivilege)):
+                connection.execute(f"COPY {table} FROM STDIN".encode())
+        connection.execute("SET row_security = off")
+        for table in TABLES[:-1]:
+            for query in ("TABLE {}", "COPY {} TO STDOUT"):
+                with pytest.raises(errors.InsufficientPrivilege):
+                    connection.execute(sql.SQL(query).format(sql.Identifier(table)))
 
 
 def test_the_migrator_may_do_what_was_granted_and_nothing_else(mine: DatabaseUrls) -> None:

@@ -144,6 +144,22 @@ def test_the_outcomes_do_not_depend_on_the_order_in_which_indexes_are_checked(
         emit(make(tenant, 2))
 
 
+@pytest.mark.parametrize(("kind", "suffix"), [("telemetry", "_ccnew"), ("llm", "_ccold"), ("connector", "_ccold1")])
+def test_on_the_callers_connection_a_conflict_is_one_under_the_names_of_a_rebuild_too(
+    kernel_database: DatabaseUrls, tenant: str, kind: str, suffix: str
+) -> None:
+    method, table, make = METHODS[kind]
+    with psycopg.connect(kernel_database.owner) as connection:
+        old = f"uq_{table}_logical"
+        connection.execute(f"ALTER TABLE {table} RENAME CONSTRAINT {old} TO {old}{suffix}")
+    with psycopg.connect(kernel_database.app) as connection:
+        emit = getattr(SqlAlchemyKernelEmitter(tenant, connection=connection), method)
+        emit(make(tenant, 1))
+        emit(make(tenant, 1))
+        with pytest.raises(IdempotencyConflict):
+            emit(make(tenant, 2))
+
+
 @pytest.mark.parametrize("kind", METHODS)
 def test_of_many_writers_at_once_one_row_stands_and_only_other_content_is_refused(
     kernel_database: DatabaseUrls, tenant: str, kind: str
