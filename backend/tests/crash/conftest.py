@@ -93,7 +93,7 @@ class Cluster:
     def repair(self) -> None:
         """Start anew whatever was killed."""
         dead = [node for node in self.nodes if not node.alive]
-        self.nodes = [node for node in self.nodes if node.alive]
+        self.nodes = [node for node in self.nodes if node not in dead]  # asked once: one may die in between
         self.start(*(node.role for node in dead))
 
     def kill(self, pid: int) -> None:
