@@ -106,6 +106,7 @@ class Driver:
 
     async def _advance(self, hold: Hold) -> RunState:
         runs = self._control_plane.storage.runs
+        steps: list[Step] = []
         while True:
             current = await runs.get(hold.run.tenant_id, hold.run.id)
             if current.state is not RunState.RUNNING:
@@ -113,7 +114,10 @@ class Driver:
             if current.cancel_requested:
                 end = Finish(succeeded=False, reason="cancelled", message="cancelled on request")
                 return await self._finish(hold, RunState.CANCELLED, end)
-            history = History(run=current, steps=await runs.steps(current.tenant_id, current.id))
+            last = steps[-1].step_index if steps else 0  # under this lease nothing before it can change
+            steps = [step for step in steps if step.step_index < last]
+            steps += await runs.steps(current.tenant_id, current.id, since=last)
+            history = History(run=current, steps=tuple(steps))
             move = self._next(history)
             left = await self._end(hold, move) if isinstance(move, Finish) else await self._step(hold, history, move)
             if left is not None:

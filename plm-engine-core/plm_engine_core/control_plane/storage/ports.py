@@ -135,8 +135,8 @@ class RunStore(Protocol):
         """Newest first, at most `limit`, strictly older than `before`."""
         ...
 
-    async def steps(self, tenant_id: UUID, run_id: UUID) -> Sequence[Step]:
-        """Every attempt of every step, in order."""
+    async def steps(self, tenant_id: UUID, run_id: UUID, *, since: int = 0) -> Sequence[Step]:
+        """Every attempt of every step from index `since` on, in order."""
         ...
 
     async def budgets(self, tenant_id: UUID, run_id: UUID) -> Sequence[Budget]:

@@ -141,14 +141,14 @@ class PostgresRuns(PostgresLeases):
             )
             return [run_row(row) for row in await cursor.fetchall()]
 
-    async def steps(self, tenant_id: UUID, run_id: UUID) -> Sequence[Step]:
-        """Every attempt of every step, in order."""
+    async def steps(self, tenant_id: UUID, run_id: UUID, *, since: int = 0) -> Sequence[Step]:
+        """Every attempt of every step from index `since` on, in order."""
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
                 "SELECT s.*, g.span_id, g.expires_at AS grant_expires_at FROM run_steps AS s "
                 "LEFT JOIN grants AS g ON g.tenant_id = s.tenant_id AND g.id = s.grant_id "
-                "WHERE s.tenant_id = %s AND s.run_id = %s ORDER BY s.step_index, s.attempt",
-                [tenant_id, run_id],
+                "WHERE s.tenant_id = %s AND s.run_id = %s AND s.step_index >= %s ORDER BY s.step_index, s.attempt",
+                [tenant_id, run_id, since],
             )
             return [step_row(row) for row in await cursor.fetchall()]
 
