@@ -114,7 +114,8 @@ def _plain_leaf(value: Any, path: str) -> bool:
     if isinstance(value, int) and value.bit_length() > _WIDEST_INTEGER:
         raise JsonRefused(path, f"is an integer of more than {_WIDEST_INTEGER} bits; write it as text")
     if isinstance(value, str) and not encodable(value):
-        raise JsonRefused(path, "contains half a surrogate pair, which UTF-8 cannot express; remove it")
+        shown = path.encode(errors="backslashreplace").decode()  # a name can be what is refused
+        raise JsonRefused(shown, "contains half a surrogate pair, which UTF-8 cannot express; remove it")
     return value is None or isinstance(value, bool | int | float | str)
 
 

@@ -101,6 +101,7 @@ class Cases:
     def half_a_surrogate_pair(self) -> Refusal:
         assert self._create({"agent": "\ud800"}).status_code == 422
         assert self._create({"agent": "echo", "\ud800": 1}).status_code == 422
+        assert self._create({"agent": "echo", "inputs": {"\ud800": 1}}).status_code == 422
         return self._create({"agent": "echo", "inputs": {"table": {"k": ["\ud800"]}}}), "inputs.table.k[0]", "remove it"
 
     def number_that_json_does_not_have(self) -> Refusal:
