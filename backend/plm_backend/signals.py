@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 CHANNEL = "plm_run_news"
 _LONGEST = 7000  # bytes; PostgreSQL refuses a NOTIFY payload of 8000 and more
 _RECONNECT_SECONDS = 0.5
+_LOOK_EVERY_SECONDS = 5.0
+_ANSWER_SECONDS = 5
 _AT_MOST_EVERY = 0.1  # seconds between two reports of one run: a plugin must not flood the database
 
 
@@ -60,6 +62,15 @@ class PostgresSignals:
             logger.warning("news of a run could not be published", exc_info=True)
 
 
+async def _require_answer(connection: psycopg.AsyncConnection[Any]) -> None:
+    """A server that is frozen, or behind a network that is silent, closes no connection."""
+    try:
+        async with asyncio.timeout(_ANSWER_SECONDS):
+            await connection.execute("SELECT 1")
+    except TimeoutError as error:
+        raise psycopg.OperationalError(f"it gave no answer in {_ANSWER_SECONDS} s") from error
+
+
 class SignalHub:
     """One listening connection per process, fanned out to whoever watches a run here.
 
@@ -76,12 +87,16 @@ class SignalHub:
         """Listen until cancelled; after a lost connection every watcher is woken, for it may have missed something."""
         while True:
             try:
-                async with await psycopg.AsyncConnection.connect(self._dsn, autocommit=True) as connection:
+                async with await psycopg.AsyncConnection.connect(
+                    self._dsn, autocommit=True, connect_timeout=_ANSWER_SECONDS
+                ) as connection:
                     await connection.execute(f"LISTEN {CHANNEL}".encode())
                     await self._database.found()
                     self._wake_all()
-                    async for notice in connection.notifies():
-                        self._hand_out(notice.payload)
+                    while True:
+                        async for notice in connection.notifies(timeout=_LOOK_EVERY_SECONDS):
+                            self._hand_out(notice.payload)
+                        await _require_answer(connection)
             except psycopg.Error as error:
                 self._database.lost(error)
                 await asyncio.sleep(_RECONNECT_SECONDS)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import psycopg
 import pytest
 from plm_backend.database import upgrade_all
@@ -184,6 +185,26 @@ def test_a_run_worker_that_missed_its_database_for_a_moment_hears_of_new_jobs_ag
     finally:
         process.terminate()
         process.wait(30)
+
+
+def test_a_database_that_is_frozen_is_missed_like_one_that_died(
+    platform: Any, own: Own, until: Any, tmp_path: Path
+) -> None:
+    log = tmp_path / "worker.log"
+    process = worker({**platform.environment, "PG_DSN": own.urls.app}, log)
+    until(lambda: b"working" in log.read_bytes(), "the run worker is ready")
+    server = psutil.Process(postmaster(own.server))
+    frozen = [server, *server.children(recursive=True)]
+    try:
+        for each in frozen:
+            each.suspend()
+        until(lambda: b"cannot be reached" in log.read_bytes(), "the run worker misses the database")
+    finally:
+        for each in reversed(frozen):
+            each.resume()
+    until(lambda: b"is back" in log.read_bytes(), "the run worker has its database again")
+    process.terminate()
+    assert process.wait(60) == 0
 
 
 def test_a_run_worker_stops_at_once_when_asked_to_while_the_database_is_away(

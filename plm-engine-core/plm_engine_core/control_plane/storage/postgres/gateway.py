@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -29,6 +30,7 @@ Session = psycopg.AsyncConnection[DictRow]
 
 _BUSY = {"55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
 _LONGEST_WAIT = "5s"
+_LONGEST_ANSWER_SECONDS = 15.0  # a server that is frozen closes no connection and ends no wait
 
 
 def jsonb(value: Any, *, root: str) -> Jsonb:
@@ -91,6 +93,8 @@ def translated() -> Iterator[None]:
         raise InvalidRequest(f"a text of the request cannot be stored: {error.reason}") from error
     except (PoolTimeout, PoolClosed) as error:
         raise StorageUnavailable("no database connection became free in time") from error
+    except TimeoutError as error:
+        raise StorageUnavailable(f"the database gave no answer in {_LONGEST_ANSWER_SECONDS:g} s") from error
 
 
 class Gateway:
@@ -103,7 +107,7 @@ class Gateway:
     async def connection(self) -> AsyncIterator[Session]:
         """One pooled connection in autocommit mode."""
         with translated():
-            async with self._pool.connection() as connection:
+            async with asyncio.timeout(_LONGEST_ANSWER_SECONDS), self._pool.connection() as connection:
                 yield connection
 
     @asynccontextmanager
