@@ -16,6 +16,7 @@ from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
 
 from plm_backend.delivery import QUEUE, SCHEMA, TASK
+from plm_backend.tasks import end
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +27,7 @@ Drive = Callable[[UUID, UUID], Awaitable[object]]
 _FORGET_ABANDONED = "DELETE FROM procrastinate_jobs WHERE status = 'doing' AND worker_id IS NULL"
 _RECONNECT_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
+_CANCEL_AGAIN_SECONDS = 10.0  # a plugin is given some seconds to end its call
 
 
 class ProcrastinateDelivery:
@@ -74,8 +76,7 @@ async def _deliver_while_connected(dsn: str, start: Drive, concurrency: int) -> 
         try:
             await asyncio.wait({working, connector.deaf}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
+            await end([working], again_seconds=_CANCEL_AGAIN_SECONDS)
         await (connector.deaf if connector.deaf.done() else working)
 
 
@@ -126,10 +127,7 @@ async def _outliving(drive: Drive, concurrency: int) -> AsyncIterator[Drive]:
     finally:
         if drives:
             await asyncio.wait(drives, timeout=_GRACE_SECONDS)
-        while drives:  # one cancel can get lost, in the rollback of a database that is going away
-            for task in drives:
-                task.cancel()
-            await asyncio.wait(drives, timeout=_GRACE_SECONDS)
+        await end(drives, again_seconds=_CANCEL_AGAIN_SECONDS)
 
 
 def _engine(connector: _Connector, drive: Drive) -> procrastinate.App:

@@ -32,11 +32,12 @@ from plm_backend.reachability import Reachability
 from plm_backend.run_queue import ProcrastinateDelivery, deliver
 from plm_backend.settings import Settings
 from plm_backend.signals import PostgresSignals, SignalHub
+from plm_backend.tasks import end
 
 logger = logging.getLogger(__name__)
 
 _BEGIN_ANEW_SECONDS = 1.0
-_CANCEL_AGAIN_SECONDS = 5.0  # longer than any work of ours takes to tidy up
+_CANCEL_AGAIN_SECONDS = 20.0  # the delivery gives its drives a moment, and then the engine its connections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +164,4 @@ async def background(work: Callable[[], Awaitable[None]], name: str) -> AsyncIte
     try:
         yield
     finally:
-        while not task.done():  # one cancel can get lost, in a library that is just giving up on the database
-            task.cancel()
-            await asyncio.wait([task], timeout=_CANCEL_AGAIN_SECONDS)
-        await asyncio.gather(task, return_exceptions=True)
+        await end([task], again_seconds=_CANCEL_AGAIN_SECONDS)
