@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from decimal import Decimal
 
 import pytest
-from plm_engine_core.agent_runtime import Driver, Finish, Plan, PlanAgent, Propose, Selector
+from plm_engine_core.agent_runtime import Driver, Finish, Plan, PlanAgent, Propose, Selector, hold
 from plm_engine_core.agent_runtime.hold import Hold
 from plm_engine_core.control_plane import Outcome
 from plm_engine_core.control_plane.errors import StorageUnavailable
@@ -349,12 +348,12 @@ class TestCrashes:
         assert len(acts.executor.calls) == 1
 
     async def test_a_process_that_was_stopped_after_begin_does_not_make_the_call(self, scene, bench, monkeypatch):
-        original, slept = bench.storage.admission.begin, [100.0, 0.0]
+        original, moment, slept = bench.storage.admission.begin, hold.moment, [100.0, 0.0]
 
         async def stopped(*args, **kwargs):
             answer = await original(*args, **kwargs)
             away = slept.pop(0)
-            monkeypatch.setattr(Hold, "_now", staticmethod(lambda: time.monotonic() + away))
+            monkeypatch.setattr(hold, "moment", lambda: moment() + away)
             return answer
 
         monkeypatch.setattr(bench.storage.admission, "begin", stopped)
@@ -461,6 +460,7 @@ HOSTILE = {
     "nul": "a\x00b",
     "nan": float("nan"),
     "surrogate": "\ud800",
+    "name": {"\ud800": 1},
     "keys": {1: 2},
     "object": object(),
     "huge": "x" * (17 * 1024 * 1024),

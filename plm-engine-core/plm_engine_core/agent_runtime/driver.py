@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from uuid import UUID
@@ -17,7 +16,7 @@ from plm_engine_core.agent_runtime.agent import Agent, Finish, History, Propose,
 from plm_engine_core.agent_runtime.attempts import exhausted, next_place
 from plm_engine_core.agent_runtime.dispatcher import Dispatcher
 from plm_engine_core.agent_runtime.executor import Executor
-from plm_engine_core.agent_runtime.hold import Hold, held
+from plm_engine_core.agent_runtime.hold import Hold, held, moment
 from plm_engine_core.agent_runtime.retry import TRANSIENT, patiently, pause_seconds
 from plm_engine_core.agent_runtime.selector import Selector
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, Granted, Pending
@@ -71,7 +70,7 @@ class Driver:
             StorageUnavailable: the database could not be reached; the lease runs out and another driver continues.
         """
         runs = self._control_plane.storage.runs
-        asked_at = time.monotonic()
+        asked_at = moment()
         lease = await runs.take(tenant_id, run_id, owner=self._owner, seconds=self._lease_seconds)
         if lease is None:
             return None
@@ -90,10 +89,10 @@ class Driver:
         last = steps[-1] if steps else None
         if last is None or last.state not in (StepState.GRANTED, StepState.RUNNING):
             return
-        known = self._control_plane.registry.get(last.capability)
+        known, decided_on = self._control_plane.registry.get(last.capability), _decided_on(last)
         if last.state is StepState.GRANTED:
             status, message = OutcomeStatus.NOT_STARTED, "its run worker was lost before the call began"
-        elif known is not None and known.idempotent:
+        elif known is not None and known.idempotent and decided_on.idempotent:
             status, message = OutcomeStatus.SUPERSEDED, "its run worker was lost; the step is repeated"
         else:
             status, message = OutcomeStatus.OUTCOME_UNKNOWN, "its run worker was lost; it may have had its effect"
@@ -102,7 +101,7 @@ class Driver:
             evidence=Evidence.REPORTED,
             error={"category": "abandoned", "message": f"{last.capability}: {message}"},
         )
-        await self._settle(hold, _grant(hold.run, last), outcome, _decided_on(last))
+        await self._settle(hold, _grant(hold.run, last), outcome, decided_on)
 
     async def _advance(self, hold: Hold) -> RunState:
         runs = self._control_plane.storage.runs

@@ -19,11 +19,16 @@ logger = logging.getLogger(__name__)
 _BEATS_PER_LEASE = 3
 
 
+def moment() -> float:
+    """Seconds on a clock that nobody sets, and that counts on while the machine is suspended where there is one."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 @dataclass(kw_only=True)
 class Hold:
     """A lease and what its heartbeat heard; `stop` is set while there is a reason to stop the call in progress.
 
-    `valid_until` is the moment on this process's monotonic clock up to which nobody else can have taken the run.
+    Up to the moment `valid_until` nobody else can have taken the run.
     """
 
     lease: Lease
@@ -46,12 +51,11 @@ class Hold:
 
     @property
     def surely_held(self) -> bool:
-        """Whether nobody else can hold the run at this moment; a process that was stopped meanwhile finds out here."""
-        return not self.lost and self._now() < self.valid_until
+        """Whether nobody else can hold the run now; a process or machine that stood still meanwhile finds out here.
 
-    @staticmethod
-    def _now() -> float:
-        return time.monotonic()
+        It may stand still right after it asked: then only the fencing token keeps it from writing.
+        """
+        return not self.lost and moment() < self.valid_until
 
     def hear(self, beat: Heartbeat) -> None:
         """Take in what a renewal answered."""
@@ -78,7 +82,7 @@ async def held(
 ) -> AsyncIterator[Hold]:
     """Keep a lease of `seconds` alive until the block ends; `wake` makes the next heartbeat due at once.
 
-    `asked_at` is when the lease was asked for, on the monotonic clock: the database's count began later.
+    `asked_at` is the moment in which the lease was asked for: the database's count began later.
     """
     hold = Hold(lease=lease, valid_until=asked_at + seconds)
     task = asyncio.create_task(_heartbeat(runs, hold, seconds, wake), name=f"lease of {lease.run.id}")
@@ -96,7 +100,7 @@ async def _heartbeat(runs: RunStore, hold: Hold, seconds: float, wake: asyncio.E
             async with asyncio.timeout(seconds / _BEATS_PER_LEASE):
                 await wake.wait()
         wake.clear()
-        asked_at = time.monotonic()
+        asked_at = moment()
         try:
             hold.hear(
                 await runs.renew(hold.run.tenant_id, hold.run.id, fencing_token=hold.fencing_token, seconds=seconds)
