@@ -276,6 +276,15 @@ class TestCrashes:
         assert (await acts.fresh()).reason == "capability_unknown"
         assert await acts.consistent()
 
+    async def test_a_call_that_might_not_be_repeated_when_it_was_granted_never_is(self, scene, bench, monkeypatch):
+        acts = await scene(plan(FIRE), thing_fire=["hang"])
+        task = acts.start()
+        await acts.executor.entered.wait()
+        await acts.kill(task)
+        anew = [each.model_copy(update={"idempotent": True}) for each in bench.control_plane.registry]
+        monkeypatch.setattr(bench.control_plane, "registry", CapabilityRegistry(anew))
+        assert await acts.drive(owner="node/2") is RunState.OUTCOME_UNKNOWN
+
     async def test_after_the_effect_and_before_settlement_it_is_the_same_as_during_the_call(
         self, scene, bench, monkeypatch
     ):
