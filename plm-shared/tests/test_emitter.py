@@ -237,6 +237,16 @@ def test_every_column_holds_what_was_given(kernel_database: DatabaseUrls, tenant
     ) == [(run, "c", "read", {"a": 1}, None, "unavailable", None)]
 
 
+def test_ids_sort_by_the_time_of_their_transaction(kernel_database: DatabaseUrls, tenant: str) -> None:
+    emitter = SqlAlchemyKernelEmitter(tenant)
+    for place in range(20):
+        emitter.emit_telemetry(telemetry(tenant, {}, span=f"s{place}"))
+    found = rows(kernel_database, "SELECT id, extract(epoch FROM created_at) FROM telemetry_events")
+    assert {(each.version, each.variant) for each, _ in found} == {(7, uuid.RFC_4122)}
+    assert all((each.int >> 80) - int(at * 1000) in (0, 1) for each, at in found)
+    assert len({each.int & (2**62 - 1) for each, _ in found}) == 20
+
+
 def test_a_snapshot_is_taken_once_a_day_and_never_for_a_replay(kernel_database: DatabaseUrls, tenant: str) -> None:
     def on(day: int) -> SqlAlchemyKernelEmitter:
         return SqlAlchemyKernelEmitter(tenant, clock=lambda: date(2020, 1, day))
