@@ -70,7 +70,6 @@ def test_each_illness_is_found_with_the_statement_that_cures_it(kernel_database:
     assert doctor_tenancy(kernel_database.owner, kernel_database.app) == []
 
 
-@pytest.mark.every_postgres
 @pytest.mark.parametrize("hole", MALFORMED, ids=lambda hole: hole[:40])
 def test_every_statement_it_prints_runs_as_it_is_and_in_the_end_all_is_well(
     kernel_database: DatabaseUrls, hole: str
