@@ -33,6 +33,9 @@ from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
+# A shell makes its background jobs, and all that they start, deaf to SIGINT; what the tests interrupt must hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).parents[2]
 TEST_PLATFORM = Path(__file__).parent / "platform"

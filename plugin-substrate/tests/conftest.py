@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -11,6 +12,9 @@ import pytest
 from hypothesis import settings
 from plugin_substrate import PluginManager, PluginMeta
 from plugin_substrate.manifest import CodeSection, InstallSection, ManifestV2
+
+# A shell makes its background jobs, and all that they start, deaf to SIGINT; what the tests interrupt must hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("no deadline: the machine may be busy", deadline=None)
 settings.load_profile("no deadline: the machine may be busy")
