@@ -394,7 +394,11 @@ def test_a_name_that_could_leave_its_folder_is_refused(part: str, value: Any) ->
         ArtifactRef(**parts)
 
 
-@pytest.mark.parametrize("tenant", ["tenant", REF.tenant_id.upper(), REF.tenant_id.replace("-", "")])
+@pytest.mark.parametrize(
+    "tenant",
+    ["tenant", REF.tenant_id.upper(), REF.tenant_id.replace("-", "")],
+    ids=["no UUID", "upper case", "no hyphens"],
+)
 def test_the_tenant_of_an_artifact_is_a_canonical_uuid(tenant: str) -> None:
     if tenant != REF.tenant_id:
         with pytest.raises(ValueError, match="tenant_id"):
