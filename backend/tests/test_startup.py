@@ -6,10 +6,13 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import plm_engine_core.migrations as engine
+import plm_shared.migrations as kernel
 import psycopg
 import pytest
 import yaml
-from plm_engine_core.migrations import revisions
+from plm_engine_core.testing.old_server import old_server
+from psycopg import sql
 
 SECRET = "a-secret-of-this-test-that-nobody-may-see"
 
@@ -83,15 +86,24 @@ def test_a_database_that_is_not_migrated_is_named(cli: Any, settings: dict[str, 
     _refused(cli("serve", environment={**settings, "PG_DSN": database.app}), "plm-cli db upgrade")
 
 
-@pytest.mark.parametrize(("revision", "words"), [("0016", ("0016", "plm-cli db upgrade")), ("9999", ("9999", "newer"))])
+def test_a_server_that_is_too_old_is_named(cli: Any, settings: dict[str, str]) -> None:
+    with old_server("14.9") as address:
+        for command in ("serve", "worker"):
+            _refused(cli(command, environment={**settings, "PG_DSN": address}), "PostgreSQL 14.9", "15 is the oldest")
+
+
+@pytest.mark.parametrize("chain", [kernel, engine], ids=["plm-shared", "plm-engine-core"])
+@pytest.mark.parametrize(("back", "word"), [(True, "plm-cli db upgrade"), (False, "newer")], ids=["behind", "ahead"])
 def test_a_schema_that_is_behind_or_ahead_is_refused_by_server_and_worker(
-    cli: Any, settings: dict[str, str], new_database: Any, revision: str, words: tuple[str, ...]
+    cli: Any, settings: dict[str, str], new_database: Any, chain: Any, back: bool, word: str
 ) -> None:
-    database = new_database()
+    database, known = new_database(), chain.revisions()
+    revision = known[-2] if back else "9999"
+    table = sql.Identifier(chain.VERSION_TABLE)
     with psycopg.connect(database.owner) as owner:
-        owner.execute("UPDATE alembic_version_plm_engine_core SET version_num = %s", [revision])
+        owner.execute(sql.SQL("UPDATE {} SET version_num = {}").format(table, revision))
     for command in ("serve", "worker"):
-        _refused(cli(command, environment={**settings, "PG_DSN": database.app}), *words, revisions()[-1])
+        _refused(cli(command, environment={**settings, "PG_DSN": database.app}), revision, word, known[-1])
 
 
 def test_a_login_that_row_level_security_does_not_bind_is_refused(

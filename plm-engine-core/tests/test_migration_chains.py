@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ import pytest
 from alembic.script import ScriptDirectory
 from plm_engine_core.cli import build_app
 from plm_engine_core.cli.chains import Chain, SchemaAhead, SchemaBehind, upgrade_all
+from plm_engine_core.testing.old_server import old_server
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.provisioning import provision
 from plm_shared.server_version import ServerTooOld
@@ -93,33 +90,6 @@ def test_a_login_that_may_not_make_roles_is_told_to_be_a_superuser(template_data
         assert "use a superuser's" in result.stderr
     finally:
         template_databases.drop(database)
-
-
-@contextmanager
-def old_server(version: str) -> Iterator[str]:
-    """A server that greets like PostgreSQL `version` and answers no statement: the address to reach it."""
-    greeting = b"R" + (8).to_bytes(4) + bytes(4)  # AuthenticationOk
-    parameter = b"server_version\0" + version.encode() + b"\0"
-    greeting += b"S" + (4 + len(parameter)).to_bytes(4) + parameter
-    greeting += b"Z" + (5).to_bytes(4) + b"I"  # ReadyForQuery
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def serve() -> None:
-            while True:
-                try:
-                    connection, _ = listener.accept()
-                except OSError:
-                    return
-                with connection:
-                    connection.recv(65536)
-                    connection.sendall(greeting)
-                    assert connection.recv(1) in (b"X", b""), "nothing but the end follows the greeting"
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        yield f"postgresql://plm@127.0.0.1:{listener.getsockname()[1]}/plm?sslmode=disable&gssencmode=disable"
-        listener.shutdown(socket.SHUT_RDWR)
-        thread.join(30)
 
 
 def test_a_server_that_is_too_old_is_refused_before_a_statement_is_sent() -> None:
