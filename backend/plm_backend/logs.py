@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 
+import psycopg
 import structlog
+from procrastinate.exceptions import ConnectorException
 
 from plm_backend.settings import Settings
 
@@ -18,6 +20,7 @@ def configure_logging(settings: Settings, *, level: int = logging.INFO) -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _lost_database_in_one_line,
         structlog.processors.format_exc_info,
         _without_colours,
     ]
@@ -42,4 +45,13 @@ def configure_logging(settings: Settings, *, level: int = logging.INFO) -> None:
 
 def _without_colours(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     event.pop("color_message", None)  # uvicorn says everything twice
+    return event
+
+
+def _lost_database_in_one_line(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Where the program stood when the database went away tells nobody anything."""
+    match event.get("exc_info"):
+        case (_, (ConnectorException() | psycopg.OperationalError()) as error, _):
+            del event["exc_info"]
+            event["reason"] = " ".join(str(error.__cause__ or error).split())
     return event

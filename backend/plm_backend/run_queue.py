@@ -83,7 +83,7 @@ async def _deliver_while_connected(dsn: str, start: Drive, concurrency: int) -> 
 class _Connector(procrastinate.PsycopgConnector):
     """Says when its listening connection is gone for good: the engine would go on, and look for jobs now and then.
 
-    `deaf` then holds the reason.
+    `deaf` then holds the reason, and is how it is told: the engine itself would log it as an error of its own.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -97,7 +97,6 @@ class _Connector(procrastinate.PsycopgConnector):
         except ConnectorException as error:
             self.deaf.set_exception(error)
             self.deaf.exception()  # nobody asks any more when the engine is already ending
-            raise
 
 
 @asynccontextmanager

@@ -62,11 +62,11 @@ class PostgresSignals:
             logger.warning("news of a run could not be published", exc_info=True)
 
 
-async def _require_answer(connection: psycopg.AsyncConnection[Any]) -> None:
+async def _require_answer(connection: psycopg.AsyncConnection[Any], statement: bytes) -> None:
     """A server that is frozen, or behind a network that is silent, closes no connection."""
     try:
         async with asyncio.timeout(_ANSWER_SECONDS):
-            await connection.execute("SELECT 1")
+            await connection.execute(statement)
     except TimeoutError as error:
         raise psycopg.OperationalError(f"it gave no answer in {_ANSWER_SECONDS} s") from error
 
@@ -90,13 +90,13 @@ class SignalHub:
                 async with await psycopg.AsyncConnection.connect(
                     self._dsn, autocommit=True, connect_timeout=_ANSWER_SECONDS
                 ) as connection:
-                    await connection.execute(f"LISTEN {CHANNEL}".encode())
+                    await _require_answer(connection, f"LISTEN {CHANNEL}".encode())
                     await self._database.found()
                     self._wake_all()
                     while True:
                         async for notice in connection.notifies(timeout=_LOOK_EVERY_SECONDS):
                             self._hand_out(notice.payload)
-                        await _require_answer(connection)
+                        await _require_answer(connection, b"SELECT 1")
             except psycopg.Error as error:
                 self._database.lost(error)
                 await asyncio.sleep(_RECONNECT_SECONDS)

@@ -194,8 +194,10 @@ def test_a_database_that_is_frozen_is_missed_like_one_that_died(
     process = worker({**platform.environment, "PG_DSN": own.urls.app}, log)
     until(lambda: b"working" in log.read_bytes(), "the run worker is ready")
     server = psutil.Process(postmaster(own.server))
-    frozen = [server, *server.children(recursive=True)]
+    frozen = [server]
     try:
+        server.suspend()  # first, so that it forks no other that would be missed here
+        frozen += server.children(recursive=True)
         for each in frozen:
             each.suspend()
         until(lambda: b"cannot be reached" in log.read_bytes(), "the run worker misses the database")
