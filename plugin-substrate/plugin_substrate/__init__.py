@@ -9,6 +9,7 @@ from plugin_substrate.errors import (
     ManifestError,
     PluginCancelledError,
     PluginConfigError,
+    PluginConfinementError,
     PluginDisabledError,
     PluginError,
     PluginFatalError,
@@ -36,7 +37,7 @@ from plugin_substrate.manager import PluginManager
 from plugin_substrate.manifest import ManifestV2, load_manifest, write_manifest
 from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta, RejectedManifest
 from plugin_substrate.queue import Job, JobEvent, JobEventType, JobQueue, JobStatus, QueueStats
-from plugin_substrate.worker.confine import Limits
+from plugin_substrate.worker.isolation import IsolationProfile, IsolationTerms
 
 __all__ = [
     "CallContext",
@@ -45,18 +46,20 @@ __all__ = [
     "CancelOutcome",
     "ErrorCategory",
     "InputFile",
+    "IsolationProfile",
+    "IsolationTerms",
     "Job",
     "JobError",
     "JobEvent",
     "JobEventType",
     "JobQueue",
     "JobStatus",
-    "Limits",
     "ManifestError",
     "ManifestV2",
     "OutputFile",
     "PluginCancelledError",
     "PluginConfigError",
+    "PluginConfinementError",
     "PluginDisabledError",
     "PluginError",
     "PluginFatalError",

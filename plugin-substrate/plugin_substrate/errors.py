@@ -11,6 +11,7 @@
     ├── PluginResourceError         free or add resources
     ├── PluginFatalError            a fault in the plugin: report it to its author
     │   └── PluginLoadError         the plugin could not be started; names phase and last log lines
+    │       └── PluginConfinementError  its worker holds less than the operator requires; names the missing layers
     ├── PluginNotLoadedError        load the plugin first
     ├── CallNotStartedError         whoever had to allow the call did not; nothing was sent
     ├── WireValueError              a value has no encoding; names its path (also a TypeError)
@@ -188,6 +189,17 @@ class PluginLoadError(PluginFatalError):
         self.plugin_name = plugin_name
         self.phase = phase
         self.log_tail = tuple(log_tail)
+
+
+class PluginConfinementError(PluginLoadError):
+    """A worker was not confined by every layer that is required; no plugin code ran. ``layers`` are those it holds."""
+
+    def __init__(
+        self, message: str = "", *, missing_layers: Sequence[str] = (), layers: Sequence[str] = (), **options: Any
+    ) -> None:
+        super().__init__(message, **options)
+        self.missing_layers = tuple(missing_layers)
+        self.layers = tuple(layers)
 
 
 class PluginNotLoadedError(PluginError):

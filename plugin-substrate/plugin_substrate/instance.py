@@ -15,6 +15,7 @@ from typing import Any
 
 from plugin_substrate.errors import (
     CallNotStartedError,
+    PluginConfinementError,
     PluginError,
     PluginInputError,
     PluginLoadError,
@@ -27,7 +28,7 @@ from plugin_substrate.lifecycle import Supervisor
 from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.proxy import RemotePluginProxy
-from plugin_substrate.worker.confine import Limits
+from plugin_substrate.worker.isolation import IsolationProfile
 
 
 class CancelOutcome(StrEnum):
@@ -64,7 +65,8 @@ class InstanceSettings:
     max_concurrent_requests: int
     grace_seconds: float
     load_timeout: float
-    limits: Limits
+    isolation: IsolationProfile
+    required_layers: tuple[str, ...] = ()
 
 
 class LoadedInstance:
@@ -221,9 +223,11 @@ class LoadedInstance:
                 supervisor = self._supervisor()
                 self._supervisor_pid = supervisor.pid
                 process = await supervisor.spawn(
-                    env=_environment(settings), cwd=settings.data_dir, limits=settings.limits
+                    env=_environment(settings), cwd=settings.data_dir, isolation=settings.isolation
                 )
                 proxy = await RemotePluginProxy.connect(process)
+                phase = "confine"
+                await proxy.require(settings.required_layers)
                 phase = "load"
                 await proxy.load(code.module, code.class_name, settings.config, settings.max_concurrent_requests)
         except BaseException as error:
@@ -242,6 +246,9 @@ class LoadedInstance:
         name = self.settings.meta.name
         if self._closed:
             return PluginNotLoadedError(f"{self.settings.instance_id!r} was unloaded while it was being loaded")
+        if isinstance(error, PluginConfinementError):
+            error.plugin_name, error.phase = name, phase
+            return error
         if isinstance(error, PluginLoadError):
             phase = error.phase
         if isinstance(error, TimeoutError):

@@ -11,13 +11,13 @@ import socket
 import subprocess
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from plugin_substrate.errors import PluginFatalError
 from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
-from plugin_substrate.worker.confine import Limits
+from plugin_substrate.worker.isolation import IsolationProfile, profile_to_json
 from plugin_substrate.worker.supervisor import MAX_MESSAGE_BYTES
 
 WORKER_MAIN = Path(__file__).parent / "worker" / "__main__.py"
@@ -129,12 +129,12 @@ class Supervisor:
         """Whether the process is dead and reaped."""
         return self._ended.done()
 
-    async def spawn(self, *, env: dict[str, str], cwd: Path, limits: Limits) -> WorkerProcess:
+    async def spawn(self, *, env: dict[str, str], cwd: Path, isolation: IsolationProfile) -> WorkerProcess:
         """Fork a worker. A `PluginFatalError` when the supervisor cannot, or is gone."""
         async with self._turn:  # one request at a time always fits into the socket
-            return await self._spawn(env, cwd, limits)
+            return await self._spawn(env, cwd, isolation)
 
-    async def _spawn(self, env: dict[str, str], cwd: Path, limits: Limits) -> WorkerProcess:
+    async def _spawn(self, env: dict[str, str], cwd: Path, isolation: IsolationProfile) -> WorkerProcess:
         if not self.alive:
             raise PluginFatalError(f"the supervisor is gone: {' | '.join(self._lines) or 'no last words'}")
         self._counter += 1
@@ -146,7 +146,7 @@ class Supervisor:
         try:
             for end in (connection, remote):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-            request = {"spawn": number, "env": env, "cwd": str(cwd), "limits": asdict(limits)}
+            request = {"spawn": number, "env": env, "cwd": str(cwd), "isolation": profile_to_json(isolation)}
             self._send(request, [remote.fileno(), log_write])
             self._wake()
             pid, pidfd = await spawned

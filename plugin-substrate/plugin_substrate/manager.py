@@ -17,7 +17,7 @@ from plugin_substrate.instances import InstanceTable
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta, RejectedManifest
-from plugin_substrate.worker.confine import Limits
+from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers, resolve_profile
 
 _logger = logging.getLogger(__name__)
 
@@ -37,13 +37,19 @@ class PluginManager:
         search_paths: Sequence[Path] = (),
         grace_seconds: float = 3.0,
         load_timeout: float = 60.0,
-        limits: Limits | None = None,
+        isolation: IsolationProfile | None = None,
+        require: Sequence[str] = (),
     ) -> None:
+        """``isolation`` is what plugins get where nothing else is said; ``require`` names layers all must hold."""
+        problems: list[str] = []
+        self._require = parse_required_layers(list(require), "require", problems)
+        if problems:
+            raise ValueError("; ".join(problems))
         self._data_dir = data_dir.resolve()
         self._folders = manifest_folders(self._data_dir, search_paths)
         self._grace_seconds = grace_seconds
         self._load_timeout = load_timeout
-        self._limits = limits or Limits()
+        self._isolation = isolation or IsolationProfile()
         self._home = HomeLoop()
         self._discovered: dict[str, PluginMeta] = {}
         self._rejected: tuple[RejectedManifest, ...] = ()
@@ -91,8 +97,9 @@ class PluginManager:
         """Start a worker and initialise the plugin in it; an id that is loaded already is returned as it is.
 
         Concurrent loads of one id give one worker. A `PluginConfigError` is found before anything is started; a
-        `PluginLoadError` names plugin, phase and last log lines, and leaves no process; a `PluginNotLoadedError` tells
-        that it was unloaded meanwhile. Cancelling the awaiting task does not stop the load.
+        `PluginLoadError` names plugin, phase and last log lines, and leaves no process (a `PluginConfinementError`: for
+        want of a required layer); a `PluginNotLoadedError` tells that it was unloaded meanwhile. Cancelling the
+        awaiting task does not stop the load.
         """
         self._home.adopt()
         chosen = meta.name if instance_id is None else instance_id
@@ -227,7 +234,10 @@ class PluginManager:
             max_concurrent_requests=max_concurrent_requests,
             grace_seconds=self._grace_seconds,
             load_timeout=self._load_timeout,
-            limits=self._limits,
+            isolation=resolve_profile(
+                meta.name, meta.manifest.asked_isolation, meta.manifest.granted_isolation, self._isolation
+            ),
+            required_layers=(*self._require, *meta.manifest.required_layers),
         )
 
 

@@ -11,12 +11,13 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from plugin_substrate.errors import ManifestError
+from plugin_substrate.worker.isolation import IsolationTerms, parse_required_layers, parse_terms
 
 FORMAT_VERSION = "2.0"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -26,6 +27,8 @@ CAPABILITY_PATTERN = re.compile(r"[a-z][a-z0-9_-]*(\.[a-z][a-z0-9_-]*)+")
 _MODULE_PATTERN = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _CLASS_PATTERN = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _VARIABLE_PATTERN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+_Parsed = TypeVar("_Parsed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,7 @@ class CodeSection:
     resources: dict[str, Any] | None = None
     config_schema: dict[str, Any] | None = None
     worker_env: tuple[dict[str, Any], ...] = ()
+    isolation: dict[str, Any] | None = None
     regenerated_at: str = ""
 
 
@@ -70,12 +74,27 @@ class DriftSection:
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestV2:
-    """A valid manifest."""
+    """A valid manifest. ``overrides`` is the operator's: ``isolation`` grants, ``require`` names needed layers."""
 
     install: InstallSection
     code: CodeSection
     drift_tracking: DriftSection = DriftSection()
     overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def asked_isolation(self) -> IsolationTerms:
+        """What the plugin asks for; a `ManifestError` when it cannot be read."""
+        return _no_problems(parse_terms, self.code.isolation or {}, "code.isolation")
+
+    @property
+    def granted_isolation(self) -> IsolationTerms:
+        """What the operator grants; a `ManifestError` when it cannot be read."""
+        return _no_problems(parse_terms, self.overrides.get("isolation", {}), "overrides.isolation")
+
+    @property
+    def required_layers(self) -> tuple[str, ...]:
+        """The layers without which the operator does not want it to run; a `ManifestError` when they cannot be read."""
+        return _no_problems(parse_required_layers, self.overrides.get("require", []), "overrides.require")
 
 
 def compute_config_schema_hash(schema: Mapping[str, Any] | None) -> str:
@@ -122,6 +141,9 @@ def parse_manifest(data: object, *, source: str = "") -> ManifestV2:
     overrides = data.get("overrides", {})
     if not isinstance(overrides, dict):
         problems.append(f"overrides must be an object, not {overrides!r}")
+    else:
+        parse_terms(overrides.get("isolation", {}), "overrides.isolation", problems)
+        parse_required_layers(overrides.get("require", []), "overrides.require", problems)
     if not problems:
         problems += _rules(values["install"], values["code"], values["drift_tracking"])
     if problems:
@@ -241,10 +263,19 @@ def _rules(install: dict[str, Any], code: dict[str, Any], drift: dict[str, Any])
     problems += [f"code.capabilities: {capability!r} is not like 'bom.read'" for capability in wrong]
     if len(set(capabilities)) != len(capabilities):
         problems.append("code.capabilities names one capability twice")
+    parse_terms(code.get("isolation") or {}, "code.isolation", problems)
     stored = drift.get("config_schema_hash")
     if stored is not None and not re.fullmatch(r"sha256:[0-9a-f]{64}", stored):
         problems.append(f"drift_tracking.config_schema_hash must look like 'sha256:<64 hex digits>', not {stored!r}")
     return problems
+
+
+def _no_problems(parse: Callable[[object, str, list[str]], _Parsed], data: object, place: str) -> _Parsed:
+    problems: list[str] = []
+    parsed = parse(data, place, problems)
+    if problems:
+        raise ManifestError(problems)
+    return parsed
 
 
 def _set_fields(section: Any) -> dict[str, Any]:

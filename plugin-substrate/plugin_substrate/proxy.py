@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
 from plugin_substrate.deaths import death_of, forced_end_of
 from plugin_substrate.errors import (
+    PluginConfinementError,
     PluginLoadError,
     ProtocolError,
     WireValueError,
@@ -22,6 +23,7 @@ from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.worker.failures import restore_error
 from plugin_substrate.worker.frames import Frame, FrameDecoder, encode_frame
+from plugin_substrate.worker.isolation import missing_layers
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 _EXIT_REPORT_SECONDS = 2.0
@@ -44,6 +46,7 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         self._broken: ProtocolError | None = None
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._gone: asyncio.Future[WorkerDiedError] = self._loop.create_future()
         self.layers: tuple[str, ...] = ()
         self.python_version = ""
@@ -94,6 +97,23 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
             self._ready.result()
             return
         raise self._gone.result()
+
+    async def require(self, layers: Sequence[str]) -> None:
+        """Wait until the worker has said what confines it; a `PluginConfinementError` when a layer is missing."""
+        if not layers:
+            return
+        ends: set[asyncio.Future[Any]] = {self._greeted, self._gone}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not self._greeted.done():
+            raise self._gone.result()
+        missing = missing_layers(layers, self.layers)
+        if missing:
+            raise PluginConfinementError(
+                f"required but not in force here: {', '.join(missing)}; in force: {', '.join(self.layers)}; "
+                "cjm-ctl doctor tells why",
+                missing_layers=missing,
+                layers=self.layers,
+            )
 
     def encode_call(self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bytes]:
         """Return a call's frame, ready to send; a value that cannot cross is a `WireValueError` before anything is."""
@@ -209,6 +229,7 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         if self.python_version:
             raise ProtocolError("a second hello")
         self.layers, self.python_version = hello_of(header)
+        self._greeted.set_result(None)
 
     def _on_load_failed(self, header: dict[str, Any]) -> None:
         cause = restore_error(header.get("error"))

@@ -116,6 +116,22 @@ async def test_an_installed_plugin_is_described_by_itself_and_can_be_called(work
         assert await manager.execute_plugin_async("tiny", action="tiny.answer") == 42
 
 
+def test_a_grant_is_seen_without_installing_anew(workspace: Workspace) -> None:
+    workspace.install()
+    workspace.mark.touch()
+    plain = workspace.plugins.read_text()
+    workspace.plugins.write_text(plain + "    isolation: {network: true}\n    require: [rlimits]\n")
+    assert workspace.install().output == "tiny: granted\n"
+    assert workspace.install().output == "tiny: unchanged\n"
+    manifest = load_manifest(workspace.data_dir / "manifests/tiny.json")
+    assert (manifest.granted_isolation.network, manifest.required_layers) == (True, ("rlimits",))
+    assert workspace.install("--force").output == "tiny: installed\n"
+    assert load_manifest(workspace.data_dir / "manifests/tiny.json").granted_isolation.network
+    workspace.plugins.write_text(plain)
+    assert workspace.install().output == "tiny: granted\n"
+    assert load_manifest(workspace.data_dir / "manifests/tiny.json").overrides == {}
+
+
 def test_nothing_of_ours_is_installed_in_the_plugins_environment(workspace: Workspace) -> None:
     workspace.install()
     python = load_manifest(workspace.data_dir / "manifests/tiny.json").install.python_path

@@ -11,7 +11,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,10 +30,12 @@ from plugin_substrate.manifest import (
     FORMAT_VERSION,
     ManifestV2,
     compute_config_schema_hash,
+    load_manifest,
     parse_manifest,
     parse_strict_json,
     write_manifest,
 )
+from plugin_substrate.worker.isolation import profile_to_json
 from plugin_substrate.worker.text import clean_text
 
 INSTALLER_VERSION = "cjm-ctl 0.1.0"
@@ -46,13 +48,13 @@ _NOT_SOURCE = {"__pycache__", ".git", ".venv", ".mypy_cache", ".ruff_cache", ".p
 _BUILD_OUTPUT = {"build", "dist"}
 _CODE_KEYS = frozenset({
     "name", "version", "description", "module", "class", "interface", "idempotent", "stateless", "capabilities",
-    "taxonomy", "resources", "config_schema", "worker_env",
+    "taxonomy", "resources", "config_schema", "worker_env", "isolation",
 })  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class InstallOutcome:
-    """What became of one plugin: ``unchanged``, ``installed`` or ``failed``, and then why."""
+    """What became of one plugin: ``unchanged``, ``granted`` (new terms alone), ``installed``, or ``failed`` and why."""
 
     name: str
     status: str
@@ -73,7 +75,7 @@ class Installer:
             digest = _digest(spec)
             with installing(self._data_dir / "envs") as lock:
                 if not self._force and self._is_current(spec, digest):
-                    return InstallOutcome(name=spec.name, status="unchanged")
+                    return InstallOutcome(name=spec.name, status=self._grant(spec))
                 self._manifest(spec).unlink(missing_ok=True)
                 self._stamp(spec).unlink(missing_ok=True)
                 self._install(spec, lock)
@@ -96,6 +98,16 @@ class Installer:
             raise PluginConfigError(f"the plugin calls itself {described.get('name')!r}, plugins.yaml {spec.name!r}")
         half_done.unlink()
         write_manifest(self._manifest(spec), _manifest(described, environment_python(folder), spec))
+
+    def _grant(self, spec: PluginSpec) -> str:
+        """Bring the operator's part of an installed manifest to what the spec says."""
+        manifest = load_manifest(self._manifest(spec))
+        kept = {key: value for key, value in manifest.overrides.items() if key not in ("isolation", "require")}
+        overrides = {**kept, **_operators_part(spec)}
+        if overrides == manifest.overrides:
+            return "unchanged"
+        write_manifest(self._manifest(spec), replace(manifest, overrides=overrides))
+        return "granted"
 
     def _make_environment(self, spec: PluginSpec, folder: Path, lock: int) -> None:
         interpreter = find_interpreter(spec.python_version)
@@ -182,9 +194,14 @@ def _manifest(described: dict[str, Any], python: Path, spec: PluginSpec) -> Mani
         "drift_tracking": {
             "config_schema_hash": compute_config_schema_hash(schema if isinstance(schema, dict) else None)
         },
-        "overrides": {},
+        "overrides": _operators_part(spec),
     }
     return parse_manifest(data, source=spec.name)
+
+
+def _operators_part(spec: PluginSpec) -> dict[str, Any]:
+    part = {"isolation": profile_to_json(spec.isolation), "require": list(spec.require)}
+    return {key: value for key, value in part.items() if value}
 
 
 def _digest(spec: PluginSpec) -> str:

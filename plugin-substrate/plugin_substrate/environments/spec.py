@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +11,20 @@ import yaml
 
 from plugin_substrate.errors import PluginConfigError
 from plugin_substrate.manifest import NAME_PATTERN
+from plugin_substrate.worker.isolation import IsolationTerms, parse_required_layers, parse_terms
 
 _REQUIRED = ("name", "env_name", "package")
-_OPTIONAL = ("python_version",)
+_OPTIONAL = ("python_version", "isolation", "require")
+_STRUCTURED = ("isolation", "require")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^\]]*\])?\s*([=<>!~;@(].*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PluginSpec:
-    """One wished plugin. ``package`` is as written; ``folder`` is where it lies when it is a local path."""
+    """One wished plugin. ``package`` is as written; ``folder`` is where it lies when it is a local path.
+
+    ``isolation`` is what the operator grants it, ``require`` the layers it must not run without.
+    """
 
     name: str
     env_name: str
@@ -27,6 +32,8 @@ class PluginSpec:
     python_version: str = ""
     folder: Path | None = None
     editable: bool = False
+    isolation: IsolationTerms = field(default_factory=IsolationTerms)
+    require: tuple[str, ...] = ()
 
     @property
     def requirement(self) -> str:
@@ -65,9 +72,12 @@ def _entries(node: Any, problems: list[str]) -> list[Any]:
 def _spec(node: Any, base: Path, problems: list[str]) -> PluginSpec | None:
     found = len(problems)
     line = node.start_mark.line + 1
-    values: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    structured: dict[str, Any] = {}
     for key, value in _mapping(node, "a plugin", (*_REQUIRED, *_OPTIONAL), problems).items():
-        if isinstance(value, yaml.ScalarNode) and value.value.strip():
+        if key in _STRUCTURED:
+            structured[key] = _isolation_value(key, value, problems)
+        elif isinstance(value, yaml.ScalarNode) and value.value.strip():
             values[key] = value.value.strip()
         else:
             problems.append(f"line {value.start_mark.line + 1}: {key} must be text")
@@ -87,7 +97,33 @@ def _spec(node: Any, base: Path, problems: list[str]) -> PluginSpec | None:
         )
         return None
     folder = (base / package).resolve() if local else None
-    return PluginSpec(**{**values, "package": package}, folder=folder, editable=editable)
+    return PluginSpec(**{**values, "package": package}, **structured, folder=folder, editable=editable)
+
+
+def _isolation_value(key: str, node: Any, problems: list[str]) -> Any:
+    """Return the grants or the required layers; the rules are those of the manifest."""
+    found: list[str] = []
+    parse = parse_terms if key == "isolation" else parse_required_layers
+    try:
+        plain = _plain(node)
+    except RecursionError:  # an alias of itself
+        plain = "a value that contains itself"
+    value = parse(plain, key, found)
+    problems += [f"line {node.start_mark.line + 1}: {problem}" for problem in found]
+    return value
+
+
+def _plain(node: Any) -> Any:
+    """Return the value of a node as SafeLoader makes it; what it cannot make, or a repeated key, comes as a text."""
+    if isinstance(node, yaml.MappingNode):
+        values = {str(_plain(key)): _plain(value) for key, value in node.value}
+        return values if len(values) == len(node.value) else "a mapping with the same key twice"
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item) for item in node.value]
+    try:
+        return yaml.SafeLoader("").construct_object(node)
+    except (yaml.YAMLError, ValueError):
+        return str(node.value)
 
 
 def _mapping(node: Any, what: str, known: tuple[str, ...], problems: list[str]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ import os
 import resource
 import signal
 import sys
-from dataclasses import dataclass
+
+from plugin_substrate.worker.isolation import IsolationProfile
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_DUMPABLE = 4
@@ -24,19 +25,11 @@ FIRST_FREE_DESCRIPTOR = 3
 _HIGHEST_DESCRIPTOR = 1 << 20
 
 
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Resource limits of a worker; they hold for each process, not for a tree of them."""
-
-    open_files: int = 1024
-    file_bytes: int = 4 << 30
-
-
 class ConfinementError(OSError):
     """A layer that this system has could not be put in place; the process must not go on."""
 
 
-def confine_worker(limits: Limits, parent: int) -> tuple[str, ...]:
+def confine_worker(profile: IsolationProfile, parent: int) -> tuple[str, ...]:
     """Confine this process and return the layers that hold. Raises `ConfinementError`; the caller must then exit.
 
     ``parent`` is the process id the worker was forked from: if it is gone already, so must be the worker.
@@ -44,8 +37,8 @@ def confine_worker(limits: Limits, parent: int) -> tuple[str, ...]:
     os.setsid()
     os.umask(0o077)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _lower(resource.RLIMIT_NOFILE, limits.open_files)
-    _lower(resource.RLIMIT_FSIZE, limits.file_bytes)
+    _lower(resource.RLIMIT_NOFILE, profile.open_files)
+    _lower(resource.RLIMIT_FSIZE, profile.file_bytes)
     layers = ["clean_environment", "closed_descriptors", "new_session", "rlimits", "umask"]
     if sys.platform == "linux":
         die_with_parent(signal.SIGKILL, parent)

@@ -3,8 +3,8 @@
 It stays single-threaded, so that forking is well defined, and listens to its control socket alone. When the host is
 gone, however it went, the socket ends: everything below is killed and reaped until nothing is left, then it exits.
 
-Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "limits": {...}}`` with two
-descriptors (the worker's socket and its log pipe). To the host: ``{"spawned": n, "pid": p}`` with a pidfd,
+Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "isolation": {...}}`` with
+two descriptors (the worker's socket and its log pipe). To the host: ``{"spawned": n, "pid": p}`` with a pidfd,
 ``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r}`` (negative: the signal, as in subprocess).
 """
 
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from plugin_substrate.worker import confine, runtime
+from plugin_substrate.worker.isolation import IsolationProfile
 
 MAX_MESSAGE_BYTES = 1 << 16
 
@@ -146,7 +147,7 @@ def _become_worker(request: dict[str, Any], descriptors: list[int], supervisor: 
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
-        layers = confine.confine_worker(confine.Limits(**request["limits"]), supervisor)
+        layers = confine.confine_worker(IsolationProfile.from_json(request["isolation"]), supervisor)
         runtime.WorkerRuntime(socket.socket(fileno=confine.FIRST_FREE_DESCRIPTOR), layers).serve()
     except BaseException:  # noqa: BLE001 - nothing may climb into the supervisor's stack
         os.write(2, traceback.format_exc().encode(errors="replace"))
