@@ -9,6 +9,7 @@
     │   ├── PluginCancelledError    somebody asked for the end
     │   └── WorkerDiedError         the worker process ended before it answered
     ├── PluginResourceError         free or add resources
+    │   └── WorkerOOMError          the worker was ended for using too much memory
     ├── PluginFatalError            a fault in the plugin: report it to its author
     │   └── PluginLoadError         the plugin could not be started; names phase and last log lines
     │       └── PluginConfinementError  its worker holds less than the operator requires; names the missing layers
@@ -16,7 +17,8 @@
     ├── CallNotStartedError         whoever had to allow the call did not; nothing was sent
     ├── WireValueError              a value has no encoding; names its path (also a TypeError)
     ├── ProtocolError               the other side broke the frame protocol
-    └── ManifestError               a manifest breaks its rules; lists every violation (also a ValueError)
+    ├── ManifestError               a manifest breaks its rules; lists every violation (also a ValueError)
+    └── StoreError                  a file the host keeps cannot be used; names it and the remedy
 
 ``outcome_known`` is the second question a caller asks. True: the call never left the host, or the plugin itself said
 how it ended. False: the call was sent and nothing trustworthy came back, so its effect may or may not have happened.
@@ -84,7 +86,7 @@ class PluginInputError(PluginError, ValueError):
 
     category = ErrorCategory.USER_INPUT
     retriable_by_default = True
-    wire_fields = ("fields_invalid",)
+    wire_fields: ClassVar[tuple[str, ...]] = ("fields_invalid",)
 
     def __init__(self, message: str = "", *, fields_invalid: Sequence[str] = (), **options: Any) -> None:
         super().__init__(message, **options)
@@ -92,11 +94,23 @@ class PluginInputError(PluginError, ValueError):
 
 
 class PluginConfigError(PluginInputError):
-    """The plugin's configuration is wrong."""
+    """A configuration is wrong; ``config_class`` names the dataclass it was meant for, where there is one."""
+
+    wire_fields = ("fields_invalid", "config_class")
+
+    def __init__(self, message: str = "", *, config_class: str = "", **options: Any) -> None:
+        super().__init__(message, **options)
+        self.config_class = config_class
 
 
 class PluginDisabledError(PluginInputError):
-    """The instance is switched off."""
+    """The instance is switched off; ``plugin_name`` says of which plugin."""
+
+    wire_fields = ("fields_invalid", "plugin_name")
+
+    def __init__(self, message: str = "", *, plugin_name: str = "", **options: Any) -> None:
+        super().__init__(message, **options)
+        self.plugin_name = plugin_name
 
 
 class PluginTransientError(PluginError):
@@ -175,6 +189,23 @@ class PluginResourceError(PluginError):
         return {**super().to_fields(), "resource_shortfall": shortfall}
 
 
+class WorkerOOMError(PluginResourceError):
+    """The worker was ended for using too much memory; ``process_returncode`` is how, ``log_tail`` its last words."""
+
+    def __init__(
+        self,
+        message: str = "",
+        *,
+        process_returncode: int | None = None,
+        log_tail: Sequence[str] = (),
+        outcome_known: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(message, outcome_known=outcome_known, **options)
+        self.process_returncode = process_returncode
+        self.log_tail = tuple(log_tail)
+
+
 class PluginFatalError(PluginError):
     """A fault that repeating will not mend."""
 
@@ -235,6 +266,14 @@ class ManifestError(PluginError, ValueError):
         super().__init__((f"{source}: " if source else "") + "; ".join(self.violations))
 
 
+class StoreError(PluginError):
+    """A file in which the host keeps something cannot be read, written or trusted; ``path`` is that file."""
+
+    def __init__(self, message: str = "", *, path: str = "", **options: Any) -> None:
+        super().__init__(message, **options)
+        self.path = path
+
+
 #: The classes whose instances cross the border whole. The host trusts only these names in an error frame.
 WIRE_ERRORS: Mapping[str, type[PluginError]] = {
     cls.__name__: cls
@@ -282,6 +321,14 @@ def as_plugin_error(error: BaseException) -> PluginError:
     return typed
 
 
+class TracebackPolicy(StrEnum):
+    """How much of an exception's own text a record keeps: it may quote what the plugin worked on."""
+
+    FULL = "full"  #: message, repr and traceback
+    REPR_ONLY = "repr_only"  #: message and repr
+    NONE = "none"  #: neither, and a blank message
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobError:
     """An error as a record: what a queue keeps after the exception is gone."""
@@ -302,21 +349,40 @@ class JobError:
     occurred_at: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     @classmethod
-    def from_exception(cls, error: BaseException, *, plugin_name: str = "", plugin_instance_id: str = "") -> JobError:
+    def from_exception(
+        cls,
+        error: BaseException,
+        *,
+        plugin_name: str = "",
+        plugin_instance_id: str = "",
+        policy: TracebackPolicy = TracebackPolicy.FULL,
+    ) -> JobError:
         """Record any exception; bare ones are mapped as `classify_exception` says."""
         typed = as_plugin_error(error)
+        silent = policy is TracebackPolicy.NONE
         return cls(
             category=typed.category,
-            message=str(typed),
+            message="" if silent else str(typed),
             retriable=typed.retriable,
             outcome_known=typed.outcome_known,
             error_type=type(typed).__name__,
-            original_exc_repr=typed.original_exc_repr or repr(error),
-            traceback=typed.remote_traceback,
+            original_exc_repr="" if silent else typed.original_exc_repr or repr(error),
+            traceback=typed.remote_traceback if policy is TracebackPolicy.FULL else "",
             retry_after_seconds=getattr(typed, "retry_after_seconds", None),
             fields_invalid=getattr(typed, "fields_invalid", ()),
             resource_shortfall=getattr(typed, "resource_shortfall", None),
-            log_tail=getattr(typed, "log_tail", ()),
+            log_tail=() if silent else getattr(typed, "log_tail", ()),
             plugin_name=plugin_name,
             plugin_instance_id=plugin_instance_id,
         )
+
+
+def map_bare_exception_to_job_error(
+    error: BaseException,
+    *,
+    plugin_name: str = "",
+    plugin_instance_id: str = "",
+    policy: TracebackPolicy = TracebackPolicy.FULL,
+) -> JobError:
+    """Return `JobError.from_exception`, under the name it had before."""
+    return JobError.from_exception(error, plugin_name=plugin_name, plugin_instance_id=plugin_instance_id, policy=policy)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -23,11 +23,14 @@ from plugin_substrate.errors import (
     PluginTimeoutError,
     WorkerDiedError,
 )
+from plugin_substrate.hashing import hash_dict_canonical
 from plugin_substrate.interface import DATA_DIR_VARIABLE, CallContext
 from plugin_substrate.lifecycle import Supervisor
+from plugin_substrate.log_file import LogFile
 from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.proxy import RemotePluginProxy
+from plugin_substrate.switch import Switch
 from plugin_substrate.worker.isolation import IsolationProfile
 
 
@@ -56,12 +59,18 @@ class CallListeners:
 
 @dataclass(frozen=True, kw_only=True)
 class InstanceSettings:
-    """What an instance is loaded with."""
+    """What an instance is loaded with.
+
+    ``worker_env`` is asked at each start of a worker for the variables its plugin declares, secrets included.
+    """
 
     instance_id: str
     meta: PluginMeta
     config: Mapping[str, Any]
     data_dir: Path
+    log_path: Path
+    worker_env: Callable[[], Mapping[str, str]] = field(default=dict, repr=False)
+    enabled: bool = True
     max_concurrent_requests: int
     grace_seconds: float
     load_timeout: float
@@ -75,11 +84,16 @@ class LoadedInstance:
     def __init__(self, settings: InstanceSettings, supervisor: Callable[[], Supervisor]) -> None:
         self.settings = settings
         self._supervisor = supervisor
+        self.switch = Switch(settings.instance_id, settings.meta.name, enabled=settings.enabled, fire=self._fire)
+        self.live_config_schema: Mapping[str, Any] | None = None
+        self._log = LogFile(settings.log_path)
         self._created_at = datetime.now(UTC)
+        self._last_executed: datetime | None = None
         self._proxy: RemotePluginProxy | None = None
         self._supervisor_pid: int | None = None
         self._slots = asyncio.Semaphore(settings.max_concurrent_requests)
         self._reviving = asyncio.Lock()
+        self._changing = asyncio.Lock()
         self._patience: asyncio.Timeout | None = None
         self._closed = False
         self._cancels: set[asyncio.Task[CancelOutcome]] = set()
@@ -93,7 +107,10 @@ class LoadedInstance:
             plugin_name=settings.meta.name,
             plugin_version=settings.meta.version,
             config=dict(settings.config),
+            config_hash=hash_dict_canonical(settings.config),
+            enabled=self.switch.enabled,
             created_at=self._created_at,
+            last_executed=self._last_executed,
             max_concurrent_requests=settings.max_concurrent_requests,
             running_calls=len(proxy.calls) if proxy else 0,
             alive=alive,
@@ -116,14 +133,19 @@ class LoadedInstance:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
     ) -> CallResult:
         """Carry out one call, once. Before it is sent everything that can fail has been tried."""
-        await self._slots.acquire()
+        self.switch.enter()
+        try:
+            await self._slots.acquire()
+        except BaseException:
+            self.switch.leave()
+            raise
         pending = PendingCall(
             context,
             on_progress=listeners.on_progress,
             on_usage=listeners.on_usage,
             on_log=listeners.on_log,
         )
-        pending.value.add_done_callback(lambda _: self._slots.release())  # the slot is held until the worker is free
+        pending.value.add_done_callback(self._end_of_call)  # the slot is held until the worker is free
         try:
             await self._prepare_and_send(pending, args, kwargs, listeners)
         except BaseException:
@@ -141,6 +163,80 @@ class LoadedInstance:
             logs=tuple(pending.logs),
             duration_seconds=time.monotonic() - started,
         )
+
+    def _end_of_call(self, _: asyncio.Future[Any]) -> None:
+        self._slots.release()
+        self.switch.leave()
+
+    async def ask(
+        self,
+        verb: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        on_progress: Callable[[float, str], object] | None = None,
+    ) -> Any:
+        """Ask something of the plugin that is no call, in a worker that is started if there is none."""
+        proxy = await self.worker()
+        return await proxy.ask(verb, arguments, on_progress=on_progress)
+
+    async def kill_worker(self) -> None:
+        """End the worker at once; the next call starts another."""
+        if self._proxy is not None:
+            await self._proxy.kill()
+
+    async def restart(self, settings: InstanceSettings | None = None) -> None:
+        """Replace the worker, taking over other settings; the number of slots stays.
+
+        When the new one does not come up, a `PluginLoadError` says why, the settings stay as they were, and the next
+        call starts a worker with them.
+        """
+        async with self._reviving:
+            if self._closed:
+                raise PluginNotLoadedError(f"{self.settings.instance_id!r} is being unloaded")
+            if self._proxy is not None:
+                await self._proxy.unload(self.settings.grace_seconds)
+            before, self.settings = self.settings, settings or self.settings
+            try:
+                self._proxy = await self._start()
+            except BaseException:
+                self.settings = before
+                raise
+
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Have the plugin take over a configuration while no call runs; calls that come meanwhile wait.
+
+        When it fails the worker, in nobody knows what state, is ended, and the next starts with the old configuration.
+        """
+        settings = replace(self.settings, config=config)
+        async with self._without_calls():
+            proxy = self._proxy
+            if proxy is None or not proxy.alive:
+                await self.restart(settings)
+                return
+            try:
+                await proxy.ask("reconfigure", {"old": dict(self.settings.config), "new": dict(config)})
+            except BaseException:
+                await proxy.kill()
+                raise
+            self.settings = settings
+
+    @asynccontextmanager
+    async def _without_calls(self) -> AsyncIterator[None]:
+        async with self._changing:  # two that each hold some of the slots would wait for ever
+            held = 0
+            try:
+                for _ in range(self.settings.max_concurrent_requests):
+                    await self._slots.acquire()
+                    held += 1
+                yield
+            finally:
+                for _ in range(held):
+                    self._slots.release()
+
+    async def _fire(self, hook: str) -> None:
+        """Send a hook to the worker that is there; one that is not has nothing to be told."""
+        if self._proxy is not None and self._proxy.alive:
+            await self._proxy.ask(hook)
 
     async def cancel(self, call_id: str) -> CancelOutcome:
         """Ask a call to end and kill the worker when it has not within the grace."""
@@ -167,6 +263,7 @@ class LoadedInstance:
                 await self._proxy.unload(self.settings.grace_seconds)
         if self._cancels:
             await asyncio.wait(self._cancels)
+        self._log.close()
 
     async def _prepare_and_send(
         self, pending: PendingCall, args: tuple[Any, ...], kwargs: dict[str, Any], listeners: CallListeners
@@ -183,6 +280,7 @@ class LoadedInstance:
             raise WorkerDiedError("the worker ended before the call was sent", outcome_known=True)
         if listeners.on_started is not None:
             listeners.on_started()
+        self._last_executed = datetime.now(UTC)
         proxy.send_call(pending, frame)
 
     async def _outcome(self, pending: PendingCall) -> Any:
@@ -220,12 +318,13 @@ class LoadedInstance:
         try:
             async with asyncio.timeout(settings.load_timeout) as self._patience:
                 _prepare_folder(settings.data_dir)
+                self._log.start(settings.meta.name, settings.meta.version)
                 supervisor = self._supervisor()
                 self._supervisor_pid = supervisor.pid
                 process = await supervisor.spawn(
                     env=_environment(settings), cwd=settings.data_dir, isolation=settings.isolation
                 )
-                proxy = await RemotePluginProxy.connect(process)
+                proxy = await RemotePluginProxy.connect(process, self._log.line)
                 phase = "confine"
                 await proxy.require(settings.required_layers)
                 phase = "load"
@@ -235,6 +334,7 @@ class LoadedInstance:
                 await proxy.kill()
             elif supervisor is not None and isinstance(error, TimeoutError) and not self._closed:
                 supervisor.dismiss()  # it does not answer
+            self._log.close()
             if isinstance(error, PluginError | OSError):
                 raise self._load_error(error, phase, proxy) from error.__cause__ or error
             raise
@@ -286,6 +386,6 @@ def _environment(settings: InstanceSettings) -> dict[str, str]:
         "LANG": "C.UTF-8",
         "HOME": str(settings.data_dir),
         "TMPDIR": str(settings.data_dir / "tmp"),
-        **install.env_vars,
+        **settings.worker_env(),
         DATA_DIR_VARIABLE: str(settings.data_dir),
     }

@@ -13,16 +13,19 @@ import re
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from plugin_substrate.errors import PluginCancelledError, PluginInputError
 
 DATA_DIR_VARIABLE = "CJM_PLUGIN_DATA_DIR"
+
+#: The key in a dataclass field's metadata that names what a change of the field releases: see `reconfigure`.
+RELOAD_TRIGGER = "reload_trigger"
 
 #: A report of usage names at most so many units, and each in at most so many characters.
 MAX_USAGE_UNITS = 100
@@ -80,6 +83,49 @@ class InputFile(_NamedBytes):
 @dataclass(frozen=True)
 class OutputFile(_NamedBytes):
     """A file a plugin made; may stand anywhere in the result. ``name`` is a bare file name, never a path."""
+
+
+@runtime_checkable
+class FileBackedDTO(Protocol):
+    """Something that can stand in a file: as an argument of a call it is replaced by the path it returns."""
+
+    def to_temp_file(self) -> str:
+        """Write it and return where."""
+        ...
+
+
+@dataclass(frozen=True)
+class EnvVarSpec:
+    """A variable of the environment that a plugin's worker reads.
+
+    The host sets a ``secret`` one from its secret store and never shows it; ``default`` and ``options`` are for the
+    others.
+    """
+
+    name: str
+    secret: bool = False
+    required: bool = False
+    label: str = ""
+    description: str = ""
+    default: str | None = None
+    options: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class ConfigOption:
+    """One value that a setting may take at the moment."""
+
+    value: Any
+    label: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FieldOptions:
+    """What a setting may be at the moment: live facts, which never enter the configuration's schema."""
+
+    options: list[ConfigOption] = field(default_factory=list)
+    constraints: dict[str, Any] = field(default_factory=dict)
 
 
 class ActiveCall:
@@ -157,7 +203,14 @@ def _active() -> ActiveCall:
 
 
 class PluginInterface(ABC):
-    """Base class of every plugin."""
+    """Base class of every plugin.
+
+    ``WORKER_ENV`` declares the variables that the worker reads; ``config_class`` may name the dataclass of the
+    configuration, whose fields' metadata then says what a change of them releases.
+    """
+
+    WORKER_ENV: ClassVar[Sequence[EnvVarSpec]] = ()
+    config_class: ClassVar[type | None] = None
 
     @property
     @abstractmethod
@@ -185,6 +238,10 @@ class PluginInterface(ABC):
     def get_current_config(self) -> dict[str, Any]:
         """Return the configuration in use."""
 
+    def execute_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+        """Do the work piece by piece; unless overridden, in the one piece that ``execute`` returns."""
+        yield self.execute(*args, **kwargs)
+
     def run_action(self, action: str, **arguments: Any) -> Any:
         """Call the method tagged with ``action``, for use in ``execute``; an unknown one is a `PluginInputError`."""
         actions = _actions(type(self))
@@ -195,6 +252,46 @@ class PluginInterface(ABC):
 
     def cleanup(self) -> None:  # noqa: B027 - an optional hook: doing nothing is its right default
         """Release what is held; called once on unload."""
+
+    def prefetch(self) -> None:  # noqa: B027 - an optional hook
+        """Fetch what calls will need, such as models; reports progress like a call, or is taken for stalled."""
+
+    def on_disable(self) -> None:  # noqa: B027 - an optional hook
+        """Let go of what a plugin without calls needs not hold; called when the last call has ended."""
+
+    def on_enable(self) -> None:  # noqa: B027 - an optional hook
+        """Make ready again after `on_disable`."""
+
+    def get_config_options(self) -> dict[str, FieldOptions]:
+        """Return what settings may be at the moment, by name; only those with live options."""
+        return {}
+
+    def reconfigure(self, old_config: dict[str, Any], new_config: dict[str, Any]) -> None:
+        """Take over a new configuration, when no call is running.
+
+        Releases what the changed settings hold, then calls ``_apply_config(new_config)`` if the plugin has it, else
+        ``initialize(new_config)``. When this raises, the worker is replaced, with the old configuration.
+        """
+        self.reconfigure_with_triggers(old_config, new_config)
+        apply = getattr(self, "_apply_config", self.initialize)
+        apply(new_config)
+
+    def reconfigure_with_triggers(self, old_config: dict[str, Any], new_config: dict[str, Any]) -> None:
+        """Call ``_release_<trigger>()`` once for each trigger that a changed field of `config_class` names.
+
+        One that raises or is missing is logged, and the others still run.
+        """
+        changed = self.fields_that_changed(old_config, new_config)
+        for trigger in _triggers(self.config_class, changed):
+            try:
+                getattr(self, f"_release_{trigger}")()
+            except Exception:
+                _logger.exception("releasing %r failed", trigger)
+
+    @staticmethod
+    def fields_that_changed(old_config: Mapping[str, Any], new_config: Mapping[str, Any]) -> set[str]:
+        """Return the settings whose values differ; a missing one counts as None."""
+        return {key for key in {*old_config, *new_config} if old_config.get(key) != new_config.get(key)}
 
     @property
     def call(self) -> CallContext:
@@ -248,6 +345,14 @@ class PluginInterface(ABC):
             yield
         finally:
             call.remove_callback(callback)
+
+
+def _triggers(config_class: type | None, changed: set[str]) -> list[str]:
+    """Return the distinct reload triggers of the changed fields, in the order of the fields."""
+    if config_class is None or not is_dataclass(config_class):
+        return []
+    named = [entry.metadata.get(RELOAD_TRIGGER) for entry in fields(config_class) if entry.name in changed]
+    return list(dict.fromkeys(str(trigger) for trigger in named if trigger))
 
 
 def is_amount(value: object) -> bool:

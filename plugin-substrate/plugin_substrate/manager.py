@@ -231,6 +231,8 @@ class PluginManager:
             meta=meta,
             config=_effective_config(meta, config or {}),
             data_dir=self._data_dir / "data" / meta.name,
+            log_path=self._data_dir / "logs" / f"{instance_id}.log",
+            worker_env=lambda: meta.manifest.install.env_vars,
             max_concurrent_requests=max_concurrent_requests,
             grace_seconds=self._grace_seconds,
             load_timeout=self._load_timeout,

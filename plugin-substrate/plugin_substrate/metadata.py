@@ -69,13 +69,19 @@ class RejectedManifest:
 
 @dataclass(frozen=True, kw_only=True)
 class PluginInstance:
-    """A loaded plugin at one moment: ``layers`` names the confinement that its worker reported as in force."""
+    """A loaded plugin at one moment: ``layers`` names the confinement that its worker reported as in force.
+
+    ``config`` is the whole configuration, defaults included, and ``config_hash`` its digest.
+    """
 
     instance_id: str
     plugin_name: str
     plugin_version: str
     config: Mapping[str, Any]
+    config_hash: str
+    enabled: bool
     created_at: datetime
+    last_executed: datetime | None
     max_concurrent_requests: int
     running_calls: int
     alive: bool

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -35,12 +36,14 @@ _TURN_SECONDS = 0.001
 class RemotePluginProxy(asyncio.BufferedProtocol):
     """One worker's connection. Created by `connect`; of no use after `alive` turned false."""
 
-    def __init__(self, process: WorkerProcess) -> None:
+    def __init__(self, process: WorkerProcess, on_line: Callable[[str, str], object]) -> None:
         self._process = process
+        self._on_line = on_line
         self._decoder = FrameDecoder()
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._log = LogPipe(process.log_descriptor, self._on_pipe_line)
         self._calls: dict[str, PendingCall] = {}
+        self._asks: dict[str, PendingCall] = {}
         self._transport: asyncio.Transport | None = None
         self._reading: set[asyncio.Task[None]] = set()
         self._broken: ProtocolError | None = None
@@ -52,9 +55,11 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         self.python_version = ""
 
     @classmethod
-    async def connect(cls, process: WorkerProcess) -> RemotePluginProxy:
-        """Take over a forked worker."""
-        proxy = cls(process)
+    async def connect(
+        cls, process: WorkerProcess, on_line: Callable[[str, str], object] = lambda *_: None
+    ) -> RemotePluginProxy:
+        """Take over a forked worker. ``on_line`` hears each line it writes, with the id of its call or none."""
+        proxy = cls(process, on_line)
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: proxy, sock=process.connection)
         except BaseException:
@@ -128,6 +133,22 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         self._calls[call.context.call_id] = call
         self._write(frame)
 
+    async def ask(
+        self,
+        verb: str,
+        arguments: Mapping[str, Any] | None = None,
+        *,
+        on_progress: Callable[[float, str], object] | None = None,
+    ) -> Any:
+        """Ask something of the plugin that is no call, see `worker.verbs`, and return its answer."""
+        question = PendingCall(CallContext(call_id=f"{verb}-{uuid.uuid4().hex}"), on_progress=on_progress)
+        segments = pack_value(dict(arguments or {}), verb)
+        if not self.alive:
+            raise WorkerDiedError(f"the worker ended before {verb} was sent", outcome_known=True)
+        self._asks[question.context.call_id] = question
+        self._send({"type": "ask", "id": question.context.call_id, "verb": verb}, segments)
+        return await question.value
+
     def request_cancel(self, call_id: str) -> None:
         """Ask the plugin to end one call."""
         self._send({"type": "cancel", "id": call_id})
@@ -198,8 +219,9 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         self._log.close()
         returncode = self._process.returncode.result() if self._process.returncode.done() else None
         self._gone.set_result(death_of(returncode, self._broken, self._lines))
-        calls, self._calls = self._calls, {}
-        for call in calls.values():
+        waiting = [*self._calls.values(), *self._asks.values()]
+        self._calls, self._asks = {}, {}
+        for call in waiting:
             death = death_of(returncode, self._broken, self._lines)  # each waiter raises an error of its own
             call.fail(forced_end_of(call.context.call_id, death) if call.forced else death)
 
@@ -239,19 +261,25 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
 
     def _on_log(self, header: dict[str, Any]) -> None:
         line = line_of(header, "line")
-        self._lines.append(line)
-        call = self._calls.get(text_of(header, "id"))
-        if call is not None:
-            call.log(line)
+        call = self._find(header)
+        self._keep(call, line)
 
     def _on_pipe_line(self, line: str) -> None:
         """A line without a call belongs to the only call there is, or to none."""
+        self._keep(next(iter(self._calls.values())) if len(self._calls) == 1 else None, line)
+
+    def _keep(self, call: PendingCall | None, line: str) -> None:
         self._lines.append(line)
-        if len(self._calls) == 1:
-            next(iter(self._calls.values())).log(line)
+        self._on_line(call.context.call_id if call else "", line)
+        if call is not None:
+            call.log(line)
+
+    def _find(self, header: dict[str, Any]) -> PendingCall | None:
+        call_id = text_of(header, "id")
+        return self._calls.get(call_id) or self._asks.get(call_id)
 
     def _on_report(self, kind: str, header: dict[str, Any]) -> None:
-        call = self._calls.get(text_of(header, "id"))
+        call = self._find(header)
         if call is None:
             return  # a thread that outlived its call
         if kind == "progress":
@@ -260,7 +288,7 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
             call.replace_usage(usage_of(header))
 
     def _on_end(self, kind: str, frame: Frame) -> None:
-        call = self._calls.get(text_of(frame.header, "id"))
+        call = self._find(frame.header)
         if call is None or call.answered:
             raise ProtocolError("an answer to a call that is not running")
         call.answered = True
@@ -287,7 +315,9 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
             self._end(call).finish(value)
 
     def _end(self, call: PendingCall) -> PendingCall:
-        return self._calls.pop(call.context.call_id)
+        self._calls.pop(call.context.call_id, None)
+        self._asks.pop(call.context.call_id, None)
+        return call
 
     def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
         self._write(encode_frame(header, segments or []))

@@ -61,7 +61,7 @@ def _checked(fields: dict[str, Any]) -> dict[str, Any]:
         match name, value:
             case "retriable", bool():
                 kept[name] = value
-            case "path", str():
+            case (("path" | "config_class" | "plugin_name"), str()):
                 kept[name] = clean_line(value, _MAX_NAME)
             case "fields_invalid", list() if all(isinstance(item, str) for item in value):
                 kept[name] = [clean_line(item, _MAX_NAME) for item in value[:_MAX_NAMES]]

@@ -1,8 +1,8 @@
 """The plugin worker: one plugin object, a reader thread that always listens, and threads that execute calls.
 
-Frames from the host: ``load``, ``call``, ``cancel``, ``unload``. To the host: ``hello`` (before any plugin code is
-imported), ``ready`` or ``load_failed``, for each call any number of ``log``, ``progress`` and ``usage`` and then one
-``result`` or ``error``, and ``unloaded``. What plugin code prints never enters this stream.
+Frames from the host: ``load``, ``call``, ``ask``, ``cancel``, ``unload``. To the host: ``hello`` (before any plugin
+code is imported), ``ready`` or ``load_failed``, for each call or question any number of ``log``, ``progress`` and
+``usage`` and then one ``result`` or ``error``, and ``unloaded``. What plugin code prints never enters this stream.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ from typing import Any, NoReturn
 
 from plugin_substrate.errors import PluginCancelledError, PluginConfigError, ProtocolError, WireValueError
 from plugin_substrate.interface import ActiveCall, CallContext, PluginInterface, current_call
+from plugin_substrate.worker import verbs
 from plugin_substrate.worker.failures import describe_error
 from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, FrameDecoder, encode_frame
 from plugin_substrate.worker.logs import capture_output
 from plugin_substrate.worker.values import pack_value, unpack_value
+
+Work = Callable[[PluginInterface, Any], Any]
 
 _CONTEXT_FIELDS = {field.name for field in fields(CallContext)}
 
@@ -84,6 +87,8 @@ class WorkerRuntime:
                 self._tasks.put(lambda: self._load(frame))
             case "call":
                 self._accept(frame)
+            case "ask":
+                self._ask(frame)
             case "cancel":
                 self._cancel(frame.header["id"])
             case "unload":
@@ -130,22 +135,39 @@ class WorkerRuntime:
 
     def _accept(self, frame: Frame) -> None:
         context = frame.header["context"]
+        call = self._register(CallContext(**{key: value for key, value in context.items() if key in _CONTEXT_FIELDS}))
+        self._tasks.put(lambda: self._execute(call, frame, _call_plugin))
+
+    def _ask(self, frame: Frame) -> None:
+        """Answer a question about the plugin: in a thread of its own, so that calls do not hold it up."""
+        verb = frame.header["verb"]
+        call = self._register(CallContext(call_id=frame.header["id"]))
+
+        def work() -> None:
+            self._execute(call, frame, lambda plugin, arguments: verbs.answer(plugin, verb, arguments))
+
+        if verb in verbs.CHANGING:
+            self._tasks.put(work)
+        else:
+            threading.Thread(target=work, name=f"ask-{verb}", daemon=True).start()
+
+    def _register(self, context: CallContext) -> ActiveCall:
         call = ActiveCall(
-            CallContext(**{name: value for name, value in context.items() if name in _CONTEXT_FIELDS}),
+            context,
             on_progress=lambda progress, message: self._send(
                 {"type": "progress", "id": call.context.call_id, "progress": progress, "message": message[:1000]}
             ),
             on_usage=lambda usage: self._send({"type": "usage", "id": call.context.call_id, "usage": usage}),
         )
-        self._calls[call.context.call_id] = call  # known before it runs, so that a cancel cannot miss it
-        self._tasks.put(lambda: self._execute(call, frame))
+        self._calls[context.call_id] = call  # known before it runs, so that a cancel cannot miss it
+        return call
 
-    def _execute(self, call: ActiveCall, frame: Frame) -> None:
+    def _execute(self, call: ActiveCall, frame: Frame, work: Work) -> None:
         call_id, started = call.context.call_id, time.monotonic()
         segments: list[bytes] = []
         try:
             with call.entered():
-                segments = self._run(call, frame)
+                segments = self._run(call, frame, work)
             answer: dict[str, Any] = {"type": "result"}
         except BaseException as error:  # noqa: BLE001 - sys.exit() in a plugin must not end the worker
             answer = {"type": "error", "error": describe_error(error)}
@@ -153,13 +175,12 @@ class WorkerRuntime:
         self._calls.pop(call_id, None)
         self._answer({**answer, "id": call_id, "seconds": time.monotonic() - started}, segments)
 
-    def _run(self, call: ActiveCall, frame: Frame) -> list[bytes]:
+    def _run(self, call: ActiveCall, frame: Frame, work: Work) -> list[bytes]:
         if call.cancelled:
             raise PluginCancelledError
         if self._plugin is None:
             raise ProtocolError("a call before the plugin was ready")
-        arguments = unpack_value(frame.segments)
-        return pack_value(self._plugin.execute(*arguments["args"], **arguments["kwargs"]), "result")
+        return pack_value(work(self._plugin, unpack_value(frame.segments)), "result")
 
     def _answer(self, header: dict[str, Any], segments: list[bytes]) -> None:
         try:
@@ -209,6 +230,10 @@ class WorkerRuntime:
                     self._connection.sendall(piece)
         except OSError:
             os._exit(0)  # the host is gone, and with it everyone this work was for
+
+
+def _call_plugin(plugin: PluginInterface, arguments: Any) -> Any:
+    return plugin.execute(*arguments["args"], **arguments["kwargs"])
 
 
 def _die() -> NoReturn:
