@@ -1,0 +1,96 @@
+"""Fields by path: what a condition may look at, and how it is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+FieldPath = str | tuple[str, ...]
+
+ROOTS = {
+    "agent": "the agent's name in the run",
+    "arguments": "the arguments of the call, as they would be carried out",
+    "autonomy": "the autonomy level in force: L1, L2 or L3",
+    "capability": "the registered capability: id, version, mode, plugin, certified, idempotent",
+    "claims": "what the agent says of its proposal; untrusted",
+    "principal": "on whose behalf the run acts: user_id, actor_kind, scopes",
+    "resource": "the resource the call is for",
+}
+"""The first part of every path, and what stands there."""
+
+_PLAIN = frozenset({"agent", "autonomy", "resource"})
+_MEMBERS = {
+    "capability": frozenset({"id", "version", "mode", "plugin", "certified", "idempotent"}),
+    "principal": frozenset({"user_id", "actor_kind", "scopes"}),
+}
+
+
+class Missing:
+    """What stands at a path where there is nothing; not even null."""
+
+    def __repr__(self) -> str:
+        return "missing"
+
+
+MISSING = Missing()
+
+
+def parts(path: FieldPath) -> tuple[str, ...]:
+    """A path's names: a text is split at its dots, a list is taken as it is."""
+    return tuple(path.split(".")) if isinstance(path, str) else path
+
+
+def shown(path: FieldPath) -> str:
+    """A path as messages write it."""
+    return path if isinstance(path, str) else "/".join(path)
+
+
+def check_path(path: FieldPath) -> FieldPath:
+    """Refuse a path that can never lead anywhere, so that a slip is no condition that is always false.
+
+    Raises:
+        ValueError: naming the paths there are.
+    """
+    root, *rest = parts(path)
+    if root not in ROOTS:
+        raise ValueError(f"{shown(path)!r} starts with none of {', '.join(sorted(ROOTS))}")
+    if not all(rest) or (root in _PLAIN and rest):
+        raise ValueError(f"{shown(path)!r} leads nowhere: {root} is {ROOTS[root]}")
+    if root in _MEMBERS and (len(rest) != 1 or rest[0] not in _MEMBERS[root]):
+        raise ValueError(f"{shown(path)!r} leads nowhere: {root} has {', '.join(sorted(_MEMBERS[root]))}")
+    return path
+
+
+Lookup = Callable[[Mapping[str, Any]], Any]
+
+
+def lookup(path: FieldPath) -> Lookup:
+    """A function that finds the field in a mapping of roots; a number is an index of a list."""
+    root, *rest = parts(path)
+    if not rest:
+        return lambda fields: fields.get(root, MISSING)
+    if len(rest) == 1:
+        (name,) = rest
+
+        def member(fields: Mapping[str, Any]) -> Any:
+            holder = fields.get(root)
+            return holder.get(name, MISSING) if type(holder) is dict else _step(holder, name)
+
+        return member
+
+    def walk(fields: Mapping[str, Any]) -> Any:
+        found = fields.get(root)
+        for name in rest:
+            found = _step(found, name)
+        return found
+
+    return walk
+
+
+def _step(holder: Any, name: str) -> Any:
+    if isinstance(holder, Mapping):
+        return holder.get(name, MISSING)
+    if isinstance(holder, list | tuple) and name.isascii() and name.isdigit() and len(name) < 10:
+        index = int(name)
+        return holder[index] if index < len(holder) else MISSING
+    return MISSING
