@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import UUID, uuid5
+from uuid import UUID
 
 from plm_engine_core.agent_runtime import Call, Progress
 from plm_engine_core.agent_runtime.executor import ARGUMENTS_REFUSED
@@ -16,7 +16,7 @@ from plm_engine_core.control_plane import Begun, Grant, Outcome
 from plm_engine_core.control_plane.errors import NotFound, StorageUnavailable
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.storage.ports import RunStore
-from plugin_substrate.errors import PluginError
+from plugin_substrate.errors import PluginError, PluginNotLoadedError
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.metadata import PluginMeta
@@ -91,9 +91,8 @@ class PluginExecutor:
                 job = await self._run(call, grant, instance_id, arguments, attempt, reports)
         finally:
             del self._attempts[grant.id]
-        outcome = outcome_of(
-            call.capability, job, refusal=attempt.refusal, timed_out=attempt.timed_out, layers=self._layers(instance_id)
-        )
+        layers = self._layers(instance_id, str(call.tenant_id))
+        outcome = outcome_of(call.capability, job, refusal=attempt.refusal, timed_out=attempt.timed_out, layers=layers)
         try:
             return await self._files.outward(call, outcome)
         except (OSError, ValueError) as error:
@@ -164,16 +163,19 @@ class PluginExecutor:
             left_host.cancel()
 
     async def _instance(self, meta: PluginMeta, tenant_id: UUID) -> str:
-        """A worker serves one tenant, unless its plugin keeps nothing between calls."""
-        instance_id = meta.name if meta.stateless else f"{meta.name[:31]}-{uuid5(tenant_id, meta.name).hex}"
-        await self._manager.load_plugin_async(meta, instance_id=instance_id, max_concurrent_requests=self._concurrency)
-        return instance_id
+        """The plugin, loaded; its manager gives each tenant a worker of its own, unless the plugin is stateless."""
+        loaded = await self._manager.load_plugin_async(
+            meta, tenant_id=str(tenant_id), max_concurrent_requests=self._concurrency
+        )
+        return loaded.instance_id
 
-    def _layers(self, instance_id: str) -> tuple[str, ...]:
-        for instance in self._manager.list_instances():
-            if instance.instance_id == instance_id:
-                return instance.layers
-        return ()
+    def _layers(self, instance_id: str, tenant_id: str) -> tuple[str, ...]:
+        """What confines the worker that serves a tenant; nothing is claimed of one that is gone."""
+        try:
+            workers = self._manager.get_instance(instance_id).workers
+        except PluginNotLoadedError:
+            return ()
+        return next((each.layers for each in workers if each.shared or each.tenant_id == tenant_id), ())
 
 
 @asynccontextmanager

@@ -6,9 +6,10 @@ import asyncio
 from dataclasses import dataclass
 
 from plugin_substrate.errors import PluginNotLoadedError
-from plugin_substrate.instance import InstanceSettings, LoadedInstance
+from plugin_substrate.instance import LoadedInstance
 from plugin_substrate.metadata import PluginMeta
 from plugin_substrate.supervisors import Key, SupervisorPool
+from plugin_substrate.tenant_worker import InstanceSettings
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class InstanceTable:
         """Return the loaded instances."""
         return list(self._instances.values())
 
-    async def load(self, settings: InstanceSettings) -> None:
-        """Load an instance, or wait for the load of its id that is already going on."""
-        loading = self._loading.get(settings.instance_id) or self._begin_load(settings)
+    async def load(self, settings: InstanceSettings, tenant_id: str = "") -> None:
+        """Load an instance and start a tenant's worker, or wait for the load of its id that is already going on."""
+        loading = self._loading.get(settings.instance_id) or self._begin_load(settings, tenant_id)
         await asyncio.shield(loading.task)
 
     async def unload(self, instance_id: str) -> bool:
@@ -58,19 +59,19 @@ class InstanceTable:
             self._begin_unload(instance_id)
         await asyncio.gather(*self._unloading)
 
-    def _begin_load(self, settings: InstanceSettings) -> _Loading:
+    def _begin_load(self, settings: InstanceSettings, tenant_id: str) -> _Loading:
         key = _supervisor_key(settings.meta)
         instance = LoadedInstance(settings, lambda: self._supervisors.get(key))
-        task = asyncio.get_running_loop().create_task(self._load(instance))
+        task = asyncio.get_running_loop().create_task(self._load(instance, tenant_id))
         task.add_done_callback(_read_exception)
         loading = self._loading[settings.instance_id] = _Loading(instance, task)
         return loading
 
-    async def _load(self, instance: LoadedInstance) -> None:
+    async def _load(self, instance: LoadedInstance, tenant_id: str) -> None:
         instance_id, key = instance.settings.instance_id, _supervisor_key(instance.settings.meta)
         self._supervisors.join(key)
         try:
-            await instance.worker()
+            await instance.load(tenant_id)
             self._instances[instance_id] = instance
         except BaseException:
             await self._supervisors.leave(key)

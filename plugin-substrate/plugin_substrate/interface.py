@@ -44,7 +44,8 @@ class CallContext:
     """Who asked for a call and under which keys.
 
     ``step_key`` stays the same when a step is repeated: an idempotent plugin applies the effect of one key once.
-    ``deadline`` is a Unix time in seconds, or None.
+    ``deadline`` is a Unix time in seconds, or None. A ``confidential`` call carries a secret of its step: its worker
+    serves that run alone and is replaced after it.
     """
 
     call_id: str
@@ -53,6 +54,7 @@ class CallContext:
     step_key: str = ""
     traceparent: str = ""
     deadline: float | None = None
+    confidential: bool = False
 
 
 @dataclass(frozen=True)
@@ -300,11 +302,14 @@ class PluginInterface(ABC):
 
     @property
     def data_dir(self) -> Path:
-        """The plugin's own writable folder; a LookupError when the host gave none."""
+        """The plugin's own writable folder for this tenant; a LookupError when it has none, being stateless."""
         try:
             return Path(os.environ[DATA_DIR_VARIABLE])
         except KeyError:
-            raise LookupError(f"this process has no {DATA_DIR_VARIABLE}: the host sets it in every worker") from None
+            raise LookupError(
+                f"this process has no {DATA_DIR_VARIABLE}: a plugin that is declared stateless keeps nothing; "
+                "what a call needs for itself belongs into a temporary folder"
+            ) from None
 
     def report_progress(self, progress: float, message: str = "") -> None:
         """Tell the caller how far this call is: 0 to 1, or -1 when nobody can know. Other numbers are a ValueError."""

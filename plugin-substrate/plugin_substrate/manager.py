@@ -12,11 +12,12 @@ from typing import Any
 from plugin_substrate.discovery import find_manifests, manifest_folders
 from plugin_substrate.errors import PluginConfigError, PluginError
 from plugin_substrate.home_loop import HomeLoop
-from plugin_substrate.instance import CallListeners, CancelOutcome, InstanceSettings
+from plugin_substrate.instance import CallListeners, CancelOutcome
 from plugin_substrate.instances import InstanceTable
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta, RejectedManifest
+from plugin_substrate.tenant_worker import InstanceSettings
 from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers, resolve_profile
 
 _logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class PluginManager:
         load_timeout: float = 60.0,
         isolation: IsolationProfile | None = None,
         require: Sequence[str] = (),
+        max_tenant_workers: int = 16,
     ) -> None:
         """``isolation`` is what plugins get where nothing else is said; ``require`` names layers all must hold."""
         problems: list[str] = []
@@ -50,6 +52,9 @@ class PluginManager:
         self._grace_seconds = grace_seconds
         self._load_timeout = load_timeout
         self._isolation = isolation or IsolationProfile()
+        if max_tenant_workers < 1:
+            raise ValueError(f"max_tenant_workers must be at least 1, not {max_tenant_workers}")
+        self._max_tenant_workers = max_tenant_workers
         self._home = HomeLoop()
         self._discovered: dict[str, PluginMeta] = {}
         self._rejected: tuple[RejectedManifest, ...] = ()
@@ -93,6 +98,7 @@ class PluginManager:
         *,
         instance_id: str | None = None,
         max_concurrent_requests: int = 1,
+        tenant_id: str = "",
     ) -> PluginInstance:
         """Start a worker and initialise the plugin in it; an id that is loaded already is returned as it is.
 
@@ -100,6 +106,8 @@ class PluginManager:
         `PluginLoadError` names plugin, phase and last log lines, and leaves no process (a `PluginConfinementError`: for
         want of a required layer); a `PluginNotLoadedError` tells that it was unloaded meanwhile. Cancelling the
         awaiting task does not stop the load.
+
+        The worker that is started is the one of ``tenant_id``; every other tenant's starts at its first call.
         """
         self._home.adopt()
         chosen = meta.name if instance_id is None else instance_id
@@ -108,7 +116,7 @@ class PluginManager:
         if max_concurrent_requests < 1:
             raise ValueError(f"max_concurrent_requests must be at least 1, not {max_concurrent_requests}")
         if chosen not in self._instances:
-            await self._instances.load(self._settings(chosen, meta, config, max_concurrent_requests))
+            await self._instances.load(self._settings(chosen, meta, config, max_concurrent_requests), tenant_id)
         return self.get_instance(chosen)
 
     def load_plugin(
@@ -234,6 +242,7 @@ class PluginManager:
             log_path=self._data_dir / "logs" / f"{instance_id}.log",
             worker_env=lambda: meta.manifest.install.env_vars,
             max_concurrent_requests=max_concurrent_requests,
+            max_workers=self._max_tenant_workers,
             grace_seconds=self._grace_seconds,
             load_timeout=self._load_timeout,
             isolation=resolve_profile(

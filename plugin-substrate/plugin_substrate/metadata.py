@@ -68,10 +68,30 @@ class RejectedManifest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PluginInstance:
-    """A loaded plugin at one moment: ``layers`` names the confinement that its worker reported as in force.
+class WorkerView:
+    """One worker of an instance at one moment: ``layers`` names the confinement it reported as in force.
 
-    ``config`` is the whole configuration, defaults included, and ``config_hash`` its digest.
+    ``shared`` tells that it serves all tenants, as the plugin is stateless; an empty ``tenant_id`` then means nothing,
+    and else the calls without a tenant.
+    """
+
+    tenant_id: str
+    shared: bool
+    alive: bool
+    pid: int | None
+    supervisor_pid: int | None
+    running_calls: int
+    python_version: str
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginInstance:
+    """A loaded plugin at one moment, with its ``workers``, the one used last first.
+
+    ``pid``, ``supervisor_pid``, ``python_version`` and ``layers`` are those of the first. ``max_concurrent_requests``
+    counts the calls that one worker takes at a time. ``config`` is the whole configuration, defaults included, and
+    ``config_hash`` its digest.
     """
 
     instance_id: str
@@ -89,6 +109,8 @@ class PluginInstance:
     supervisor_pid: int | None
     python_version: str
     layers: tuple[str, ...]
+    stateless: bool = False
+    workers: tuple[WorkerView, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,9 +36,10 @@ _TURN_SECONDS = 0.001
 class RemotePluginProxy(asyncio.BufferedProtocol):
     """One worker's connection. Created by `connect`; of no use after `alive` turned false."""
 
-    def __init__(self, process: WorkerProcess, on_line: Callable[[str, str], object]) -> None:
+    def __init__(self, process: WorkerProcess, on_line: Callable[[str, str], object], *, shared: bool = False) -> None:
         self._process = process
         self._on_line = on_line
+        self._shared = shared
         self._decoder = FrameDecoder()
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._log = LogPipe(process.log_descriptor, self._on_pipe_line)
@@ -56,10 +57,17 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
 
     @classmethod
     async def connect(
-        cls, process: WorkerProcess, on_line: Callable[[str, str], object] = lambda *_: None
+        cls,
+        process: WorkerProcess,
+        on_line: Callable[[str, str], object] = lambda *_: None,
+        *,
+        shared: bool = False,
     ) -> RemotePluginProxy:
-        """Take over a forked worker. ``on_line`` hears each line it writes, with the id of its call or none."""
-        proxy = cls(process, on_line)
+        """Take over a forked worker. ``on_line`` hears each line it writes, with the id of its call or none.
+
+        Where tenants share the worker, the error of a call that it took along quotes no line but the call's own.
+        """
+        proxy = cls(process, on_line, shared=shared)
         try:
             await asyncio.get_running_loop().create_unix_connection(lambda: proxy, sock=process.connection)
         except BaseException:
@@ -222,7 +230,8 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         waiting = [*self._calls.values(), *self._asks.values()]
         self._calls, self._asks = {}, {}
         for call in waiting:
-            death = death_of(returncode, self._broken, self._lines)  # each waiter raises an error of its own
+            lines = call.logs if self._shared else self._lines
+            death = death_of(returncode, self._broken, lines)  # each waiter raises an error of its own
             call.fail(forced_end_of(call.context.call_id, death) if call.forced else death)
 
     def _handle(self, frame: Frame) -> None:

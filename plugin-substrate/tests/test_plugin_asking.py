@@ -27,7 +27,7 @@ async def monitor(manager: PluginManager, meta: MetaFactory) -> LoadedInstance:
 
 @pytest.fixture
 def diary(tmp_path: Path) -> Callable[[], list[str]]:
-    return lambda: (tmp_path / "data" / "data" / "adjustable" / "diary").read_text().splitlines()
+    return lambda: (tmp_path / "data" / "data" / "adjustable" / "no-tenant" / "diary").read_text().splitlines()
 
 
 @asynccontextmanager

@@ -55,7 +55,7 @@ async def test_a_loaded_plugin_answers_and_leaves_nothing_when_unloaded(
     assert (instance.plugin_name, instance.config, instance.alive) == ("probe", {"colour": "red"}, True)
     assert await manager.execute_plugin_async("probe", action="probe.echo", x=1) == {"x": 1}
     assert await manager.unload_plugin_async("probe")
-    assert (tmp_path / "data/data/probe/cleanups").read_text() == "cleaned\n"
+    assert (tmp_path / "data/data/probe/no-tenant/cleanups").read_text() == "cleaned\n"
     assert not await manager.unload_plugin_async("probe")
     assert child_processes() == processes
     assert open_descriptors() == descriptors
@@ -314,7 +314,7 @@ async def test_a_worker_has_nothing_of_the_host_but_its_socket_and_its_log(
     assert "s3cret" not in str(seen)
     assert seen["session"] == seen["pid"]
     assert seen["no_new_privs"] == "1"
-    assert seen["cwd"] == seen["environment"]["CJM_PLUGIN_DATA_DIR"] == str(tmp_path / "data/data/probe")
+    assert seen["cwd"] == seen["environment"]["CJM_PLUGIN_DATA_DIR"] == str(tmp_path / "data/data/probe/no-tenant")
     allowed = ("plugin_substrate.interface", "plugin_substrate.errors", "plugin_substrate.worker")
     assert [name for name in seen["modules"] if not name.startswith(allowed)] == ["plugin_substrate"]
     assert instance.layers == (

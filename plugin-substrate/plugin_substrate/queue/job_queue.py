@@ -23,6 +23,8 @@ from plugin_substrate.queue.job import Job, JobEvent, JobEventType, JobStatus, Q
 
 BeforeStart = Callable[[], Awaitable[bool]]
 
+_LaneKey = tuple[str, str]  # instance, and the tenant when it has a worker of its own
+
 
 @dataclass(kw_only=True)
 class _Record:
@@ -32,6 +34,7 @@ class _Record:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     call: CallContext
+    lane: _LaneKey
     before_start: BeforeStart | None
     on_progress: Callable[[float, str], object] | None
     events: EventLog = field(default_factory=EventLog)
@@ -41,14 +44,14 @@ class _Record:
 
 @dataclass
 class _Lane:
-    """The jobs of one instance: those that wait, as a heap, and those that hold a slot."""
+    """The jobs of one worker: those that wait, as a heap, and those that hold a slot."""
 
     waiting: list[tuple[int, int, str]] = field(default_factory=list)
     holding: set[str] = field(default_factory=set)
 
 
 class JobQueue:
-    """Starts jobs as soon as their instance has a free slot. Belongs to the manager's event loop; nothing polls.
+    """Starts jobs as soon as their tenant's worker has a free slot. Belongs to the manager's event loop; nothing polls.
 
     Jobs are never repeated, and nothing survives the process. The last ``max_history`` ended jobs can be asked for.
     """
@@ -59,14 +62,14 @@ class JobQueue:
         self._order = itertools.count()
         self._records: dict[str, _Record] = {}
         self._history: OrderedDict[str, None] = OrderedDict()
-        self._lanes: dict[str, _Lane] = {}
+        self._lanes: dict[_LaneKey, _Lane] = {}
         self._running = False
 
     async def start(self) -> None:
         """Begin to start jobs; those submitted before wait until now."""
         self._running = True
-        for instance_id in list(self._lanes):
-            self._dispatch(instance_id)
+        for key in list(self._lanes):
+            self._dispatch(key)
 
     async def stop(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - how long to be patient, not how long to take
         """Start no more jobs, wait for those that run, then cancel them. Pending jobs wait for a new `start`."""
@@ -96,19 +99,22 @@ class JobQueue:
         An instance that is not loaded is a `PluginNotLoadedError` here. ``before_start`` is awaited when a slot is free
         and the call would be sent next: a false answer or an exception ends the job as ``not_started``.
         """
-        self._manager.get_instance(plugin_instance_id)
+        instance = self._manager.get_instance(plugin_instance_id)
         job = Job(id=uuid.uuid4().hex, plugin_instance_id=plugin_instance_id, owner=owner, priority=priority)
+        context = call or CallContext(call_id=job.id)
+        key = (plugin_instance_id, "" if instance.stateless else context.tenant_id)
         self._records[job.id] = _Record(
             job=job,
             args=args,
             kwargs=kwargs,
-            call=call or CallContext(call_id=job.id),
+            call=context,
+            lane=key,
             before_start=before_start,
             on_progress=on_progress,
         )
-        lane = self._lanes.setdefault(plugin_instance_id, _Lane())
+        lane = self._lanes.setdefault(key, _Lane())
         heapq.heappush(lane.waiting, (-priority, next(self._order), job.id))
-        self._dispatch(plugin_instance_id)
+        self._dispatch(key)
         return job.id
 
     async def wait_for_job(self, job_id: str, timeout: float | None = None) -> Job:  # noqa: ASYNC109 - a promised name
@@ -142,7 +148,7 @@ class JobQueue:
             self._end(
                 record, JobStatus.CANCELLED, error=_error(record, PluginCancelledError("cancelled while waiting"))
             )
-            self._dispatch(record.job.plugin_instance_id)
+            self._dispatch(record.lane)
         await record.done.wait()
         return record.job.status is JobStatus.CANCELLED
 
@@ -157,10 +163,10 @@ class JobQueue:
 
     # -- how a job goes
 
-    def _dispatch(self, instance_id: str) -> None:
-        """Give every free slot of an instance to the job that comes first."""
-        lane = self._lanes[instance_id]
-        while self._running and lane.waiting and len(lane.holding) < self._slots(instance_id):
+    def _dispatch(self, key: _LaneKey) -> None:
+        """Give every free slot of a worker to the job that comes first."""
+        lane = self._lanes[key]
+        while self._running and lane.waiting and len(lane.holding) < self._slots(key[0]):
             job_id = heapq.heappop(lane.waiting)[2]
             record = self._records.get(job_id)
             if record is None or record.job.status is not JobStatus.PENDING:
@@ -170,13 +176,12 @@ class JobQueue:
             # A callback, not a finally: a task that is cancelled before its first step never enters its body.
             record.task.add_done_callback(functools.partial(self._release, record))
         if not lane.waiting and not lane.holding:
-            del self._lanes[instance_id]
+            del self._lanes[key]
 
     def _slots(self, instance_id: str) -> int:
-        """How many jobs an instance takes; one for an instance that is gone, so that its jobs fail in their turn."""
-        for instance in self._manager.list_instances():
-            if instance.instance_id == instance_id:
-                return instance.max_concurrent_requests
+        """How many jobs a worker takes; one where the instance is gone, so that its jobs fail in their turn."""
+        with suppress(PluginNotLoadedError):
+            return self._manager.get_instance(instance_id).max_concurrent_requests
         return 1
 
     async def _run(self, record: _Record) -> None:
@@ -210,8 +215,8 @@ class JobQueue:
             text = "given up while it was running" if sent else "cancelled before it was sent"
             error = PluginCancelledError(text, outcome_known=not sent)
             self._end(record, JobStatus.CANCELLED, error=_error(record, error))
-        self._lanes[record.job.plugin_instance_id].holding.discard(record.job.id)
-        self._dispatch(record.job.plugin_instance_id)
+        self._lanes[record.lane].holding.discard(record.job.id)
+        self._dispatch(record.lane)
 
     def _complete(self, record: _Record, result: CallResult) -> None:
         record.job = replace(record.job, result=result.value, usage=dict(result.usage))
@@ -252,7 +257,7 @@ class JobQueue:
             del self._records[forgotten]
 
     def _block_reason(self, job: Job) -> str:
-        lane = self._lanes[job.plugin_instance_id]
+        lane = self._lanes[self._record(job.id).lane]
         if not self._running:
             return "the queue is not started"
         if job.id in lane.holding:

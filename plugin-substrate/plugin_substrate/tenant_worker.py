@@ -1,0 +1,201 @@
+"""One worker of an instance: the process that serves one tenant, started, brought back when it died, and ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from plugin_substrate.errors import (
+    PluginConfinementError,
+    PluginError,
+    PluginLoadError,
+    PluginNotLoadedError,
+    PluginTimeoutError,
+)
+from plugin_substrate.lifecycle import Supervisor
+from plugin_substrate.log_file import LogFile
+from plugin_substrate.metadata import PluginMeta, WorkerView
+from plugin_substrate.proxy import RemotePluginProxy
+from plugin_substrate.worker.isolation import IsolationProfile
+from plugin_substrate.worker_folder import (
+    SHARED_FOLDER,
+    prepare_folder,
+    tenant_folder,
+    tenant_log,
+    worker_environment,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstanceSettings:
+    """What an instance is loaded with. ``data_dir`` holds a folder for each of its workers, ``log_path`` names a log.
+
+    ``worker_env`` is asked at each start of a worker for the variables its plugin declares, secrets included.
+    """
+
+    instance_id: str
+    meta: PluginMeta
+    config: Mapping[str, Any]
+    data_dir: Path
+    log_path: Path
+    worker_env: Callable[[], Mapping[str, str]] = field(default=dict, repr=False)
+    enabled: bool = True
+    max_concurrent_requests: int
+    max_workers: int
+    grace_seconds: float
+    load_timeout: float
+    isolation: IsolationProfile
+    required_layers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Whom a worker serves: a tenant (all of them when the plugin is stateless), or one confidential run of it."""
+
+    tenant_id: str
+    run: str = ""
+    shared: bool = False
+
+    @property
+    def folder(self) -> str:
+        """The name of the folder it works in."""
+        return SHARED_FOLDER if self.shared else tenant_folder(self.tenant_id)
+
+
+class TenantWorker:
+    """A worker process and its slots. Belongs to one event loop.
+
+    ``holders`` counts the calls that run in it or wait for one of its slots; while it is not zero, nobody takes the
+    worker away.
+    """
+
+    def __init__(
+        self, settings: Callable[[], InstanceSettings], seat: Seat, supervisor: Callable[[], Supervisor]
+    ) -> None:
+        """``settings`` is asked at each start of a process."""
+        self.seat = seat
+        self.slots = asyncio.Semaphore(settings().max_concurrent_requests)
+        self.holders = 0
+        self.last_used = time.monotonic()
+        self._settings = settings
+        self._supervisor = supervisor
+        self._supervisor_pid: int | None = None
+        self._proxy: RemotePluginProxy | None = None
+        self._log = LogFile(settings().log_path if seat.shared else tenant_log(settings().log_path, seat.tenant_id))
+        self._reviving = asyncio.Lock()
+        self._patience: asyncio.Timeout | None = None
+        self._closed = False
+
+    @property
+    def proxy(self) -> RemotePluginProxy | None:
+        """The process it has or had last, None before the first."""
+        return self._proxy
+
+    @property
+    def closed(self) -> bool:
+        """Whether its end was ordered."""
+        return self._closed
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process can be called."""
+        return self._proxy is not None and self._proxy.alive
+
+    def view(self) -> WorkerView:
+        """Return what stands now."""
+        proxy, alive = self._proxy, self.alive
+        return WorkerView(
+            tenant_id=self.seat.tenant_id,
+            shared=self.seat.shared,
+            alive=alive,
+            pid=proxy.pid if proxy and alive else None,
+            supervisor_pid=self._supervisor_pid if alive else None,
+            running_calls=len(proxy.calls) if proxy else 0,
+            python_version=proxy.python_version if proxy else "",
+            layers=proxy.layers if proxy else (),
+        )
+
+    async def ready(self) -> RemotePluginProxy:
+        """Return the live process, starting one when there is none; a `PluginLoadError` leaves no process."""
+        if self._proxy is not None and self._proxy.alive and not self._reviving.locked():
+            return self._proxy
+        async with self._reviving:
+            if self._closed:
+                raise PluginNotLoadedError(f"{self._settings().instance_id!r} is being unloaded")
+            if self._proxy is None or not self._proxy.alive:
+                self._proxy = await self._start()
+            return self._proxy
+
+    async def stop_process(self) -> None:
+        """Let the plugin clean up and end its process; the next call starts another."""
+        async with self._reviving:
+            if self._proxy is not None:
+                await self._proxy.unload(self._settings().grace_seconds)
+
+    async def close(self) -> None:
+        """End it: no new process, cleanup in the plugin, and in any case the end of its process."""
+        self._closed = True
+        if self._patience is not None:
+            self._patience.reschedule(0)  # what is being loaded now is no longer wanted
+        await self.stop_process()
+        self._log.close()
+
+    async def _start(self) -> RemotePluginProxy:
+        settings = self._settings()
+        code, folder = settings.meta.manifest.code, settings.data_dir / self.seat.folder
+        phase, supervisor, proxy = "spawn", None, None
+        try:
+            async with asyncio.timeout(settings.load_timeout) as self._patience:
+                prepare_folder(folder)
+                self._log.start(settings.meta.name, settings.meta.version)
+                supervisor = self._supervisor()
+                self._supervisor_pid = supervisor.pid
+                process = await supervisor.spawn(
+                    env=self._environment(settings, folder), cwd=folder, isolation=settings.isolation
+                )
+                proxy = await RemotePluginProxy.connect(process, self._log.line, shared=self.seat.shared)
+                phase = "confine"
+                await proxy.require(settings.required_layers)
+                phase = "load"
+                await proxy.load(code.module, code.class_name, settings.config, settings.max_concurrent_requests)
+        except BaseException as error:
+            if proxy is not None:
+                await proxy.kill()
+            elif supervisor is not None and isinstance(error, TimeoutError) and not self._closed:
+                supervisor.dismiss()  # it does not answer
+            self._log.close()
+            if isinstance(error, PluginError | OSError):
+                raise self._load_error(error, phase, proxy) from error.__cause__ or error
+            raise
+        finally:
+            self._patience = None
+        return proxy
+
+    def _environment(self, settings: InstanceSettings, folder: Path) -> dict[str, str]:
+        return worker_environment(
+            settings.meta.manifest.install.python_path,
+            folder,
+            settings.worker_env(),
+            keeps_data=not settings.meta.stateless,
+        )
+
+    def _load_error(self, error: Exception, phase: str, proxy: RemotePluginProxy | None) -> PluginError:
+        settings = self._settings()
+        name = settings.meta.name
+        if self._closed:
+            return PluginNotLoadedError(f"{settings.instance_id!r} was unloaded while it was being loaded")
+        if isinstance(error, PluginConfinementError):
+            error.plugin_name, error.phase = name, phase
+            return error
+        if isinstance(error, PluginLoadError):
+            phase = error.phase
+        if isinstance(error, TimeoutError):
+            error = PluginTimeoutError(f"not ready after {settings.load_timeout} s")
+        tail = proxy.log_tail[-20:] if proxy is not None else ()
+        return PluginLoadError(
+            f"plugin {name!r} failed in phase {phase!r}: {error}", plugin_name=name, phase=phase, log_tail=tail
+        )

@@ -1,0 +1,61 @@
+"""Where a worker keeps its files: a folder per plugin and tenant, and the environment that points there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from plugin_substrate.interface import DATA_DIR_VARIABLE
+
+#: The folder of calls that name no tenant: they are a tenant of their own.
+NO_TENANT_FOLDER = "no-tenant"
+#: The folder of a stateless plugin's worker, which all tenants share.
+SHARED_FOLDER = "shared"
+
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_HASH_CHARACTERS = 40
+
+
+def tenant_folder(tenant_id: str) -> str:
+    """Return the name of a tenant's folder: distinct for distinct tenants, and never a path or another's name.
+
+    A UUID in its usual form stands for itself. Tenants come from outside, so any other text is hashed.
+    """
+    if not tenant_id:
+        return NO_TENANT_FOLDER
+    if _UUID.fullmatch(tenant_id):
+        return tenant_id
+    return "t-" + hashlib.sha256(tenant_id.encode(errors="surrogatepass")).hexdigest()[:_HASH_CHARACTERS]
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make what is missing of a worker's folder; plugin code may have put anything in its place."""
+    for place in (folder, folder / "tmp"):
+        if place.is_symlink():
+            raise NotADirectoryError(f"{place} is a link, not a folder")
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+
+def tenant_log(log_path: Path, tenant_id: str) -> Path:
+    """Return the log file of one tenant's worker of an instance; ``log_path`` is that of calls without a tenant."""
+    return log_path.with_suffix("") / f"{tenant_folder(tenant_id)}.log" if tenant_id else log_path
+
+
+def worker_environment(
+    python_path: str, folder: Path, declared: Mapping[str, str], *, keeps_data: bool
+) -> dict[str, str]:
+    """Return a worker's whole environment: nothing of the host's, but what is listed here and what is declared."""
+    environment = {
+        "PATH": os.pathsep.join([str(Path(python_path).parent), "/usr/local/bin", "/usr/bin", "/bin"]),
+        "LANG": "C.UTF-8",
+        "HOME": str(folder),
+        "TMPDIR": str(folder / "tmp"),
+        **declared,
+    }
+    if keeps_data:
+        return {**environment, DATA_DIR_VARIABLE: str(folder)}
+    environment.pop(DATA_DIR_VARIABLE, None)
+    return environment

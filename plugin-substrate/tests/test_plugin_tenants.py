@@ -1,0 +1,223 @@
+"""Tenants of one host share a plugin and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plugin_substrate import CallContext, PluginManager, PluginNotLoadedError, WorkerDiedError
+from plugin_substrate.worker_folder import NO_TENANT_FOLDER, SHARED_FOLDER, tenant_folder
+
+PLACES = 3
+A, B, C, D = "tenant-a", "tenant-b", "tenant-c", "tenant-d"
+
+
+@pytest.fixture
+async def keeper(tmp_path: Path, probe_meta: Any) -> AsyncIterator[PluginManager]:
+    """A manager with few places for tenants and the keeper loaded as ``keeper``, and a stateless one as ``shared``."""
+    async with PluginManager(data_dir=tmp_path, grace_seconds=0.3, max_tenant_workers=PLACES) as manager:
+        await manager.load_plugin_async(probe_meta("Keeper", "keeper", "keeper"))
+        await manager.load_plugin_async(probe_meta("Keeper", "keeper", "shared", stateless=True))
+        yield manager
+
+
+def of(tenant: str, **fields: Any) -> CallContext:
+    return CallContext(uuid.uuid4().hex, tenant, **fields)
+
+
+async def ask(manager: PluginManager, action: str, tenant: str, instance: str = "keeper", **arguments: Any) -> Any:
+    return await manager.execute_plugin_async(instance, action=f"keeper.{action}", call=of(tenant), **arguments)
+
+
+async def running(manager: PluginManager, tenant: str, instance: str = "keeper") -> tuple[asyncio.Task[Any], str]:
+    """Start a call that runs until it is cancelled, and return when the plugin is in it."""
+    inside, context = asyncio.Event(), of(tenant)
+    task = asyncio.create_task(
+        manager.execute_call(instance, action="keeper.wait", call=context, on_progress=lambda *_: inside.set())
+    )
+    async with asyncio.timeout(10):
+        await inside.wait()
+    return task, context.call_id
+
+
+# -- nothing in common
+
+
+async def test_nothing_that_one_tenants_call_left_in_a_worker_is_found_by_anothers(keeper: PluginManager) -> None:
+    await ask(keeper, "keep", A, secret="s3cret")
+    assert str(await ask(keeper, "find", A)).count("s3cret") > 7, "the plugin keeps what it is told"
+    for other in (B, ""):
+        assert "s3cret" not in str(await ask(keeper, "find", other))
+
+
+async def test_calls_without_a_tenant_are_of_a_tenant_of_their_own(keeper: PluginManager) -> None:
+    await ask(keeper, "keep", "", secret="s3cret")
+    assert "s3cret" in str(await ask(keeper, "find", ""))
+    assert "s3cret" not in str(await ask(keeper, "find", A))
+
+
+async def test_each_tenant_has_folders_of_its_own_that_stay(keeper: PluginManager, tmp_path: Path) -> None:
+    tenant = str(uuid.uuid4())
+    folder = tmp_path / "data/keeper" / tenant
+    assert await ask(keeper, "places", tenant) == {
+        "cwd": str(folder),
+        "tmp": str(folder / "tmp"),
+        "data": str(folder),
+    }
+    await ask(keeper, "keep", tenant, secret="mine")
+    await keeper.unload_plugin_async("keeper")
+    assert (folder / "kept-too").read_text() == "mine"
+    assert folder.stat().st_mode & 0o077 == 0
+
+
+async def test_the_log_of_one_tenants_worker_does_not_hold_anothers(keeper: PluginManager) -> None:
+    await ask(keeper, "keep", A, secret="s3cret")
+    with pytest.raises(WorkerDiedError) as death:
+        await ask(keeper, "die", B)
+    assert "last words" in death.value.log_tail
+    assert "s3cret" not in str(death.value.log_tail)
+
+
+async def test_a_death_in_a_shared_worker_tells_only_what_belongs_to_the_call(keeper: PluginManager) -> None:
+    await ask(keeper, "say", A, "shared", text="s3cret")
+    with pytest.raises(WorkerDiedError) as death:
+        await ask(keeper, "die", B, "shared")
+    assert death.value.log_tail == ("last words",)
+
+
+async def test_one_tenants_death_is_not_anothers(keeper: PluginManager) -> None:
+    task, call_id = await running(keeper, A)
+    with pytest.raises(WorkerDiedError):
+        await ask(keeper, "die", B)
+    await keeper.cancel_call("keeper", call_id)
+    assert (await task).value
+
+
+async def test_a_stateless_plugin_serves_all_tenants_in_one_worker_and_has_no_folder_to_keep_things_in(
+    keeper: PluginManager, tmp_path: Path
+) -> None:
+    assert await ask(keeper, "pid", A, "shared") == await ask(keeper, "pid", B, "shared")
+    places = await ask(keeper, "places", A, "shared")
+    assert places == {
+        "cwd": str(tmp_path / "data/shared" / SHARED_FOLDER),
+        "tmp": str(tmp_path / "data/shared" / SHARED_FOLDER / "tmp"),
+        "data": "",
+    }
+
+
+@given(st.lists(st.text(), unique=True, max_size=20))
+def test_distinct_tenants_have_distinct_folders_whatever_they_are_called(tenants: list[str]) -> None:
+    names = [tenant_folder(tenant) for tenant in tenants]
+    assert len(set(names)) == len(tenants)
+    assert all(name.isascii() and name.replace("-", "").isalnum() and name != SHARED_FOLDER for name in names)
+
+
+@pytest.mark.parametrize("tenant", ["../../etc", "/", ".", "a/b", "a\0b", NO_TENANT_FOLDER, SHARED_FOLDER, "\ud800"])
+def test_what_is_no_uuid_never_becomes_a_path(tenant: str) -> None:
+    assert tenant_folder(tenant).startswith("t-")
+
+
+async def test_a_link_in_place_of_a_tenants_folder_is_refused(keeper: PluginManager, tmp_path: Path) -> None:
+    (tmp_path / "data/keeper" / tenant_folder(A)).symlink_to(tmp_path / "data/keeper" / tenant_folder(B))
+    with pytest.raises(Exception, match="is a link"):
+        await ask(keeper, "pid", A)
+
+
+# -- confidential runs
+
+
+async def test_a_confidential_call_has_a_worker_of_its_own_that_serves_nobody_after_its_run(
+    keeper: PluginManager,
+) -> None:
+    ordinary = await ask(keeper, "pid", A)
+    secret = of(A, run_id="run", confidential=True)
+    pid = await keeper.execute_plugin_async("keeper", action="keeper.keep", secret="s3cret", call=secret)
+    assert pid != ordinary
+    assert await ask(keeper, "pid", A) == ordinary
+    again = of(A, run_id="run", confidential=True)
+    found = await keeper.execute_plugin_async("keeper", action="keeper.find", call=again)
+    assert "s3cret" not in str(found["memory"])
+    assert all(worker.pid != pid for worker in keeper.get_instance("keeper").workers)
+
+
+async def test_a_confidential_call_of_a_stateless_plugin_is_not_in_the_shared_worker(keeper: PluginManager) -> None:
+    shared = await ask(keeper, "pid", A, "shared")
+    secret = of(A, run_id="run", confidential=True)
+    assert await keeper.execute_plugin_async("shared", action="keeper.pid", call=secret) != shared
+
+
+# -- places
+
+
+async def test_there_are_never_more_workers_than_places_and_the_least_recently_used_idle_one_goes(
+    keeper: PluginManager,
+) -> None:
+    pids = {tenant: await ask(keeper, "pid", tenant) for tenant in (A, B, C)}
+    assert await ask(keeper, "pid", A) == pids[A]
+    await ask(keeper, "pid", D)
+    workers = keeper.get_instance("keeper").workers
+    assert {worker.tenant_id for worker in workers} == {A, C, D}
+    assert await ask(keeper, "pid", A) == pids[A]
+
+
+async def test_a_busy_worker_is_not_taken_away(keeper: PluginManager) -> None:
+    calls = [await running(keeper, tenant) for tenant in (A, B)]
+    pids = {worker.tenant_id: worker.pid for worker in keeper.get_instance("keeper").workers}
+    for tenant in (C, D, C, D):
+        await ask(keeper, "pid", tenant)
+    for (task, call_id), tenant in zip(calls, (A, B), strict=True):
+        await keeper.cancel_call("keeper", call_id)
+        assert (await task).value == pids[tenant]
+
+
+async def test_a_tenant_that_never_stops_calling_does_not_keep_another_out(keeper: PluginManager) -> None:
+    served = asyncio.Event()
+
+    async def calls_on(tenant: str) -> None:
+        while not served.is_set():
+            await asyncio.gather(*(ask(keeper, "pid", tenant) for _ in range(3)))
+
+    busy = [asyncio.create_task(calls_on(tenant)) for tenant in (A, B, C)]
+    async with asyncio.timeout(30):
+        for _ in range(3):
+            assert await ask(keeper, "pid", D)
+        served.set()
+        await asyncio.gather(*busy)
+    assert len(keeper.get_instance("keeper").workers) <= PLACES
+
+
+async def test_who_gives_up_waiting_for_a_place_leaves_it_to_others(keeper: PluginManager) -> None:
+    calls = [await running(keeper, tenant) for tenant in (A, B, C)]
+    impatient = asyncio.create_task(ask(keeper, "pid", D))
+    patient = asyncio.create_task(ask(keeper, "pid", "tenant-e"))
+    await asyncio.sleep(0)
+    impatient.cancel()
+    await asyncio.wait({impatient})
+    for _, call_id in calls:
+        await keeper.cancel_call("keeper", call_id)
+    await asyncio.gather(*(task for task, _ in calls))
+    async with asyncio.timeout(10):
+        assert await patient
+
+
+async def test_unloading_turns_away_who_waits_for_a_place(keeper: PluginManager) -> None:
+    calls = [await running(keeper, tenant) for tenant in (A, B, C)]
+    waiting = asyncio.create_task(ask(keeper, "pid", D))
+    await asyncio.sleep(0)
+    await keeper.unload_plugin_async("keeper")
+    with pytest.raises(PluginNotLoadedError):
+        await waiting
+    await asyncio.wait({task for task, _ in calls})
+
+
+async def test_slots_are_per_tenant(keeper: PluginManager) -> None:
+    task, call_id = await running(keeper, A)
+    assert await ask(keeper, "pid", B), "another tenant's call does not hold it up"
+    await keeper.cancel_call("keeper", call_id)
+    await task
