@@ -213,7 +213,8 @@ async def test_unloading_turns_away_who_waits_for_a_place(keeper: PluginManager)
     await keeper.unload_plugin_async("keeper")
     with pytest.raises(PluginNotLoadedError):
         await waiting
-    await asyncio.wait({task for task, _ in calls})
+    ended = await asyncio.gather(*(task for task, _ in calls), return_exceptions=True)
+    assert [type(error) for error in ended] == [WorkerDiedError] * PLACES
 
 
 async def test_slots_are_per_tenant(keeper: PluginManager) -> None:
