@@ -11,6 +11,8 @@ from collections.abc import Callable
 from plugin_substrate.interface import current_call
 
 MAX_LINE_BYTES = 8192
+#: How what plugin code logs through `logging` reads as a line.
+LOG_FORMAT = "[%(levelname)s] %(name)s: %(message)s"
 
 Emit = Callable[[str, str], object]  # call id (empty outside of a call), line
 

@@ -27,7 +27,7 @@ from plugin_substrate.interface import ActiveCall, CallContext, PluginInterface,
 from plugin_substrate.worker import verbs
 from plugin_substrate.worker.failures import describe_error
 from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, FrameDecoder, encode_frame
-from plugin_substrate.worker.logs import capture_output
+from plugin_substrate.worker.logs import LOG_FORMAT, capture_output
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 Work = Callable[[PluginInterface, Any], Any]
@@ -102,7 +102,7 @@ class WorkerRuntime:
         request, started, phase = frame.header, time.monotonic(), "environment"
         try:
             site.main()  # the interpreter was started without it: only now may the environment's own code run
-            logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="[%(levelname)s] %(name)s: %(message)s")
+            logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
             phase = "import"
             module = importlib.import_module(request["module"])
             phase = "class"
