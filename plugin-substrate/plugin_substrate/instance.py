@@ -20,7 +20,6 @@ from plugin_substrate.errors import (
     WorkerDiedError,
 )
 from plugin_substrate.gate import Gate
-from plugin_substrate.hashing import hash_dict_canonical
 from plugin_substrate.interface import CallContext
 from plugin_substrate.lifecycle import Supervisor
 from plugin_substrate.metadata import CallResult, PluginInstance
@@ -82,7 +81,6 @@ class LoadedInstance:
             plugin_name=settings.meta.name,
             plugin_version=settings.meta.version,
             config=dict(settings.config),
-            config_hash=hash_dict_canonical(settings.config),
             enabled=self.switch.enabled,
             created_at=self._created_at,
             last_executed=self._last_executed,

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from plugin_substrate.hashing import hash_dict_canonical
 from plugin_substrate.manifest import ManifestV2
 
 
@@ -90,15 +91,13 @@ class PluginInstance:
     """A loaded plugin at one moment, with its ``workers``, the one used last first.
 
     ``pid``, ``supervisor_pid``, ``python_version`` and ``layers`` are those of the first. ``max_concurrent_requests``
-    counts the calls that one worker takes at a time. ``config`` is the whole configuration, defaults included, and
-    ``config_hash`` its digest.
+    counts the calls that one worker takes at a time. ``config`` is the whole configuration, defaults included.
     """
 
     instance_id: str
     plugin_name: str
     plugin_version: str
     config: Mapping[str, Any]
-    config_hash: str
     enabled: bool
     created_at: datetime
     last_executed: datetime | None
@@ -111,6 +110,11 @@ class PluginInstance:
     layers: tuple[str, ...]
     stateless: bool = False
     workers: tuple[WorkerView, ...] = ()
+
+    @property
+    def config_hash(self) -> str:
+        """The digest of the configuration."""
+        return hash_dict_canonical(self.config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,76 @@
+"""Files that only the host may read, and the folders they lie in."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from plugin_substrate.errors import StoreError
+
+_logger = logging.getLogger(__name__)
+
+
+def private_folder(folder: Path) -> None:
+    """Make a folder of mode 0700, or close one of ours that others could enter, with a warning."""
+    folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(mode=0o700)
+    except FileExistsError:
+        make_private(folder, 0o700)
+
+
+def make_private(path: Path, mode: int) -> None:
+    """See that nobody else can use a path of ours; one that is a link or another user's is a `StoreError`."""
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(found.st_mode):
+        raise StoreError(f"{path} is a link; put the file itself there, or remove the link", path=str(path))
+    if found.st_uid != os.geteuid():
+        raise StoreError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}; chown it", path=str(path))
+    loose = stat.S_IMODE(found.st_mode) & ~mode
+    if loose:
+        _logger.warning(
+            "%s could be used by others (mode %04o): closed to %04o; what it held may be known to them",
+            path,
+            stat.S_IMODE(found.st_mode),
+            mode,
+        )
+        path.chmod(mode)
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file of mode 0600 so that a reader, or a start after a crash, finds the old content or the new."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep other processes and threads that lock this path out."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
