@@ -131,3 +131,17 @@ def test_a_grant_that_expires_while_its_call_waits_is_not_used_and_the_step_is_a
         assert run["steps"][0]["error"]["category"] == "grant_expired"
         assert _spent(run)["calls"] == "1"
         assert client.finished(holder)["state"] == "succeeded"
+
+
+def test_runs_of_two_tenants_never_share_a_worker_of_a_plugin_that_keeps_something(platform: Any, client: Any) -> None:
+    other = platform.client(tenant=platform.other_tenant)
+    seen: dict[str, list[dict[str, Any]]] = {"mine": [], "theirs": []}
+    for _ in range(2):
+        for owner, secret in ((client, "mine"), (other, "theirs")):
+            seen[secret].append(owner.finished(owner.run("remember", value=secret)["run_id"])["result"])
+    pids = {whose: {result["pid"] for result in results} for whose, results in seen.items()}
+    assert not pids["mine"] & pids["theirs"]
+    assert seen["mine"][1]["memory"][-1:] == ["mine"], "the worker of a tenant is kept"
+    assert seen["theirs"][1]["memory"][-1:] == ["theirs"]
+    assert "theirs" not in str(seen["mine"])
+    assert "mine" not in str(seen["theirs"])

@@ -31,5 +31,6 @@ def get_plugin_metadata() -> dict[str, Any]:
             "probe.steered",
             "probe.nonsense",
             "probe.misbehave",
+            "probe.remember",
         ],
     }

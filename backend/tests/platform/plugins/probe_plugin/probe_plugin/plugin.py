@@ -24,6 +24,7 @@ ERRORS = {
     "fatal": PluginFatalError,
 }
 
+REMEMBERED: list[str] = []
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
 NONSENSE = {
@@ -132,6 +133,15 @@ class Probe(PluginInterface):
     @plugin_action("probe.steered")
     def steered(self) -> Any:
         return {"reached": True}
+
+    @plugin_action("probe.remember")
+    def remember(self, value: str) -> Any:
+        """What earlier calls left in this process and in its folder; then leave something there too."""
+        journal = self.data_dir / "remembered"
+        found = {"memory": list(REMEMBERED), "file": journal.read_text() if journal.exists() else ""}
+        REMEMBERED.append(value)
+        journal.write_text(value)
+        return {**found, "pid": os.getpid()}
 
     @plugin_action("probe.nonsense")
     def nonsense(self, what: str) -> Any:
