@@ -42,8 +42,9 @@ from plugin_substrate.interface import (
 )
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.manifest import ManifestV2, load_manifest, write_manifest
-from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta, RejectedManifest
+from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta, RejectedManifest, WorkerView
 from plugin_substrate.queue import Job, JobEvent, JobEventType, JobQueue, JobStatus, QueueStats
+from plugin_substrate.telemetry import PluginStats, ResourceSnapshot, WorkerStats
 from plugin_substrate.worker.isolation import IsolationProfile, IsolationTerms
 
 __all__ = [
@@ -82,17 +83,21 @@ __all__ = [
     "PluginMeta",
     "PluginNotLoadedError",
     "PluginResourceError",
+    "PluginStats",
     "PluginTimeoutError",
     "PluginTransientError",
     "ProtocolError",
     "QueueStats",
     "RejectedManifest",
     "ResourceShortfall",
+    "ResourceSnapshot",
     "StoreError",
     "TracebackPolicy",
     "WireValueError",
     "WorkerDiedError",
     "WorkerOOMError",
+    "WorkerStats",
+    "WorkerView",
     "collect_plugin_actions",
     "load_manifest",
     "plugin_action",

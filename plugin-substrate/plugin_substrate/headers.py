@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from plugin_substrate.errors import ProtocolError
-from plugin_substrate.interface import check_usage
+from plugin_substrate.interface import check_usage, is_amount
 from plugin_substrate.worker.frames import PROTOCOL_VERSION
 from plugin_substrate.worker.text import clean_line
 
@@ -13,6 +13,13 @@ _MAX_LAYERS = 64
 _MAX_NAME = 64
 
 Header = dict[str, Any]
+
+
+class Spent(NamedTuple):
+    """What a worker says of itself at the end of a call; None where it says nothing."""
+
+    cpu_seconds: float | None = None
+    peak_bytes: float | None = None
 
 
 def text_of(header: Header, key: str) -> str:
@@ -56,3 +63,14 @@ def usage_of(header: Header) -> dict[str, float]:
     except ValueError as error:
         raise ProtocolError(str(error)) from error
     return usage
+
+
+def spent_of(header: Header) -> Spent:
+    """Return what a call cost the worker."""
+    spent = header.get("spent", {})
+    if not isinstance(spent, dict):
+        raise ProtocolError(f"spent is {spent!r:.80}, not an object")
+    figures = Spent(*(spent.get(name) for name in Spent._fields))
+    if not all(figure is None or is_amount(figure) for figure in figures):
+        raise ProtocolError(f"spent is {spent!r:.80}, not amounts")
+    return figures

@@ -17,6 +17,7 @@ from plugin_substrate.instances import InstanceTable
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta, RejectedManifest
+from plugin_substrate.telemetry import PluginStats, worker_stats
 from plugin_substrate.tenant_worker import InstanceSettings
 from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers, resolve_profile
 
@@ -219,6 +220,22 @@ class PluginManager:
         """Ask a call to end; after the grace its worker is killed, and with it every other call in that worker."""
         self._home.adopt()
         return await self._instances.get(instance_id).cancel(call_id)
+
+    # -- figures
+
+    async def get_plugin_stats_async(self, instance_id: str) -> PluginStats:
+        """Measure an instance now: its processes from outside, and what each worker says of itself.
+
+        A `PluginNotLoadedError` when there is none. A worker that does not answer within a second, being deep in C
+        code, is measured from outside alone.
+        """
+        self._home.adopt()
+        workers = self._instances.get(instance_id).workers
+        return PluginStats(instance_id=instance_id, workers=await worker_stats(workers))
+
+    def get_plugin_stats(self, instance_id: str) -> PluginStats:
+        """Like `get_plugin_stats_async`, synchronously."""
+        return self._home.run(lambda: self.get_plugin_stats_async(instance_id))
 
     # -- around
 

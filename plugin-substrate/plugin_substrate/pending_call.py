@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from plugin_substrate.headers import Spent
 from plugin_substrate.interface import CallContext
 from plugin_substrate.log_pipe import LOG_TAIL_LINES
 
@@ -30,6 +31,8 @@ class PendingCall:
         self.logs: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self.forced = False
         self.answered = False
+        self.sent_at: float | None = None
+        self.spent = Spent()
         self.value: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._on_progress = on_progress
         self._on_usage = on_usage

@@ -17,7 +17,7 @@ from plugin_substrate.errors import (
     WireValueError,
     WorkerDiedError,
 )
-from plugin_substrate.headers import hello_of, line_of, progress_of, text_of, usage_of
+from plugin_substrate.headers import hello_of, line_of, progress_of, spent_of, text_of, usage_of
 from plugin_substrate.interface import CallContext
 from plugin_substrate.lifecycle import WorkerProcess
 from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
@@ -301,6 +301,7 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         if call is None or call.answered:
             raise ProtocolError("an answer to a call that is not running")
         call.answered = True
+        call.spent = spent_of(frame.header)
         if kind == "error":
             error = restore_error(frame.header.get("error"))
             # The work was done and only its result is lost: the caller must not take it for undone.

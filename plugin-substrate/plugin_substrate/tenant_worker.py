@@ -19,6 +19,7 @@ from plugin_substrate.errors import (
 from plugin_substrate.lifecycle import Supervisor
 from plugin_substrate.log_file import LogFile
 from plugin_substrate.metadata import PluginMeta, WorkerView
+from plugin_substrate.process_tree import CpuClock
 from plugin_substrate.proxy import RemotePluginProxy
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker_folder import (
@@ -81,6 +82,7 @@ class TenantWorker:
         self.slots = asyncio.Semaphore(settings().max_concurrent_requests)
         self.holders = 0
         self.last_used = time.monotonic()
+        self.cpu_clock = CpuClock()
         self._settings = settings
         self._supervisor = supervisor
         self._supervisor_pid: int | None = None

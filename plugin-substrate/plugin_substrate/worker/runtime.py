@@ -28,6 +28,7 @@ from plugin_substrate.worker import verbs
 from plugin_substrate.worker.failures import describe_error
 from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, FrameDecoder, encode_frame
 from plugin_substrate.worker.logs import LOG_FORMAT, capture_output
+from plugin_substrate.worker.usage import CallMeter
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 Work = Callable[[PluginInterface, Any], Any]
@@ -163,7 +164,7 @@ class WorkerRuntime:
         return call
 
     def _execute(self, call: ActiveCall, frame: Frame, work: Work) -> None:
-        call_id, started = call.context.call_id, time.monotonic()
+        call_id, started, meter = call.context.call_id, time.monotonic(), CallMeter()
         segments: list[bytes] = []
         try:
             with call.entered():
@@ -173,7 +174,8 @@ class WorkerRuntime:
             answer = {"type": "error", "error": describe_error(error)}
         self._flush_logs(call_id)
         self._calls.pop(call_id, None)
-        self._answer({**answer, "id": call_id, "seconds": time.monotonic() - started}, segments)
+        seconds = time.monotonic() - started
+        self._answer({**answer, "id": call_id, "seconds": seconds, "spent": meter.spent()}, segments)
 
     def _run(self, call: ActiveCall, frame: Frame, work: Work) -> list[bytes]:
         if call.cancelled:

@@ -11,6 +11,7 @@ from typing import Any
 
 from plugin_substrate.errors import PluginInputError, ProtocolError
 from plugin_substrate.interface import PluginInterface
+from plugin_substrate.worker.usage import process_stats
 
 #: These change the plugin, so they run where ``initialize`` ran and calls run; the host lets no call run beside them.
 CHANGING = frozenset({"reconfigure"})
@@ -53,6 +54,7 @@ _VERBS: Mapping[str, Callable[..., Any]] = {
     "config_schema": lambda plugin: plain(plugin.get_config_schema() or {}),
     "config_options": lambda plugin: plain(plugin.get_config_options() or {}),
     "current_config": lambda plugin: plain(plugin.get_current_config() or {}),
+    "stats": lambda _: process_stats(),
     "get_system_status": _monitor("get_system_status"),
     "list_processes": _monitor("list_processes"),
 }
