@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from plugin_substrate import PluginConfigError, PluginManager, load_manifest
+from plugin_substrate import PluginConfigError, PluginFatalError, PluginManager, load_manifest
 from plugin_substrate.cli import app
 from plugin_substrate.environments.spec import load_plugins_file
+from plugin_substrate.environments.uv import find_interpreter
 from typer.testing import CliRunner, Result
 
 PYPROJECT = """
@@ -204,6 +205,30 @@ def test_an_interpreter_that_is_not_there_is_named_and_never_downloaded(workspac
     done = workspace.install()
     assert done.exit_code == 1
     assert "python3.1 is not on the PATH" in done.output
+
+
+def interpreter(path: Path, *, answers: str) -> Path:
+    """Make a program that gives a Python's version and path, or fails as a shim does that has no such version."""
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\n{f'echo {answers} $0' if answers else 'exit 127'}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_an_interpreter_is_one_that_runs_and_not_a_shim_that_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shim = interpreter(tmp_path / "shims" / "python3.99", answers="")
+    other = interpreter(tmp_path / "other" / "python3.99", answers="3.98")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(shim.parent), str(other.parent), "/usr/bin", "/bin"]))
+    monkeypatch.setenv("PYENV_ROOT", str(tmp_path / "pyenv"))
+    with pytest.raises(PluginFatalError, match=r"python3\.99 is not on the PATH"):
+        find_interpreter("3.99")
+    installed = interpreter(tmp_path / "pyenv" / "versions" / "3.99.1" / "bin" / "python3.99", answers="3.99")
+    assert find_interpreter("3.99") == installed
+    real = interpreter(tmp_path / "real" / "python3.99", answers="3.99")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(shim.parent), str(real.parent), "/usr/bin", "/bin"]))
+    assert find_interpreter("3.99") == real
 
 
 @pytest.mark.parametrize(

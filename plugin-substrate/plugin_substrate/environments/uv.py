@@ -18,6 +18,7 @@ from pathlib import Path
 from plugin_substrate.errors import PluginFatalError
 
 _INSTALL_SECONDS = 1800.0
+_ANSWER_SECONDS = 20.0
 # The certificates of the system, as for pip: many companies reach indexes through a proxy with an authority of its own.
 _SETTINGS = {"UV_SYSTEM_CERTS": "1", "UV_NATIVE_TLS": "1"}  # the newer and the older name of the same setting
 
@@ -32,16 +33,43 @@ def find_uv() -> str:
 
 
 def find_interpreter(version: str = "") -> Path:
-    """Return an interpreter of a version like ``3.12``, this one when none is asked for; a missing one is an error."""
+    """Return an interpreter of a version like ``3.12``, this one when none is asked for; a missing one is an error.
+
+    Looked for on the PATH, then among pyenv's: its own command on the PATH may stand for a version it does not select.
+    """
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     if version in ("", here):
         return Path(sys.executable)
-    found = shutil.which(f"python{version}")
-    if found is None:
-        raise PluginFatalError(
-            f"python{version} is not on the PATH; install it, or leave python_version out for {here}"
+    for candidate in _candidates(f"python{version}"):
+        found = _real_interpreter(candidate, version)
+        if found is not None:
+            return found
+    raise PluginFatalError(f"python{version} is not on the PATH; install it, or leave python_version out for {here}")
+
+
+def _candidates(name: str) -> Iterator[Path]:
+    folders = [Path(folder) for folder in os.environ.get("PATH", os.defpath).split(os.pathsep) if folder]
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    folders += sorted((pyenv / "versions").glob("*/bin"))
+    return (folder / name for folder in folders if os.access(folder / name, os.X_OK))
+
+
+def _real_interpreter(candidate: Path, version: str) -> Path | None:
+    """Return what a program says is its interpreter, None when it is not one of this version."""
+    script = "import sys; print('%d.%d' % sys.version_info[:2], sys.executable)"
+    try:
+        done = subprocess.run(
+            [str(candidate), "-I", "-S", "-c", script],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_SECONDS,
+            check=False,
         )
-    return Path(found)
+    except (OSError, UnicodeDecodeError, subprocess.TimeoutExpired):
+        return None
+    answered, _, path = done.stdout.strip().partition(" ")
+    return Path(path) if done.returncode == 0 and answered == version and path else None
 
 
 @contextmanager

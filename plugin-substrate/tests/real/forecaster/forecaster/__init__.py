@@ -1,0 +1,1 @@
+"""Learns from numbers and predicts: scikit-learn."""

@@ -1,0 +1,1 @@
+"""Turns one audio or video format into another: ffmpeg."""
