@@ -99,6 +99,10 @@ def test_a_class_runs_in_a_worker_with_the_libraries_of_the_test(
     assert plugin_workers.describe(sample).capabilities == tuple(
         f"sample.{action}" for action in ("child", "count", "library", "pid", "talk")
     )
+    killed = worker.instance.pid
+    worker.kill()
+    assert not worker.instance.alive
+    assert worker.call(action="sample.pid").value != killed
     worker.unload()
     assert not plugin_workers.manager.list_instances()
 

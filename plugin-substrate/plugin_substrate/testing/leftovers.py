@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +15,7 @@ from plugin_substrate.worker.text import clean_line
 
 _PROC = Path("/proc")
 _SHOWN_CHARACTERS = 200
+_POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -22,23 +27,42 @@ class ProcessMark:
 
     @property
     def alive(self) -> bool:
-        """Whether it still runs; a dead one that nobody has reaped does not."""
-        stat = _stat(self.pid)
-        return stat is not None and stat.started == self.started and stat.state not in "ZX"
+        """Whether any thread of it still runs; a dead process that nobody has reaped is not alive."""
+        with self._descriptor() as descriptor:
+            if descriptor is None:
+                return False
+            poll = select.poll()
+            poll.register(descriptor, select.POLLIN)
+            return not poll.poll(0)
 
     def kill(self) -> None:
         """Kill it, and not another process that has its number meanwhile."""
+        with self._descriptor() as descriptor, suppress(ProcessLookupError):
+            if descriptor is not None:
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+
+    @contextmanager
+    def _descriptor(self) -> Iterator[int | None]:
+        """Give a pidfd of the process, None when there is no such process any more."""
         try:
             descriptor = os.pidfd_open(self.pid)
         except ProcessLookupError:
+            yield None
             return
         try:
-            if self.alive:
-                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
-        except ProcessLookupError:
-            return
+            stat = _stat(self.pid)
+            yield descriptor if stat is not None and stat.started == self.started else None
         finally:
             os.close(descriptor)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it is dead, and say whether it is."""
+        deadline = time.monotonic() + seconds
+        while self.alive:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_POLL_SECONDS)
+        return True
 
     def __str__(self) -> str:
         try:
@@ -68,7 +92,6 @@ def descendants(pid: int) -> set[ProcessMark]:
 class _Stat:
     pid: int
     parent: int
-    state: str
     started: int
 
 
@@ -77,5 +100,5 @@ def _stat(pid: int) -> _Stat | None:
         text = (_PROC / str(pid) / "stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    state, parent, *rest = text.rpartition(")")[2].split()
-    return _Stat(pid, int(parent), state, int(rest[17]))
+    _, parent, *rest = text.rpartition(")")[2].split()
+    return _Stat(pid, int(parent), int(rest[17]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +48,14 @@ class PluginWorker:
     async def call_async(self, *args: Any, **kwargs: Any) -> CallResult:
         """Call the plugin with what `PluginManager.execute_call` takes, and return value, usage and log lines."""
         return await self._workers.manager.execute_call(self.instance_id, *args, **kwargs)
+
+    def kill(self) -> None:
+        """Kill its process as the system does when memory is short; the next call finds a new one."""
+        pid = self.instance.pid
+        for process in self._workers.processes():
+            if process.pid == pid:
+                process.kill()
+                process.wait(_GONE_SECONDS)
 
     def unload(self) -> None:
         """Unload it before the test ends."""
@@ -146,7 +155,8 @@ class PluginWorkers:
         """Unload everything and see that it is gone."""
         processes = self.processes()
         await self.manager.unload_all_async()
-        left = await _still_alive(processes)
+        deadline = time.monotonic() + _GONE_SECONDS
+        left = [process for process in processes if not process.wait(deadline - time.monotonic())]
         if left:
             described = [str(process) for process in left]
             for process in left:
@@ -159,14 +169,3 @@ class PluginWorkers:
         return {process for process in descendants(os.getpid()) if process.pid in pids}.union(
             *(descendants(pid) for pid in pids if pid is not None)
         )
-
-
-async def _still_alive(processes: set[ProcessMark]) -> list[ProcessMark]:
-    """Return those of ``processes`` that do not end soon."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + _GONE_SECONDS
-    while True:
-        alive = [process for process in processes if process.alive]
-        if not alive or loop.time() > deadline:
-            return alive
-        await asyncio.sleep(0.01)
