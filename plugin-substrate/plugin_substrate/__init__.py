@@ -42,7 +42,14 @@ from plugin_substrate.interface import (
 )
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.manifest import ManifestV2, load_manifest, write_manifest
-from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta, RejectedManifest, WorkerView
+from plugin_substrate.metadata import (
+    CallResult,
+    PluginInstance,
+    PluginLoadSpec,
+    PluginMeta,
+    RejectedManifest,
+    WorkerView,
+)
 from plugin_substrate.queue import Job, JobEvent, JobEventType, JobQueue, JobStatus, QueueStats
 from plugin_substrate.telemetry import PluginStats, ResourceSnapshot, WorkerStats
 from plugin_substrate.worker.isolation import IsolationProfile, IsolationTerms
@@ -79,6 +86,7 @@ __all__ = [
     "PluginInstance",
     "PluginInterface",
     "PluginLoadError",
+    "PluginLoadSpec",
     "PluginManager",
     "PluginMeta",
     "PluginNotLoadedError",

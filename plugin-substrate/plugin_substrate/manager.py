@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import secrets
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from plugin_substrate.concurrent_loading import result_keys, run_concurrently
 from plugin_substrate.discovery import find_manifests, manifest_folders
 from plugin_substrate.errors import PluginConfigError, PluginError
 from plugin_substrate.home_loop import HomeLoop
@@ -16,12 +19,15 @@ from plugin_substrate.instance import CallListeners, CancelOutcome
 from plugin_substrate.instances import InstanceTable
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manifest import NAME_PATTERN
-from plugin_substrate.metadata import CallResult, PluginInstance, PluginMeta, RejectedManifest
+from plugin_substrate.metadata import CallResult, PluginInstance, PluginLoadSpec, PluginMeta, RejectedManifest
 from plugin_substrate.telemetry import PluginStats, worker_stats
 from plugin_substrate.tenant_worker import InstanceSettings
 from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers, resolve_profile
 
 _logger = logging.getLogger(__name__)
+
+_MAX_ID = 64
+_NEW_ID_BYTES = 3
 
 
 class PluginManager:
@@ -98,6 +104,7 @@ class PluginManager:
         config: Mapping[str, Any] | None = None,
         *,
         instance_id: str | None = None,
+        new_instance: bool = False,
         max_concurrent_requests: int = 1,
         tenant_id: str = "",
     ) -> PluginInstance:
@@ -108,10 +115,11 @@ class PluginManager:
         want of a required layer); a `PluginNotLoadedError` tells that it was unloaded meanwhile. Cancelling the
         awaiting task does not stop the load.
 
+        The id is ``instance_id``, or the plugin's name, or with ``new_instance`` the name and six random hex digits.
         The worker that is started is the one of ``tenant_id``; every other tenant's starts at its first call.
         """
         self._home.adopt()
-        chosen = meta.name if instance_id is None else instance_id
+        chosen = self._choose_id(meta, instance_id, new_instance=new_instance)
         if not NAME_PATTERN.fullmatch(chosen):
             raise ValueError(f"instance_id must be 1 to 64 letters, digits, - or _, not {chosen!r}")
         if max_concurrent_requests < 1:
@@ -126,19 +134,43 @@ class PluginManager:
         config: Mapping[str, Any] | None = None,
         *,
         instance_id: str | None = None,
+        new_instance: bool = False,
         max_concurrent_requests: int = 1,
     ) -> bool:
         """Load synchronously; a failure is logged and is False. A wrong ``instance_id`` is a ValueError."""
         try:
             self._home.run(
                 lambda: self.load_plugin_async(
-                    meta, config, instance_id=instance_id, max_concurrent_requests=max_concurrent_requests
+                    meta,
+                    config,
+                    instance_id=instance_id,
+                    new_instance=new_instance,
+                    max_concurrent_requests=max_concurrent_requests,
                 )
             )
         except PluginError:
             _logger.exception("plugin %s could not be loaded", meta.name)
             return False
         return True
+
+    async def load_plugins_concurrent(
+        self, specs: Sequence[PluginLoadSpec], *, max_concurrency: int | None = None, fail_fast: bool = False
+    ) -> dict[str, str | Exception]:
+        """Load side by side; return the instance id or the error of each under its `result_keys`.
+
+        With ``fail_fast`` nothing is begun after the first error. Two specs of one instance are a ValueError.
+        """
+        self._home.adopt()
+        work = {key: partial(self._load_spec, spec) for key, spec in zip(result_keys(specs), specs, strict=True)}
+        return await run_concurrently(work, max_concurrency=max_concurrency, fail_fast=fail_fast)
+
+    async def unload_plugins_concurrent(
+        self, instance_ids: Sequence[str], *, max_concurrency: int | None = None, fail_fast: bool = False
+    ) -> dict[str, bool | Exception]:
+        """Unload side by side; return under each id whether it was loaded, or the error."""
+        self._home.adopt()
+        work = {instance_id: partial(self.unload_plugin_async, instance_id) for instance_id in instance_ids}
+        return await run_concurrently(work, max_concurrency=max_concurrency, fail_fast=fail_fast)
 
     async def unload_plugin_async(self, instance_id: str) -> bool:
         """Unload; False when nothing has this id. Calls still running lose their worker after the grace.
@@ -247,6 +279,25 @@ class PluginManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.unload_all_async()
+
+    async def _load_spec(self, spec: PluginLoadSpec) -> str:
+        loaded = await self.load_plugin_async(
+            spec.meta,
+            spec.config,
+            instance_id=spec.instance_id,
+            new_instance=spec.new_instance,
+            max_concurrent_requests=spec.max_concurrent_requests,
+        )
+        return loaded.instance_id
+
+    def _choose_id(self, meta: PluginMeta, instance_id: str | None, *, new_instance: bool) -> str:
+        if instance_id is not None or not new_instance:
+            return meta.name if instance_id is None else instance_id
+        room = _MAX_ID - _NEW_ID_BYTES * 2 - 1
+        while True:
+            chosen = f"{meta.name[:room]}-{secrets.token_hex(_NEW_ID_BYTES)}"
+            if chosen not in self._instances:
+                return chosen
 
     def _settings(
         self, instance_id: str, meta: PluginMeta, config: Mapping[str, Any] | None, max_concurrent_requests: int

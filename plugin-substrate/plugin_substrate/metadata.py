@@ -61,6 +61,17 @@ class PluginMeta:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PluginLoadSpec:
+    """One plugin among several to load: as `PluginManager.load_plugin_async` takes it."""
+
+    meta: PluginMeta
+    config: Mapping[str, Any] | None = None
+    instance_id: str | None = None
+    new_instance: bool = False
+    max_concurrent_requests: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class RejectedManifest:
     """A manifest that discovery did not take, and why."""
 

@@ -29,6 +29,8 @@ class Probe(PluginInterface):
         self.config = config
         self.calls = 0
         self.together = threading.Barrier(2)
+        self.lock = threading.Lock()
+        self.inside = 0
 
     def get_config_schema(self):
         return {}
@@ -170,6 +172,17 @@ class Probe(PluginInterface):
         """Returns only when a second call is in the worker at the same time."""
         self.together.wait(30)
         return self.call.call_id
+
+    @plugin_action("probe.together")
+    def count_together(self):
+        """How many calls are in the worker at once, this one among them."""
+        with self.lock:
+            self.inside += 1
+            seen = self.inside
+        time.sleep(0.02)
+        with self.lock:
+            self.inside -= 1
+        return seen
 
     @plugin_action("probe.break_protocol")
     def break_protocol(self):
