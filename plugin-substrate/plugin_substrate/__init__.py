@@ -51,6 +51,7 @@ from plugin_substrate.metadata import (
     WorkerView,
 )
 from plugin_substrate.queue import Job, JobEvent, JobEventType, JobQueue, JobStatus, QueueStats
+from plugin_substrate.revival import Revival
 from plugin_substrate.telemetry import PluginStats, ResourceSnapshot, WorkerStats
 from plugin_substrate.worker.isolation import IsolationProfile, IsolationTerms
 
@@ -99,6 +100,7 @@ __all__ = [
     "RejectedManifest",
     "ResourceShortfall",
     "ResourceSnapshot",
+    "Revival",
     "StoreError",
     "TracebackPolicy",
     "WireValueError",

@@ -20,6 +20,7 @@ from plugin_substrate.instances import InstanceTable
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.metadata import CallResult, PluginInstance, PluginLoadSpec, PluginMeta, RejectedManifest
+from plugin_substrate.revival import Revival
 from plugin_substrate.telemetry import PluginStats, worker_stats
 from plugin_substrate.tenant_worker import InstanceSettings
 from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers, resolve_profile
@@ -35,7 +36,7 @@ class PluginManager:
 
     The asynchronous methods belong to the event loop they are first used on; the synchronous ones hand their work to
     that loop, or to a private one. A call is sent at most once: repeating is the caller's decision. A worker that died
-    is replaced at the next call.
+    is replaced at the next call, or at once where the manager is told so.
     """
 
     def __init__(
@@ -48,8 +49,12 @@ class PluginManager:
         isolation: IsolationProfile | None = None,
         require: Sequence[str] = (),
         max_tenant_workers: int = 16,
+        revive: Revival = Revival.ON_CALL,
     ) -> None:
-        """``isolation`` is what plugins get where nothing else is said; ``require`` names layers all must hold."""
+        """``isolation`` is what plugins get where nothing else is said; ``require`` names layers all must hold.
+
+        ``max_tenant_workers`` bounds the workers of one instance, and ``revive`` says when dead ones are replaced.
+        """
         problems: list[str] = []
         self._require = parse_required_layers(list(require), "require", problems)
         if problems:
@@ -62,6 +67,7 @@ class PluginManager:
         if max_tenant_workers < 1:
             raise ValueError(f"max_tenant_workers must be at least 1, not {max_tenant_workers}")
         self._max_tenant_workers = max_tenant_workers
+        self._revive = revive
         self._home = HomeLoop()
         self._discovered: dict[str, PluginMeta] = {}
         self._rejected: tuple[RejectedManifest, ...] = ()
@@ -313,6 +319,7 @@ class PluginManager:
             max_workers=self._max_tenant_workers,
             grace_seconds=self._grace_seconds,
             load_timeout=self._load_timeout,
+            revive=self._revive,
             isolation=resolve_profile(
                 meta.name, meta.manifest.asked_isolation, meta.manifest.granted_isolation, self._isolation
             ),

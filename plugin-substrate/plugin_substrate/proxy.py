@@ -173,6 +173,10 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         self._process.kill()
         await asyncio.wait({self._gone})
 
+    def when_gone(self, callback: Callable[[], object]) -> None:
+        """Call back once the worker is dead and everyone who waited for it has been told."""
+        self._gone.add_done_callback(lambda _: callback())
+
     # -- what the worker says
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

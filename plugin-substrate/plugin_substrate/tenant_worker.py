@@ -21,6 +21,7 @@ from plugin_substrate.log_file import LogFile
 from plugin_substrate.metadata import PluginMeta, WorkerView
 from plugin_substrate.process_tree import CpuClock
 from plugin_substrate.proxy import RemotePluginProxy
+from plugin_substrate.revival import Revival, Reviver
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker_folder import (
     SHARED_FOLDER,
@@ -49,6 +50,7 @@ class InstanceSettings:
     max_workers: int
     grace_seconds: float
     load_timeout: float
+    revive: Revival = Revival.ON_CALL
     isolation: IsolationProfile
     required_layers: tuple[str, ...] = ()
 
@@ -91,6 +93,7 @@ class TenantWorker:
         self._reviving = asyncio.Lock()
         self._patience: asyncio.Timeout | None = None
         self._closed = False
+        self._reviver = Reviver(self.ready) if settings().revive is Revival.AT_ONCE else None
 
     @property
     def proxy(self) -> RemotePluginProxy | None:
@@ -130,7 +133,17 @@ class TenantWorker:
                 raise PluginNotLoadedError(f"{self._settings().instance_id!r} is being unloaded")
             if self._proxy is None or not self._proxy.alive:
                 self._proxy = await self._start()
+                self._watch(self._proxy)
             return self._proxy
+
+    def _watch(self, proxy: RemotePluginProxy) -> None:
+        if self._reviver is not None:
+            self._reviver.born()
+            proxy.when_gone(self._on_gone)
+
+    def _on_gone(self) -> None:
+        if self._reviver is not None and not self._reviving.locked():  # else it was meant to go
+            self._reviver.died()
 
     async def stop_process(self) -> None:
         """Let the plugin clean up and end its process; the next call starts another."""
@@ -141,6 +154,8 @@ class TenantWorker:
     async def close(self) -> None:
         """End it: no new process, cleanup in the plugin, and in any case the end of its process."""
         self._closed = True
+        if self._reviver is not None:
+            self._reviver.stop()
         if self._patience is not None:
             self._patience.reschedule(0)  # what is being loaded now is no longer wanted
         await self.stop_process()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -63,7 +64,7 @@ class WorkerPool:
     def leave(self, worker: TenantWorker) -> None:
         """Give up a hold; the last one of a worker that served one run, or is to go, ends it."""
         worker.holders -= 1
-        worker.last_used = asyncio.get_running_loop().time()
+        worker.last_used = time.monotonic()
         if worker.holders:
             return
         if worker.seat.run or worker in self._leaving:
