@@ -69,7 +69,7 @@ async def test_a_decision_is_stored_with_the_facts_it_came_from(bench):
     await bench.grant(lease)
     (step,) = await bench.storage.runs.steps(bench.tenant, lease.run.id)
     stored = dict(step.decision)
-    again = decide(bench.control_plane.policy, Facts.from_json(stored.pop("facts")))
+    again = decide(step, bench.control_plane.policy, Facts.from_json(stored.pop("facts")))
     assert json.loads(json.dumps(again.to_json())) == stored
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import uuid
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plm_engine_core.control_plane.policy import Facts, PolicySnapshot, Verdict, decide
+from plm_engine_core.control_plane.policy import Facts, PolicySnapshot, Verdict
+from plm_engine_core.control_plane.policy import decide as decide_proposal
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CostBound
 from plm_engine_core.control_plane.vocabulary import (
     PIPELINE_ORDER,
@@ -41,6 +45,19 @@ def facts(**changes) -> Facts:
         "rate_allowed": True,
     }
     return Facts(**{**values, **changes})
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """What is proposed, where only the policy and the facts matter."""
+
+    capability: str = "thing.use"
+    resource: str = "thing/1"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def decide(policy, known, proposal=Proposed()):
+    return decide_proposal(proposal, policy, known)
 
 
 REFUSALS = [
@@ -204,6 +221,21 @@ def test_equal_policies_have_equal_digests_and_others_do_not(make_policy):
 def test_the_digest_is_the_same_in_every_process(make_policy):
     """A literal, so that a change of the canonical form is noticed: it would invalidate open approvals."""
     assert make_policy().digest == "a7da61b4de592607ddd2aecfe30c8878edf65ae2b460153f578a11e39a147ff6"
+
+
+RECORDED = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data" / "recorded_decisions.jsonl").read_text(encoding="utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize("record", RECORDED, ids=range(len(RECORDED)))
+def test_a_decision_recorded_by_the_first_release_is_made_again_under_the_same_digest(record):
+    """Written before rules, conditions and evaluators existed; what is newer in an answer only adds to it."""
+    policy = PolicySnapshot.model_validate(record["policy"])
+    assert policy.digest == record["digest"]
+    again = decide(policy, Facts.from_json(record["facts"])).to_json()
+    assert {key: again.get(key) for key in record["decision"]} == record["decision"]
 
 
 amounts = st.decimals(min_value=0, max_value=10**6, places=4)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+import yaml
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import load_policy
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, load_capabilities
@@ -80,6 +82,64 @@ def test_a_file_that_is_missing_or_no_text_is_named(tmp_path):
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InvalidRequest, match=r"binary\.yaml is not YAML"):
         load_capabilities(binary)
+
+
+RULE = """
+rules:
+  - id: big
+    capabilities: [thing.read]
+    when:
+      type: and
+      conditions:
+        - {type: action, actions: ["*"]}
+        - {type: field, path: arguments.amount, operator: above, value: 3}
+    then: ask
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        (POLICY + RULE, ":14:49: rules.0.when.and.conditions.1.field.operator"),
+        (POLICY.replace("execute-write: high", "execute-write: huge"), ":4:44: risk_by_mode.execute-write"),
+        (POLICY.replace("version:", "extra: 1\nversion:"), ":2:1: extra"),
+        (POLICY.replace("EUR: 1, calls: 1}, tenant", "calls: 1}, tenant"), ":5:11: budgets.run"),
+        (POLICY + "tiers: {blocked: [a.b], unrestricted: [a.b]}\n", ":6:1: tiers: a.b is both"),
+    ],
+)
+def test_an_error_is_named_with_its_line_and_column(tmp_path, text, place):
+    path = write(tmp_path, text)
+    with pytest.raises(InvalidRequest) as caught:
+        load_policy(path)
+    assert f"{path}{place}" in str(caught.value)
+
+
+def test_json_is_read_as_strictly_as_yaml(tmp_path):
+    document = yaml.safe_load(POLICY)
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(document, indent=2), encoding="utf-8")
+    assert load_policy(path).digest == load_policy(write(tmp_path, POLICY)).digest
+    for text, problem in (
+        (
+            json.dumps({**document, "grant_seconds": -1}, indent=1),
+            r"policy\.json:23:2: grant_seconds: .* greater than 0",
+        ),
+        ('{"version": "1", "version": "2"}', "'version' twice"),
+        ('{"max_eur_per_call": NaN}', "NaN is no JSON number"),
+        ('{"version": ', "is not JSON: line 1, column 13"),
+        ("version: 1", "is not JSON: line 1, column 1"),
+    ):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(InvalidRequest, match=problem):
+            load_policy(path)
+
+
+@pytest.mark.parametrize("name", ["deep.yaml", "deep.json"])
+def test_a_file_that_is_nested_without_end_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(InvalidRequest, match="nested too deeply"):
+        load_policy(path)
 
 
 def test_a_capability_registered_twice_is_refused():

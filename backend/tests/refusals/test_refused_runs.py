@@ -38,6 +38,11 @@ class Cases:
     def capability_that_the_policy_steers_away_from(self) -> Left:
         return self._run("steered", says="steers probe.steered: use probe.echo instead")
 
+    def call_that_a_rule_of_the_policy_denies(self) -> Left:
+        rule = {"id": "no-echo", "capabilities": ["probe.echo"], "then": "deny", "reason": "the probe is closed"}
+        policy = self._altered_policy(rules=[rule])
+        return self._under(policy, "echo", "the rule no-echo denies probe.echo: the probe is closed")
+
     def capability_beyond_the_caller_s_scopes(self) -> Left:
         client = self._platform.client(scopes=("plm.runs.create",))
         return self._platform, client, client.run("write")["run_id"], "probe.write"

@@ -160,6 +160,7 @@ class Driver:
             resource=move.resource,
             arguments=move.arguments,
             principal=hold.run.principal,
+            agent=str(hold.run.agent.get("name", "")),
         )
         try:
             admission = await self._admit(proposal)

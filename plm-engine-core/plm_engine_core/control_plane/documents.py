@@ -1,8 +1,9 @@
-"""Files that operators write: YAML in, a checked model out, and otherwise a message that leads to the entry."""
+"""Files that operators write: YAML or JSON in, a checked model out, and otherwise a message that leads to the entry."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import json
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,38 +19,101 @@ _SCALARS = (str, int, float)
 
 
 def load_document(path: Path, model: type[Model], what: str) -> Model:
-    """Read a YAML file into `model`; `what` is how messages call it.
+    """Read a YAML file, or JSON when its name ends in `.json`, into `model`; `what` is how messages call it.
 
     Raises:
-        InvalidRequest: naming the file and the entry that is missing, unknown, doubled or wrong.
+        InvalidRequest: naming the file and the line, column and entry that is missing, unknown, doubled or wrong.
     """
     try:
-        document = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506  # a SafeLoader
+        text = path.read_text(encoding="utf-8")
+        return parse_document(text, model, what, source=str(path), is_json=path.suffix == ".json")
     except OSError as error:
         raise InvalidRequest(
             f"the {what} {path} cannot be read: {error.strerror}; check the path and its permissions", field=what
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"the {what} {path} is not YAML: {_where(error)}; correct it there", field=what) from error
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the {what} {path} is not YAML: {error}; correct it there", field=what) from error
+
+
+def parse_document(text: str, model: type[Model], what: str, *, source: str, is_json: bool = False) -> Model:
+    """Read a text as `load_document` reads a file; `source` is how messages call it.
+
+    Raises:
+        InvalidRequest: naming the source and the line, column and entry that is missing, unknown, doubled or wrong.
+    """
+    form = "JSON" if is_json else "YAML"
+    try:
+        document = _from_json(text) if is_json else yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  # a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        words = f"the {what} {source} is not {form}: {_where(error)}; correct it there"
+        raise InvalidRequest(words, field=what) from error
+    except RecursionError as error:
+        raise InvalidRequest(f"the {what} {source} is nested too deeply; flatten it", field=what) from error
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or what
-        problem = first["msg"].removeprefix("Value error, ")
-        given = f" (given: {_shortened(repr(first['input']))})" if isinstance(first["input"], _SCALARS) else ""
-        raise InvalidRequest(f"{path}: {where}: {problem}{given}; correct it in that file", field=where) from error
+        raise _refused(error, text, what, source) from error
 
 
-def _where(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+def _refused(error: ValidationError, text: str, what: str, source: str) -> InvalidRequest:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or what
+    problem = first["msg"].removeprefix("Value error, ")
+    given = f" (given: {_shortened(repr(first['input']))})" if isinstance(first["input"], _SCALARS) else ""
+    place = _place(text, first["loc"])
+    return InvalidRequest(f"{source}{place}: {where}: {problem}{given}; correct it in that file", field=where)
+
+
+def _place(text: str, location: Sequence[int | str]) -> str:
+    """`:line:column` of the entry, or of the nearest thing around it that the text has."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError):  # JSON may hold tabs
+        return ""
+    if node is None:
+        return ""
+    mark = node.start_mark
+    for part in location:
+        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            mark = node.start_mark
+        elif isinstance(node, yaml.MappingNode):
+            # A union adds the name of its kind to the location, which stands nowhere in the text.
+            for key, value in node.value:
+                if key.value == str(part):
+                    node, mark = value, key.start_mark
+                    break
+    return f":{mark.line + 1}:{mark.column + 1}"
+
+
+def _where(error: yaml.YAMLError | ValueError) -> str:
     """The place and the problem on one line; YAML's own text draws a picture."""
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
         return f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}: {error.problem}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"line {error.lineno}, column {error.colno}: {error.msg}"
     return " ".join(str(error).split())
 
 
 def _shortened(text: str) -> str:
     return text if len(text) <= _SHOWN else text[:_SHOWN] + " …"
+
+
+def _from_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_unique_members, parse_constant=_no_constant)
+
+
+def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in members:
+            raise ValueError(f"found {key!r} twice")
+        members[key] = value
+    return members
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
 
 
 class _UniqueKeys(yaml.SafeLoader):

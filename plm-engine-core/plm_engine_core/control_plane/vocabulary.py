@@ -63,6 +63,27 @@ PIPELINE_ORDER: tuple[Stage, ...] = (Stage.RATE_LIMIT, Stage.AUTHORIZATION, Stag
 """The published order of the policy stages; classification runs between the last two."""
 
 
+class RoutingResolutionStep(StrEnum):
+    """What settled how a proposal is treated."""
+
+    EXPLICIT_ASSIGNMENT = "explicit_assignment"  # blocked, or a rule of the policy
+    POLICY_LIST_MATCH = "policy_list_match"  # the capability's own tier
+    RISK_TIER_MATCH = "risk_tier_match"  # the tier of its mode
+    CAPABILITY_MATCH = "capability_match"  # no such capability
+    DEFAULT_AGENT = "default_agent"  # reserved
+
+
+class EvaluationStatus(StrEnum):
+    """How an evaluator ended; only `allowed` lets a proposal pass."""
+
+    ALLOWED = "allowed"
+    DENIED = "denied"
+    FAILED = "failed"  # it raised, or is not there
+    TIMED_OUT = "timed_out"
+    INVALID = "invalid"  # it answered with something else than a result
+    CANCELLED = "cancelled"  # another one denied first
+
+
 class RunKind(StrEnum):
     """Who executes the steps of a run."""
 
@@ -181,6 +202,9 @@ class Reason(StrEnum):
     AUTONOMY_TOO_LOW = "autonomy_too_low"
     POLICY_MISSING = "policy_missing"
     CAPABILITY_BLOCKED = "capability_blocked"
+    RULE_DENIED = "rule_denied"
+    EVALUATOR_DENIED = "evaluator_denied"
+    EVALUATOR_FAILED = "evaluator_failed"
     STEERED = "steered"
     APPROVAL_REQUIRED = "approval_required"
     APPROVAL_DENIED = "approval_denied"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -15,10 +15,10 @@ from plm_engine_core.control_plane.admission.proposal import Proposal, content_h
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits.budgets import demand
-from plm_engine_core.control_plane.policy import Decision, Facts, PolicySnapshot, Verdict, decide
+from plm_engine_core.control_plane.policy import Decision, Evaluation, Facts, Needs, PolicySnapshot, Verdict, decide
 from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCommand, Connection
-from plm_engine_core.control_plane.vocabulary import Reason
+from plm_engine_core.control_plane.vocabulary import EvaluationStatus, Reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,13 +80,30 @@ async def admit(
     digest = proposal_digest(proposal, registry.get(proposal.capability))
     try:
         facts = await prepare(proposal, policy=policy, registry=registry, storage=storage)
-        decision = decide(policy, facts)
+        decision, facts = _decided(proposal, policy, facts)
         command = _command(proposal, policy, facts, decision, digest)
         answer = await storage.admit(command, connection=connection)
     except StorageUnavailable as error:
         # Nothing was booked. A driver may ask again with the same command.
         return Denied(reason=Reason.STORAGE_BUSY, message=str(error), retry_after_ms=200)
     return _admission(proposal, decision, answer)
+
+
+def _decided(proposal: Proposal, policy: PolicySnapshot, facts: Facts) -> tuple[Decision, Facts]:
+    """The decision, with the facts that it was made from."""
+    answer = decide(proposal, policy, facts)
+    if isinstance(answer, Needs):
+        failed = EvaluationStatus.FAILED
+        facts = replace(
+            facts,
+            evaluations=tuple(
+                Evaluation(name=name, status=failed, reason="no evaluator is installed") for name in answer.evaluators
+            ),
+        )
+        answer = decide(proposal, policy, facts)
+    if isinstance(answer, Needs):
+        raise TypeError("a decision asks its evaluators once")
+    return answer, facts
 
 
 def _command(proposal: Proposal, policy: PolicySnapshot, facts: Facts, decision: Decision, digest: str) -> AdmitCommand:

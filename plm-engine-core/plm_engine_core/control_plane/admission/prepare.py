@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot
 from plm_engine_core.control_plane.registry import CapabilityRegistry
@@ -28,4 +30,8 @@ async def prepare(
         autonomy=AutonomyLevel.L3,
         rate_allowed=reading.allowed,
         retry_after_ms=reading.retry_after_ms,
+        actor_kind=proposal.principal.actor_kind,
+        agent=proposal.agent,
+        claims=proposal.claims,
+        at=datetime.now(UTC),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from uuid import UUID
 
@@ -42,9 +42,10 @@ class Principal:
 class Proposal:
     """One use of one capability, as an agent would like it.
 
-    `arguments` are JSON values; files stand in them as artifact references. `step_key` is the same for every attempt of
-    a step, so that an idempotent plugin applies its effect once. `ticket_id` names the approval an earlier admission of
-    the same attempt asked for.
+    `arguments` are JSON values; files stand in them as artifact references. `claims` is what the agent says of it
+    (`risk`, `weight`, `score`): recorded, and never a reason to trust it more. `step_key` is the same for every attempt
+    of a step, so that an idempotent plugin applies its effect once. `ticket_id` names the approval an earlier admission
+    of the same attempt asked for.
     """
 
     tenant_id: UUID
@@ -59,6 +60,8 @@ class Proposal:
     principal: Principal
     executor_kind: ExecutorKind = ExecutorKind.PLUGIN
     ticket_id: UUID | None = None
+    agent: str = ""
+    claims: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def step_key(self) -> str:

@@ -26,7 +26,7 @@ from plm_engine_core.control_plane.policy.conditions import (
     WeightAtMost,
     check_bounds,
 )
-from plm_engine_core.control_plane.policy.fields import MISSING, lookup, shown
+from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath, lookup, member, parts, shown
 from plm_engine_core.control_plane.vocabulary import RiskLevel
 
 Holds = bool | None
@@ -65,7 +65,7 @@ class View:
 
 
 Test = Callable[[View], Finding]
-_Probe = Callable[[View], Holds]
+_Judge = Callable[[Any], Holds]
 
 _ORDERS: dict[str, Callable[[Any, Any], bool]] = {
     "eq": operator.eq,
@@ -95,7 +95,7 @@ def _compile(node: Condition, at: str) -> Test:
         case Not():
             return _negation(_compile(node.condition, f"{at}.condition"))
         case _:
-            return _leaf(_probe(node), at, says(node))
+            return _leaf(node, at)
 
 
 def _all(tests: tuple[Test, ...]) -> Test:
@@ -116,7 +116,10 @@ def _until(tests: tuple[Test, ...], *, settles: bool) -> Test:
             found = each(view)
             if found.holds is settles:
                 return found
-            (undecided if found.holds is None else agreed).extend(found.leaves)
+            if found.holds is None:
+                undecided += found.leaves
+            else:
+                agreed += found.leaves
         return Finding(None, tuple(undecided)) if undecided else Finding(not settles, tuple(agreed))
 
     return test
@@ -130,67 +133,85 @@ def _negation(inner: Test) -> Test:
     return test
 
 
-def _leaf(probe: _Probe, at: str, words: str) -> Test:
+def _leaf(node: Condition, at: str) -> Test:
+    words = says(node)
     results = {holds: Finding(holds, (LeafResult(at, words, holds),)) for holds in (True, False, None)}
-    return lambda view: results[probe(view)]
-
-
-def _probe(node: Condition) -> _Probe:  # one line a kind of leaf
     match node:
         case RiskLevelIs(level=level, operator=order):
             compare, rank = _ORDERS[order], level.rank
-            return lambda view: compare(view.risk, rank)
-        case WeightAtMost(max_weight=most):
-            return _ordered(lookup("claims.weight"), operator.le, most)
-        case ScoreAtLeast(min_score=least):
-            return _ordered(lookup("claims.score"), operator.ge, least)
-        case ActionIs(actions=actions, mode=mode):
-            probe = _matches(lookup("capability.id"), any_of(actions, Match.GLOB))
-            return probe if mode == "allow" else _opposite(probe)
-        case AssetIs(patterns=patterns, match=kind):
-            return _matches(lookup("resource"), any_of(patterns, kind))
+            return lambda view: results[compare(view.risk, rank)]
         case EvaluatorSays(evaluator_name=name):
-            return lambda view: view.evaluations.get(name)
+            return lambda view: results[view.evaluations.get(name)]
         case TimeOfDay():
-            return _time(node)
+            within = _time(node)
+            return lambda view: results[within(view.at)]
+        case _:
+            return _at(*_judged(node), results)
+
+
+def _at(path: FieldPath, judge: _Judge, results: Mapping[Holds, Finding]) -> Test:
+    """Find the field and judge it; most paths have two parts, and are found without a further call."""
+    root, *rest = parts(path)
+    if len(rest) != 1:
+        find = lookup(path)
+        return lambda view: results[judge(find(view.fields))]
+    (name,) = rest
+
+    def test(view: View) -> Finding:
+        holder = view.fields.get(root)
+        return results[judge(holder.get(name, MISSING) if type(holder) is dict else member(holder, name))]
+
+    return test
+
+
+def _judged(node: Condition) -> tuple[FieldPath, _Judge]:
+    """Which field a leaf looks at, and how it judges what stands there."""
+    match node:
+        case WeightAtMost(max_weight=most):
+            return "claims.weight", _ordered(operator.le, most)
+        case ScoreAtLeast(min_score=least):
+            return "claims.score", _ordered(operator.ge, least)
+        case ActionIs(actions=actions, mode=mode):
+            judge = _matches(any_of(actions, Match.GLOB))
+            return "capability.id", judge if mode == "allow" else _opposite(judge)
+        case AssetIs(patterns=patterns, match=kind):
+            return "resource", _matches(any_of(patterns, kind))
         case FieldIs():
-            return _field(node)
+            return node.path, _compared(node)
         case _:
             raise TypeError(f"{type(node).__name__} is no leaf of a condition")
 
 
-def _field(node: FieldIs) -> _Probe:
-    find, value = lookup(node.path), node.value
+def _compared(node: FieldIs) -> _Judge:
+    wanted = node.value
     match node.operator:
         case "exists":
-            return lambda view: find(view.fields) is not MISSING
+            return lambda value: value is not MISSING
         case "eq":
-            return lambda view: same(find(view.fields), value)
+            return (lambda value: value == wanted) if isinstance(wanted, str) else lambda value: same(value, wanted)
         case "ne":
-            return lambda view: not same(find(view.fields), value)
+            return lambda value: not same(value, wanted)
         case "in" | "not_in":
-            wanted, among = node.operator == "in", value if isinstance(value, tuple) else ()
-            return lambda view: _among(find(view.fields), among) is wanted
+            inside, among = node.operator == "in", wanted if isinstance(wanted, tuple) else ()
+            return lambda value: any(same(value, each) for each in among) is inside
         case "contains":
-            return lambda view: _contains(find(view.fields), value)
+            return lambda value: _contains(value, wanted)
         case "glob" | "regex":
-            return _matches(find, matcher(str(value), Match(node.operator)))
+            return _matches(matcher(str(wanted), Match(node.operator)))
         case order:
-            return _ordered(find, _ORDERS[order], value)
+            return _ordered(_ORDERS[order], wanted)
 
 
-def _ordered(find: Callable[[Mapping[str, Any]], Any], compare: Callable[[Any, Any], bool], bound: Any) -> _Probe:
+def _ordered(compare: Callable[[Any, Any], bool], bound: Any) -> _Judge:
     exact = Decimal(str(bound))
 
-    def probe(view: View) -> Holds:
-        value = find(view.fields)
-        kind = type(value)
-        if kind is int:
-            return compare(value, exact)
+    def judge(value: Any) -> Holds:
+        if type(value) is int:
+            return compare(value, bound)
         number = _number(value)
         return None if number is None else compare(number, exact)
 
-    return probe
+    return judge
 
 
 def _number(value: Any) -> Decimal | None:
@@ -215,10 +236,6 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def _among(value: Any, values: tuple[Any, ...]) -> bool:
-    return any(same(value, each) for each in values)
-
-
 def _contains(holder: Any, value: Any) -> Holds:
     if holder is MISSING:
         return False
@@ -227,36 +244,35 @@ def _contains(holder: Any, value: Any) -> Holds:
     return None
 
 
-def _matches(find: Callable[[Mapping[str, Any]], Any], match: Matcher) -> _Probe:
-    def probe(view: View) -> Holds:
-        value = find(view.fields)
+def _matches(match: Matcher) -> _Judge:
+    def judge(value: Any) -> Holds:
         if isinstance(value, str):
             return match(value)
         return False if value is MISSING else None
 
-    return probe
+    return judge
 
 
-def _opposite(probe: _Probe) -> _Probe:
-    def opposite(view: View) -> Holds:
-        holds = probe(view)
+def _opposite(judge: _Judge) -> _Judge:
+    def opposite(value: Any) -> Holds:
+        holds = judge(value)
         return None if holds is None else not holds
 
     return opposite
 
 
-def _time(node: TimeOfDay) -> _Probe:
+def _time(node: TimeOfDay) -> Callable[[datetime | None], Holds]:
     start, end = _minutes(node.start), _minutes(node.end)
     days = frozenset(_DAYS.index(day) for day in node.weekdays)
 
-    def probe(view: View) -> Holds:
-        if view.at is None:
+    def within(at: datetime | None) -> Holds:
+        if at is None:
             return None
-        minute = view.at.hour * 60 + view.at.minute
+        minute = at.hour * 60 + at.minute
         inside = start <= minute < end if start <= end else minute >= start or minute < end
-        return inside and view.at.weekday() in days
+        return inside and at.weekday() in days
 
-    return probe
+    return within
 
 
 def _minutes(clock: str) -> int:

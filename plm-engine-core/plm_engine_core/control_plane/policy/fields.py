@@ -69,25 +69,18 @@ def lookup(path: FieldPath) -> Lookup:
     root, *rest = parts(path)
     if not rest:
         return lambda fields: fields.get(root, MISSING)
-    if len(rest) == 1:
-        (name,) = rest
-
-        def member(fields: Mapping[str, Any]) -> Any:
-            holder = fields.get(root)
-            return holder.get(name, MISSING) if type(holder) is dict else _step(holder, name)
-
-        return member
 
     def walk(fields: Mapping[str, Any]) -> Any:
         found = fields.get(root)
         for name in rest:
-            found = _step(found, name)
+            found = member(found, name)
         return found
 
     return walk
 
 
-def _step(holder: Any, name: str) -> Any:
+def member(holder: Any, name: str) -> Any:
+    """What a mapping or a list holds under a name."""
     if isinstance(holder, Mapping):
         return holder.get(name, MISSING)
     if isinstance(holder, list | tuple) and name.isascii() and name.isdigit() and len(name) < 10:

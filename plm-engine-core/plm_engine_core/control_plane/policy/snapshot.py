@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self
+from types import MappingProxyType
+from typing import Annotated, Any, Self, TypeVar
 
 from plm_shared.idempotency import compute_content_hash
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import load_document
+from plm_engine_core.control_plane.policy.conditions import Condition, ConditionTree, EvaluatorSays, leaves
+from plm_engine_core.control_plane.policy.plan import Plans
+from plm_engine_core.control_plane.policy.rules import EvaluatorSpec, Rule
 from plm_engine_core.control_plane.vocabulary import ActionTier, AutonomyLevel, BudgetUnit, CapabilityMode, RiskLevel
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+Table = Annotated[
+    Mapping[Key, Value], AfterValidator(lambda table: MappingProxyType(dict(table))), PlainSerializer(dict)
+]
+"""A mapping that nobody can change afterwards."""
+
+ADDED = frozenset(
+    {
+        "auto_approve_when",
+        "autonomy_ceiling_by_capability",
+        "evaluators",
+        "risk_by_capability",
+        "risk_floor",
+        "rules",
+    }
+)
+"""Members that the first form did not have: while they say nothing the digest leaves them out, and stays as it was."""
 
 
 class _Frozen(BaseModel):
@@ -30,8 +64,8 @@ class RateLimit(_Frozen):
 class BudgetDefaults(_Frozen):
     """Limits for a run that asks for none, and for a tenant without its own; amounts per unit."""
 
-    run: Mapping[BudgetUnit, Amount]
-    tenant: Mapping[BudgetUnit, Amount]
+    run: Table[BudgetUnit, Amount]
+    tenant: Table[BudgetUnit, Amount]
 
     @field_validator("run", "tenant")
     @classmethod
@@ -49,16 +83,62 @@ class ApprovalRule(_Frozen):
     required_scope: str = Field(default="plm.hitl.resolve", min_length=1)
 
 
+def _by_capability(written: Any) -> Any:
+    """Tiers as lists of capabilities, turned into one entry a capability; the other form is left as it is.
+
+    Raises:
+        ValueError: a capability stands in two lists.
+    """
+    names = {tier.value for tier in ActionTier}
+    if not isinstance(written, Mapping) or not written or not all(key in names for key in written):
+        return written
+    tiers: dict[Any, Any] = {}
+    for tier, capabilities in written.items():
+        if not isinstance(capabilities, list | tuple):
+            raise ValueError(f"{tier} needs a list of capabilities")  # noqa: TRY004  # pydantic reports ValueError
+        for capability in capabilities:
+            if capability in tiers:
+                raise ValueError(f"{capability} is both {tiers[capability]} and {tier}; keep one of the two")
+            tiers[capability] = tier
+    return tiers
+
+
+_TIER = {"enum": [tier.value for tier in ActionTier]}
+Tiers = Annotated[
+    Table[str, ActionTier],
+    BeforeValidator(_by_capability),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "object", "additionalProperties": _TIER},
+                {
+                    "type": "object",
+                    "propertyNames": _TIER,
+                    "additionalProperties": {"type": "array", "items": {"type": "string"}},
+                },
+            ],
+            "description": "capability: tier, or tier: [capabilities]",
+        }
+    ),
+]
+
+
 class PolicySnapshot(_Frozen):
     """What may run, how, and with whose consent. Equal content has an equal `digest`."""
 
     version: str = Field(min_length=1)
-    tiers: Mapping[str, ActionTier] = Field(default_factory=dict)
-    tier_by_mode: Mapping[CapabilityMode, ActionTier]
-    guidance: Mapping[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
+    tiers: Tiers = Field(default_factory=lambda: MappingProxyType({}), validate_default=False)
+    tier_by_mode: Table[CapabilityMode, ActionTier]
+    guidance: Table[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=lambda: MappingProxyType({}))
     auto_approve_max_risk: RiskLevel = RiskLevel.LOW
-    risk_by_mode: Mapping[CapabilityMode, RiskLevel]
+    auto_approve_when: ConditionTree | None = None
+    risk_by_mode: Table[CapabilityMode, RiskLevel]
+    risk_by_capability: Table[str, RiskLevel] = Field(default_factory=lambda: MappingProxyType({}))
+    risk_floor: Table[CapabilityMode, RiskLevel] = Field(default_factory=lambda: MappingProxyType({}))
+    rules: tuple[Rule, ...] = ()
+    evaluators: tuple[EvaluatorSpec, ...] = ()
     autonomy_ceiling: AutonomyLevel = AutonomyLevel.L2
+    autonomy_ceiling_by_capability: Table[str, AutonomyLevel] = Field(default_factory=lambda: MappingProxyType({}))
     rate_limit: RateLimit = RateLimit()
     approval: ApprovalRule = ApprovalRule()
     budgets: BudgetDefaults
@@ -78,20 +158,53 @@ class PolicySnapshot(_Frozen):
             raise ValueError(f"guidance is missing for the steered capabilities {', '.join(sorted(unguided))}")
         return self
 
+    @model_validator(mode="after")
+    def _named_once_and_known(self) -> Self:
+        _once("rules", (rule.id for rule in self.rules))
+        _once("evaluators", (spec.name for spec in self.evaluators))
+        known = {spec.name for spec in self.evaluators}
+        for place, tree in self.conditions().items():
+            unknown = sorted(evaluators_in(tree) - known)
+            if unknown:
+                raise ValueError(f"{place} asks the evaluator {unknown[0]}, which evaluators does not declare")
+        return self
+
+    def conditions(self) -> dict[str, Condition]:
+        """Every condition of the policy by its place in it."""
+        trees = {f"rules.{rule.id}.when": rule.when for rule in self.rules if rule.when is not None}
+        return trees if self.auto_approve_when is None else {**trees, "auto_approve_when": self.auto_approve_when}
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical content, lower-case hex."""
-        return compute_content_hash(self.model_dump(mode="json"))
+        unsaid = {name for name in ADDED if not getattr(self, name)}
+        return compute_content_hash(self.model_dump(mode="json", exclude=unsaid))
+
+    @cached_property
+    def plans(self) -> Plans:
+        """The policy compiled, capability by capability."""
+        return Plans(self)
 
     def tier_of(self, capability_id: str, mode: CapabilityMode) -> ActionTier:
         """The tier a capability falls in: its own, else that of its mode."""
         return self.tiers.get(capability_id, self.tier_by_mode[mode])
 
 
+def evaluators_in(tree: Condition) -> frozenset[str]:
+    """The evaluators that a condition asks."""
+    return frozenset(leaf.evaluator_name for leaf in leaves(tree) if isinstance(leaf, EvaluatorSays))
+
+
+def _once(member: str, names: Iterable[str]) -> None:
+    doubled = [name for name, count in Counter(names).items() if count > 1]
+    if doubled:
+        raise ValueError(f"{member} has {doubled[0]} twice; names are what records refer to")
+
+
 def load_policy(path: Path) -> PolicySnapshot:
-    """Read a policy from YAML.
+    """Read a policy from YAML, or from JSON when the file's name ends in `.json`.
 
     Raises:
-        InvalidRequest: naming the file and the entry that is missing, unknown, doubled or wrong.
+        InvalidRequest: naming the file, line, column and entry that is missing, unknown, doubled or wrong.
     """
     return load_document(path, PolicySnapshot, "policy")

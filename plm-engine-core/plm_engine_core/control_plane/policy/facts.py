@@ -1,0 +1,120 @@
+"""What a decision is made from, beside the policy: the proposal as it would be carried out, and gathered facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Protocol
+from uuid import UUID
+
+from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
+from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus
+
+
+class Proposed(Protocol):
+    """What is proposed, as far as a policy looks at it."""
+
+    @property
+    def capability(self) -> str:
+        """The capability's id, as the agent wrote it."""
+        ...
+
+    @property
+    def resource(self) -> str:
+        """What the call is for."""
+        ...
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """The arguments that would be carried out, JSON values."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What one evaluator answered."""
+
+    name: str
+    status: EvaluationStatus
+    reason: str = ""
+
+    @property
+    def allows(self) -> bool | None:
+        """True, false, or None when there is no answer."""
+        return {EvaluationStatus.ALLOWED: True, EvaluationStatus.DENIED: False}.get(self.status)
+
+    def to_json(self) -> dict[str, Any]:
+        """The stored form."""
+        return {"name": self.name, "status": self.status.value, "reason": self.reason}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Evaluation:
+        """Back from the stored form."""
+        return cls(name=stored["name"], status=EvaluationStatus(stored["status"]), reason=stored["reason"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Everything `decide` may look at beside proposal and policy; stored with the decision.
+
+    `claims` is what the agent says of its proposal (`risk`, `weight`, `score`); it never lowers a risk. `at` is when
+    the facts were gathered, in UTC. `evaluations` is None until the evaluators were asked.
+    """
+
+    capability: CapabilityDescriptor | None
+    principal_scopes: frozenset[str]
+    requester: UUID
+    autonomy: AutonomyLevel
+    rate_allowed: bool
+    retry_after_ms: int = 0
+    actor_kind: str = ""
+    agent: str = ""
+    claims: Mapping[str, Any] = field(default_factory=dict)
+    at: datetime | None = None
+    evaluations: tuple[Evaluation, ...] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The stored form, from which the decision can be made again."""
+        capability = self.capability.model_dump(mode="json") if self.capability is not None else None
+        if capability is not None:
+            capability["required_scopes"] = sorted(capability["required_scopes"])
+        record: dict[str, Any] = {
+            "capability": capability,
+            "principal_scopes": sorted(self.principal_scopes),
+            "requester": str(self.requester),
+            "autonomy": self.autonomy.value,
+            "rate_allowed": self.rate_allowed,
+            "retry_after_ms": self.retry_after_ms,
+        }
+        if self.actor_kind:
+            record["actor_kind"] = self.actor_kind
+        if self.agent:
+            record["agent"] = self.agent
+        if self.claims:
+            record["claims"] = dict(self.claims)
+        if self.at is not None:
+            record["at"] = self.at.isoformat()
+        if self.evaluations is not None:
+            record["evaluations"] = [each.to_json() for each in self.evaluations]
+        return record
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any], *, capability: CapabilityDescriptor | None = None) -> Facts:
+        """Back from the stored form; `capability` spares reading the stored one again when the caller has it."""
+        recorded, at, evaluations = stored["capability"], stored.get("at"), stored.get("evaluations")
+        if capability is None and recorded is not None:
+            capability = CapabilityDescriptor.model_validate(recorded)
+        return cls(
+            capability=capability,
+            principal_scopes=frozenset(stored["principal_scopes"]),
+            requester=UUID(stored["requester"]),
+            autonomy=AutonomyLevel(stored["autonomy"]),
+            rate_allowed=stored["rate_allowed"],
+            retry_after_ms=stored["retry_after_ms"],
+            actor_kind=stored.get("actor_kind", ""),
+            agent=stored.get("agent", ""),
+            claims=stored.get("claims", {}),
+            at=datetime.fromisoformat(at) if at is not None else None,
+            evaluations=tuple(map(Evaluation.from_json, evaluations)) if evaluations is not None else None,
+        )

@@ -1,0 +1,66 @@
+"""Rules and evaluators as a policy declares them. A rule only narrows: it denies, steers, asks, or raises the risk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from plm_engine_core.control_plane.policy.conditions import ConditionTree, EvaluatorSays, RiskLevelIs, leaves
+from plm_engine_core.control_plane.vocabulary import RiskLevel
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=80)]
+Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
+
+
+class Effect(StrEnum):
+    """What a rule that applies does; the strictest one wins."""
+
+    DENY = "deny"
+    STEER = "steer"  # refuse with guidance
+    ASK = "ask"  # a human approves
+    RAISE_RISK = "raise_risk"  # to at least `risk`
+
+
+class Rule(BaseModel):
+    """One rule: for capabilities that match, when its condition holds or is undecided, then this."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: Name
+    capabilities: Globs = ("*",)
+    when: ConditionTree | None = None
+    then: Effect
+    guidance: str = ""
+    risk: RiskLevel | None = None
+    reason: str = Field(default="", max_length=500)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        if (self.then is Effect.STEER) != bool(self.guidance):
+            raise ValueError(f"rule {self.id}: guidance goes with then: steer, and only with it")
+        if (self.then is Effect.RAISE_RISK) != (self.risk is not None):
+            raise ValueError(f"rule {self.id}: risk goes with then: raise_risk, and only with it")
+        if self.then is Effect.RAISE_RISK and self.when is not None:
+            late = [leaf.type for leaf in leaves(self.when) if isinstance(leaf, EvaluatorSays | RiskLevelIs)]
+            if late:
+                raise ValueError(f"rule {self.id}: the risk is rated before {late[0]} is known; use then: ask or deny")
+        return self
+
+
+class EvaluatorSpec(BaseModel):
+    """One evaluator: a registered kind with its configuration, under a name of its own.
+
+    A `gate` must allow every proposal of its capabilities; others are asked only where a condition names them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    kind: Name
+    config: Mapping[str, Any] = Field(default_factory=dict)
+    capabilities: Globs = ("*",)
+    gate: bool = True
+    timeout_ms: int = Field(default=1000, gt=0, le=60_000)
