@@ -74,3 +74,13 @@ def spent_of(header: Header) -> Spent:
     if not all(figure is None or is_amount(figure) for figure in figures):
         raise ProtocolError(f"spent is {spent!r:.80}, not amounts")
     return figures
+
+
+def counts_of(header: Header, segments: int) -> list[int]:
+    """Return how many of a frame's segments belong to each chunk; together they are all of them."""
+    counts = header.get("counts")
+    if not isinstance(counts, list) or not counts or not all(type(count) is int and count > 0 for count in counts):
+        raise ProtocolError(f"counts is {counts!r:.80}, not a list of numbers")
+    if sum(counts) != segments:
+        raise ProtocolError("the chunks of a frame do not add up to its segments")
+    return counts

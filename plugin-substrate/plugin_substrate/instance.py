@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 from plugin_substrate.errors import (
     CallNotStartedError,
@@ -24,10 +24,13 @@ from plugin_substrate.interface import CallContext
 from plugin_substrate.lifecycle import Supervisor
 from plugin_substrate.metadata import CallResult, PluginInstance
 from plugin_substrate.pending_call import PendingCall
+from plugin_substrate.pending_stream import PendingStream
 from plugin_substrate.proxy import RemotePluginProxy
 from plugin_substrate.switch import Switch
 from plugin_substrate.tenant_worker import InstanceSettings, Seat, TenantWorker
 from plugin_substrate.worker_pool import WorkerPool
+
+Pending = TypeVar("Pending", bound=PendingCall)
 
 
 class CancelOutcome(StrEnum):
@@ -104,19 +107,7 @@ class LoadedInstance:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
     ) -> CallResult:
         """Carry out one call, once. Before it is sent everything that can fail has been tried."""
-        worker = await self._enter(context)
-        pending = PendingCall(
-            context,
-            on_progress=listeners.on_progress,
-            on_usage=listeners.on_usage,
-            on_log=listeners.on_log,
-        )
-        pending.value.add_done_callback(lambda _: self._leave(worker))  # it is held until the worker is free
-        try:
-            await self._prepare_and_send(worker, pending, args, kwargs, listeners)
-        except BaseException:
-            pending.value.cancel()
-            raise
+        pending = await self._start(PendingCall, args, kwargs, context, listeners)
         started = time.monotonic()
         try:
             value = await self._outcome(pending)
@@ -129,6 +120,54 @@ class LoadedInstance:
             logs=tuple(pending.logs),
             duration_seconds=time.monotonic() - started,
         )
+
+    async def stream(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
+    ) -> AsyncGenerator[list[Any], None]:
+        """Carry out one streaming call, once, and yield its chunks in batches; closing the iterator ends the call."""
+        pending = await self._start(PendingStream, args, kwargs, context, listeners)
+        seconds = None if context.deadline is None else context.deadline - time.time()
+        timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._end_late, pending)
+        try:
+            while batch := await pending.next_batch():
+                yield batch
+        except PluginError as error:
+            if pending.late and seconds is not None:
+                raise self._too_late(pending, seconds) from error
+            raise
+        finally:
+            if timer is not None:
+                timer.cancel()
+            if not pending.value.done():
+                await asyncio.shield(self._cancel_soon(context.call_id))
+
+    def _end_late(self, pending: PendingStream) -> None:
+        pending.late = True
+        self._cancel_soon(pending.context.call_id)
+
+    async def _start(
+        self,
+        kind: type[Pending],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        context: CallContext,
+        listeners: CallListeners,
+    ) -> Pending:
+        """Wait for a worker and a slot, and send; the slot is held until the worker is free again."""
+        worker = await self._enter(context)
+        pending = kind(
+            context,
+            on_progress=listeners.on_progress,
+            on_usage=listeners.on_usage,
+            on_log=listeners.on_log,
+        )
+        pending.value.add_done_callback(lambda _: self._leave(worker))
+        try:
+            await self._prepare_and_send(worker, pending, args, kwargs, listeners)
+        except BaseException:
+            pending.value.cancel()
+            raise
+        return pending
 
     async def ask(
         self,
@@ -276,7 +315,7 @@ class LoadedInstance:
         call_id = pending.context.call_id
         if call_id in self._calls:
             raise PluginInputError(f"a call with the id {call_id!r} is already running", fields_invalid=["call"])
-        frame = proxy.encode_call(pending.context, args, kwargs)
+        message = proxy.encode_call(pending.context, args, kwargs, stream=isinstance(pending, PendingStream))
         if pending.context.deadline is not None and pending.context.deadline <= time.time():
             raise PluginTimeoutError(f"call {call_id} was not sent: its deadline has passed", timeout_seconds=0.0)
         await _ask(listeners.before_start, call_id)
@@ -287,7 +326,7 @@ class LoadedInstance:
         self._last_executed = datetime.now(UTC)
         self._calls[call_id] = proxy
         pending.value.add_done_callback(lambda _: self._calls.pop(call_id, None))
-        proxy.send_call(pending, frame)
+        proxy.send_call(pending, message)
 
     async def _outcome(self, pending: PendingCall) -> Any:
         """Wait for the end of a call, and see to its end at its deadline."""
@@ -305,12 +344,14 @@ class LoadedInstance:
         with suppress(PluginError):
             await asyncio.shield(pending.value)
             return
-        forced = pending.forced
-        raise PluginTimeoutError(
+        raise self._too_late(pending, seconds) from pending.value.exception()
+
+    def _too_late(self, pending: PendingCall, seconds: float) -> PluginTimeoutError:
+        return PluginTimeoutError(
             f"call {pending.context.call_id} passed its deadline after {seconds:.3f} s",
             timeout_seconds=seconds,
-            outcome_known=not forced,
-        ) from pending.value.exception()
+            outcome_known=not pending.forced,
+        )
 
     def _cancel_soon(self, call_id: str) -> asyncio.Task[CancelOutcome]:
         task = asyncio.get_running_loop().create_task(self.cancel(call_id))

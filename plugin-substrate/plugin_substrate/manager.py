@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import secrets
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from plugin_substrate.arguments import with_paths
 from plugin_substrate.concurrent_loading import result_keys, run_concurrently
 from plugin_substrate.discovery import find_manifests, manifest_folders
 from plugin_substrate.errors import PluginConfigError, PluginError
@@ -225,6 +227,7 @@ class PluginManager:
         self._home.adopt()
         instance = self._instances.get(instance_id)
         context = call or CallContext(call_id=uuid.uuid4().hex)
+        args, kwargs = await with_paths(args, kwargs)
         listeners = CallListeners(
             before_start=before_start,
             on_started=on_started,
@@ -253,6 +256,59 @@ class PluginManager:
     def execute_plugin(self, instance_id: str, /, *args: Any, call: CallContext | None = None, **kwargs: Any) -> Any:
         """Like `execute_plugin_async`, synchronously."""
         return self._home.run(lambda: self.execute_plugin_async(instance_id, *args, call=call, **kwargs))
+
+    async def execute_plugin_stream(
+        self,
+        instance_id: str,
+        /,
+        *args: Any,
+        call: CallContext | None = None,
+        on_progress: Callable[[float, str], object] | None = None,
+        on_log: Callable[[str], object] | None = None,
+        **kwargs: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """Call ``execute_stream(*args, **kwargs)`` of an instance and yield its chunks as they come.
+
+        A slow reader slows the plugin down: it is never further ahead than 512 chunks or 256 KiB, whichever is less.
+        Ending the iteration early ends the plugin's generator; errors are those of `execute_call`, raised after all
+        chunks that came before them.
+        """
+        listeners = CallListeners(on_progress=on_progress, on_log=on_log)
+        async with aclosing(self._batches(instance_id, args, kwargs, call, listeners)) as batches:
+            async for batch in batches:
+                for chunk in batch:
+                    yield chunk
+
+    def execute_plugin_stream_sync(
+        self, instance_id: str, /, *args: Any, call: CallContext | None = None, **kwargs: Any
+    ) -> Generator[Any, None, None]:
+        """Like `execute_plugin_stream`, synchronously."""
+        batches = self._batches(instance_id, args, kwargs, call, CallListeners())
+
+        async def next_batch() -> list[Any]:
+            return await anext(batches, [])
+
+        try:
+            while batch := self._home.run(next_batch):
+                yield from batch
+        finally:
+            self._home.run(batches.aclose)
+
+    async def _batches(
+        self,
+        instance_id: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: CallContext | None,
+        listeners: CallListeners,
+    ) -> AsyncGenerator[list[Any], None]:
+        self._home.adopt()
+        instance = self._instances.get(instance_id)
+        args, kwargs = await with_paths(args, kwargs)
+        context = call or CallContext(call_id=uuid.uuid4().hex)
+        async with aclosing(instance.stream(args, kwargs, context, listeners)) as batches:
+            async for batch in batches:
+                yield batch
 
     async def cancel_call(self, instance_id: str, call_id: str) -> CancelOutcome:
         """Ask a call to end; after the grace its worker is killed, and with it every other call in that worker."""

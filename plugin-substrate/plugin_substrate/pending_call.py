@@ -16,7 +16,7 @@ _logger = logging.getLogger(__name__)
 
 
 class PendingCall:
-    """A call in a worker, as the host sees it."""
+    """A call in a worker, as the host sees it. Belongs to ``loop``, which is the running one unless given."""
 
     def __init__(
         self,
@@ -25,6 +25,7 @@ class PendingCall:
         on_progress: Callable[[float, str], object] | None = None,
         on_usage: Callable[[dict[str, float]], object] | None = None,
         on_log: Callable[[str], object] | None = None,
+        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         self.context = context
         self.usage: dict[str, float] = {}
@@ -33,7 +34,7 @@ class PendingCall:
         self.answered = False
         self.sent_at: float | None = None
         self.spent = Spent()
-        self.value: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.value: asyncio.Future[Any] = (loop or asyncio.get_running_loop()).create_future()
         self._on_progress = on_progress
         self._on_usage = on_usage
         self._on_log = on_log

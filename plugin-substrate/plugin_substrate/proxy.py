@@ -6,9 +6,9 @@ import asyncio
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
+from plugin_substrate.connection import WorkerConnection
 from plugin_substrate.deaths import death_of, forced_end_of
 from plugin_substrate.errors import (
     PluginConfinementError,
@@ -17,65 +17,59 @@ from plugin_substrate.errors import (
     WireValueError,
     WorkerDiedError,
 )
-from plugin_substrate.headers import hello_of, line_of, progress_of, spent_of, text_of, usage_of
+from plugin_substrate.headers import counts_of, hello_of, line_of, progress_of, spent_of, text_of, usage_of
 from plugin_substrate.interface import CallContext
 from plugin_substrate.lifecycle import WorkerProcess
 from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
 from plugin_substrate.pending_call import PendingCall
+from plugin_substrate.pending_stream import PendingStream
 from plugin_substrate.worker.failures import restore_error
-from plugin_substrate.worker.frames import Frame, FrameDecoder, encode_frame
+from plugin_substrate.worker.frames import Frame
 from plugin_substrate.worker.isolation import missing_layers
+from plugin_substrate.worker.messages import Message, encode_message
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 _EXIT_REPORT_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.5
 _QUICK_BYTES = 64 << 10
-_TURN_SECONDS = 0.001
 
 
-class RemotePluginProxy(asyncio.BufferedProtocol):
-    """One worker's connection. Created by `connect`; of no use after `alive` turned false."""
+class RemotePluginProxy:
+    """One worker, taken over just forked; of no use after `alive` turned false.
 
-    def __init__(self, process: WorkerProcess, on_line: Callable[[str, str], object], *, shared: bool = False) -> None:
+    ``on_line`` hears each line it writes, with the id of its call or none. Where tenants share the worker, the error
+    of a call that it took along quotes no line but the call's own. Belongs to the running event loop; only
+    `encode_call` and `send_call` may be used from other threads.
+    """
+
+    def __init__(
+        self,
+        process: WorkerProcess,
+        on_line: Callable[[str, str], object] = lambda *_: None,
+        *,
+        shared: bool = False,
+    ) -> None:
         self._process = process
         self._on_line = on_line
         self._shared = shared
-        self._decoder = FrameDecoder()
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._log = LogPipe(process.log_descriptor, self._on_pipe_line)
         self._calls: dict[str, PendingCall] = {}
         self._asks: dict[str, PendingCall] = {}
-        self._transport: asyncio.Transport | None = None
         self._reading: set[asyncio.Task[None]] = set()
         self._broken: ProtocolError | None = None
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._gone: asyncio.Future[WorkerDiedError] = self._loop.create_future()
+        self._on_loading: Callable[[float, str], object] = lambda *_: None
         self.layers: tuple[str, ...] = ()
         self.python_version = ""
-
-    @classmethod
-    async def connect(
-        cls,
-        process: WorkerProcess,
-        on_line: Callable[[str, str], object] = lambda *_: None,
-        *,
-        shared: bool = False,
-    ) -> RemotePluginProxy:
-        """Take over a forked worker. ``on_line`` hears each line it writes, with the id of its call or none.
-
-        Where tenants share the worker, the error of a call that it took along quotes no line but the call's own.
-        """
-        proxy = cls(process, on_line, shared=shared)
-        try:
-            await asyncio.get_running_loop().create_unix_connection(lambda: proxy, sock=process.connection)
-        except BaseException:
-            process.kill()
-            process.close()
-            proxy._log.close()
-            raise
-        return proxy
+        self._connection = WorkerConnection(
+            process.connection, on_frame=self._handle, on_error=self._break_off, on_end=self._on_end_of_connection
+        )
+        # A descendant of it may hold its end of the socket open: keep an eye on the process too.
+        process.when_ended(lambda: self._loop.call_later(_LAST_WORDS_SECONDS, self._connection.close))
 
     @property
     def pid(self) -> int:
@@ -85,8 +79,7 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
     @property
     def alive(self) -> bool:
         """Whether a frame can still reach the plugin, as far as anyone can know."""
-        connected = self._transport is not None and not self._transport.is_closing()
-        return connected and not self._process.ended
+        return not self._connection.closed and not self._process.ended
 
     @property
     def log_tail(self) -> tuple[str, ...]:
@@ -100,8 +93,20 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
 
     # -- what the host asks
 
-    async def load(self, module: str, class_name: str, config: Mapping[str, Any], threads: int) -> None:
-        """Have the plugin imported, created and initialised, or raise `PluginLoadError` or `WorkerDiedError`."""
+    async def load(
+        self,
+        module: str,
+        class_name: str,
+        config: Mapping[str, Any],
+        threads: int,
+        *,
+        on_progress: Callable[[float, str], object] = lambda *_: None,
+    ) -> None:
+        """Have the plugin imported, created and initialised, or raise `PluginLoadError` or `WorkerDiedError`.
+
+        ``on_progress`` hears what the plugin reports meanwhile, each report that differs from the one before.
+        """
+        self._on_loading = _when_changed(on_progress)
         segments = pack_value(dict(config), "config")
         self._send({"type": "load", "module": module, "class": class_name, "threads": threads}, segments)
         ends: set[asyncio.Future[Any]] = {self._ready, self._gone}
@@ -128,18 +133,27 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
                 layers=self.layers,
             )
 
-    def encode_call(self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bytes]:
-        """Return a call's frame, ready to send; a value that cannot cross is a `WireValueError` before anything is."""
+    def encode_call(
+        self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: bool = False
+    ) -> Message:
+        """Return a call's message, ready to send; what cannot cross is a `WireValueError` before anything does."""
         segments = pack_value({"args": list(args), "kwargs": kwargs}, "")
+        header = {"type": "call", "context": vars(context)}
         try:
-            return encode_frame({"type": "call", "context": asdict(context)}, segments)
+            return encode_message({**header, "stream": True} if stream else header, segments)
         except ProtocolError as error:
             raise WireValueError(f"the arguments are too large: {error}", path="args") from error
 
-    def send_call(self, call: PendingCall, frame: list[bytes]) -> None:
-        """Write a call's frame. From here on nobody but the worker can say whether it took effect."""
-        self._calls[call.context.call_id] = call
-        self._write(frame)
+    def send_call(self, call: PendingCall, message: Message) -> None:
+        """Write a call's message. From here on nobody but the worker can say whether it took effect."""
+        call_id = call.context.call_id
+        if isinstance(call, PendingStream):
+            call.opened(
+                grant=lambda amount: self._send({"type": "credit", "id": call_id, "bytes": amount}),
+                refuse=self._break_off,
+            )
+        self._calls[call_id] = call
+        self._connection.write(message)
 
     async def ask(
         self,
@@ -179,38 +193,7 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
 
     # -- what the worker says
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport, and an eye on the process: a descendant of it may hold its end of the socket open."""
-        # Not checked by isinstance: other event loops (uvloop) bring transports that do not derive from asyncio's.
-        connected = self._transport = cast("asyncio.Transport", transport)
-        self._process.when_ended(lambda: self._loop.call_later(_LAST_WORDS_SECONDS, connected.abort))
-
-    def get_buffer(self, _: int) -> memoryview:
-        """Return where to put what arrives."""
-        return self._decoder.room()
-
-    def buffer_updated(self, count: int) -> None:
-        """Handle what arrived; a worker that breaks the protocol is killed."""
-        started = self._loop.time()
-        try:
-            for frame in self._decoder.received(count):
-                self._handle(frame)
-        except Exception as error:  # noqa: BLE001 - whatever a frame can cause must end its sender, never the host
-            self._break_off(error)
-        if self._loop.time() - started > _TURN_SECONDS:
-            self._let_others_run()
-
-    def _let_others_run(self) -> None:
-        """Read no more until the event loop has been round: uvloop would read on as long as a flood lasts."""
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.pause_reading()
-            self._loop.call_soon(self._read_on)
-
-    def _read_on(self) -> None:
-        if self._transport is not None and not self._transport.is_closing():
-            self._transport.resume_reading()
-
-    def connection_lost(self, _: Exception | None) -> None:
+    def _on_end_of_connection(self) -> None:
         """Find out how the worker ended, then tell everyone who waits."""
         self._process.kill()  # it may have closed its socket and still run
         self._burial = self._loop.create_task(self._bury())
@@ -220,8 +203,7 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
             error if isinstance(error, ProtocolError) else ProtocolError(f"a frame cannot be read: {error!r}")
         )
         self._process.kill()
-        if self._transport is not None:
-            self._transport.abort()
+        self._connection.close()
 
     async def _bury(self) -> None:
         if self._reading:
@@ -251,6 +233,10 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
                 self._on_load_failed(header)
             case "log":
                 self._on_log(header)
+            case "loading":
+                self._on_loading(progress_of(header), line_of(header, "message"))
+            case "chunks":
+                self._on_chunks(frame)
             case "progress" | "usage" as kind:
                 self._on_report(kind, header)
             case "result" | "error" as kind:
@@ -309,20 +295,35 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         if kind == "error":
             error = restore_error(frame.header.get("error"))
             # The work was done and only its result is lost: the caller must not take it for undone.
-            error.outcome_known = not (isinstance(error, WireValueError) and error.path.startswith("result"))
+            lost = isinstance(error, WireValueError) and error.path.startswith(("result", "chunk"))
+            error.outcome_known = not lost
             self._end(call).fail(error)
-        elif frame.segments and len(frame.segments[0]) > _QUICK_BYTES:
+        elif sum(map(len, frame.segments)) > _QUICK_BYTES:
             task = self._loop.create_task(self._read_apart(call, frame))
             self._reading.add(task)
             task.add_done_callback(self._reading.discard)
         else:
-            value = unpack_value(frame.segments)
-            self._end(call).finish(value)
+            try:
+                value = unpack_value(frame.segments, "result")
+            except WireValueError as error:
+                error.outcome_known = False
+                self._end(call).fail(error)
+            else:
+                self._end(call).finish(value)
+
+    def _on_chunks(self, frame: Frame) -> None:
+        call = self._calls.get(text_of(frame.header, "id"))
+        if not isinstance(call, PendingStream) or call.answered:
+            raise ProtocolError("chunks of a stream that is not running")
+        call.receive(counts_of(frame.header, len(frame.segments)), frame.segments)
 
     async def _read_apart(self, call: PendingCall, frame: Frame) -> None:
         """Read a large result in another thread, where it does not hold up the event loop."""
         try:
-            value = await asyncio.to_thread(unpack_value, frame.segments)
+            value = await asyncio.to_thread(unpack_value, frame.segments, "result")
+        except WireValueError as error:
+            error.outcome_known = False
+            self._end(call).fail(error)
         except Exception as error:  # noqa: BLE001 - as in `buffer_updated`
             self._break_off(error)
         else:
@@ -334,12 +335,18 @@ class RemotePluginProxy(asyncio.BufferedProtocol):
         return call
 
     def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
-        self._write(encode_frame(header, segments or []))
+        self._connection.write(encode_message(header, segments or []))
 
-    def _write(self, frame: list[bytes]) -> None:
-        if self._transport is not None:
-            for piece in frame:
-                self._transport.write(memoryview(piece))  # of which asyncio copies less than of bytes
+
+def _when_changed(callback: Callable[[float, str], object]) -> Callable[[float, str], None]:
+    last: list[tuple[float, str]] = []
+
+    def tell(progress: float, message: str) -> None:
+        if last != [(progress, message)]:
+            last[:] = [(progress, message)]
+            callback(progress, message)
+
+    return tell
 
 
 def _set(future: asyncio.Future[None], outcome: Exception | None) -> None:

@@ -174,11 +174,17 @@ class TenantWorker:
                 process = await supervisor.spawn(
                     env=self._environment(settings, folder), cwd=folder, isolation=settings.isolation
                 )
-                proxy = await RemotePluginProxy.connect(process, self._log.line, shared=self.seat.shared)
+                proxy = RemotePluginProxy(process, self._log.line, shared=self.seat.shared)
                 phase = "confine"
                 await proxy.require(settings.required_layers)
                 phase = "load"
-                await proxy.load(code.module, code.class_name, settings.config, settings.max_concurrent_requests)
+                await proxy.load(
+                    code.module,
+                    code.class_name,
+                    settings.config,
+                    settings.max_concurrent_requests,
+                    on_progress=lambda *_: self._be_patient(settings.load_timeout),
+                )
         except BaseException as error:
             if proxy is not None:
                 await proxy.kill()
@@ -191,6 +197,11 @@ class TenantWorker:
         finally:
             self._patience = None
         return proxy
+
+    def _be_patient(self, seconds: float) -> None:
+        """Count anew: it is silence that is limited, not the time a load takes."""
+        if self._patience is not None and not self._closed and not self._patience.expired():
+            self._patience.reschedule(asyncio.get_running_loop().time() + seconds)
 
     def _environment(self, settings: InstanceSettings, folder: Path) -> dict[str, str]:
         return worker_environment(
@@ -211,7 +222,7 @@ class TenantWorker:
         if isinstance(error, PluginLoadError):
             phase = error.phase
         if isinstance(error, TimeoutError):
-            error = PluginTimeoutError(f"not ready after {settings.load_timeout} s")
+            error = PluginTimeoutError(f"not ready after {settings.load_timeout} s without progress")
         tail = proxy.log_tail[-20:] if proxy is not None else ()
         return PluginLoadError(
             f"plugin {name!r} failed in phase {phase!r}: {error}", plugin_name=name, phase=phase, log_tail=tail

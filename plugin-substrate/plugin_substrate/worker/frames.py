@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from plugin_substrate.errors import ProtocolError
+from plugin_substrate.worker.parked import Segment
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 256 << 20
@@ -31,7 +32,7 @@ class Frame:
     """One message: a JSON object and the binary segments it refers to."""
 
     header: dict[str, Any]
-    segments: tuple[bytes, ...] = ()
+    segments: tuple[Segment, ...] = ()
 
 
 def encode_frame(header: dict[str, Any], segments: Sequence[bytes] = ()) -> list[bytes]:

@@ -1,8 +1,9 @@
 """The plugin worker: one plugin object, a reader thread that always listens, and threads that execute calls.
 
-Frames from the host: ``load``, ``call``, ``ask``, ``cancel``, ``unload``. To the host: ``hello`` (before any plugin
-code is imported), ``ready`` or ``load_failed``, for each call or question any number of ``log``, ``progress`` and
-``usage`` and then one ``result`` or ``error``, and ``unloaded``. What plugin code prints never enters this stream.
+Frames from the host: ``load``, ``call``, ``ask``, ``credit``, ``cancel``, ``unload``. To the host: ``hello`` (before
+any plugin code is imported), any number of ``loading`` and then ``ready`` or ``load_failed``, for each call or question
+any number of ``log``, ``progress``, ``usage`` and ``chunks`` and then one ``result`` or ``error``, and ``unloaded``.
+What plugin code prints never enters this stream.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ from plugin_substrate.errors import PluginCancelledError, PluginConfigError, Pro
 from plugin_substrate.interface import ActiveCall, CallContext, PluginInterface, current_call
 from plugin_substrate.worker import verbs
 from plugin_substrate.worker.failures import describe_error
-from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, FrameDecoder, encode_frame
+from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame
 from plugin_substrate.worker.logs import LOG_FORMAT, capture_output
+from plugin_substrate.worker.messages import Inbox, encode_message
+from plugin_substrate.worker.streams import ChunkStream, StreamSender
 from plugin_substrate.worker.usage import CallMeter
 from plugin_substrate.worker.values import pack_value, unpack_value
 
@@ -45,6 +48,8 @@ class WorkerRuntime:
         self._send_lock = threading.Lock()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._calls: dict[str, ActiveCall] = {}
+        self._streams: dict[str, ChunkStream] = {}
+        self._stream_sender = StreamSender()
         self._plugin: PluginInterface | None = None
         self._log_streams = capture_output(self._send_log)
 
@@ -71,10 +76,10 @@ class WorkerRuntime:
 
     def _read(self) -> NoReturn:
         """Hear the host; whatever ends this thread ends the process, as nobody could cancel a call any more."""
-        decoder = FrameDecoder()
+        inbox = Inbox(self._connection)
         try:
-            while count := self._connection.recv_into(decoder.room()):
-                for frame in decoder.received(count):
+            while count := inbox.receive():
+                for frame in inbox.frames(count):
                     self._handle(frame)
         except OSError:
             pass  # the host is gone, just as when the stream ends
@@ -90,6 +95,8 @@ class WorkerRuntime:
                 self._accept(frame)
             case "ask":
                 self._ask(frame)
+            case "credit":
+                self._grant(frame.header["id"], frame.header["bytes"])
             case "cancel":
                 self._cancel(frame.header["id"])
             case "unload":
@@ -101,6 +108,7 @@ class WorkerRuntime:
 
     def _load(self, frame: Frame) -> None:
         request, started, phase = frame.header, time.monotonic(), "environment"
+        entered = current_call.set(self._loading())
         try:
             site.main()  # the interpreter was started without it: only now may the environment's own code run
             logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
@@ -113,14 +121,26 @@ class WorkerRuntime:
             phase = "create"
             plugin = cls()
             phase = "initialize"
-            plugin.initialize(unpack_value(frame.segments))
+            plugin.initialize(unpack_value(frame.segments, "config"))
         except BaseException as error:  # noqa: BLE001 - SystemExit in plugin code is a failed load too
             self._send({"type": "load_failed", "phase": phase, "error": describe_error(error)})
             return
+        finally:
+            current_call.reset(entered)
         self._plugin = plugin
         for number in range(1, request["threads"]):
             threading.Thread(target=self._work, name=f"executor-{number}", daemon=True).start()
         self._send({"type": "ready", "seconds": time.monotonic() - started})
+
+    def _loading(self) -> ActiveCall:
+        """Return what stands for a call while there is none, so that a slow start can report its progress."""
+        return ActiveCall(
+            CallContext(call_id=""),
+            on_progress=lambda progress, message: self._send(
+                {"type": "loading", "progress": progress, "message": message[:1000]}
+            ),
+            on_usage=lambda _: None,
+        )
 
     def _unload(self) -> None:
         if self._plugin is not None:
@@ -137,7 +157,13 @@ class WorkerRuntime:
     def _accept(self, frame: Frame) -> None:
         context = frame.header["context"]
         call = self._register(CallContext(**{key: value for key, value in context.items() if key in _CONTEXT_FIELDS}))
-        self._tasks.put(lambda: self._execute(call, frame, _call_plugin))
+        if frame.header.get("stream"):
+            stream = self._streams[call.context.call_id] = ChunkStream(call, self._send, self._stream_sender.notify)
+            self._tasks.put(
+                lambda: self._execute(call, frame, lambda plugin, arguments: _stream_plugin(plugin, arguments, stream))
+            )
+        else:
+            self._tasks.put(lambda: self._execute(call, frame, _call_plugin))
 
     def _ask(self, frame: Frame) -> None:
         """Answer a question about the plugin: in a thread of its own, so that calls do not hold it up."""
@@ -174,6 +200,7 @@ class WorkerRuntime:
             answer = {"type": "error", "error": describe_error(error)}
         self._flush_logs(call_id)
         self._calls.pop(call_id, None)
+        self._streams.pop(call_id, None)
         seconds = time.monotonic() - started
         self._answer({**answer, "id": call_id, "seconds": seconds, "spent": meter.spent()}, segments)
 
@@ -182,7 +209,7 @@ class WorkerRuntime:
             raise PluginCancelledError
         if self._plugin is None:
             raise ProtocolError("a call before the plugin was ready")
-        return pack_value(work(self._plugin, unpack_value(frame.segments)), "result")
+        return pack_value(work(self._plugin, unpack_value(frame.segments, "")), "result")
 
     def _answer(self, header: dict[str, Any], segments: list[bytes]) -> None:
         try:
@@ -192,6 +219,11 @@ class WorkerRuntime:
             self._send(
                 {"type": "error", "id": header["id"], "seconds": header["seconds"], "error": describe_error(lost)}
             )
+
+    def _grant(self, call_id: str, amount: int) -> None:
+        stream = self._streams.get(call_id)
+        if stream is not None:
+            stream.grant(amount)
 
     def _cancel(self, call_id: str) -> None:
         call = self._calls.get(call_id)
@@ -225,17 +257,37 @@ class WorkerRuntime:
             stream.end_call(call_id)
 
     def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
-        pieces = encode_frame(header, segments or [])
+        message = encode_message(header, segments or [])
+        first, *rest = message.pieces
         try:
             with self._send_lock:
-                for piece in pieces:
+                sent = socket.send_fds(self._connection, [first], message.descriptors) if message.descriptors else 0
+                self._connection.sendall(memoryview(first)[sent:])
+                for piece in rest:
                     self._connection.sendall(piece)
         except OSError:
             os._exit(0)  # the host is gone, and with it everyone this work was for
+        message.close()
 
 
 def _call_plugin(plugin: PluginInterface, arguments: Any) -> Any:
     return plugin.execute(*arguments["args"], **arguments["kwargs"])
+
+
+def _stream_plugin(plugin: PluginInterface, arguments: Any, stream: ChunkStream) -> None:
+    """Send each chunk; the generator is closed and all its chunks are sent before the call ends, however it ends."""
+    chunks = iter(plugin.execute_stream(*arguments["args"], **arguments["kwargs"]))
+    try:
+        for chunk in chunks:
+            if not stream.put(chunk):
+                raise PluginCancelledError
+    finally:
+        try:
+            close = getattr(chunks, "close", None)
+            if close is not None:
+                close()
+        finally:
+            stream.flush()
 
 
 def _die() -> NoReturn:

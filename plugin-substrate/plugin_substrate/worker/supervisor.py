@@ -5,7 +5,8 @@ gone, however it went, the socket ends: everything below is killed and reaped un
 
 Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "isolation": {...}}`` with
 two descriptors (the worker's socket and its log pipe). To the host: ``{"spawned": n, "pid": p}`` with a pidfd,
-``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r}`` (negative: the signal, as in subprocess).
+``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r, "peak_rss": bytes}`` (a negative return code is
+the signal, as in subprocess). ``{"stats": n}`` is answered with ``{"stats": n, "memory": {...}}``, see `MemoryReport`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any, NoReturn
 
 from plugin_substrate.worker import confine, runtime
 from plugin_substrate.worker.isolation import IsolationProfile
+from plugin_substrate.worker.memory import MemoryReport, peak_bytes
 
 MAX_MESSAGE_BYTES = 1 << 16
 
@@ -48,6 +50,7 @@ class _Supervisor:
         self._control = control
         self._host = host
         self._workers: dict[int, int] = {}  # pid -> number
+        self._memory = MemoryReport()
         self._wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in _WAKING:
             signal.signal(number, lambda *_: None)
@@ -75,8 +78,12 @@ class _Supervisor:
         raw, descriptors, _, _ = socket.recv_fds(self._control, MAX_MESSAGE_BYTES, 2)
         if not raw:
             return False
+        request = json.loads(raw)
         try:
-            self._spawn(json.loads(raw), descriptors)
+            if "stats" in request:
+                self._send({"stats": request["stats"], "memory": self._memory.read()})
+            else:
+                self._spawn(request, descriptors)
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
@@ -102,7 +109,7 @@ class _Supervisor:
         died = False
         while True:
             try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
+                pid, status, usage = os.wait4(-1, os.WNOHANG)
             except ChildProcessError:
                 break
             if pid == 0:
@@ -110,7 +117,11 @@ class _Supervisor:
             died = True
             if pid in self._workers:
                 number = self._workers.pop(pid)
-                self._send({"exited": number, "returncode": os.waitstatus_to_exitcode(status)})
+                self._send({
+                    "exited": number,
+                    "returncode": os.waitstatus_to_exitcode(status),
+                    "peak_rss": peak_bytes(usage),
+                })  # fmt: skip
         if died:
             self._kill_orphans()
 

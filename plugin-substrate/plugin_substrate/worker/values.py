@@ -10,6 +10,10 @@ stand for themselves. Everything else is an object with the key ``$``:
     {"$": "decimal", "text": "1.50"}    {"$": "uuid", "text": "..."}
     {"$": "input_file" | "output_file", "name": ..., "mime_type": ..., "segment": 1}
     {"$": "dict", "items": {...}}       a user's own object that has the key "$"
+    {"$": "array", "dtype": "<f8", "shape": [2, 3], "segment": 2}       a numpy array in C order, where numpy is there
+
+numpy is never imported for this: whoever has an array has numpy too. Arrays of numbers, booleans and times cross, of
+objects, records and text do not; a receiver without numpy refuses one, naming its place.
 
 Types are exact: a subclass (an enum member, a numpy scalar) would arrive as something else, so it is refused, and the
 error says what to convert.
@@ -28,7 +32,9 @@ from uuid import UUID
 
 from plugin_substrate.errors import ProtocolError, WireValueError
 from plugin_substrate.interface import InputFile, OutputFile
+from plugin_substrate.worker.arrays import array_from, array_parts, is_array
 from plugin_substrate.worker.frames import parse_json
+from plugin_substrate.worker.parked import Parked, Segment
 
 MAX_DEPTH = 64
 #: More than this is not a value but data, and belongs into bytes or files: reading JSON holds up everything else.
@@ -51,11 +57,19 @@ def pack_value(value: Any, path: str) -> list[bytes]:
     return [raw, *segments]
 
 
-def unpack_value(segments: Sequence[bytes]) -> Any:
-    """Return the value that `pack_value` was given; anything malformed is a `ProtocolError`."""
-    if not segments or len(segments[0]) > MAX_JSON_BYTES:
+def unpack_value(segments: Sequence[Segment], path: str = "value") -> Any:
+    """Return the value that `pack_value` was given; anything malformed is a `ProtocolError`.
+
+    An array where numpy is not imported is a `WireValueError` that names its place.
+    """
+    if not segments or isinstance(segments[0], Parked) or len(segments[0]) > MAX_JSON_BYTES:
         raise ProtocolError("a frame has no value, or one over the limit")
-    return decode_value(parse_json(segments[0]), segments[1:])
+    encoded = parse_json(segments[0])
+    try:
+        return decode_value(encoded, segments[1:])
+    except ImportError as error:
+        place = (path + (_place_of_array(encoded) or "")).removeprefix(".")
+        raise WireValueError(f"{place}: an array has arrived, but {error}", path=place) from error
 
 
 def encode_value(value: Any, path: str, segments: list[bytes]) -> Any:
@@ -70,7 +84,7 @@ def encode_value(value: Any, path: str, segments: list[bytes]) -> Any:
         raise WireValueError(f"{path}: {refused}", path=path) from None
 
 
-def decode_value(value: Any, segments: Sequence[bytes]) -> Any:
+def decode_value(value: Any, segments: Sequence[Segment]) -> Any:
     """Return the value that `encode_value` was given; a malformed one is a `ProtocolError`.
 
     Each segment is used exactly once, so a value is never larger than the frame it came in.
@@ -103,6 +117,8 @@ def _encode(value: Any, segments: list[bytes], depth: int) -> Any:
         return encoder(value, segments, depth)
     if isinstance(value, PurePath):
         return {_TAG: "path", "text": str(value)}
+    if is_array(value):
+        return _array(value, segments)
     raise _type_refused(value)
 
 
@@ -137,9 +153,13 @@ def _dict(value: dict[Any, Any], segments: list[bytes], depth: int) -> dict[str,
         try:
             items[key] = _encode(item, segments, depth + 1)
         except _RefusedError as refused:
-            refused.steps.append(f".{key}" if key.isidentifier() else f"[{key!r:.80}]")
+            refused.steps.append(_step(key))
             raise
     return {_TAG: "dict", "items": items} if _TAG in items else items
+
+
+def _step(key: str) -> str:
+    return f".{key}" if key.isidentifier() else f"[{key!r:.80}]"
 
 
 def _decimal(value: Decimal, _segments: list[bytes], _depth: int) -> dict[str, Any]:
@@ -151,6 +171,14 @@ def _decimal(value: Decimal, _segments: list[bytes], _depth: int) -> dict[str, A
 def _file(value: InputFile | OutputFile, segments: list[bytes], _depth: int) -> dict[str, Any]:
     tag = "input_file" if type(value) is InputFile else "output_file"
     return {_TAG: tag, "name": value.name, "mime_type": value.mime_type, "segment": _segment(value.data, segments)}
+
+
+def _array(value: Any, segments: list[bytes]) -> dict[str, Any]:
+    try:
+        dtype, shape, data = array_parts(value)
+    except ValueError as error:
+        raise _RefusedError(str(error)) from error
+    return {_TAG: "array", "dtype": dtype, "shape": shape, "segment": _segment(data, segments)}
 
 
 def _segment(data: bytes, segments: list[bytes]) -> int:
@@ -182,7 +210,7 @@ _ENCODERS: dict[type, Encoder] = {
 }
 
 
-def _decode(value: Any, segments: dict[int, bytes], depth: int) -> Any:
+def _decode(value: Any, segments: dict[int, Segment], depth: int) -> Any:
     if depth > MAX_DEPTH + 1:  # a text may stand below the deepest list
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, list):
@@ -201,17 +229,35 @@ def _decode(value: Any, segments: dict[int, bytes], depth: int) -> Any:
     return _decode_leaf(tag, value, segments)
 
 
-def _decode_leaf(tag: object, value: dict[str, Any], segments: dict[int, bytes]) -> Any:
-    if tag in ("bytes", "input_file", "output_file"):
-        data = segments.pop(value["segment"])
+def _decode_leaf(tag: object, value: dict[str, Any], segments: dict[int, Segment]) -> Any:
+    if tag in ("bytes", "input_file", "output_file", "array"):
+        segment = segments.pop(value["segment"])
+        data = segment.read() if isinstance(segment, Parked) else segment
         if tag == "bytes":
             return data
+        if tag == "array":
+            return array_from(value["dtype"], value["shape"], data)
         kind = InputFile if tag == "input_file" else OutputFile
         return kind(value["name"], value["mime_type"], data)
     text = value["text"]
     if isinstance(tag, str) and tag in _PARSERS and isinstance(text, str):
         return _PARSERS[tag](text)
     raise ValueError(f"unknown tag {tag!r:.80}")
+
+
+def _place_of_array(encoded: Any) -> str | None:
+    """Return the steps from an encoded value to the first array in it, None when it has none."""
+    if isinstance(encoded, dict) and encoded.get(_TAG) in ("tuple", "dict"):
+        encoded = encoded["items"]
+    elif isinstance(encoded, dict) and encoded.get(_TAG) == "array":
+        return ""
+    steps: Iterable[tuple[str, Any]] = ()
+    if isinstance(encoded, dict):
+        steps = ((_step(key), item) for key, item in encoded.items())
+    elif isinstance(encoded, list):
+        steps = ((f"[{index}]", item) for index, item in enumerate(encoded))
+    found = ((step, _place_of_array(item)) for step, item in steps)
+    return next((step + rest for step, rest in found if rest is not None), None)
 
 
 def _finite_decimal(text: str) -> Decimal:

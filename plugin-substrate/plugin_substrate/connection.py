@@ -1,0 +1,140 @@
+"""The host's end of a worker's socket: any thread may write to it, the event loop that owns it reads and closes it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from itertools import islice
+
+from plugin_substrate.worker.frames import Frame
+from plugin_substrate.worker.messages import Inbox, Message
+
+_MAX_PIECES = 512  # the system takes 1024 at once
+
+
+class WorkerConnection:
+    """One stream socket. Reading takes one portion a round, so that no flood keeps the event loop to itself."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        *,
+        on_frame: Callable[[Frame], object],
+        on_error: Callable[[Exception], object],
+        on_end: Callable[[], object],
+    ) -> None:
+        """Take over a connected socket; after ``on_end`` nothing else is called."""
+        self._loop = asyncio.get_running_loop()
+        self._owner = threading.get_ident()
+        self._socket = connection
+        self._on_frame = on_frame
+        self._on_error = on_error
+        self._on_end = on_end
+        self._inbox = Inbox(connection)
+        self._writing = threading.Lock()
+        self._waiting: deque[_Outgoing] = deque()
+        self._closed = False
+        connection.setblocking(False)
+        self._loop.add_reader(connection, self._read)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing can be written any more."""
+        return self._closed
+
+    def write(self, message: Message) -> None:
+        """Write a message, what does not fit now a little later; nothing when the connection is closed.
+
+        The frames of concurrent writers never mix. A failure shows as the end of the connection.
+        """
+        with self._writing:
+            if self._closed:
+                return
+            self._waiting.append(_Outgoing(message))
+            if len(self._waiting) > 1 or self._push():
+                return
+        if threading.get_ident() == self._owner:
+            self._await_room()
+        else:
+            self._loop.call_soon_threadsafe(self._await_room)
+
+    def close(self) -> None:
+        """End the connection, and have ``on_end`` called in the next round of the loop. For the owner's thread."""
+        with self._writing:
+            if self._closed:
+                return
+            self._closed = True
+            self._waiting.clear()
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            self._socket.close()
+        self._inbox.close()
+        self._loop.call_soon(self._on_end)
+
+    def _push(self) -> bool:
+        """Write until nothing waits; False when the socket has no room."""
+        while self._waiting:
+            try:
+                done = self._waiting[0].send(self._socket)
+            except (BlockingIOError, InterruptedError):
+                return False
+            except OSError:  # the worker is gone: the reader will hear of it
+                self._waiting.clear()
+                return True
+            if done:
+                self._waiting.popleft()
+        return True
+
+    def _await_room(self) -> None:
+        with self._writing:
+            if not self._closed:
+                self._loop.add_writer(self._socket, self._write_on)
+
+    def _write_on(self) -> None:
+        with self._writing:
+            if not self._closed and self._push():
+                self._loop.remove_writer(self._socket)
+
+    def _read(self) -> None:
+        try:
+            count = self._inbox.receive()
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            count = 0
+        except Exception as error:  # noqa: BLE001 - as below
+            self._on_error(error)
+            return
+        if count == 0:
+            self.close()
+            return
+        try:
+            for frame in self._inbox.frames(count):
+                self._on_frame(frame)
+        except Exception as error:  # noqa: BLE001 - whatever a frame can cause must end its sender, never the host
+            self._on_error(error)
+
+
+class _Outgoing:
+    """A message of which a part may be written already."""
+
+    def __init__(self, message: Message) -> None:
+        self._message = message
+        self._pieces = deque(memoryview(piece) for piece in message.pieces if piece)
+
+    def send(self, connection: socket.socket) -> bool:
+        """Write what fits; True when it is the whole rest."""
+        pieces = list(islice(self._pieces, _MAX_PIECES))
+        if self._message.descriptors:
+            sent = socket.send_fds(connection, pieces, self._message.descriptors)
+            self._message.close()
+        else:
+            sent = connection.sendmsg(pieces)
+        while self._pieces and sent >= len(self._pieces[0]):
+            sent -= len(self._pieces.popleft())
+        if sent:
+            self._pieces[0] = self._pieces[0][sent:]
+        return not self._pieces
