@@ -25,7 +25,7 @@ from plugin_substrate.metadata import CallResult, PluginInstance, PluginLoadSpec
 from plugin_substrate.revival import Revival
 from plugin_substrate.telemetry import PluginStats, worker_stats
 from plugin_substrate.tenant_worker import InstanceSettings
-from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers, resolve_profile
+from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers
 
 _logger = logging.getLogger(__name__)
 
@@ -376,9 +376,7 @@ class PluginManager:
             grace_seconds=self._grace_seconds,
             load_timeout=self._load_timeout,
             revive=self._revive,
-            isolation=resolve_profile(
-                meta.name, meta.manifest.asked_isolation, meta.manifest.granted_isolation, self._isolation
-            ),
+            isolation=meta.manifest.isolation_profile(self._isolation),
             required_layers=(*self._require, *meta.manifest.required_layers),
         )
 

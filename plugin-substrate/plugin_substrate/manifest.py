@@ -12,12 +12,18 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Any, TypeVar, get_type_hints
 
 from plugin_substrate.errors import ManifestError
-from plugin_substrate.worker.isolation import IsolationTerms, parse_required_layers, parse_terms
+from plugin_substrate.worker.isolation import (
+    IsolationProfile,
+    IsolationTerms,
+    parse_required_layers,
+    parse_terms,
+    resolve_profile,
+)
 
 FORMAT_VERSION = "2.0"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -33,7 +39,10 @@ _Parsed = TypeVar("_Parsed")
 
 @dataclass(frozen=True, kw_only=True)
 class InstallSection:
-    """Where the plugin lives on this machine: facts of the installer."""
+    """Where the plugin lives on this machine: facts of the installer.
+
+    ``source_paths`` are folders outside the environment that its code is read from: editable installations.
+    """
 
     python_path: str
     conda_env: str = ""
@@ -42,6 +51,7 @@ class InstallSection:
     installer_version: str = ""
     installed_at: str = ""
     env_vars: dict[str, str] = field(default_factory=dict)
+    source_paths: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +105,14 @@ class ManifestV2:
     def required_layers(self) -> tuple[str, ...]:
         """The layers without which the operator does not want it to run; a `ManifestError` when they cannot be read."""
         return _no_problems(parse_required_layers, self.overrides.get("require", []), "overrides.require")
+
+    def isolation_profile(self, default: IsolationProfile) -> IsolationProfile:
+        """Return what the plugin may do; a `PluginConfigError` when it asks for more than it is granted.
+
+        Where its code lies outside its environment it may read that too: the installer knew, not the plugin.
+        """
+        profile = resolve_profile(self.code.name, self.asked_isolation, self.granted_isolation, default)
+        return replace(profile, read_paths=(*profile.read_paths, *self.install.source_paths))
 
 
 def compute_config_schema_hash(schema: Mapping[str, Any] | None) -> str:
@@ -159,9 +177,6 @@ def parse_manifest(data: object, *, source: str = "") -> ManifestV2:
 def manifest_to_dict(manifest: ManifestV2) -> dict[str, Any]:
     """Return the manifest as it stands in its file; what is empty is left out of ``install`` and ``code``."""
     code = {("class" if key == "class_name" else key): value for key, value in _set_fields(manifest.code).items()}
-    for key in ("capabilities", "worker_env"):
-        if key in code:
-            code[key] = list(code[key])
     return {
         "format_version": FORMAT_VERSION,
         "install": _set_fields(manifest.install),
@@ -263,6 +278,7 @@ def _rules(install: dict[str, Any], code: dict[str, Any], drift: dict[str, Any])
     problems += [f"code.capabilities: {capability!r} is not like 'bom.read'" for capability in wrong]
     if len(set(capabilities)) != len(capabilities):
         problems.append("code.capabilities names one capability twice")
+    parse_terms({"read_paths": list(install.get("source_paths", ()))}, "install.source_paths", problems)
     parse_terms(code.get("isolation") or {}, "code.isolation", problems)
     stored = drift.get("config_schema_hash")
     if stored is not None and not re.fullmatch(r"sha256:[0-9a-f]{64}", stored):
@@ -279,7 +295,8 @@ def _no_problems(parse: Callable[[object, str, list[str]], _Parsed], data: objec
 
 
 def _set_fields(section: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(section).items() if value not in ("", None, (), {})}
+    values = {key: value for key, value in vars(section).items() if value not in ("", None, (), {})}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
 
 def _finite(text: str) -> float:

@@ -39,7 +39,9 @@ def probe_meta(probe_python: Path) -> MetaFactory:
     def make(class_name: str = "Probe", module: str = "probe", name: str = "probe", **code: object) -> PluginMeta:
         return PluginMeta(
             manifest=ManifestV2(
-                install=InstallSection(python_path=str(probe_python)),
+                install=InstallSection(
+                    python_path=str(probe_python), source_paths=(str(Path(__file__).parent / "plugins"),)
+                ),
                 code=CodeSection(
                     name=name,
                     version="1.0",

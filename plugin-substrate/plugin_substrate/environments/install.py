@@ -189,6 +189,7 @@ def _manifest(described: dict[str, Any], python: Path, spec: PluginSpec) -> Mani
             "package_source": spec.requirement,
             "installer_version": INSTALLER_VERSION,
             "installed_at": now,
+            "source_paths": [str(spec.folder)] if spec.editable and spec.folder else [],
         },
         "code": {**described, "regenerated_at": now},
         "drift_tracking": {

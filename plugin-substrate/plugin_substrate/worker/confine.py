@@ -1,64 +1,75 @@
 """What a process gives up before it runs foreign code. Every function says which layers really hold.
 
 `confine_worker` and `confine_supervisor` run in the child itself, after the fork: what a process gives up here it
-cannot take back, so this is as strong as an outer launcher. Outside Linux the layers made of prctl are absent.
+cannot take back, so this is as strong as an outer launcher. Outside Linux the layers made of system calls are absent.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
+import platform
 import resource
 import signal
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 
+from plugin_substrate.worker import kernel, landlock, privileges, seccomp
 from plugin_substrate.worker.isolation import IsolationProfile
-
-_PR_SET_PDEATHSIG = 1
-_PR_SET_DUMPABLE = 4
-_PR_SET_CHILD_SUBREAPER = 36
-_PR_SET_NO_NEW_PRIVS = 38
+from plugin_substrate.worker.landlock import Access
+from plugin_substrate.worker.reach import PLAIN_DEVICES, environment_paths, readable_paths
 
 #: The first descriptor after standard input, output and error.
 FIRST_FREE_DESCRIPTOR = 3
 #: Not RLIMIT_NOFILE: what is open above a limit stays open when the limit is lowered. This is the kernel's own bound.
 _HIGHEST_DESCRIPTOR = 1 << 20
 
+#: Private memory over the limit on resident memory: the stacks of 128 threads, which mostly are never touched.
+_UNTOUCHED_BYTES = 1 << 30
+_LINUX = sys.platform == "linux"
+
 
 class ConfinementError(OSError):
     """A layer that this system has could not be put in place; the process must not go on."""
 
 
-def confine_worker(profile: IsolationProfile, parent: int) -> tuple[str, ...]:
-    """Confine this process and return the layers that hold. Raises `ConfinementError`; the caller must then exit.
+@dataclass(frozen=True, kw_only=True)
+class Confinement:
+    """How to confine one worker. ``folder`` is its own, ``parent`` the process whose end must be its own too."""
 
-    ``parent`` is the process id the worker was forked from: if it is gone already, so must be the worker.
-    """
+    profile: IsolationProfile
+    folder: str
+    parent: int
+
+
+def confine_worker(confinement: Confinement) -> tuple[str, ...]:
+    """Confine this process and return the layers that hold. Raises `ConfinementError`; the caller must then exit."""
+    profile = confinement.profile
     os.setsid()
     os.umask(0o077)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _lower(resource.RLIMIT_NOFILE, profile.open_files)
-    _lower(resource.RLIMIT_FSIZE, profile.file_bytes)
+    _limit_resources(profile)
     layers = ["clean_environment", "closed_descriptors", "new_session", "rlimits", "umask"]
-    if sys.platform == "linux":
-        die_with_parent(signal.SIGKILL, parent)
-        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
-        _prctl(_PR_SET_DUMPABLE, 0)
-        layers += ["no_new_privs", "not_dumpable", "parent_death_signal"]
+    if _LINUX:
+        try:
+            layers += _confine_on_linux(confinement)
+        except ConfinementError:
+            raise
+        except OSError as error:
+            raise ConfinementError(error.errno, f"a layer cannot be put in place: {error.strerror}") from error
     return tuple(sorted(layers))
 
 
 def confine_supervisor(host: int) -> None:
     """Adopt orphaned descendants, and be woken, not killed, when the host dies: the supervisor still has to sweep."""
-    if sys.platform == "linux":
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    if _LINUX:
+        kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
         die_with_parent(signal.SIGCONT, host)
-        _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
 
 
 def die_with_parent(death_signal: signal.Signals, parent: int) -> None:
     """Have the kernel send ``death_signal`` when the parent ends; prctl(2) asks to check that it is not too late."""
-    _prctl(_PR_SET_PDEATHSIG, int(death_signal))
+    kernel.prctl(kernel.PR_SET_PDEATHSIG, int(death_signal))
     if os.getppid() != parent:
         raise ConfinementError("the parent process is gone")
 
@@ -75,17 +86,50 @@ def close_descriptors(keep: int, errors_to: int) -> None:
     os.closerange(FIRST_FREE_DESCRIPTOR + 1, _HIGHEST_DESCRIPTOR)
 
 
+def _confine_on_linux(confinement: Confinement) -> list[str]:
+    """Put the layers in place in the one order that works: each still needs what the next takes away."""
+    profile = confinement.profile
+    die_with_parent(signal.SIGKILL, confinement.parent)
+    layers = ["parent_death_signal"]
+    if privileges.drop_capabilities(platform.machine()):
+        layers.append("capabilities_dropped")
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
+    layers += ["no_new_privs", "not_dumpable"]
+    abi = landlock.restrict(_file_rules(confinement), tcp=profile.network)
+    if abi:
+        layers.append(f"landlock:{abi}")
+    rules = seccomp.FilterRules(
+        network=profile.network, processes=profile.processes > 0, pid=os.getpid(), landlock_abi=abi
+    )
+    if seccomp.install(rules):
+        layers.append("seccomp")
+    return layers
+
+
+def _file_rules(confinement: Confinement) -> Iterator[tuple[str, Access]]:
+    """Return what may be done where. What a plugin wrote it may never execute."""
+    profile = confinement.profile
+    read = Access.RUN if profile.processes else Access.READ
+    for path in (*environment_paths(), *readable_paths(network=profile.network), *profile.read_paths):
+        yield path, read
+    for path in (*PLAIN_DEVICES, *profile.devices):
+        yield path, Access.DEVICE
+    for path in (confinement.folder, *profile.write_paths):
+        yield path, Access.CHANGE
+
+
+def _limit_resources(profile: IsolationProfile) -> None:
+    _lower(resource.RLIMIT_CORE, 0)
+    _lower(resource.RLIMIT_NOFILE, profile.open_files)
+    _lower(resource.RLIMIT_FSIZE, profile.file_bytes)
+    _lower(resource.RLIMIT_DATA, profile.memory_bytes + _UNTOUCHED_BYTES)
+    if profile.cpu_seconds is not None:
+        _lower(resource.RLIMIT_CPU, profile.cpu_seconds)
+
+
 def _lower(kind: int, wanted: int) -> None:
     """Set a limit, soft and hard, never above what the process already has."""
     hard = resource.getrlimit(kind)[1]
     value = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(kind, (value, value))
-
-
-def _prctl(option: int, value: int) -> None:
-    if _libc.prctl(option, value, 0, 0, 0) != 0:
-        number = ctypes.get_errno()
-        raise ConfinementError(number, f"prctl({option}): {os.strerror(number)}")
-
-
-_libc = ctypes.CDLL(None, use_errno=True)

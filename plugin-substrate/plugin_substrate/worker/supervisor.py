@@ -158,7 +158,8 @@ def _become_worker(request: dict[str, Any], descriptors: list[int], supervisor: 
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
-        layers = confine.confine_worker(IsolationProfile.from_json(request["isolation"]), supervisor)
+        profile = IsolationProfile.from_json(request["isolation"])
+        layers = confine.confine_worker(confine.Confinement(profile=profile, folder=request["cwd"], parent=supervisor))
         runtime.WorkerRuntime(socket.socket(fileno=confine.FIRST_FREE_DESCRIPTOR), layers).serve()
     except BaseException:  # noqa: BLE001 - nothing may climb into the supervisor's stack
         os.write(2, traceback.format_exc().encode(errors="replace"))

@@ -1,0 +1,59 @@
+"""Linux capabilities and the user of a process: what it gives up of them, and whether it really has."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from plugin_substrate.worker.kernel import (
+    PR_CAP_AMBIENT,
+    PR_CAPBSET_DROP,
+    PR_SET_SECUREBITS,
+    prctl,
+    read_back,
+    system_call,
+)
+from plugin_substrate.worker.syscall_numbers import CAPGET, CAPSET
+
+_CAPABILITY_VERSION_3 = 0x20080522
+_CLEAR_ALL_AMBIENT = 4
+_NO_ROOT_LOCKED = 0b11  # executing a program as user 0 gives no capabilities, and this cannot be changed back
+_CAP_SETPCAP = 8
+_MOST_CAPABILITIES = 64
+
+
+def drop_capabilities(machine: str) -> bool:
+    """Give up every Linux capability for good, in the bounding set too where that is allowed.
+
+    True when none is left. Without no_new_privs a program with set-id bits or file capabilities could bring them back.
+    """
+    if machine not in CAPSET:
+        return False
+    if _held(machine) >> _CAP_SETPCAP & 1:
+        prctl(PR_SET_SECUREBITS, _NO_ROOT_LOCKED)
+        for capability in range(_MOST_CAPABILITIES):
+            try:
+                prctl(PR_CAPBSET_DROP, capability)
+            except OSError:  # the kernel knows no more
+                break
+    prctl(PR_CAP_AMBIENT, _CLEAR_ALL_AMBIENT)
+    system_call(CAPSET[machine], struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), bytes(24))
+    return _held(machine) == 0
+
+
+def become(uid: int) -> bool:
+    """Take a user and group id of its own, with no other groups; False where this container has no such id."""
+    try:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
+    except OSError:
+        return False
+    return os.getresuid() == (uid, uid, uid)
+
+
+def _held(machine: str) -> int:
+    """Return the permitted and inheritable capabilities as one set of bits."""
+    answer = read_back(CAPGET[machine], struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), 24)
+    numbers: tuple[int, ...] = struct.unpack("=6I", answer)  # effective, permitted, inheritable; low, then high halves
+    return (numbers[1] | numbers[2]) | (numbers[4] | numbers[5]) << 32

@@ -1,0 +1,210 @@
+"""A system call filter (seccomp(2)), assembled by hand for x86-64 and aarch64; on other machines there is none.
+
+It refuses what a plugin has no business with, whatever rights its user has, and what Landlock cannot see: sockets,
+processes, tracing, changing other processes of the same user, file modes and owners. It cannot be taken off again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import platform
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from plugin_substrate.worker.kernel import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, PR_SET_SECCOMP, prctl
+from plugin_substrate.worker.landlock import SIGNAL_ABI
+from plugin_substrate.worker.syscall_numbers import HIGHEST_KNOWN, NUMBERS
+
+_MODE_FILTER = 2
+
+# Classic BPF: operation codes, and where the kernel puts what in the data it shows to a filter.
+_LOAD, _EQUAL, _GREATER, _GREATER_EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
+_NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
+_ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+_X32_BIT = 0x40000000
+
+_CLONE_THREAD = 0x00010000
+_CLONE_NEW_NAMESPACES = 0x7E020000
+_AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
+_SOCK_STREAM, _SOCK_DGRAM, _SOCK_FLAGS = 1, 2, 0o2004000
+_SET_ID_BITS = 0o6000
+_O_CREATES = 0o100 | 0o20000000  # O_CREAT, __O_TMPFILE
+_F_SETOWN, _F_SETOWN_EX = 8, 15
+_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+
+_NEVER = (  # noqa: SIM905 - as a list it would be a page
+    # looking into and changing other processes
+    "ptrace process_vm_readv process_vm_writev process_madvise pidfd_getfd kcmp get_robust_list move_pages"
+    " migrate_pages perf_event_open"
+    # new ways into the kernel that go round this filter, or are known for their faults
+    " io_uring_setup io_uring_enter io_uring_register bpf userfaultfd modify_ldt personality"
+    # memory and messages that other processes of the same user can reach by name
+    " shmget shmat shmctl semget semctl semop semtimedop msgget msgsnd msgrcv msgctl mq_open mq_unlink"
+    " add_key request_key keyctl"
+    # the system itself
+    " mount umount2 pivot_root chroot fsopen fsconfig fsmount fspick open_tree open_tree_attr move_mount mount_setattr"
+    " unshare setns init_module finit_module delete_module kexec_load kexec_file_load reboot swapon swapoff syslog"
+    " quotactl quotactl_fd acct settimeofday clock_settime adjtimex clock_adjtime sethostname setdomainname iopl ioperm"
+    " name_to_handle_at open_by_handle_at fanotify_init fanotify_mark lookup_dcookie nfsservctl vhangup uselib"
+    # owners and attributes of files, which no rule of Landlock covers
+    " chown lchown fchown fchownat setxattr lsetxattr fsetxattr setxattrat removexattr lremovexattr fremovexattr"
+    " removexattrat file_setattr"
+).split()  # fmt: skip
+_NOT_THERE = ("clone3", "openat2")  # their arguments lie in memory; the C library falls back to what can be checked
+_NEW_PROCESS = ("fork", "vfork", "execve", "execveat")
+_OF_OTHERS = ("sched_setaffinity", "sched_setparam", "sched_setscheduler", "sched_setattr", "prlimit64")
+
+_Instruction = tuple[int, int, int, int]
+_Block = list[_Instruction]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilterRules:
+    """What a filter leaves open. ``pid`` is the process that is filtered, ``landlock_abi`` what else confines it."""
+
+    network: bool
+    processes: bool
+    pid: int
+    landlock_abi: int
+
+
+def supported() -> bool:
+    """Whether this machine's architecture has a filter."""
+    return platform.machine() in _AUDIT_ARCHITECTURE
+
+
+def install(rules: FilterRules) -> bool:
+    """Filter this process and its children from now on; False where there is no filter for the architecture.
+
+    Needs no_new_privs. The kernel's refusal is an OSError.
+    """
+    if not supported():
+        return False
+    program = assemble(platform.machine(), rules)
+    held = ctypes.create_string_buffer(program, len(program))
+    # struct sock_fprog: the number of instructions, padding, their address
+    prctl(PR_SET_SECCOMP, _MODE_FILTER, struct.pack("@HP", len(program) // 8, ctypes.addressof(held)))
+    return True
+
+
+def assemble(machine: str, rules: FilterRules) -> bytes:
+    """Return the filter's program for an architecture, as the kernel takes it."""
+    numbers = NUMBERS[machine]
+    program: _Block = [
+        (_LOAD, 0, 0, _ARCHITECTURE_AT),
+        (_EQUAL, 1, 0, _AUDIT_ARCHITECTURE[machine]),
+        (_RETURN, 0, 0, _KILL_PROCESS),
+        (_LOAD, 0, 0, _NUMBER_AT),
+        *_when(_GREATER, HIGHEST_KNOWN, _refuse(errno.ENOSYS)),  # x32 calls have a high bit set
+    ]
+    for name, block in _blocks(rules).items():
+        if name in numbers:  # each architecture lacks some
+            program += _when(_EQUAL, numbers[name], block)
+    program.append((_RETURN, 0, 0, _ALLOW))
+    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+
+
+def _blocks(rules: FilterRules) -> Mapping[str, _Block]:
+    """Return what happens at which call; each block ends with a verdict."""
+    blocks = dict.fromkeys(_NEVER, _refuse())
+    blocks |= dict.fromkeys(_NOT_THERE, _refuse(errno.ENOSYS))
+    blocks |= dict.fromkeys(_OF_OTHERS, _only(0, (0, rules.pid)))
+    blocks["setpriority"] = blocks["ioprio_set"] = [_argument(1), *_pass_if((0, rules.pid)), *_refuse()]
+    blocks["prctl"] = _not_any(0, (PR_SET_PDEATHSIG, PR_SET_DUMPABLE))
+    blocks["fcntl"] = _not_any(1, (_F_SETOWN, _F_SETOWN_EX))
+    blocks["ioctl"] = _not_any(1, (_TIOCSTI, _TIOCLINUX))
+    blocks |= _file_modes()
+    blocks |= _processes(rules)
+    blocks |= _network(rules.network)
+    if rules.landlock_abi < 3:
+        blocks["truncate"] = _refuse()
+    return blocks
+
+
+def _file_modes() -> dict[str, _Block]:
+    """Set-id bits are refused; every other change of a mode is answered as done, and not carried out.
+
+    Landlock does not cover modes, so a plugin could change those of every file of its user. Inside its own folder they
+    mean nothing: nobody else can enter, and nothing there can be executed.
+    """
+    mode_of_existing = {"chmod": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2}
+    blocks = {
+        name: [_argument(at), *_when(_ANY_BIT, _SET_ID_BITS, _refuse()), *_refuse(0)]
+        for name, at in mode_of_existing.items()
+    }
+    for name, at in {"creat": 1, "mknod": 1, "mknodat": 2}.items():
+        blocks[name] = [_argument(at), *_when(_ANY_BIT, _SET_ID_BITS, _refuse()), *_pass()]
+    for name, flags in {"open": 1, "openat": 2}.items():
+        with_mode = [_argument(flags + 1), *_when(_ANY_BIT, _SET_ID_BITS, _refuse()), *_pass()]
+        blocks[name] = [_argument(flags), *_when(_ANY_BIT, _O_CREATES, with_mode), *_pass()]
+    return blocks
+
+
+def _processes(rules: FilterRules) -> dict[str, _Block]:
+    if rules.processes:
+        blocks = {"clone": [_argument(0), *_when(_ANY_BIT, _CLONE_NEW_NAMESPACES, _refuse()), *_pass()]}
+        signals_hold = rules.landlock_abi >= SIGNAL_ABI
+        return blocks if signals_hold else blocks | {"pidfd_send_signal": _refuse(), "tkill": _refuse()}
+    blocks = dict.fromkeys(_NEW_PROCESS, _refuse())
+    blocks["clone"] = [_argument(0), *_when(_ANY_BIT, _CLONE_THREAD, _clone_of_thread()), *_refuse()]
+    blocks |= dict.fromkeys(("tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo"), _only(0, (rules.pid,)))
+    blocks["kill"] = _only(0, (0, rules.pid))  # 0 is its own process group, where nobody else is
+    blocks["pidfd_send_signal"] = _refuse()
+    if rules.landlock_abi < SIGNAL_ABI:
+        blocks["tkill"] = _refuse()  # it names a thread, which may be anyone's
+    return blocks
+
+
+def _clone_of_thread() -> _Block:
+    return [*_when(_ANY_BIT, _CLONE_NEW_NAMESPACES, _refuse()), *_pass()]
+
+
+def _network(allowed: bool) -> dict[str, _Block]:
+    """Socket pairs connect a process with itself; everything else is refused, or is IP with the usual two types."""
+    blocks = {"socketpair": _only(0, (_AF_UNIX,))}
+    if not allowed:
+        return blocks | {"socket": _refuse()}
+    types = [kind | flags for kind in (_SOCK_STREAM, _SOCK_DGRAM) for flags in (0, 0o4000, 0o2000000, _SOCK_FLAGS)]
+    family = [_argument(0), *_pass_if_then((_AF_INET, _AF_INET6), [_argument(1), *_pass_if(types), *_refuse()])]
+    return blocks | {"socket": [*family, *_refuse(errno.EAFNOSUPPORT)]}
+
+
+# -- pieces of programs
+
+
+def _argument(position: int) -> _Instruction:
+    """Load the low half of an argument; those that are checked are ints or small flags to the kernel."""
+    return (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * position)
+
+
+def _pass() -> _Block:
+    return [(_RETURN, 0, 0, _ALLOW)]
+
+
+def _refuse(number: int = errno.EPERM) -> _Block:
+    return [(_RETURN, 0, 0, _ERRNO | number)]
+
+
+def _when(test: int, value: int, block: _Block) -> _Block:
+    """Go through the block if the test holds of what was loaded, else past it."""
+    return [(test, 0, len(block), value), *block]
+
+
+def _pass_if(values: Iterable[int]) -> _Block:
+    return [instruction for value in values for instruction in _when(_EQUAL, value, _pass())]
+
+
+def _pass_if_then(values: Iterable[int], block: _Block) -> _Block:
+    return [instruction for value in values for instruction in _when(_EQUAL, value, block)]
+
+
+def _only(position: int, values: Iterable[int]) -> _Block:
+    return [_argument(position), *_pass_if(values), *_refuse()]
+
+
+def _not_any(position: int, values: Iterable[int]) -> _Block:
+    refused = [instruction for value in values for instruction in _when(_EQUAL, value, _refuse())]
+    return [_argument(position), *refused, *_pass()]
