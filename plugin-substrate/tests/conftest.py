@@ -5,8 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -34,9 +35,15 @@ def probe_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def probe_meta(probe_python: Path) -> MetaFactory:
-    """Make the description of a plugin of tests/plugins."""
+    """Make the description of a plugin of tests/plugins; ``granted`` is what its operator grants it."""
 
-    def make(class_name: str = "Probe", module: str = "probe", name: str = "probe", **code: object) -> PluginMeta:
+    def make(
+        class_name: str = "Probe",
+        module: str = "probe",
+        name: str = "probe",
+        granted: Mapping[str, Any] | None = None,
+        **code: object,
+    ) -> PluginMeta:
         return PluginMeta(
             manifest=ManifestV2(
                 install=InstallSection(
@@ -51,6 +58,7 @@ def probe_meta(probe_python: Path) -> MetaFactory:
                     interface="plugin_substrate.interface.PluginInterface",
                     **code,  # type: ignore[arg-type]
                 ),
+                overrides={"isolation": dict(granted)} if granted else {},
             )
         )
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import select
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +32,20 @@ MetaFactory = Callable[..., PluginMeta]
 @pytest.fixture
 def hostile_meta(probe_meta: MetaFactory) -> MetaFactory:
     """Make the description of a plugin of tests/plugins/hostile.py."""
-    return lambda class_name="Hostile": probe_meta(class_name, module="hostile", name="hostile")
+    return lambda class_name="Hostile", **options: probe_meta(class_name, module="hostile", name="hostile", **options)
 
 
 @pytest.fixture
 async def hostile(manager: PluginManager, hostile_meta: MetaFactory) -> PluginManager:
     """The manager with the hostile plugin loaded."""
     await manager.load_plugin_async(hostile_meta())
+    return manager
+
+
+@pytest.fixture
+async def forking(manager: PluginManager, hostile_meta: MetaFactory) -> PluginManager:
+    """The manager with the hostile plugin loaded, which may have processes."""
+    await manager.load_plugin_async(hostile_meta(granted={"processes": 64}))
     return manager
 
 
@@ -62,6 +70,12 @@ async def started(manager: PluginManager, action: str) -> tuple[asyncio.Task[Any
     )
     async with asyncio.timeout(20):
         return task, await heard.get()
+
+
+def supervisor_of(manager: PluginManager) -> int:
+    pid = manager.get_instance("hostile").supervisor_pid
+    assert pid is not None
+    return pid
 
 
 def frame(header: str, *segments: bytes) -> bytes:
@@ -214,8 +228,10 @@ async def test_a_plugin_that_closes_its_descriptors_ends_itself_and_nothing_else
     assert await call(hostile, "echo", x=1) == {"x": 1}
 
 
-async def test_a_lost_data_folder_is_made_anew_for_the_next_worker(hostile: PluginManager) -> None:
-    await call(hostile, "lose_data_dir")
+async def test_a_lost_data_folder_is_made_anew_for_the_next_worker(hostile: PluginManager, tmp_path: Path) -> None:
+    with pytest.raises(PluginInputError, match="Permission denied"):
+        await call(hostile, "lose_data_dir")
+    shutil.rmtree(tmp_path / "data/data/hostile")
     with pytest.raises(WorkerDiedError):
         await call(hostile, "close", descriptors=[3])
     assert await call(hostile, "echo", x=1) == {"x": 1}
@@ -242,35 +258,36 @@ async def test_a_worker_that_stops_itself_is_killed_like_any_other(
 
 
 async def test_a_stopped_supervisor_is_woken_when_it_is_needed(hostile: PluginManager) -> None:
-    await call(hostile, "stop_supervisor")
+    os.kill(supervisor_of(hostile), signal.SIGSTOP)
     with pytest.raises(WorkerDiedError):
         await call(hostile, "close", descriptors=[3])
     assert await call(hostile, "echo", x=1) == {"x": 1}
-    await call(hostile, "stop_supervisor")
+    os.kill(supervisor_of(hostile), signal.SIGSTOP)
     assert await hostile.unload_plugin_async("hostile")
 
 
-async def test_a_call_ends_even_when_a_descendant_of_its_dead_worker_holds_the_socket(hostile: PluginManager) -> None:
-    task, child = await started(hostile, "escape")
+async def test_a_call_ends_even_when_a_descendant_of_its_dead_worker_holds_the_socket(forking: PluginManager) -> None:
+    task, child = await started(forking, "escape")
     descriptor = os.pidfd_open(int(child))
+    os.kill(supervisor_of(forking), signal.SIGKILL)
     try:
         async with asyncio.timeout(20):
             with pytest.raises(WorkerDiedError):
                 await task
-        assert await call(hostile, "echo", x=1) == {"x": 1}
+        assert await call(forking, "echo", x=1) == {"x": 1}
     finally:
         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         os.close(descriptor)
 
 
-async def test_a_forked_process_is_no_part_of_the_conversation(hostile: PluginManager) -> None:
+async def test_a_forked_process_is_no_part_of_the_conversation(forking: PluginManager) -> None:
     heard: asyncio.Queue[str] = asyncio.Queue()
-    status = await hostile.execute_plugin_async(
+    status = await forking.execute_plugin_async(
         "hostile", action="hostile.fork_and_print", on_log=heard.put_nowait, on_progress=heard.put_nowait
     )
     assert status == 7, "in the child no call is running"
-    assert await call(hostile, "return_twice") == "once"
-    assert await call(hostile, "echo", x=1) == {"x": 1}
+    assert await call(forking, "return_twice") == "once"
+    assert await call(forking, "echo", x=1) == {"x": 1}
 
 
 async def test_a_worker_that_can_no_longer_hear_the_host_ends(hostile: PluginManager) -> None:
@@ -281,13 +298,11 @@ async def test_a_worker_that_can_no_longer_hear_the_host_ends(hostile: PluginMan
     assert await call(hostile, "echo", x=1) == {"x": 1}
 
 
-async def test_a_process_that_gives_way_to_its_own_child_for_ever_is_caught(hostile: PluginManager) -> None:
-    await call(hostile, "fork_chain")
-    supervisor = hostile.get_instance("hostile").supervisor_pid
-    assert supervisor is not None
-    descriptor = os.pidfd_open(supervisor)
+async def test_a_process_that_gives_way_to_its_own_child_for_ever_is_caught(forking: PluginManager) -> None:
+    await call(forking, "fork_chain")
+    descriptor = os.pidfd_open(supervisor_of(forking))
     async with asyncio.timeout(20):
-        await hostile.unload_plugin_async("hostile")
+        await forking.unload_plugin_async("hostile")
     assert select.select([descriptor], [], [], 0)[0]
     os.close(descriptor)
 

@@ -30,6 +30,7 @@ from plugin_substrate import (
     WireValueError,
     WorkerDiedError,
 )
+from plugin_substrate.worker.landlock import kernel_abi
 
 MetaFactory = Callable[..., PluginMeta]
 
@@ -318,13 +319,16 @@ async def test_a_worker_has_nothing_of_the_host_but_its_socket_and_its_log(
     allowed = ("plugin_substrate.interface", "plugin_substrate.errors", "plugin_substrate.worker")
     assert [name for name in seen["modules"] if not name.startswith(allowed)] == ["plugin_substrate"]
     assert instance.layers == (
+        "capabilities_dropped",
         "clean_environment",
         "closed_descriptors",
+        f"landlock:{kernel_abi()}",
         "new_session",
         "no_new_privs",
         "not_dumpable",
         "parent_death_signal",
         "rlimits",
+        "seccomp",
         "umask",
     )
 
@@ -476,7 +480,9 @@ async def test_a_killed_supervisor_takes_its_workers_along_and_the_next_call_fin
     assert probe.get_instance("probe").supervisor_pid != before.supervisor_pid
 
 
-async def test_what_a_dead_worker_leaves_behind_is_killed(probe: PluginManager) -> None:
+async def test_what_a_dead_worker_leaves_behind_is_killed(manager: PluginManager, probe_meta: MetaFactory) -> None:
+    await manager.load_plugin_async(probe_meta(granted={"processes": 8}))
+    probe = manager
     orphan = await probe.execute_plugin_async("probe", action="probe.daemon")
     gone = asyncio.Event()
     descriptor = os.pidfd_open(orphan)

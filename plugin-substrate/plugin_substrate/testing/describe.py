@@ -51,7 +51,9 @@ def plugin_meta(
         **described,
     )
     overrides = {"isolation": dict(isolation)} if isolation else {}
-    manifest = ManifestV2(install=InstallSection(python_path=str(python)), code=section, overrides=overrides)
+    sources = tuple(map(str, (where, *_folders_of_this_process())))
+    install = InstallSection(python_path=str(python), source_paths=sources)
+    manifest = ManifestV2(install=install, code=section, overrides=overrides)
     return PluginMeta(manifest=manifest)
 
 
@@ -65,9 +67,13 @@ def environment_of_this_process(folder: Path, *, first: Path) -> Path:
         return python
     venv.EnvBuilder(symlinks=True).create(folder)
     (site_packages,) = (folder / "lib").glob("python*/site-packages")
-    lines = [str(first), *(_path_line(Path(entry)) for entry in sys.path if entry and Path(entry).is_dir())]
+    lines = [str(first), *map(_path_line, _folders_of_this_process())]
     (site_packages / "of_the_test.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return python
+
+
+def _folders_of_this_process() -> list[Path]:
+    return [Path(entry).absolute() for entry in sys.path if entry and Path(entry).is_dir()]
 
 
 def _place_of(plugin: type[PluginInterface] | str, place: Path | None) -> tuple[Path, str, str]:

@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from plugin_substrate import PluginManager, PluginMeta, load_manifest
+from plugin_substrate import IsolationProfile, PluginManager, PluginMeta, load_manifest
 
 
 def fork_a_survivor() -> None:
@@ -20,7 +20,7 @@ def fork_a_survivor() -> None:
 
 
 async def main(manifest: str, data_dir: str, complication: str) -> None:
-    manager = PluginManager(data_dir=Path(data_dir))
+    manager = PluginManager(data_dir=Path(data_dir), isolation=IsolationProfile(processes=8))
     meta = PluginMeta(manifest=load_manifest(Path(manifest)))
     instances = [await manager.load_plugin_async(meta, instance_id=name) for name in ("busy", "sleeping", "stopped")]
     orphan = await manager.execute_plugin_async("stopped", action="probe.daemon")

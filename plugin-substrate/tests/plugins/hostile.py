@@ -143,11 +143,6 @@ class Hostile(PluginInterface):
         shutil.rmtree(self.data_dir / "tmp")
         (self.data_dir / "tmp").write_text("in the way")
 
-    @plugin_action("hostile.stop_supervisor")
-    def stop_supervisor(self):
-        os.kill(os.getppid(), signal.SIGSTOP)
-        return os.getppid()
-
     @plugin_action("hostile.stop_itself")
     def stop_itself(self):
         self.report_progress(0.5, "stopping")
@@ -155,7 +150,7 @@ class Hostile(PluginInterface):
 
     @plugin_action("hostile.escape")
     def escape(self):
-        """Leave a child with the socket in hand behind, then kill the supervisor, and with it this worker."""
+        """Leave a child with the socket in hand behind, which means to outlive everybody."""
         child = os.fork()
         if child == 0:
             ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
@@ -163,7 +158,6 @@ class Hostile(PluginInterface):
             time.sleep(1000)
             os._exit(0)
         self.report_progress(0.5, str(child))
-        os.kill(os.getppid(), signal.SIGKILL)
         signal.pause()
 
     @plugin_action("hostile.fork_and_print")
