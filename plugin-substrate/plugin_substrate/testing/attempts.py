@@ -23,7 +23,7 @@ def attempt(probe: PluginWorker, action: str, **arguments: Any) -> Attempt:
 
     Actions: ``read``, ``list``, ``write`` (each with ``path``), ``connect`` (``host``, ``port``), ``socket``
     (``family``), ``fork``, ``spawn`` (``command``), ``signal`` (``pid``), ``threads`` (``count``), ``memory``
-    (``size``), ``file_size`` (``size``), ``open_files`` (``count``), ``raise_limit`` (``name``).
+    (``size``, ``shared``), ``file_size`` (``size``), ``open_files`` (``count``), ``raise_limit`` (``name``).
     """
     return probe.run(lambda: attempt_async(probe, action, **arguments))
 

@@ -127,9 +127,10 @@ class ConfinementProbe(PluginInterface):
         return f"{len(started)} threads"
 
     @plugin_action("probe.memory")
-    def memory(self, size: int) -> str:
-        """Map and touch so many bytes."""
-        with mmap.mmap(-1, size) as region:
+    def memory(self, size: int, shared: bool = False) -> str:
+        """Map and touch so many bytes, private to this process or shared as between processes."""
+        flags = mmap.MAP_ANONYMOUS | (mmap.MAP_SHARED if shared else mmap.MAP_PRIVATE)
+        with mmap.mmap(-1, size, flags=flags) as region:
             for offset in range(0, size, mmap.PAGESIZE):
                 region[offset] = 1
         return f"{size} bytes"

@@ -22,5 +22,11 @@ def get_plugin_metadata() -> dict[str, Any]:
             },
         },
         "idempotent": True,
-        "capabilities": ["forecast.about", "forecast.predict", "forecast.train", "forecast.solve"],
+        "capabilities": [
+            "forecast.about",
+            "forecast.predict",
+            "forecast.search",
+            "forecast.solve",
+            "forecast.train",
+        ],
     }
