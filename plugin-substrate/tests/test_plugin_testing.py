@@ -98,7 +98,7 @@ def test_a_class_runs_in_a_worker_with_the_libraries_of_the_test(
     assert worker.call(action="sample.talk").logs == ("printed", "[INFO] sample: logged", "unfinished")
     assert "no_new_privs" in worker.instance.layers
     assert plugin_workers.describe(sample).capabilities == tuple(
-        f"sample.{action}" for action in ("child", "count", "library", "pid", "talk")
+        f"sample.{action}" for action in ("child", "count", "interpreter", "library", "pid", "talk")
     )
     killed = worker.instance.pid
     worker.kill()
@@ -106,6 +106,13 @@ def test_a_class_runs_in_a_worker_with_the_libraries_of_the_test(
     assert worker.call(action="sample.pid").value != killed
     worker.unload()
     assert not plugin_workers.manager.list_instances()
+
+
+def test_a_python_that_a_plugin_starts_finds_the_plugins_libraries(
+    plugin_workers: PluginWorkers, sample: type[PluginInterface]
+) -> None:
+    worker = plugin_workers.start(sample, isolation={"processes": 1})
+    assert worker.call(action="sample.interpreter").value == "- 1\n\n"
 
 
 def test_a_class_that_must_not_be_imported_here_is_loaded_by_name(plugin_workers: PluginWorkers) -> None:

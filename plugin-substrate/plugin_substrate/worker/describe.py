@@ -9,11 +9,11 @@ import importlib
 import json
 import os
 import re
-import site
 from importlib import metadata
 from typing import Any
 
 from plugin_substrate.interface import PluginInterface, collect_plugin_actions
+from plugin_substrate.worker.interpreter import enter_environment
 
 
 class _UndescribedError(Exception):
@@ -23,7 +23,7 @@ class _UndescribedError(Exception):
 def describe(descriptor: int, distribution: str) -> None:
     """Write what ``get_plugin_metadata()`` of the distribution says, or why it cannot be used."""
     try:
-        site.main()
+        enter_environment()
         answer = {"metadata": _metadata(distribution)}
         text = json.dumps(answer, allow_nan=False)
     except BaseException as error:  # noqa: BLE001 - it runs foreign code, and its failure is the answer

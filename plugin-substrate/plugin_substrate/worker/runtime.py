@@ -13,7 +13,6 @@ import logging
 import os
 import platform
 import queue
-import site
 import socket
 import sys
 import threading
@@ -28,6 +27,7 @@ from plugin_substrate.interface import ActiveCall, CallContext, PluginInterface,
 from plugin_substrate.worker import verbs
 from plugin_substrate.worker.failures import describe_error
 from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame
+from plugin_substrate.worker.interpreter import enter_environment
 from plugin_substrate.worker.logs import LOG_FORMAT, capture_output
 from plugin_substrate.worker.messages import Inbox, encode_message
 from plugin_substrate.worker.streams import ChunkStream, StreamSender
@@ -110,7 +110,7 @@ class WorkerRuntime:
         request, started, phase = frame.header, time.monotonic(), "environment"
         entered = current_call.set(self._loading())
         try:
-            site.main()  # the interpreter was started without it: only now may the environment's own code run
+            enter_environment()
             logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
             phase = "import"
             module = importlib.import_module(request["module"])

@@ -60,3 +60,11 @@ class Sample(PluginInterface):
     def child(self) -> int:
         """Leave a process running when the call is over."""
         return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]).pid
+
+    @plugin_action("sample.interpreter")
+    def interpreter(self) -> str:
+        """Start Python as multiprocessing starts its helpers: with this process's flags."""
+        flags = subprocess._args_from_interpreter_flags()  # type: ignore[attr-defined]
+        script = "import yaml; print(yaml.safe_dump([1]))"
+        done = subprocess.run([sys.executable, *flags, "-c", script], capture_output=True, text=True, check=False)
+        return done.stdout + done.stderr

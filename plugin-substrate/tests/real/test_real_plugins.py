@@ -9,6 +9,7 @@ import sys
 import wave
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,23 @@ def test_sound_and_frames_go_through_a_real_ffmpeg(transcoder: PluginWorker) -> 
     assert b"ffv1" in video.data.lower()
     with pytest.raises(PluginInputError, match="ffmpeg failed with status"):
         transcoder.call(action="media.audio", sound=InputFile("x.wav", "audio/wav", b"no sound"), rate=16_000)
+
+
+@pytest.mark.parametrize(
+    ("isolation", "others"),
+    [({}, 0), ({"processes": 4, "write_paths": ["/dev/shm"]}, 1)],  # noqa: S108 - where the semaphores of pools are
+    ids=["by default", "granted"],
+)
+def test_a_pool_of_processes_is_used_where_it_is_granted_and_done_without_elsewhere(
+    plugin_workers: PluginWorkers, metas: dict[str, PluginMeta], isolation: dict[str, Any], others: int
+) -> None:
+    features, labels = flowers(60)
+    granted = replace(metas["forecaster"].manifest, overrides={"isolation": isolation})
+    worker = plugin_workers.start(PluginMeta(manifest=granted), {"trees": 1})
+    found = worker.call(action="forecast.search", features=features, labels=labels, jobs=2)
+    assert found.value["max_depth"] == 2
+    assert min(found.value["other_processes"], 1) == others
+    assert not [line for line in found.logs if "Error" in line or "died" in line], found.logs
 
 
 async def test_a_cancelled_call_ends_its_ffmpeg(
