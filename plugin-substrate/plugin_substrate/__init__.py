@@ -51,11 +51,21 @@ from plugin_substrate.metadata import (
     WorkerView,
 )
 from plugin_substrate.queue import Job, JobEvent, JobEventType, JobQueue, JobStatus, QueueStats
+from plugin_substrate.requirements import ResourceRequirements
 from plugin_substrate.revival import Revival
+from plugin_substrate.scheduling import (
+    Allocation,
+    PermissiveScheduler,
+    QueueScheduler,
+    ResourceScheduler,
+    SafetyScheduler,
+    SystemFigures,
+)
 from plugin_substrate.telemetry import PluginStats, ResourceSnapshot, WorkerStats
 from plugin_substrate.worker.isolation import IsolationProfile, IsolationTerms
 
 __all__ = [
+    "Allocation",
     "CallContext",
     "CallNotStartedError",
     "CallResult",
@@ -77,6 +87,7 @@ __all__ = [
     "ManifestError",
     "ManifestV2",
     "OutputFile",
+    "PermissiveScheduler",
     "PluginCancelledError",
     "PluginConfigError",
     "PluginConfinementError",
@@ -96,12 +107,17 @@ __all__ = [
     "PluginTimeoutError",
     "PluginTransientError",
     "ProtocolError",
+    "QueueScheduler",
     "QueueStats",
     "RejectedManifest",
+    "ResourceRequirements",
+    "ResourceScheduler",
     "ResourceShortfall",
     "ResourceSnapshot",
     "Revival",
+    "SafetyScheduler",
     "StoreError",
+    "SystemFigures",
     "TracebackPolicy",
     "WireValueError",
     "WorkerDiedError",

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from plugin_substrate.call_books import CallBooks, Payer
 from plugin_substrate.errors import (
     CallNotStartedError,
     PluginError,
@@ -26,6 +27,7 @@ from plugin_substrate.metadata import CallResult, PluginInstance
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.pending_stream import PendingStream
 from plugin_substrate.proxy import RemotePluginProxy
+from plugin_substrate.stores.empirical import compute_config_hash
 from plugin_substrate.switch import Switch
 from plugin_substrate.tenant_worker import InstanceSettings, Seat, TenantWorker
 from plugin_substrate.worker_pool import WorkerPool
@@ -59,8 +61,10 @@ class CallListeners:
 class LoadedInstance:
     """A plugin's workers and their calls. Belongs to one event loop."""
 
-    def __init__(self, settings: InstanceSettings, supervisor: Callable[[], Supervisor]) -> None:
+    def __init__(self, settings: InstanceSettings, supervisor: Callable[[], Supervisor], books: CallBooks) -> None:
         self.settings = settings
+        self._books = books
+        self._payer = _payer(settings)
         self.workers = WorkerPool(
             lambda seat: TenantWorker(lambda: self.settings, seat, supervisor), settings.max_workers
         )
@@ -161,7 +165,7 @@ class LoadedInstance:
             on_usage=listeners.on_usage,
             on_log=listeners.on_log,
         )
-        pending.value.add_done_callback(lambda _: self._leave(worker))
+        pending.value.add_done_callback(lambda _: self._leave(worker, pending))
         try:
             await self._prepare_and_send(worker, pending, args, kwargs, listeners)
         except BaseException:
@@ -195,14 +199,15 @@ class LoadedInstance:
         """
         if self._closed:
             raise PluginNotLoadedError(f"{self.settings.instance_id!r} is being unloaded")
-        before, self.settings = self.settings, settings or self.settings
+        before = self.settings
+        self._take_over(settings or before)
         latest = max(self.workers, key=lambda worker: worker.last_used, default=None)
         try:
             await self.workers.stop_processes()
             async with self._held(latest.seat.tenant_id if latest else "") as worker:
                 await worker.ready()
         except BaseException:
-            self.settings = before
+            self._take_over(before)
             await self.workers.stop_processes()  # another tenant's may have come up with the new settings
             raise
 
@@ -225,7 +230,11 @@ class LoadedInstance:
             except BaseException:
                 await asyncio.gather(*(proxy.kill() for proxy in proxies))
                 raise
-            self.settings = settings
+            self._take_over(settings)
+
+    def _take_over(self, settings: InstanceSettings) -> None:
+        self.settings = settings
+        self._payer = _payer(settings)
 
     async def _fire(self, hook: str) -> None:
         """Send a hook to the workers that are there; one that is not has nothing to be told."""
@@ -297,7 +306,8 @@ class LoadedInstance:
             raise
         return worker
 
-    def _leave(self, worker: TenantWorker) -> None:
+    def _leave(self, worker: TenantWorker, pending: PendingCall) -> None:
+        self._books.ended(self._payer, pending)
         worker.slots.release()
         self.workers.leave(worker)
         self._gate.leave()
@@ -311,6 +321,7 @@ class LoadedInstance:
         kwargs: dict[str, Any],
         listeners: CallListeners,
     ) -> None:
+        await self._books.admit(self.settings.meta, worker, pending)
         proxy = await worker.ready()
         call_id = pending.context.call_id
         if call_id in self._calls:
@@ -326,6 +337,7 @@ class LoadedInstance:
         self._last_executed = datetime.now(UTC)
         self._calls[call_id] = proxy
         pending.value.add_done_callback(lambda _: self._calls.pop(call_id, None))
+        self._books.sent(self.settings.meta, worker, pending)
         proxy.send_call(pending, message)
 
     async def _outcome(self, pending: PendingCall) -> Any:
@@ -358,6 +370,10 @@ class LoadedInstance:
         self._cancels.add(task)
         task.add_done_callback(self._cancels.discard)
         return task
+
+
+def _payer(settings: InstanceSettings) -> Payer:
+    return Payer(meta=settings.meta, instance_id=settings.instance_id, config_hash=compute_config_hash(settings.config))
 
 
 async def _ask(before_start: Callable[[], Awaitable[bool]] | None, call_id: str) -> None:

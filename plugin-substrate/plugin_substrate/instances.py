@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from plugin_substrate.allocation import ResourceAllocator
+from plugin_substrate.call_books import CallBooks
 from plugin_substrate.errors import PluginNotLoadedError
 from plugin_substrate.instance import LoadedInstance
 from plugin_substrate.metadata import PluginMeta
+from plugin_substrate.recorder import EmpiricalRecorder
+from plugin_substrate.scheduling import ResourceScheduler
 from plugin_substrate.supervisors import Key, SupervisorPool
 from plugin_substrate.tenant_worker import InstanceSettings
+from plugin_substrate.worker_pool import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,9 @@ class InstanceTable:
     Belongs to one event loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, scheduler: ResourceScheduler, recorder: EmpiricalRecorder | None = None) -> None:
+        self.allocator = ResourceAllocator(scheduler, self._pools)
+        self._books = CallBooks(self.allocator, recorder)
         self._instances: dict[str, LoadedInstance] = {}
         self._loading: dict[str, _Loading] = {}
         self._unloading: set[asyncio.Task[bool]] = set()
@@ -58,10 +65,14 @@ class InstanceTable:
         for instance_id in {*self._instances, *self._loading}:
             self._begin_unload(instance_id)
         await asyncio.gather(*self._unloading)
+        await self._books.close()
+
+    def _pools(self) -> list[tuple[str, WorkerPool]]:
+        return [(instance_id, instance.workers) for instance_id, instance in self._instances.items()]
 
     def _begin_load(self, settings: InstanceSettings, tenant_id: str) -> _Loading:
         key = _supervisor_key(settings.meta)
-        instance = LoadedInstance(settings, lambda: self._supervisors.get(key))
+        instance = LoadedInstance(settings, lambda: self._supervisors.get(key), self._books)
         task = asyncio.get_running_loop().create_task(self._load(instance, tenant_id))
         task.add_done_callback(_read_exception)
         loading = self._loading[settings.instance_id] = _Loading(instance, task)
@@ -94,6 +105,7 @@ class InstanceTable:
         if instance is not None:
             await instance.close()
             await self._supervisors.leave(_supervisor_key(instance.settings.meta))
+            self.allocator.something_ended()
         return (loading or instance) is not None
 
 

@@ -22,8 +22,15 @@ from plugin_substrate.instances import InstanceTable
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.metadata import CallResult, PluginInstance, PluginLoadSpec, PluginMeta, RejectedManifest
+from plugin_substrate.recorder import EmpiricalRecorder
 from plugin_substrate.revival import Revival
-from plugin_substrate.telemetry import PluginStats, worker_stats
+from plugin_substrate.scheduling import PermissiveScheduler, ResourceScheduler
+from plugin_substrate.stores.empirical import (
+    EmpiricalResourceRecord,
+    EmpiricalResourceStore,
+    LocalEmpiricalResourceStore,
+)
+from plugin_substrate.telemetry import PluginStats, ResourceSnapshot, snapshot_of, worker_stats
 from plugin_substrate.tenant_worker import InstanceSettings
 from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers
 
@@ -52,10 +59,15 @@ class PluginManager:
         require: Sequence[str] = (),
         max_tenant_workers: int = 16,
         revive: Revival = Revival.ON_CALL,
+        scheduler: ResourceScheduler | None = None,
+        empirical_store: EmpiricalResourceStore | None = None,
+        empirical_tracking: bool = True,
     ) -> None:
         """``isolation`` is what plugins get where nothing else is said; ``require`` names layers all must hold.
 
-        ``max_tenant_workers`` bounds the workers of one instance, and ``revive`` says when dead ones are replaced.
+        ``max_tenant_workers`` bounds the workers of one instance, and ``revive`` says when dead ones are replaced. A
+        ``scheduler`` decides which calls may have what their plugin needs; without one, all may. What calls took goes
+        to ``empirical_store``, by default a file below ``data_dir``, unless ``empirical_tracking`` is false.
         """
         problems: list[str] = []
         self._require = parse_required_layers(list(require), "require", problems)
@@ -73,7 +85,9 @@ class PluginManager:
         self._home = HomeLoop()
         self._discovered: dict[str, PluginMeta] = {}
         self._rejected: tuple[RejectedManifest, ...] = ()
-        self._instances = InstanceTable()
+        store = empirical_store or LocalEmpiricalResourceStore(self._data_dir / "empirical_resources.db")
+        self._recorder = EmpiricalRecorder(store) if empirical_tracking else None
+        self._instances = InstanceTable(scheduler or PermissiveScheduler(), self._recorder)
 
     # -- finding
 
@@ -330,6 +344,29 @@ class PluginManager:
     def get_plugin_stats(self, instance_id: str) -> PluginStats:
         """Like `get_plugin_stats_async`, synchronously."""
         return self._home.run(lambda: self.get_plugin_stats_async(instance_id))
+
+    async def get_resource_snapshot(self, instance_id: str) -> ResourceSnapshot:
+        """Measure an instance now, with what the registered monitor says of GPUs."""
+        stats = await self.get_plugin_stats_async(instance_id)
+        reading = await self._instances.allocator.read()
+        return snapshot_of(stats, reading.processes, reading.status)
+
+    def register_system_monitor(self, instance_id: str) -> None:
+        """Take figures of GPUs and memory from a loaded plugin that has `get_system_status` and `list_processes`.
+
+        A `PluginNotLoadedError` when there is none of this id. Once it is unloaded, figures are missing.
+        """
+        self._instances.get(instance_id)
+        self._instances.allocator.register_monitor(instance_id, lambda verb: self._instances.get(instance_id).ask(verb))
+
+    async def get_empirical_records(self, instance_id: str | None = None) -> list[EmpiricalResourceRecord]:
+        """Return what the calls of one instance, or of all, took, those that just ended included.
+
+        A `StoreError` when the store cannot be read. Without tracking there is nothing.
+        """
+        self._home.adopt()
+        records = await self._recorder.records() if self._recorder else []
+        return [record for record in records if instance_id in (None, record.instance_id)]
 
     # -- around
 

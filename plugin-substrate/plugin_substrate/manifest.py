@@ -13,10 +13,12 @@ import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, TypeVar, get_type_hints
 
 from plugin_substrate.errors import ManifestError
+from plugin_substrate.requirements import ResourceRequirements, parse_requirements
 from plugin_substrate.worker.isolation import (
     IsolationProfile,
     IsolationTerms,
@@ -90,6 +92,11 @@ class ManifestV2:
     code: CodeSection
     drift_tracking: DriftSection = DriftSection()
     overrides: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def resources(self) -> ResourceRequirements:
+        """What the plugin needs of the machine; a `ManifestError` when it cannot be read."""
+        return _no_problems(parse_requirements, self.code.resources, "code.resources")
 
     @property
     def asked_isolation(self) -> IsolationTerms:
@@ -280,13 +287,14 @@ def _rules(install: dict[str, Any], code: dict[str, Any], drift: dict[str, Any])
         problems.append("code.capabilities names one capability twice")
     parse_terms({"read_paths": list(install.get("source_paths", ()))}, "install.source_paths", problems)
     parse_terms(code.get("isolation") or {}, "code.isolation", problems)
+    parse_requirements(code.get("resources"), "code.resources", problems)
     stored = drift.get("config_schema_hash")
     if stored is not None and not re.fullmatch(r"sha256:[0-9a-f]{64}", stored):
         problems.append(f"drift_tracking.config_schema_hash must look like 'sha256:<64 hex digits>', not {stored!r}")
     return problems
 
 
-def _no_problems(parse: Callable[[object, str, list[str]], _Parsed], data: object, place: str) -> _Parsed:
+def _no_problems(parse: Callable[[Any, str, list[str]], _Parsed], data: object, place: str) -> _Parsed:
     problems: list[str] = []
     parsed = parse(data, place, problems)
     if problems:

@@ -10,6 +10,7 @@ from typing import Any
 
 from plugin_substrate.hashing import hash_dict_canonical
 from plugin_substrate.manifest import ManifestV2
+from plugin_substrate.requirements import ResourceRequirements
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,11 @@ class PluginMeta:
     def stateless(self) -> bool:
         """Whether one worker may serve several tenants."""
         return self.manifest.code.stateless
+
+    @property
+    def resources(self) -> ResourceRequirements:
+        """What it needs of the machine."""
+        return self.manifest.resources
 
     @property
     def config_schema(self) -> Mapping[str, Any]:

@@ -79,6 +79,18 @@ class ResourceSnapshot:
     gpu_load_percent: float | None = None
 
 
+def snapshot_of(stats: PluginStats, processes: Sequence[Any] | None, status: Mapping[str, Any]) -> ResourceSnapshot:
+    """Return the figures of an instance as one line, with those of a monitor unless ``processes`` is None."""
+    gpus = {} if processes is None else attribute_gpus(stats.subtree_pids, processes, status)
+    return ResourceSnapshot(
+        timestamp=stats.timestamp,
+        worker_pid=stats.workers[0].pid if stats.workers else None,
+        cpu_percent=stats.cpu_percent,
+        memory_rss_mb=stats.memory_rss_mb,
+        **gpus,
+    )
+
+
 async def worker_stats(workers: Iterable[TenantWorker]) -> tuple[WorkerStats, ...]:
     """Measure the workers that have a process, side by side."""
     return tuple(await asyncio.gather(*(_measure(worker) for worker in workers if worker.alive)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -64,3 +65,31 @@ class Eater(PluginInterface):
         if fail:
             raise ValueError("as asked")
         return pages
+
+
+class PretendedMonitor(PluginInterface):
+    """Tells of GPUs what stands in a file of its folder, as a real monitor tells what a driver says."""
+
+    name = "monitor"
+    version = "1.0"
+
+    def initialize(self, config):
+        pass
+
+    def get_config_schema(self):
+        return {}
+
+    def get_current_config(self):
+        return {}
+
+    def execute(self, action, **arguments):
+        return self.run_action(action, **arguments)
+
+    def get_system_status(self):
+        return self._figures()["status"]
+
+    def list_processes(self):
+        return self._figures()["processes"]
+
+    def _figures(self):
+        return json.loads((self.data_dir / "figures.json").read_text())
