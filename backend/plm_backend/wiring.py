@@ -13,6 +13,7 @@ from functools import partial
 
 from plm_engine_core.agent_runtime import Driver, Selector
 from plm_engine_core.control_plane import ControlPlane
+from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider, IdentityProvider, PostgresAuditSink
 from plm_engine_core.control_plane.policy import load_policy
 from plm_engine_core.control_plane.recovery import Recovery
@@ -81,6 +82,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
                 registry=registry,
                 storage=PostgresStorage(pool, ProcrastinateDelivery()),
                 signals=PostgresSignals(pool),
+                evaluators=EvaluatorRegistry.installed(),
             ),
             agents=agents,
             artifacts=Artifacts(LocalFilesystemBackend(settings.artifact_root), name="local"),

@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.admission.admit import Admission, admit
+from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
@@ -49,7 +50,13 @@ class RunRequest:
 
 
 class ControlPlane:
-    """Decides and keeps the books. It never performs an effect itself."""
+    """Decides and keeps the books. It never performs an effect itself.
+
+    `evaluators` are the kinds that the policy may use; without them, the built-in ones.
+
+    Raises:
+        InvalidRequest: the policy declares an evaluator that is not there, or configures one wrongly.
+    """
 
     def __init__(
         self,
@@ -58,7 +65,9 @@ class ControlPlane:
         registry: CapabilityRegistry,
         storage: Storage,
         signals: Signals | None = None,
+        evaluators: EvaluatorRegistry | None = None,
     ) -> None:
+        self._evaluators = (evaluators or EvaluatorRegistry()).build(policy)
         self.policy = policy
         self.registry = registry
         self.storage = storage
@@ -133,6 +142,7 @@ class ControlPlane:
             policy=self.policy,
             registry=self.registry,
             storage=self.storage.admission,
+            evaluators=self._evaluators,
             connection=connection,
         )
         if connection is None:

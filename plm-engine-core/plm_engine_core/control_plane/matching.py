@@ -30,8 +30,8 @@ class BadPattern(ValueError):
     """The pattern cannot be read."""
 
 
-def matcher(pattern: str, kind: Match, *, anywhere: bool = False) -> Matcher:
-    """Compile a pattern once; `anywhere` lets a regex match a part of the text.
+def matcher(pattern: str, kind: Match, *, anywhere: bool = False, ignore_case: bool = True) -> Matcher:
+    """Compile a pattern once; `anywhere` lets a regex match a part of the text, `ignore_case` is for a regex too.
 
     Raises:
         BadPattern: it is empty, or not in RE2's syntax (which has no back-references and no look-around).
@@ -39,7 +39,7 @@ def matcher(pattern: str, kind: Match, *, anywhere: bool = False) -> Matcher:
     if not pattern:
         raise BadPattern("the pattern is empty; it would match nothing but an empty text")
     if kind is Match.REGEX:
-        return _regex(pattern, anywhere=anywhere)
+        return _regex(pattern, anywhere=anywhere, ignore_case=ignore_case)
     return _glob(pattern)
 
 
@@ -94,8 +94,8 @@ def _escaped(character: str) -> str:
     return "\\" + character if character.isascii() and not character.isalnum() and character != "_" else character
 
 
-def _regex(pattern: str, *, anywhere: bool, fold: bool = False) -> Matcher:
-    compiled = _compiled(pattern, dot_matches_newline=fold)
+def _regex(pattern: str, *, anywhere: bool, ignore_case: bool = True, fold: bool = False) -> Matcher:
+    compiled = _compiled(pattern, dot_matches_newline=fold, ignore_case=ignore_case)
     search = compiled.search if anywhere else compiled.fullmatch
 
     def matches(text: str) -> bool | None:
@@ -109,11 +109,11 @@ def _regex(pattern: str, *, anywhere: bool, fold: bool = False) -> Matcher:
     return matches
 
 
-def _compiled(pattern: str, *, dot_matches_newline: bool) -> Any:
+def _compiled(pattern: str, *, dot_matches_newline: bool, ignore_case: bool) -> Any:
     import re2
 
     options = re2.Options()
-    options.case_sensitive = False
+    options.case_sensitive = not ignore_case
     options.log_errors = False
     options.max_mem = _REGEX_MEMORY
     options.dot_nl = dot_matches_newline

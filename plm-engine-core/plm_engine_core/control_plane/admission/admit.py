@@ -9,16 +9,17 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from plm_engine_core.control_plane.admission.evaluators import ParallelPolicyEvaluator
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.prepare import prepare
 from plm_engine_core.control_plane.admission.proposal import Proposal, content_hash, proposal_digest
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits.budgets import demand
-from plm_engine_core.control_plane.policy import Decision, Evaluation, Facts, Needs, PolicySnapshot, Verdict, decide
+from plm_engine_core.control_plane.policy import Decision, Facts, Needs, PolicySnapshot, Proposed, Verdict, decide
 from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCommand, Connection
-from plm_engine_core.control_plane.vocabulary import EvaluationStatus, Reason
+from plm_engine_core.control_plane.vocabulary import Reason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ async def admit(
     policy: PolicySnapshot,
     registry: CapabilityRegistry,
     storage: AdmissionStore,
+    evaluators: ParallelPolicyEvaluator,
     connection: Connection | None = None,
 ) -> Admission:
     """Decide one proposal and book the answer.
@@ -80,7 +82,7 @@ async def admit(
     digest = proposal_digest(proposal, registry.get(proposal.capability))
     try:
         facts = await prepare(proposal, policy=policy, registry=registry, storage=storage)
-        decision, facts = _decided(proposal, policy, facts)
+        decision, facts = await decided(proposal, policy, facts, evaluators)
         command = _command(proposal, policy, facts, decision, digest)
         answer = await storage.admit(command, connection=connection)
     except StorageUnavailable as error:
@@ -89,17 +91,13 @@ async def admit(
     return _admission(proposal, decision, answer)
 
 
-def _decided(proposal: Proposal, policy: PolicySnapshot, facts: Facts) -> tuple[Decision, Facts]:
-    """The decision, with the facts that it was made from."""
+async def decided(
+    proposal: Proposed, policy: PolicySnapshot, facts: Facts, evaluators: ParallelPolicyEvaluator
+) -> tuple[Decision, Facts]:
+    """The decision, with the facts that it was made from; evaluators are asked only when it needs them."""
     answer = decide(proposal, policy, facts)
     if isinstance(answer, Needs):
-        failed = EvaluationStatus.FAILED
-        facts = replace(
-            facts,
-            evaluations=tuple(
-                Evaluation(name=name, status=failed, reason="no evaluator is installed") for name in answer.evaluators
-            ),
-        )
+        facts = replace(facts, evaluations=await evaluators.evaluate_all(answer.evaluators, proposal, facts))
         answer = decide(proposal, policy, facts)
     if isinstance(answer, Needs):
         raise TypeError("a decision asks its evaluators once")

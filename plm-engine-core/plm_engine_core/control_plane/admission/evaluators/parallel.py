@@ -1,0 +1,152 @@
+"""Asks evaluators side by side: each has its time, and the first denial that settles the matter ends the waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import threading
+from collections.abc import Awaitable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from plm_engine_core.control_plane.admission.evaluators.evaluator import Evaluator, EvaluatorResult
+from plm_engine_core.control_plane.policy import Evaluation, Facts, Proposed
+from plm_engine_core.control_plane.vocabulary import EvaluationStatus
+
+logger = logging.getLogger(__name__)
+
+MOST_THREADS = 32
+_LONGEST_REASON = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configured:
+    """One evaluator of a policy. A `gate` that does not allow settles the matter."""
+
+    name: str
+    evaluator: Evaluator
+    gate: bool
+    timeout_seconds: float
+
+
+class ParallelPolicyEvaluator:
+    """The evaluators of one policy, ready to be asked. Keeps nothing between proposals but its threads' number."""
+
+    def __init__(self, evaluators: Sequence[Configured]) -> None:
+        self._evaluators: Mapping[str, Configured] = {each.name: each for each in evaluators}
+        self._threads = asyncio.Semaphore(MOST_THREADS)
+        self._left_behind: set[asyncio.Task[Any]] = set()
+
+    async def evaluate_all(self, names: Sequence[str], proposal: Proposed, facts: Facts) -> tuple[Evaluation, ...]:
+        """Ask these evaluators; the answers come in the order of `names`, none is missing, and none is raised.
+
+        Answers when all have answered or run out of time, or at once when a gate did not allow; what still runs then is
+        cancelled. A plain function cannot be stopped: its thread is left to end, and its answer is dropped.
+        """
+        loop = asyncio.get_running_loop()
+        chosen = [self._evaluators.get(name) for name in names]
+        answers: dict[str, Evaluation] = {}
+        running: dict[asyncio.Task[Any], tuple[Configured, float]] = {}
+        for name, each in zip(names, chosen, strict=True):
+            if each is None:
+                answers[name] = _evaluation(name, EvaluationStatus.FAILED, "it is not configured")
+            else:
+                task = asyncio.ensure_future(self._ask(each.evaluator, proposal, facts))
+                running[task] = (each, loop.time() + each.timeout_seconds)
+        settled = any(each is None for each in chosen)
+        try:
+            while running and not settled:
+                soonest = min(deadline for _, deadline in running.values())
+                await asyncio.wait(
+                    running, timeout=max(0.0, soonest - loop.time()), return_when=asyncio.FIRST_COMPLETED
+                )
+                settled = self._collect(running, answers, loop.time())
+        finally:
+            for task in running:
+                self._leave(task)
+        return tuple(
+            answers.get(name) or _evaluation(name, EvaluationStatus.CANCELLED, "another evaluator did not allow")
+            for name in names
+        )
+
+    def _collect(
+        self, running: dict[asyncio.Task[Any], tuple[Configured, float]], answers: dict[str, Evaluation], now: float
+    ) -> bool:
+        """Take over what is done or late; answers whether a gate did not allow."""
+        settled = False
+        for task, (each, deadline) in list(running.items()):
+            if task.done():
+                answer = _outcome(each.name, task)
+            elif now >= deadline:
+                words = f"no answer within {each.timeout_seconds:g} s"
+                answer = _evaluation(each.name, EvaluationStatus.TIMED_OUT, words)
+                self._leave(task)
+            else:
+                continue
+            del running[task]
+            answers[each.name] = answer
+            settled = settled or (each.gate and answer.status is not EvaluationStatus.ALLOWED)
+        return settled
+
+    async def _ask(self, evaluator: Evaluator, proposal: Proposed, facts: Facts) -> Any:
+        if inspect.iscoroutinefunction(evaluator.evaluate):
+            return await evaluator.evaluate(proposal, facts)
+        answer = await self._in_thread(evaluator, proposal, facts)
+        return await answer if isinstance(answer, Awaitable) else answer
+
+    async def _in_thread(self, evaluator: Evaluator, proposal: Proposed, facts: Facts) -> Any:
+        """Run a plain function in a daemon thread, which no shutdown waits for; it keeps its place until it ends."""
+        await self._threads.acquire()
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
+        answer: list[Any] = []
+        failure: list[BaseException] = []
+
+        def finish() -> None:
+            self._threads.release()
+            done.set()
+
+        def work() -> None:
+            try:
+                answer.append(evaluator.evaluate(proposal, facts))
+            except BaseException as error:  # noqa: BLE001  # handed to whoever awaits it
+                failure.append(error)
+            try:
+                loop.call_soon_threadsafe(finish)
+            except RuntimeError:
+                logger.warning("an evaluator ended after the event loop that had asked it")
+
+        threading.Thread(target=work, name=f"evaluator-{evaluator.kind}", daemon=True).start()
+        await done.wait()
+        if failure:
+            raise RuntimeError(f"{type(failure[0]).__name__}: {failure[0]}") from failure[0]
+        return answer[0]
+
+    def _leave(self, task: asyncio.Task[Any]) -> None:
+        """Cancel without waiting; a task that will not end is kept from being collected, and its failure is read."""
+        if task.done():
+            _ = task.cancelled() or task.exception()
+            return
+        self._left_behind.add(task)
+        task.add_done_callback(self._left_behind.discard)
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        task.cancel()
+
+
+def _outcome(name: str, task: asyncio.Task[Any]) -> Evaluation:
+    if task.cancelled():
+        return _evaluation(name, EvaluationStatus.FAILED, "it cancelled itself")
+    error = task.exception()
+    if error is not None:
+        logger.warning("the evaluator %s failed", name, exc_info=error)
+        return _evaluation(name, EvaluationStatus.FAILED, f"{type(error).__name__}: {error}")
+    result = task.result()
+    if not isinstance(result, EvaluatorResult) or not isinstance(result.allow, bool):
+        return _evaluation(name, EvaluationStatus.INVALID, f"it answered with {type(result).__name__}")
+    return _evaluation(name, EvaluationStatus.ALLOWED if result.allow else EvaluationStatus.DENIED, result.reason)
+
+
+def _evaluation(name: str, status: EvaluationStatus, reason: object) -> Evaluation:
+    """With a reason that can be stored, whatever the evaluator put into it."""
+    text = str(reason)[:_LONGEST_REASON].encode(errors="backslashreplace").decode().replace("\x00", "\\x00")
+    return Evaluation(name=name, status=status, reason=text)

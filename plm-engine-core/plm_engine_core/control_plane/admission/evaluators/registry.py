@@ -1,0 +1,83 @@
+"""The kinds of evaluator there are, and how a policy's evaluators are made from them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from importlib.metadata import entry_points
+
+from pydantic import ValidationError
+
+from plm_engine_core.control_plane.admission.evaluators.cedar import CedarEvaluator
+from plm_engine_core.control_plane.admission.evaluators.evaluator import Evaluator
+from plm_engine_core.control_plane.admission.evaluators.json_schema import JsonSchemaEvaluator
+from plm_engine_core.control_plane.admission.evaluators.lists import ListEvaluator
+from plm_engine_core.control_plane.admission.evaluators.parallel import Configured, ParallelPolicyEvaluator
+from plm_engine_core.control_plane.admission.evaluators.regex import RegexEvaluator
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.policy import EvaluatorSpec, PolicySnapshot
+
+EVALUATORS_GROUP = "plm.evaluators"
+"""Entry points of this group name evaluator classes; the entry point's name is only for messages."""
+
+BUILT_IN: tuple[type[Evaluator], ...] = (CedarEvaluator, JsonSchemaEvaluator, ListEvaluator, RegexEvaluator)
+
+
+class EvaluatorRegistry:
+    """An immutable set of evaluator kinds; whoever needs it is handed it."""
+
+    def __init__(self, kinds: Iterable[type[Evaluator]] = BUILT_IN) -> None:
+        self._kinds: dict[str, type[Evaluator]] = {}
+        for kind in kinds:
+            if kind.kind in self._kinds:
+                raise InvalidRequest(f"two evaluators are of kind {kind.kind}; remove one", field="evaluators")
+            self._kinds[kind.kind] = kind
+
+    @classmethod
+    def installed(cls, *, optional: Collection[str] = ()) -> EvaluatorRegistry:
+        """The built-in kinds and those of every installed package.
+
+        Raises:
+            InvalidRequest: one cannot be loaded and is not named in `optional`, or two are of one kind.
+        """
+        kinds = list(BUILT_IN)
+        for entry in sorted(entry_points(group=EVALUATORS_GROUP), key=lambda found: found.name):
+            try:
+                kinds.append(entry.load())
+            except Exception as error:
+                if entry.name not in optional:
+                    words = (
+                        f"the evaluator {entry.name} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}"
+                    )
+                    raise InvalidRequest(f"{words}; mend or uninstall its package", field="evaluators") from error
+        return cls(kinds)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds by name."""
+        return tuple(sorted(self._kinds))
+
+    def build(self, policy: PolicySnapshot) -> ParallelPolicyEvaluator:
+        """The evaluators that a policy declares, configured.
+
+        Raises:
+            InvalidRequest: a kind is unknown, or a configuration is wrong; names the evaluator.
+        """
+        return ParallelPolicyEvaluator([self._configured(spec) for spec in policy.evaluators])
+
+    def _configured(self, spec: EvaluatorSpec) -> Configured:
+        place = f"evaluators.{spec.name}"
+        kind = self._kinds.get(spec.kind)
+        if kind is None:
+            there = ", ".join(self.kinds)
+            raise InvalidRequest(
+                f"{place}: no evaluator of kind {spec.kind} is installed; there are {there}", field=place
+            )
+        try:
+            evaluator = kind(kind.config_schema.model_validate(dict(spec.config)))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join([place, "config", *map(str, first["loc"])])
+            raise InvalidRequest(f"{where}: {first['msg'].removeprefix('Value error, ')}", field=where) from error
+        except ValueError as error:
+            raise InvalidRequest(f"{place}.config: {error}", field=f"{place}.config") from error
+        return Configured(name=spec.name, evaluator=evaluator, gate=spec.gate, timeout_seconds=spec.timeout_ms / 1000)
