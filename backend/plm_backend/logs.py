@@ -7,6 +7,7 @@ import sys
 
 import psycopg
 import structlog
+from plm_engine_core.control_plane.errors import StorageUnavailable
 from procrastinate.exceptions import ConnectorException
 
 from plm_backend.settings import Settings
@@ -51,7 +52,12 @@ def _without_colours(_: object, __: str, event: structlog.typing.EventDict) -> s
 def _lost_database_in_one_line(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Where the program stood when the database went away tells nobody anything."""
     match event.get("exc_info"):
-        case (_, (ConnectorException() | psycopg.OperationalError()) as error, _):
-            del event["exc_info"]
-            event["reason"] = " ".join(str(error.__cause__ or error).split())
+        case (_, (psycopg.OperationalError() | psycopg.InterfaceError() | StorageUnavailable()) as error, _):
+            reason = str(error)
+        case (_, ConnectorException() as error, _):
+            reason = str(error.__cause__ or error)
+        case _:
+            return event
+    del event["exc_info"]
+    event["reason"] = " ".join(reason.split())
     return event

@@ -11,6 +11,7 @@ import plm_shared.migrations as kernel
 import psycopg
 import pytest
 import yaml
+from plm_backend import delivery
 from plm_engine_core.testing.old_server import old_server
 from psycopg import sql
 
@@ -45,7 +46,9 @@ def settings(platform: Any) -> dict[str, str]:
         ({"PLM_IDENTITY_HS256_SECRET_ACTIVE": ""}, ("PLM_IDENTITY_HS256_SECRET_ACTIVE",)),
         ({"PLM_IDENTITY_HS256_SECRET_ACTIVE": SECRET[:20]}, ("PLM_IDENTITY_HS256_SECRET_ACTIVE", "32")),
         ({"PLM_IDENTITY_HS256_SECRET_ACTIVE": "changeme" * 5}, ("PLM_IDENTITY_HS256_SECRET_ACTIVE", "placeholder")),
-        ({"ENVIRONMENT": "production", "PG_DSN": ""}, ("production", "hs256")),
+        ({"ENVIRONMENT": "production"}, ("ENVIRONMENT=production", "hs256")),
+        ({"ENVIRONMENT": "prod"}, ("ENVIRONMENT=prod", "hs256")),
+        ({"ENVIRONMENT": " PROD ", "PG_DSN": ""}, ("ENVIRONMENT=PROD", "hs256")),
         ({"IDENTITY_PROVIDER_MODE": "off"}, ("IDENTITY_PROVIDER_MODE", "off")),
         ({"ENVIRONMENT": "development", "IDENTITY_PROVIDER_MODE": "none"}, ("IDENTITY_PROVIDER_MODE", "none")),
         ({"PLM_POLICY": "/does/not/exist.yaml"}, ("/does/not/exist.yaml",)),
@@ -67,6 +70,7 @@ def test_a_wrong_setting_is_named(
 
 def test_a_worker_is_as_particular(cli: Any, settings: dict[str, str]) -> None:
     _refused(cli("worker", environment={**settings, "PG_DSN": ""}), "PG_DSN")
+    _refused(cli("worker", environment={**settings, "ENVIRONMENT": "prod"}), "ENVIRONMENT=prod", "hs256")
 
 
 def test_a_run_worker_that_would_drive_nothing_is_refused(cli: Any, settings: dict[str, str]) -> None:
@@ -92,16 +96,20 @@ def test_a_server_that_is_too_old_is_named(cli: Any, settings: dict[str, str]) -
             _refused(cli(command, environment={**settings, "PG_DSN": address}), "PostgreSQL 14.9", "15 is the oldest")
 
 
-@pytest.mark.parametrize("chain", [kernel, engine], ids=["plm-shared", "plm-engine-core"])
+@pytest.mark.parametrize("chain", [kernel, engine, delivery], ids=["plm-shared", "plm-engine-core", "delivery"])
 @pytest.mark.parametrize(("back", "word"), [(True, "plm-cli db upgrade"), (False, "newer")], ids=["behind", "ahead"])
 def test_a_schema_that_is_behind_or_ahead_is_refused_by_server_and_worker(
     cli: Any, settings: dict[str, str], new_database: Any, chain: Any, back: bool, word: str
 ) -> None:
-    database, known = new_database(), chain.revisions()
+    database, known = new_database(), ["unknown", *chain.revisions()]
     revision = known[-2] if back else "9999"
-    table = sql.Identifier(chain.VERSION_TABLE)
     with psycopg.connect(database.owner) as owner:
-        owner.execute(sql.SQL("UPDATE {} SET version_num = {}").format(table, revision))
+        if chain is delivery:
+            comment = None if back else revision
+            owner.execute(sql.SQL("COMMENT ON SCHEMA {} IS {}").format(sql.Identifier(delivery.SCHEMA), comment))
+        else:
+            table = sql.Identifier(chain.VERSION_TABLE)
+            owner.execute(sql.SQL("UPDATE {} SET version_num = {}").format(table, revision))
     for command in ("serve", "worker"):
         _refused(cli(command, environment={**settings, "PG_DSN": database.app}), revision, word, known[-1])
 
