@@ -120,8 +120,14 @@ def _bring_to(cluster: Any, moment: str, runs: dict[str, str], journals: dict[st
             cluster.until(lambda folder=folder: folder.entered("act"), "the call begins")
     else:
         for run_id in runs.values():
-            cluster.until(lambda run_id=run_id: cluster.run(run_id)["state"] == "awaiting_approval", "it is parked")
+            cluster.until(lambda run_id=run_id: _parked(cluster.run(run_id)), f"run {run_id} is parked")
     return {cluster.holder(run_id) for run_id in runs.values()}
+
+
+def _parked(run: dict[str, Any]) -> bool:
+    """Whether it waits for its approval, to which nothing has stood in the way so far."""
+    assert run["state"] in ("queued", "running", "awaiting_approval"), run
+    return bool(run["state"] == "awaiting_approval")
 
 
 @contextmanager
