@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import partial
 from uuid import UUID
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from plm_engine_core.control_plane.identity import IdentityMiddleware, get_current_identity
 from plm_shared.middleware import PlmTenantMiddleware, cors_allowed_headers
 
 from plm_backend import problems
 from plm_backend.body_limit import BodyLimitMiddleware
+from plm_backend.dependencies import each_once
 from plm_backend.openapi import describe
 from plm_backend.routers import approvals, artifacts, halts, health, runs
 from plm_backend.wiring import Platform
@@ -29,8 +30,9 @@ def create_app(platform: Platform) -> FastAPI:
     )
     app.openapi = partial(describe, app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     app.state.platform = platform
-    for router in (runs.router, approvals.router, halts.router, artifacts.router, health.router):
-        app.include_router(router)
+    for router in (runs.router, approvals.router, halts.router, artifacts.router):
+        app.include_router(router, dependencies=[Depends(each_once)])
+    app.include_router(health.router)
     problems.install(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=platform.settings.max_body_bytes)
     app.add_middleware(PlmTenantMiddleware, identity_tenant=_identity_tenant)

@@ -24,6 +24,7 @@ from plm_backend.stopping import StopRequest
 from plm_backend.wiring import Platform, background, open_platform, run_worker
 
 _GRACE_SECONDS = 5  # for answers under way; event streams are ended at once
+_LONGEST_HEAD = 64 * 1024  # bytes of a request's line and headers that may wait for their end
 
 
 @asynccontextmanager
@@ -48,7 +49,15 @@ async def serve_until_stopped(
     """Serve on `listener` until it is asked to stop; `on_ready` is called when requests are answered."""
     stopped = asyncio.create_task(stop.wait())
     async with open_application(settings, database) as app:
-        config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=_GRACE_SECONDS)
+        config = uvicorn.Config(
+            app,
+            http="h11",  # named, or another package's dependency would decide; and it ends a head that has no end
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            timeout_graceful_shutdown=_GRACE_SECONDS,
+            h11_max_incomplete_event_size=_LONGEST_HEAD,
+        )
         server = _Server(config, on_ready)
         stopped.add_done_callback(lambda _: server.handle_exit(signal.SIGTERM, None))
         await server.serve(sockets=[listener])

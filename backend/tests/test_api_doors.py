@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import uuid
+from contextlib import suppress
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+LONGEST_HEAD = 64 * 1024
 
 
 def test_health_needs_no_token(platform: Any) -> None:
@@ -37,6 +42,29 @@ def test_pages_of_other_sites_are_not_let_in(platform: Any, launch: Any) -> None
     with launch(like=platform, PLM_CORS_ALLOWED_ORIGINS="https://console.example") as server:
         assert allowed(server, "https://console.example") == "https://console.example"
         assert allowed(server, "https://evil.example") is None
+
+
+def test_a_preflight_from_a_page_of_another_site_is_refused(platform: Any) -> None:
+    asked = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+    answer = platform.anonymous().options("/v1/runs", headers=asked)
+    assert (answer.status_code, answer.headers["content-type"]) == (400, "text/plain; charset=utf-8")
+    assert "access-control-allow-origin" not in answer.headers
+
+
+@pytest.mark.parametrize("line", [b"a" * 1000, b"a\r\nX-Next: "], ids=["in one header", "in many"])
+def test_a_head_without_an_end_is_refused_and_not_kept(platform: Any, line: bytes) -> None:
+    url = httpx.URL(platform.url)
+    with socket.create_connection((url.host, url.port), timeout=60) as connection, connection.makefile("rb") as answer:
+        connection.sendall(b"GET /v1/runs HTTP/1.1\r\nHost: plm\r\nX-First: ")
+        sent = 0
+        with suppress(ConnectionError):  # once it is refused, nobody listens any more
+            while sent < 100 * LONGEST_HEAD:
+                connection.sendall(line * (4096 // len(line)))
+                sent += 4096
+            pytest.fail("nobody minds")
+        with suppress(ConnectionError):
+            assert answer.readline() == b"HTTP/1.1 400 Bad Request\r\n"
+    assert platform.anonymous().get("/v1/health/live").status_code == 200
 
 
 def test_an_artifact_is_its_bytes_and_never_runs_in_a_browser(platform: Any, client: Any) -> None:

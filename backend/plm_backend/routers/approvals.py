@@ -8,7 +8,7 @@ from uuid import UUID
 from fastapi import APIRouter
 from plm_engine_core.control_plane.vocabulary import TicketState
 
-from plm_backend.dependencies import Cursor, Limit, TheCaller, ThePlatform, decode_cursor, encode_cursor
+from plm_backend.dependencies import TheCaller, ThePlatform, TheWindow
 from plm_backend.json_body import JsonRoute
 from plm_backend.problems import BODIES, DOORS, documented
 from plm_backend.schemas import DecisionBody, TicketDocument, TicketPage, ticket_document
@@ -18,19 +18,13 @@ router = APIRouter(prefix="/v1/approvals", tags=["approvals"], route_class=JsonR
 
 @router.get("", operation_id="listApprovals", response_model=TicketPage, responses=documented(*DOORS))
 async def list_approvals(
-    platform: ThePlatform,
-    caller: TheCaller,
-    limit: Limit = 50,
-    cursor: Cursor = None,
-    state: TicketState | None = None,
+    platform: ThePlatform, caller: TheCaller, window: TheWindow, state: TicketState | None = None
 ) -> Any:
     """Tickets of the tenant, oldest first."""
     tickets = await platform.control_plane.storage.approvals.list(
-        caller.tenant_id, limit=limit + 1, after=decode_cursor(cursor), state=state
+        caller.tenant_id, limit=window.wanted, after=window.after, state=state
     )
-    page = tickets[:limit]
-    following = encode_cursor(page[-1].created_at, page[-1].id) if len(tickets) > limit else None
-    return {"items": [ticket_document(ticket) for ticket in page], "next": following}
+    return window.page(tickets, ticket_document)
 
 
 @router.post(

@@ -14,7 +14,7 @@ from plm_shared.idempotency import compute_content_hash
 from sse_starlette import EventSourceResponse
 
 from plm_backend.artifacts import reference, row_of
-from plm_backend.dependencies import Cursor, Limit, TheCaller, ThePlatform, decode_cursor, encode_cursor
+from plm_backend.dependencies import TheCaller, ThePlatform, TheWindow
 from plm_backend.json_body import JsonRoute
 from plm_backend.problems import BODIES, DOORS, documented
 from plm_backend.run_events import HEARTBEAT_SECONDS, follow, resume_after
@@ -87,20 +87,12 @@ async def create_run(
 
 
 @router.get("", operation_id="listRuns", response_model=RunPage, responses=documented(*DOORS))
-async def list_runs(
-    platform: ThePlatform,
-    caller: TheCaller,
-    limit: Limit = 50,
-    cursor: Cursor = None,
-    state: RunState | None = None,
-) -> Any:
+async def list_runs(platform: ThePlatform, caller: TheCaller, window: TheWindow, state: RunState | None = None) -> Any:
     """Runs of the tenant, newest first."""
     runs = await platform.control_plane.storage.runs.list(
-        caller.tenant_id, limit=limit + 1, before=decode_cursor(cursor), state=state
+        caller.tenant_id, limit=window.wanted, before=window.after, state=state
     )
-    page = runs[:limit]
-    following = encode_cursor(page[-1].created_at, page[-1].id) if len(runs) > limit else None
-    return {"items": [run_document(run) for run in page], "next": following}
+    return window.page(runs, run_document)
 
 
 @router.get("/{run_id}", operation_id="getRun", response_model=RunDetail, responses=documented(*DOORS, 404))

@@ -164,6 +164,20 @@ class Cases:
     def idempotency_key_too_long(self) -> Refusal:
         return self._create({"agent": "echo"}, Idempotency_Key="k" * 256), "header.idempotency-key", "255 characters"
 
+    def idempotency_key_sent_twice(self) -> Refusal:
+        for name in ("Content-Type", "Last-Event-ID"):
+            twice = [("Content-Type", JSON), ("Idempotency-Key", "a"), (name, JSON), (name, JSON)]
+            assert self._client.post("/v1/runs", json={"agent": "echo"}, headers=twice).status_code == 422
+        twice = [("Idempotency-Key", "a"), ("Idempotency-Key", "b")]
+        answer = self._client.post("/v1/runs", json={"agent": "echo"}, headers=twice)
+        assert answer.json()["field"] == "header.idempotency-key"
+        return answer, "idempotency-key was sent 2 times", "send it once"
+
+    def parameter_sent_twice(self) -> Refusal:
+        for path in ("runs", "approvals", f"runs/{uuid.uuid4()}"):
+            assert self._client.get(f"/v1/{path}?state=a&state=a").status_code == 422
+        return self._client.get("/v1/runs?limit=1&limit=200"), "limit was sent 2 times", "send it once"
+
     def limit_out_of_range(self) -> Refusal:
         for limit in ("0", "201", "many", "1e3", "9" * 30, "", "1.5"):
             for path in ("/v1/runs", "/v1/approvals"):
