@@ -41,14 +41,14 @@ class WorkerProcess:
     pidfd: int
     returncode: asyncio.Future[int | None]
 
+    def __post_init__(self) -> None:
+        self._poll = select.poll()
+        self._poll.register(self.pidfd, select.POLLIN)
+
     @property
     def ended(self) -> bool:
         """Whether the process is dead already, even if nobody has heard of it yet."""
-        if self.pidfd < 0:
-            return True
-        poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
-        return bool(poll.poll(0))
+        return self.pidfd < 0 or bool(self._poll.poll(0))
 
     def kill(self) -> None:
         """Kill it through its pidfd, which never means another process."""
@@ -87,6 +87,7 @@ class Supervisor:
         self._counter = 0
         self._turn = asyncio.Lock()
         self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
+        self._asked: dict[int, asyncio.Future[dict[str, float | None]]] = {}
         self._exits: dict[int, asyncio.Future[int | None]] = {}
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -163,6 +164,18 @@ class Supervisor:
             connection=connection, log_descriptor=log_read, pid=pid, pidfd=pidfd, returncode=returncode
         )
 
+    async def stats(self) -> dict[str, float | None]:
+        """Return what it says of itself, see `worker.usage.process_stats`; a `PluginFatalError` when it is gone."""
+        async with self._turn:
+            if not self.alive:
+                raise PluginFatalError("the supervisor is gone")
+            self._counter += 1
+            told: asyncio.Future[dict[str, float | None]] = self._loop.create_future()
+            self._asked[self._counter] = told
+            self._send({"stats": self._counter}, [])
+            self._wake()
+        return await told
+
     async def close(self) -> None:
         """Let the supervisor kill and reap everything below it and exit; kill it if it does not within 5 seconds."""
         self.dismiss()
@@ -208,6 +221,8 @@ class Supervisor:
             case {"refused": number, "reason": reason}:
                 del self._exits[number]
                 _resolve(self._spawning.pop(number), PluginFatalError(f"the worker cannot be forked: {reason}"))
+            case {"stats": number, "figures": figures}:
+                _resolve(self._asked.pop(number), figures)
             case {"exited": number, "returncode": returncode}:
                 _resolve(self._exits.pop(number), returncode)
 
@@ -218,11 +233,13 @@ class Supervisor:
         self._loop.remove_reader(self._control)
         self._control.close()
         self._log.drain()
-        for spawned in self._spawning.values():
-            _resolve(spawned, PluginFatalError(f"the supervisor died: {' | '.join(self._lines) or 'no last words'}"))
+        waiting: list[asyncio.Future[Any]] = [*self._spawning.values(), *self._asked.values()]
+        for future in waiting:
+            _resolve(future, PluginFatalError(f"the supervisor died: {' | '.join(self._lines) or 'no last words'}"))
         for returncode in self._exits.values():
             _resolve(returncode, None)
         self._spawning.clear()
+        self._asked.clear()
         self._exits.clear()
 
     def _watch_end(self) -> asyncio.Future[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -23,7 +23,7 @@ class WorkerStats:
 
     ``memory_rss_mb`` and ``cpu_percent`` are of the worker and its living descendants; the percentage is the mean since
     the worker was asked before, 0 the first time. ``memory_uss_mb`` and ``memory_peak_mb`` are what the worker's own
-    process says of itself, the peak that of its whole life.
+    process says of itself, the peak that of its whole life; ``supervisor_uss_mb`` is what the plugin's supervisor says.
     """
 
     tenant_id: str
@@ -35,6 +35,7 @@ class WorkerStats:
     memory_rss_mb: float
     memory_uss_mb: float | None
     memory_peak_mb: float | None
+    supervisor_uss_mb: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,8 @@ async def _measure(worker: TenantWorker) -> WorkerStats:
     view = worker.view()
     pid = view.pid or 0
     tree = await asyncio.to_thread(tree_usage, pid)
-    own = await _own_figures(worker)
+    own = await _figures(worker.proxy.ask("stats")) if worker.proxy is not None else {}
+    supervisor = await _figures(worker.supervisor_stats())
     return WorkerStats(
         tenant_id=view.tenant_id,
         shared=view.shared,
@@ -111,16 +113,15 @@ async def _measure(worker: TenantWorker) -> WorkerStats:
         memory_rss_mb=tree.resident_bytes / _MB,
         memory_uss_mb=_megabytes(own.get("unique_bytes")),
         memory_peak_mb=_megabytes(own.get("peak_bytes")),
+        supervisor_uss_mb=_megabytes(supervisor.get("unique_bytes")),
     )
 
 
-async def _own_figures(worker: TenantWorker) -> Mapping[str, Any]:
-    """Ask the worker; one that does not answer in time, being deep in C code, or that dies has nothing to say."""
-    if worker.proxy is None:
-        return {}
+async def _figures(asked: Awaitable[Any]) -> Mapping[str, Any]:
+    """Wait for an answer; who does not give it in time, being deep in C code, or dies, has nothing to say."""
     try:
         async with asyncio.timeout(_PATIENCE_SECONDS):
-            answer = await worker.proxy.ask("stats")
+            answer = await asked
     except (PluginError, TimeoutError):
         return {}
     return answer if isinstance(answer, dict) else {}

@@ -87,7 +87,7 @@ class TenantWorker:
         self.cpu_clock = CpuClock()
         self._settings = settings
         self._supervisor = supervisor
-        self._supervisor_pid: int | None = None
+        self._served_by: Supervisor | None = None
         self._proxy: RemotePluginProxy | None = None
         self._log = LogFile(settings().log_path if seat.shared else tenant_log(settings().log_path, seat.tenant_id))
         self._reviving = asyncio.Lock()
@@ -110,6 +110,10 @@ class TenantWorker:
         """Whether its process can be called."""
         return self._proxy is not None and self._proxy.alive
 
+    async def supervisor_stats(self) -> Mapping[str, Any]:
+        """Ask the supervisor what it has used; nothing when there is none."""
+        return {} if self._served_by is None else await self._served_by.stats()
+
     def view(self) -> WorkerView:
         """Return what stands now."""
         proxy, alive = self._proxy, self.alive
@@ -118,7 +122,7 @@ class TenantWorker:
             shared=self.seat.shared,
             alive=alive,
             pid=proxy.pid if proxy and alive else None,
-            supervisor_pid=self._supervisor_pid if alive else None,
+            supervisor_pid=self._served_by.pid if self._served_by and alive else None,
             running_calls=len(proxy.calls) if proxy else 0,
             python_version=proxy.python_version if proxy else "",
             layers=proxy.layers if proxy else (),
@@ -169,8 +173,7 @@ class TenantWorker:
             async with asyncio.timeout(settings.load_timeout) as self._patience:
                 prepare_folder(folder)
                 self._log.start(settings.meta.name, settings.meta.version)
-                supervisor = self._supervisor()
-                self._supervisor_pid = supervisor.pid
+                supervisor = self._served_by = self._supervisor()
                 process = await supervisor.spawn(
                     env=self._environment(settings, folder), cwd=folder, isolation=settings.isolation
                 )

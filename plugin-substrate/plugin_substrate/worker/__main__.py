@@ -6,20 +6,23 @@ those that a plugin may see, so that plugin and host can never run different ver
 
 from __future__ import annotations
 
+import os.path
 import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
-from pathlib import Path
-from types import ModuleType
+from importlib.machinery import ModuleSpec, SourceFileLoader
 
-_ROOT = Path(__file__).resolve().parent.parent
+# Everything here is paid for at every start of a supervisor: what pulls in half of the standard library (importlib.abc,
+# importlib.util, pathlib, typing) is not imported.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
+
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120
 _PACKAGE = "plugin_substrate"
 _OFFERED = ("interface", "errors", "worker")
 
 
-class HostFiles(MetaPathFinder):
+class HostFiles:
     """Finds ``plugin_substrate.interface``, ``.errors`` and ``.worker``; the package itself is an empty shell."""
 
     def find_spec(
@@ -38,11 +41,19 @@ class HostFiles(MetaPathFinder):
             return shell
         if names[0] not in _OFFERED:
             return None
-        place = _ROOT.joinpath(*names)
-        if place.is_dir():
-            return spec_from_file_location(fullname, place / "__init__.py", submodule_search_locations=[str(place)])
-        file = place.with_suffix(".py")
-        return spec_from_file_location(fullname, file) if file.is_file() else None
+        place = os.path.join(_ROOT, *names)  # noqa: PTH118
+        if os.path.isdir(place):  # noqa: PTH112
+            return _spec(fullname, os.path.join(place, "__init__.py"), package=place)  # noqa: PTH118
+        file = place + ".py"
+        return _spec(fullname, file) if os.path.isfile(file) else None  # noqa: PTH113
+
+
+def _spec(fullname: str, file: str, package: str | None = None) -> ModuleSpec:
+    spec = ModuleSpec(fullname, SourceFileLoader(fullname, file), origin=file, is_package=package is not None)
+    spec.has_location = True
+    if package is not None:
+        spec.submodule_search_locations = [package]
+    return spec
 
 
 def main(arguments: list[str]) -> None:

@@ -38,7 +38,7 @@ class Frame:
 def encode_frame(header: dict[str, Any], segments: Sequence[bytes] = ()) -> list[bytes]:
     """Return the pieces to write, in order; a frame over the limits is a `ProtocolError`."""
     lengths = [len(segment) for segment in segments]
-    raw = json.dumps({**header, "segments": lengths}, separators=(",", ":"), allow_nan=False).encode("ascii")
+    raw = to_json({**header, "segments": lengths})
     total = len(raw) + sum(lengths)
     if len(raw) > MAX_HEADER_BYTES or total > MAX_FRAME_BYTES or len(segments) > MAX_SEGMENTS:
         raise ProtocolError(
@@ -89,10 +89,15 @@ class FrameDecoder:
         return len(self._buffer)
 
 
+def to_json(value: Any) -> bytes:
+    """Return a value as JSON in ASCII; what JSON cannot say is a ValueError or TypeError."""
+    return _ENCODER.encode(value).encode("ascii")
+
+
 def parse_json(raw: bytes | bytearray) -> Any:
     """Return the JSON value in UTF-8; anything else, also NaN and what is nested too deep, is a `ProtocolError`."""
     try:
-        return json.loads(raw.decode(), parse_constant=_no_constant)
+        return _DECODER.decode(raw.decode())
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a frame does not hold JSON: {error}") from error
 
@@ -114,3 +119,8 @@ def _parse(buffer: bytearray, start: int, header_length: int, end: int) -> Frame
 
 def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON number")
+
+
+# Made once: `json.loads` and `json.dumps` with options make them anew for each value.
+_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import platform
 import queue
 import socket
 import sys
@@ -60,7 +59,7 @@ class WorkerRuntime:
             "type": "hello",
             "protocol": PROTOCOL_VERSION,
             "pid": os.getpid(),
-            "python": platform.python_version(),
+            "python": ".".join(map(str, sys.version_info[:3])),
             "layers": list(self._layers),
         })  # fmt: skip
         threading.Thread(target=self._read, name="reader", daemon=True).start()

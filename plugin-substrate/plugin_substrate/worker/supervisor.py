@@ -5,8 +5,8 @@ gone, however it went, the socket ends: everything below is killed and reaped un
 
 Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "isolation": {...}}`` with
 two descriptors (the worker's socket and its log pipe). To the host: ``{"spawned": n, "pid": p}`` with a pidfd,
-``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r, "peak_rss": bytes}`` (a negative return code is
-the signal, as in subprocess). ``{"stats": n}`` is answered with ``{"stats": n, "memory": {...}}``, see `MemoryReport`.
+``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r}`` (negative: the signal, as in subprocess).
+``{"stats": n}`` is answered with ``{"stats": n, "figures": {...}}``, see `process_stats`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 
 from plugin_substrate.worker import confine, runtime
 from plugin_substrate.worker.isolation import IsolationProfile
-from plugin_substrate.worker.memory import MemoryReport, peak_bytes
+from plugin_substrate.worker.usage import process_stats
 
 MAX_MESSAGE_BYTES = 1 << 16
 
@@ -50,7 +50,6 @@ class _Supervisor:
         self._control = control
         self._host = host
         self._workers: dict[int, int] = {}  # pid -> number
-        self._memory = MemoryReport()
         self._wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in _WAKING:
             signal.signal(number, lambda *_: None)
@@ -81,7 +80,7 @@ class _Supervisor:
         request = json.loads(raw)
         try:
             if "stats" in request:
-                self._send({"stats": request["stats"], "memory": self._memory.read()})
+                self._send({"stats": request["stats"], "figures": process_stats()})
             else:
                 self._spawn(request, descriptors)
         finally:
@@ -109,7 +108,7 @@ class _Supervisor:
         died = False
         while True:
             try:
-                pid, status, usage = os.wait4(-1, os.WNOHANG)
+                pid, status = os.waitpid(-1, os.WNOHANG)
             except ChildProcessError:
                 break
             if pid == 0:
@@ -117,11 +116,7 @@ class _Supervisor:
             died = True
             if pid in self._workers:
                 number = self._workers.pop(pid)
-                self._send({
-                    "exited": number,
-                    "returncode": os.waitstatus_to_exitcode(status),
-                    "peak_rss": peak_bytes(usage),
-                })  # fmt: skip
+                self._send({"exited": number, "returncode": os.waitstatus_to_exitcode(status)})
         if died:
             self._kill_orphans()
 

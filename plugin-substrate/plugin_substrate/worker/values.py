@@ -21,7 +21,6 @@ error says what to convert.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime
@@ -33,7 +32,7 @@ from uuid import UUID
 from plugin_substrate.errors import ProtocolError, WireValueError
 from plugin_substrate.interface import InputFile, OutputFile
 from plugin_substrate.worker.arrays import array_from, array_parts, is_array
-from plugin_substrate.worker.frames import parse_json
+from plugin_substrate.worker.frames import parse_json, to_json
 from plugin_substrate.worker.parked import Parked, Segment
 
 MAX_DEPTH = 64
@@ -50,7 +49,7 @@ def pack_value(value: Any, path: str) -> list[bytes]:
     """Return the segments that stand for ``value``; a `WireValueError` names what cannot cross, see `encode_value`."""
     segments: list[bytes] = []
     encoded = encode_value(value, path, segments)
-    raw = json.dumps(encoded, separators=(",", ":"), allow_nan=False).encode("ascii")
+    raw = to_json(encoded)
     if len(raw) > MAX_JSON_BYTES:
         reason = f"{len(raw)} bytes of JSON are over the limit of {MAX_JSON_BYTES}; use bytes or files for large data"
         raise WireValueError(f"{path}: {reason}", path=path)
