@@ -19,6 +19,7 @@ from plm_backend.demo.command import demo
 from plm_backend.errors import SetupError
 from plm_backend.logs import configure_logging
 from plm_backend.startup import OLDER_SECRET, SECRET, load_settings, setup_errors
+from plm_backend.state import events_key
 from plm_backend.stopping import StopRequest
 
 _PORT = 8000
@@ -90,6 +91,8 @@ def local_env() -> None:
         settings = load_settings()
         secret = os.environ.get(SECRET) or os.environ[OLDER_SECRET]
         values = {SECRET: secret, **local_addresses(settings)}
+        if (key := events_key(settings)) is not None:
+            values["PLM_EVENTS_KEY"] = str(key)
         for name, value in values.items():
             typer.echo(f"export {name}={shlex.quote(value)}")
 

@@ -29,12 +29,18 @@ class Settings(BaseSettings):
     agents: Path = REPOSITORY / "dev" / "agents"
     artifacts_dir: Path | None = None
     plugins_dir: Path | None = None
+    events_key: Path | None = None
+    """The private key that signs the event streams' checkpoints (PEM, mode 0600); in development one is made."""
+
     host: str = "127.0.0.1"
     port: int | None = Field(default=None, ge=0, le=65535)
     """0 takes a free port; when none is named, 8000, or a free one when that is in use."""
 
     lease_seconds: float = Field(default=30.0, ge=0.5, le=3600)
     recovery_seconds: float = Field(default=10.0, ge=0.2, le=3600)
+    checkpoint_seconds: float = Field(default=60.0, ge=0.2, le=86_400)
+    """How often a checkpoint of what happened is signed."""
+
     patience_seconds: float = Field(default=30.0, ge=0.5, le=3600)
     """An enqueued run that no run worker took for so long is enqueued once more: its job may be lost."""
 

@@ -14,6 +14,9 @@ from functools import partial
 from plm_engine_core.agent_runtime import Driver, Selector
 from plm_engine_core.control_plane import ControlPlane
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.events import Signer, load_signer
+from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider, IdentityProvider, PostgresAuditSink
 from plm_engine_core.control_plane.policy import load_policy
 from plm_engine_core.control_plane.recovery import Recovery
@@ -33,6 +36,7 @@ from plm_backend.reachability import Reachability
 from plm_backend.run_queue import ProcrastinateDelivery, deliver
 from plm_backend.settings import Settings
 from plm_backend.signals import PostgresSignals, SignalHub
+from plm_backend.state import events_key
 from plm_backend.tasks import end
 
 logger = logging.getLogger(__name__)
@@ -103,6 +107,7 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
     if settings.run_concurrency == 0:
         yield
         return
+    signer = _signer(settings)
     async with AsyncExitStack() as stack:
         manager = PluginManager(data_dir=settings.plugin_root)
         manager.discover_manifests()
@@ -134,7 +139,26 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
         delivery = partial(deliver, platform.dsn, driver.drive, concurrency=settings.run_concurrency)
         await stack.enter_async_context(background(delivery, "delivery"))
         await stack.enter_async_context(background(recovery.run, "recovery"))
+        if signer is None:
+            logger.warning(
+                "nothing signs what happens: PLM_EVENTS_KEY names no key; `plm-cli events new-key` makes one"
+            )
+        else:
+            store = platform.control_plane.storage.checkpoints
+            checkpointer = Checkpointer(store, signer, every_seconds=settings.checkpoint_seconds)
+            await stack.enter_async_context(background(checkpointer.run, "checkpoints"))
         yield
+
+
+def _signer(settings: Settings) -> Signer | None:
+    """Who signs checkpoints here, if anybody does."""
+    path = events_key(settings)
+    if path is None:
+        return None
+    try:
+        return load_signer(path)
+    except InvalidRequest as error:
+        raise SetupError(f"PLM_EVENTS_KEY: {error}") from error
 
 
 def _check_capabilities(registry: CapabilityRegistry, manager: PluginManager) -> None:

@@ -58,6 +58,7 @@ def settings(platform: Any) -> dict[str, str]:
         ({"ENVIRONMENT": "development", "PG_DSN": "", "PLM_STATE_DIR": f"/{'a' * 300}"}, ("PLM_STATE_DIR",)),
         ({"PLM_PORT": "eighty"}, ("PLM_PORT",)),
         ({"PLM_LEASE_SECONDS": "0"}, ("PLM_LEASE_SECONDS",)),
+        ({"PLM_EVENTS_KEY": "/does/not/exist.pem"}, ("PLM_EVENTS_KEY", "/does/not/exist.pem")),
         ({"PLM_CORS_ALLOWED_ORIGINS": "*"}, ("PLM_CORS_ALLOWED_ORIGINS", "name the origins")),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,

@@ -190,12 +190,6 @@ async def test_a_stream_that_grows_while_it_is_checked_is_consistent(bench):
     await growing
 
 
-async def test_long_streams_are_walked_in_batches(bench, monkeypatch):
-    monkeypatch.setattr("plm_engine_core.control_plane.storage.postgres.events._BATCH", 3)
-    await filled(bench)
-    assert [event.seq async for event in bench.storage.events.walk(bench.tenant, "tenant")] == list(range(1, 9))
-
-
 async def test_reading_goes_on_after_a_sequence(bench):
     await filled(bench)
     page = await bench.storage.events.read(bench.tenant, "tenant", after=5, limit=2)

@@ -6,11 +6,20 @@ import inspect
 from dataclasses import replace
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from plm_engine_core.control_plane import ArtifactRecord
 from plm_engine_core.control_plane.errors import FencingLost, NotFound
 from plm_engine_core.control_plane.events import run_stream
+from plm_engine_core.control_plane.events.checkpointer import Checkpointer
+from plm_engine_core.control_plane.events.signing import Signer
 from plm_engine_core.control_plane.ids import new_id
-from plm_engine_core.control_plane.storage.ports import ApprovalStore, EventStore, HaltStore, RunStore
+from plm_engine_core.control_plane.storage.ports import (
+    ApprovalStore,
+    CheckpointStore,
+    EventStore,
+    HaltStore,
+    RunStore,
+)
 from plm_engine_core.control_plane.vocabulary import HaltScope, RunState, StepState, TicketState
 from plm_shared.testing.databases import create_tenants
 
@@ -35,13 +44,24 @@ ABSENT = {
     "halts.lift": NotFound,
     "events.read": [],
     "events.heads": [],
-    "events.walk": [],
+    "checkpoints.take": None,
+    "checkpoints.read": [],
+    "checkpoints.newest": None,
+    "checkpoints.heads": [],
+    "checkpoints.covered": [],
+    "checkpoints.links": [],
 }
-SPANS_TENANTS = {"runs.create", "runs.abandoned"}  # makes its own; answers ids only, by design
+SPANS_TENANTS = {"runs.create", "runs.abandoned", "checkpoints.tenants"}  # makes its own; answer ids only, by design
 
 
 def test_every_operation_of_every_port_is_tried():
-    ports = {"runs": RunStore, "approvals": ApprovalStore, "halts": HaltStore, "events": EventStore}
+    ports = {
+        "runs": RunStore,
+        "approvals": ApprovalStore,
+        "halts": HaltStore,
+        "events": EventStore,
+        "checkpoints": CheckpointStore,
+    }
     operations = {
         f"{name}.{operation}"
         for name, port in ports.items()
@@ -64,6 +84,8 @@ async def foreign(bench):
     )
     await bench.settle(grant, holder, artifacts=(record,))
     halt = await bench.halt(HaltScope.RUN, run.id)
+    checkpointer = Checkpointer(bench.storage.checkpoints, Signer(Ed25519PrivateKey.generate()))
+    checkpoint = await checkpointer.take(bench.tenant)
     storage, by = bench.storage, bench.approver
     held = {"fencing_token": holder.fencing_token}
     calls = {
@@ -93,18 +115,24 @@ async def foreign(bench):
         "halts.lift": lambda: storage.halts.lift(other, halt, by=by.user_id, actor=by.actor),
         "events.read": lambda: storage.events.read(other, run_stream(run.id)),
         "events.heads": lambda: storage.events.heads(other),
-        "events.walk": lambda: collected(storage.events.walk(other, run_stream(run.id))),
+        "checkpoints.take": lambda: checkpointer.take(other),
+        "checkpoints.read": lambda: storage.checkpoints.read(other),
+        "checkpoints.newest": lambda: storage.checkpoints.newest(other),
+        "checkpoints.heads": lambda: storage.checkpoints.heads(other, number=checkpoint.number),
+        "checkpoints.covered": lambda: collected(storage.checkpoints.covered(other, checkpoint.number)),
+        "checkpoints.links": lambda: collected(storage.checkpoints.links(other, stream=run_stream(run.id))),
     }
     return bench, calls
 
 
 async def collected(events):
-    return [event async for event in events]
+    return list(events)
 
 
 def everything(bench):
     """Every row of the engine."""
     tables = ["run_states", "run_steps", "approval_tickets", "grants", "budgets", "halts", "events", "event_streams"]
+    tables += ["event_checkpoints", "event_checkpoint_heads"]
     return {table: sorted(map(str, bench.sql(f"TABLE {table}"))) for table in tables}
 
 

@@ -1,43 +1,210 @@
-"""``plm-cli events``: the record of what happened."""
+"""``plm-cli events``: the record of what happened, checked, signed and exported."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO
 from uuid import UUID
 
 import typer
 
-from plm_engine_core.cli.exits import ExitCode
+from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
-from plm_engine_core.cli.storage import Books, with_books
-from plm_engine_core.control_plane.events import Verification, verify_stream
+from plm_engine_core.cli.storage import with_books
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.events import (
+    Checkpoint,
+    Exported,
+    PublicKeys,
+    Signer,
+    Verification,
+    export,
+    load_public_keys,
+    load_signer,
+    read_exports,
+    verify_tenant,
+)
+from plm_engine_core.control_plane.events.checkpointer import Checkpointer
+from plm_engine_core.control_plane.events.signing import new_private_pem
 
-app = typer.Typer(help="Check the record of what happened.", no_args_is_help=True)
+app = typer.Typer(help="Check, sign and export the record of what happened.", no_args_is_help=True)
+
+TenantId = Annotated[UUID, typer.Option(help="Whose streams.")]
+Exports = Annotated[list[Path] | None, typer.Option("--export", help="An export of this tenant; repeat, in order.")]
+Believed = Annotated[
+    list[Path] | None, typer.Option("--public-key", help="A key whose signatures are believed (PEM); repeat.")
+]
+Key = Annotated[Path, typer.Option(envvar="PLM_EVENTS_KEY", help="The private key that signs (PEM, mode 0600).")]
 
 
 @app.command("verify")
 def verify(
-    tenant_id: Annotated[UUID, typer.Option(help="Whose streams.")],
+    tenant_id: TenantId,
     stream: Annotated[str | None, typer.Option(help="Only this stream, such as run/<id>.")] = None,
+    exports: Exports = None,
+    public_key: Believed = None,
+    since_checkpoint: Annotated[
+        bool, typer.Option(help="Take what the newest signed checkpoint covers as good; needs --public-key.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check every hash chain of a tenant from its first event to its head, and name the first bad event.
 
-    "Consistent" is what a database can say of itself; that nobody rewrote all of it needs a copy kept elsewhere.
-    Status 0: consistent, 1: not, or the database refused; 2: wrong arguments; 3: no address.
+    "Consistent" is what a database can say of itself. With exports that were kept elsewhere, and the public key, it is
+    "unforged" as far as they go: nobody has changed, cut off or removed what they hold.
+    Status 0: good, 1: not, or the database refused; 2: wrong arguments; 3: no address.
     """
-    results = with_books(lambda books: _verify(books, tenant_id, stream))
-    answer = {"tenant_id": tenant_id, "consistent": all(each.consistent for each in results)}
-    answer["streams"] = [_document(each) for each in results]
-    show(answer, "\n".join(_line(each) for each in results) or "no events", as_json=as_json)
-    if not answer["consistent"]:
+    if (exports or since_checkpoint) and not public_key:
+        fail(ExitCode.USAGE, "signatures need a key to be checked with: name it with --public-key")
+    keys = _believed(public_key)
+    exported = _read(exports, keys) if exports else None
+    if exported is not None and exported.tenant_id != tenant_id:
+        fail(ExitCode.USAGE, f"the export is of tenant {exported.tenant_id}, not of {tenant_id}")
+    results = with_books(
+        lambda books: verify_tenant(
+            books.storage,
+            tenant_id,
+            stream=stream,
+            exported=exported.heads if exported else None,
+            trusted=keys if since_checkpoint else None,
+        )
+    )
+    consistent = all(each.consistent for each in results)
+    answer = {
+        "tenant_id": tenant_id,
+        "consistent": consistent,
+        "unforged_up_to_checkpoint": exported.newest.number if consistent and exported and exported.newest else None,
+        "streams": [_document(each) for each in results],
+    }
+    word = "unforged" if answer["unforged_up_to_checkpoint"] else "consistent"
+    show(answer, "\n".join(_line(each, word) for each in results) or "no events", as_json=as_json)
+    if not consistent:
         raise typer.Exit(int(ExitCode.FAILED))
 
 
-async def _verify(books: Books, tenant_id: UUID, stream: str | None) -> list[Verification]:
-    events = books.storage.events
-    heads = [head for head in await events.heads(tenant_id) if stream in (None, head.stream)]
-    return [await verify_stream(head, events.walk(tenant_id, head.stream)) for head in heads]
+@app.command("verify-export")
+def verify_export(
+    files: Annotated[list[Path], typer.Argument(help="Exports of one tenant, in order.")],
+    public_key: Believed = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check exports alone, without a database: every event, every checkpoint and every signature.
+
+    Status 0: unforged, 1: not; 2: wrong arguments.
+    """
+    if not public_key:
+        fail(ExitCode.USAGE, "signatures need a key to be checked with: name it with --public-key")
+    found = _read(files, _believed(public_key))
+    newest = found.newest
+    answer = {
+        "tenant_id": found.tenant_id,
+        "unforged": found.unforged,
+        "checkpoint": newest.number if newest else None,
+        "taken_at": newest.taken_at.isoformat() if newest else None,
+        "streams": len(found.heads),
+        "events": found.events,
+    }
+    show(
+        answer,
+        f"unforged: {found.events} events in {len(found.heads)} streams, up to checkpoint {answer['checkpoint']} "
+        f"of {answer['taken_at']}",
+        as_json=as_json,
+    )
+
+
+@app.command("export")
+def export_command(
+    tenant_id: TenantId,
+    to: Annotated[Path, typer.Option(help="The file to write; it must not exist yet.")],
+    after: Annotated[int, typer.Option(min=0, help="Go on after this checkpoint, where an export ended.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Write events and signed checkpoints to a file, to be kept where the database's masters cannot reach.
+
+    Status 0: written, 1: not; 3: no address.
+    """
+    with _new_file(to) as file:
+        newest = with_books(lambda books: export(books.storage.checkpoints, tenant_id, file, after=after))
+        if newest == after:
+            fail(ExitCode.FAILED, f"there is no checkpoint after {after}; `plm-cli events checkpoint` takes one")
+    answer = {"tenant_id": tenant_id, "file": to, "checkpoint": newest}
+    show(answer, f"{to} holds everything after checkpoint {after} up to checkpoint {newest}", as_json=as_json)
+
+
+@app.command("checkpoint")
+def checkpoint(tenant_id: TenantId, key: Key, as_json: AsJson = False) -> None:
+    """Sign the heads of a tenant's streams now, as `serve` and `worker` do every minute.
+
+    Status 0: done, or nothing had changed; 1: not; 2: wrong arguments; 3: no address, or the key cannot be used.
+    """
+    signer = _signer(key)
+    taken = with_books(lambda books: Checkpointer(books.storage.checkpoints, signer).take(tenant_id))
+    answer: dict[str, Any] = {"tenant_id": tenant_id, "checkpoint": taken.number if taken else None}
+    show(answer, _taken(taken), as_json=as_json)
+
+
+@app.command("new-key")
+def new_key(to: Annotated[Path, typer.Option(help="The file for the private key; it must not exist yet.")]) -> None:
+    """Make a key that signs checkpoints, and print its public half, to be kept by those who check.
+
+    After a rotation the old public keys are still needed for the old checkpoints. Status 0: done, 1: not.
+    """
+    try:
+        with os.fdopen(os.open(to, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(new_private_pem())
+    except OSError as error:
+        fail(ExitCode.FAILED, f"{to} cannot be made: {error.strerror}")
+    typer.echo(_signer(to).public_pem, nl=False)
+
+
+@app.command("public-key")
+def public_key_of(key: Key) -> None:
+    """Print the public half of a key. Status 0: done, 3: the key cannot be used."""
+    typer.echo(_signer(key).public_pem, nl=False)
+
+
+@contextmanager
+def _new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that is whole on the disk after the block, or not there."""
+    try:
+        with path.open("xb") as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                path.unlink()
+                raise
+    except OSError as error:
+        fail(ExitCode.FAILED, f"{path} cannot be written: {error.strerror}")
+
+
+def _read(files: list[Path], keys: PublicKeys) -> Exported:
+    with ExitStack() as stack:
+        try:
+            found = read_exports([stack.enter_context(path.open("rb")) for path in files], keys)
+        except OSError as error:
+            fail(ExitCode.USAGE, f"{error.filename} cannot be read: {error.strerror}")
+    if found.problem:
+        fail(ExitCode.FAILED, f"the export is not what was signed: {found.problem}")
+    return found
+
+
+def _believed(paths: list[Path] | None) -> PublicKeys:
+    try:
+        return load_public_keys(paths or [])
+    except InvalidRequest as error:
+        fail(ExitCode.USAGE, str(error))
+
+
+def _signer(path: Path) -> Signer:
+    try:
+        return load_signer(path)
+    except InvalidRequest as error:
+        fail(ExitCode.NOT_CONFIGURED, str(error))
 
 
 def _document(result: Verification) -> dict[str, Any]:
@@ -50,7 +217,13 @@ def _document(result: Verification) -> dict[str, Any]:
     }
 
 
-def _line(result: Verification) -> str:
+def _line(result: Verification, word: str) -> str:
     if result.consistent:
-        return f"{result.stream}  {result.events} events  consistent"
+        return f"{result.stream}  {result.events} events  {word}"
     return f"{result.stream}  event {result.first_bad_seq} is bad: {result.problem}"
+
+
+def _taken(checkpoint: Checkpoint | None) -> str:
+    if checkpoint is None:
+        return "nothing has happened since the newest checkpoint"
+    return f"checkpoint {checkpoint.number} of {checkpoint.streams} streams, signed with key {checkpoint.key_id}"

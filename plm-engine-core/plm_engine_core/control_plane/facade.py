@@ -16,7 +16,7 @@ from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest
-from plm_engine_core.control_plane.events import Verification, verify_stream
+from plm_engine_core.control_plane.events import Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import Halt, KillSwitch
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket
@@ -257,7 +257,4 @@ class ControlPlane:
 
     async def verify_events(self, tenant_id: UUID) -> list[Verification]:
         """Check every stream of a tenant from its first event to its head."""
-        events = self.storage.events
-        return [
-            await verify_stream(head, events.walk(tenant_id, head.stream)) for head in await events.heads(tenant_id)
-        ]
+        return await verify_tenant(self.storage, tenant_id)

@@ -1,6 +1,27 @@
 """Events: the authority on what happened, one dense hash chain per stream."""
 
+from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, Event, event_hash, run_stream
-from plm_engine_core.control_plane.events.verify import StreamHead, Verification, verify_stream
+from plm_engine_core.control_plane.events.export import Exported, export, read_exports
+from plm_engine_core.control_plane.events.signing import PublicKeys, Signer, load_public_keys, load_signer
+from plm_engine_core.control_plane.events.verify import StreamHead, Verification, verify_streams, verify_tenant
 
-__all__ = ["TENANT_STREAM", "Event", "StreamHead", "Verification", "event_hash", "run_stream", "verify_stream"]
+__all__ = [
+    "TENANT_STREAM",
+    "Checkpoint",
+    "Event",
+    "Exported",
+    "Head",
+    "PublicKeys",
+    "Signer",
+    "StreamHead",
+    "Verification",
+    "event_hash",
+    "export",
+    "load_public_keys",
+    "load_signer",
+    "read_exports",
+    "run_stream",
+    "verify_streams",
+    "verify_tenant",
+]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
+
+from plm_engine_core.control_plane.events.chain import chain_prefix, link_hash
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -44,20 +44,13 @@ TENANT_STREAM = "tenant"
 
 
 def event_hash(event: Event) -> bytes:
-    """SHA-256 over the length-prefixed fields of an event and its predecessor's hash.
-
-    Fields, in order: tenant, stream, sequence (8 bytes), previous hash, kind, actor, time in microseconds since 1970
-    UTC (8 bytes), payload. Texts are UTF-8, each preceded by its length in 4 bytes; integers are big-endian.
-    `storage/sql/common_v1.sql` computes the same.
-    """
-    micros = (event.occurred_at - _EPOCH) // (datetime.resolution)
-    digest = hashlib.sha256()
-    for part in (str(event.tenant_id).encode(), event.stream.encode()):
-        digest.update(struct.pack(">i", len(part)) + part)
-    digest.update(struct.pack(">q", event.seq))
-    for part in (event.prev_hash, event.kind.encode(), event.actor.encode()):
-        digest.update(struct.pack(">i", len(part)) + part)
-    digest.update(struct.pack(">q", micros))
-    payload = event.payload.encode()
-    digest.update(struct.pack(">i", len(payload)) + payload)
-    return digest.digest()
+    """What the hash of an event has to be; see `events.chain.link_hash`."""
+    return link_hash(
+        chain_prefix(event.tenant_id, event.stream),
+        event.seq,
+        event.prev_hash,
+        event.kind.encode(),
+        event.actor.encode(),
+        (event.occurred_at - _EPOCH) // datetime.resolution,
+        event.payload.encode(),
+    )

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+from uuid import UUID
 
-from plm_engine_core.control_plane.events.event import Event, event_hash
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.events.chain import Chain, Link
+from plm_engine_core.control_plane.events.checkpoint import Head, root_problem
+from plm_engine_core.control_plane.events.signing import PublicKeys
+
+if TYPE_CHECKING:
+    from plm_engine_core.control_plane.storage.ports import CheckpointStore, Storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +29,7 @@ class StreamHead:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """The result for one stream.
+    """The result for one stream. `events` are those that were checked and are good.
 
     Without an export outside the database a good chain is "consistent": whoever can rewrite the whole database
     could have rewritten the whole chain.
@@ -37,41 +46,112 @@ class Verification:
         return self.first_bad_seq is None
 
 
-async def verify_stream(head: StreamHead, events: AsyncIterable[Event]) -> Verification:
-    """Walk a stream in order up to its head, and check every link and the head.
+def verify_streams(
+    tenant_id: UUID,
+    heads: Iterable[StreamHead],
+    links: Iterable[Link],
+    *,
+    since: Mapping[str, Head] | None = None,
+    exported: Mapping[str, Head] | None = None,
+) -> list[Verification]:
+    """Walk the streams of a tenant in order up to their heads, and check every link and every head.
 
-    What is appended after the head was read is left to the next time.
+    `links` are ordered by stream and sequence. With `since`, each stream is only checked from there on, and what comes
+    before is taken as good. With `exported`, streams must also agree with those heads, and none of them may be missing.
+    What is appended after the heads were read is left to the next time.
     """
-    previous = b""
-    expected = 1
-    async for event in events:
-        if event.seq > head.last_seq:
-            break
-        problem = _problem(event, expected, previous)
+    walks = {
+        head.stream: _Walk(tenant_id, head, since=(since or {}).get(head.stream), exported=(exported or {}))
+        for head in heads
+    }
+    walk: _Walk | None = None
+    name: str | None = None
+    for link in links:
+        if link[0] != name:
+            name = link[0]
+            walk = walks.get(name)  # a stream that has begun since the heads were read is left to the next time
+        if walk is not None:
+            walk.step(link)
+    missing = [_removed(head) for stream, head in (exported or {}).items() if stream not in walks]
+    return [walk.result() for walk in walks.values()] + missing
+
+
+class _Walk:
+    """One stream under examination."""
+
+    def __init__(self, tenant_id: UUID, head: StreamHead, *, since: Head | None, exported: Mapping[str, Head]) -> None:
+        self._head = head
+        self._start = since.seq if since else 0
+        self._chain = Chain(tenant_id, head.stream, seq=self._start, hash=since.hash if since else b"")
+        self._exported = exported.get(head.stream)
+        self._bad: Verification | None = None
+
+    def step(self, link: Link) -> None:
+        if self._bad is not None or link[1] > self._head.last_seq:
+            return
+        problem = self._chain.problem(*link[1:])
         if problem:
-            return Verification(stream=head.stream, events=expected - 1, first_bad_seq=expected, problem=problem)
-        previous = event.hash
-        expected += 1
-    count = expected - 1
-    if count == head.last_seq == head.stored_seq and previous == head.last_hash:
-        return Verification(stream=head.stream, events=count)
-    if count == head.stored_seq == head.last_seq:
-        return Verification(
-            stream=head.stream, events=count, first_bad_seq=max(count, 1), problem="the head has another hash"
+            self._fail(self._chain.seq + 1, problem)
+        elif self._exported is not None and link[1] == self._exported.seq and link[3] != self._exported.hash:
+            self._fail(link[1], "the stream was rewritten up to here since it was exported")
+
+    def result(self) -> Verification:
+        if self._bad is not None:
+            return self._bad
+        head, count = self._head, self._chain.seq
+        if self._exported is not None and self._exported.seq > max(head.last_seq, count):
+            return self._broken(count + 1, f"the stream ends at {count}, its export at {self._exported.seq}")
+        if count == head.last_seq == head.stored_seq:
+            if self._chain.hash == head.last_hash:
+                return Verification(stream=head.stream, events=count - self._start)
+            return self._broken(max(count, 1), "the head has another hash")
+        return self._broken(
+            count + 1, f"the stream ends at {max(count, head.stored_seq)}, its head says {head.last_seq}"
         )
+
+    def _fail(self, seq: int, problem: str) -> None:
+        self._bad = self._broken(seq, problem)
+
+    def _broken(self, seq: int, problem: str) -> Verification:
+        good = Verification(stream=self._head.stream, events=self._chain.seq - self._start)
+        return replace(good, first_bad_seq=seq, problem=problem)
+
+
+def _removed(head: Head) -> Verification:
     return Verification(
-        stream=head.stream,
-        events=count,
-        first_bad_seq=count + 1,
-        problem=f"the stream ends at {max(count, head.stored_seq)}, its head says {head.last_seq}",
+        stream=head.stream, events=0, first_bad_seq=1, problem=f"the stream is gone; {head.seq} events were exported"
     )
 
 
-def _problem(event: Event, expected: int, previous: bytes) -> str:
-    if event.seq != expected:
-        return f"event {expected} is missing; the next one is {event.seq}"
-    if event.prev_hash != previous:
-        return "it does not continue the event before it"
-    if event_hash(event) != event.hash:
-        return "its content does not match its hash"
-    return ""
+async def verify_tenant(
+    storage: Storage,
+    tenant_id: UUID,
+    *,
+    stream: str | None = None,
+    exported: Mapping[str, Head] | None = None,
+    trusted: PublicKeys | None = None,
+) -> list[Verification]:
+    """Check the streams of a tenant, or one of them, from the first event to the head; see `verify_streams`.
+
+    With `trusted` keys, only what the newest checkpoint does not cover is walked.
+
+    Raises:
+        InvalidRequest: the newest checkpoint is not signed with a trusted key, or not what was signed.
+    """
+    since, number = await _signed_heads(storage.checkpoints, tenant_id, trusted) if trusted else ({}, 0)
+    heads = [head for head in await storage.events.heads(tenant_id) if stream in (None, head.stream)]
+    if stream is not None and exported is not None:
+        exported = {name: head for name, head in exported.items() if name == stream}
+    links = storage.checkpoints.links(tenant_id, stream=stream, after=number)
+    return await asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=exported)
+
+
+async def _signed_heads(store: CheckpointStore, tenant_id: UUID, trusted: PublicKeys) -> tuple[Mapping[str, Head], int]:
+    newest = await store.newest(tenant_id)
+    if newest is None:
+        return {}, 0
+    heads = {head.stream: head for head in await store.heads(tenant_id, number=newest.number)}
+    problem = root_problem(newest, heads) or trusted.problem(newest.key_id, newest.signature, newest.signed())
+    if problem:
+        raise InvalidRequest(f"checkpoint {newest.number} is not to be trusted: {problem}", field="checkpoint")
+    return heads, newest.number

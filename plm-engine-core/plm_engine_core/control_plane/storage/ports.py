@@ -5,7 +5,7 @@ Rules live in core code; a port stores, and makes every change conditional on th
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,7 +25,8 @@ from plm_engine_core.control_plane.vocabulary import (
 )
 
 if TYPE_CHECKING:
-    from plm_engine_core.control_plane.events import Event, StreamHead
+    from plm_engine_core.control_plane.events import Checkpoint, Event, Head, StreamHead
+    from plm_engine_core.control_plane.events.chain import Link
     from plm_engine_core.control_plane.halts import Halt
     from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
     from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Run, Step
@@ -247,8 +248,46 @@ class EventStore(Protocol):
         """Every stream of the tenant with its head."""
         ...
 
-    def walk(self, tenant_id: UUID, stream: str) -> AsyncIterator[Event]:
-        """The whole stream, in order, without holding it in memory."""
+
+class CheckpointStore(Protocol):
+    """Checkpoints over event streams, and the events they cover."""
+
+    async def tenants(self) -> Sequence[UUID]:
+        """Every tenant there is."""
+        ...
+
+    async def take(
+        self,
+        tenant_id: UUID,
+        make: Callable[[Checkpoint | None, Sequence[Head], Sequence[Head], datetime], Checkpoint],
+    ) -> Checkpoint | None:
+        """Store what `make` makes of the newest checkpoint, all heads, those that changed, and the time.
+
+        One process at a time does this for a tenant. None when nothing has changed since the newest checkpoint.
+        """
+        ...
+
+    async def read(self, tenant_id: UUID, *, after: int = 0, limit: int = 100) -> Sequence[Checkpoint]:
+        """Checkpoints in order, from number `after` + 1."""
+        ...
+
+    async def newest(self, tenant_id: UUID) -> Checkpoint | None:
+        """The newest checkpoint, without its heads."""
+        ...
+
+    async def heads(self, tenant_id: UUID, *, number: int) -> Sequence[Head]:
+        """Every head as the checkpoint `number` covers it."""
+        ...
+
+    def covered(self, tenant_id: UUID, number: int) -> Iterator[Link]:
+        """The events that checkpoint `number` covers and the one before it does not, by stream and sequence.
+
+        Like `links` it blocks while it reads: walk it in a thread.
+        """
+        ...
+
+    def links(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Iterator[Link]:
+        """Every event, of one stream or of all, that checkpoint `after` does not cover, by stream and sequence."""
         ...
 
 
@@ -278,4 +317,9 @@ class Storage(Protocol):
     @property
     def events(self) -> EventStore:
         """Events."""
+        ...
+
+    @property
+    def checkpoints(self) -> CheckpointStore:
+        """Checkpoints over the event streams."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from uuid import UUID
 
 from plm_engine_core.control_plane.events.event import Event
@@ -11,7 +11,6 @@ from plm_engine_core.control_plane.storage.postgres.gateway import Gateway
 from plm_engine_core.control_plane.storage.postgres.rows import event_row
 
 _COLUMNS = "tenant_id, stream, seq, prev_hash, hash, kind, actor, occurred_at, payload"
-_BATCH = 1000
 
 
 class PostgresEvents:
@@ -40,11 +39,3 @@ class PostgresEvents:
                 [tenant_id],
             )
             return [StreamHead(**row) for row in await cursor.fetchall()]
-
-    async def walk(self, tenant_id: UUID, stream: str) -> AsyncIterator[Event]:
-        """The whole stream, in order, a batch at a time."""
-        after = 0
-        while batch := await self.read(tenant_id, stream, after=after, limit=_BATCH):
-            for event in batch:
-                yield event
-            after = batch[-1].seq

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 import psycopg
@@ -118,6 +118,15 @@ class Gateway:
                 "SELECT set_config('app.tenant_id', %s, true), set_config('lock_timeout', %s, true)",
                 [str(tenant_id), _LONGEST_WAIT],
             )
+            yield connection
+
+    @contextmanager
+    def reading(self, tenant_id: UUID) -> Iterator[psycopg.Connection[Any]]:
+        """A connection of its own for a thread that reads for long: read-only, its transaction bound to `tenant_id`."""
+        conninfo = cast("str", self._pool.conninfo)  # as `open_pool` gave it
+        with translated(), psycopg.connect(conninfo) as connection:
+            connection.read_only = True
+            connection.execute("SELECT set_config('app.tenant_id', %s, true)", [str(tenant_id)])
             yield connection
 
     async def append(

@@ -1,0 +1,53 @@
+"""Takes checkpoints as long as it runs; any number of processes may do so at once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from datetime import datetime
+from uuid import UUID
+
+from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head, next_checkpoint
+from plm_engine_core.control_plane.events.signing import Signer
+from plm_engine_core.control_plane.storage.ports import CheckpointStore
+
+logger = logging.getLogger(__name__)
+
+
+class Checkpointer:
+    """Signs the heads of every tenant in which something has happened."""
+
+    def __init__(self, store: CheckpointStore, signer: Signer, *, every_seconds: float = 60.0) -> None:
+        self._store = store
+        self._signer = signer
+        self._every_seconds = every_seconds
+
+    async def take(self, tenant_id: UUID) -> Checkpoint | None:
+        """Take a checkpoint of one tenant now; None when nothing has happened since the one before."""
+
+        def make(
+            previous: Checkpoint | None, heads: Sequence[Head], changed: Sequence[Head], now: datetime
+        ) -> Checkpoint:
+            return next_checkpoint(previous, tenant_id, heads, changed, taken_at=now, signer=self._signer)
+
+        return await self._store.take(tenant_id, make)
+
+    async def sweep(self) -> int:
+        """One pass over all tenants; answers how many checkpoints were taken."""
+        taken = 0
+        for tenant_id in await self._store.tenants():
+            taken += await self.take(tenant_id) is not None
+        return taken
+
+    async def run(self) -> None:
+        """Sweep until cancelled; a failed pass is logged, and the next one covers what it missed."""
+        while True:
+            try:
+                await self.sweep()
+            except StorageUnavailable as error:
+                logger.warning("checkpoints have to wait: %s", error)
+            except Exception:
+                logger.exception("a pass over the event streams failed; the next one tries again")
+            await asyncio.sleep(self._every_seconds)

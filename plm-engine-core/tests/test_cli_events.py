@@ -1,0 +1,132 @@
+"""`plm-cli events`: what an operator does to sign, export and check the record."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psycopg
+import pytest
+from plm_engine_core.cli import build_app
+from plm_shared.addresses import DatabaseUrls
+from plm_shared.testing.databases import create_tenants
+from typer.testing import CliRunner
+
+
+class Terminal:
+    """`plm-cli events` with the settings of one installation."""
+
+    def __init__(self, database: DatabaseUrls, folder: Path) -> None:
+        self.database = database
+        self.folder = folder
+        (self.tenant,) = create_tenants(database, "acme")
+        self.key = folder / "key.pem"
+        self.public = folder / "public.pem"
+
+    def run(self, *arguments: str | Path, status: int = 0) -> Any:
+        environment = {"PG_DSN": self.database.app, "PLM_EVENTS_KEY": str(self.key)}
+        said = CliRunner().invoke(build_app(), ["events", *map(str, arguments)], env=environment)
+        assert said.exit_code == status, said.stdout + said.stderr
+        return said
+
+    def json(self, *arguments: str | Path, status: int = 0) -> Any:
+        return json.loads(self.run(*arguments, "--json", status=status).stdout)
+
+    def append(self, stream: str) -> None:
+        with psycopg.connect(self.database.app) as connection:
+            connection.execute("SELECT set_config('app.tenant_id', %s, true)", [str(self.tenant)])
+            connection.execute("SELECT engine_append_event_v1(%s, %s, 'test', 'human:x', '{}')", [self.tenant, stream])
+
+    def forge(self, statement: str) -> None:
+        with psycopg.connect(self.database.admin) as connection:
+            connection.execute("ALTER TABLE events DISABLE TRIGGER ALL")
+            connection.execute(statement.encode())
+
+
+@pytest.fixture
+def terminal(engine_database: DatabaseUrls, tmp_path: Path) -> Terminal:
+    terminal = Terminal(engine_database, tmp_path)
+    terminal.public.write_text(terminal.run("new-key", "--to", terminal.key).stdout, encoding="ascii")
+    return terminal
+
+
+@pytest.fixture
+def file(terminal: Terminal) -> Path:
+    """An export of two events in two streams."""
+    terminal.append("a")
+    terminal.append("b")
+    terminal.run("checkpoint", "--tenant-id", str(terminal.tenant))
+    to = terminal.folder / "events.jsonl"
+    terminal.run("export", "--tenant-id", str(terminal.tenant), "--to", to)
+    return to
+
+
+def test_a_new_key_is_its_owners_alone_and_never_replaces_one(terminal: Terminal) -> None:
+    assert terminal.key.stat().st_mode & 0o777 == 0o600
+    before = terminal.key.read_bytes()
+    assert "exists" in terminal.run("new-key", "--to", terminal.key, status=1).stderr
+    assert terminal.key.read_bytes() == before
+    assert terminal.run("public-key").stdout == terminal.public.read_text(encoding="ascii")
+    assert "PRIVATE" not in terminal.public.read_text(encoding="ascii")
+
+
+def test_what_was_exported_is_unforged_with_and_without_the_database(terminal: Terminal, file: Path) -> None:
+    alone = terminal.json("verify-export", file, "--public-key", terminal.public)
+    assert (alone["unforged"], alone["checkpoint"], alone["events"]) == (True, 1, 2)
+    ours = ("verify", "--tenant-id", str(terminal.tenant))
+    against = (*ours, "--export", file, "--public-key", terminal.public)
+    assert terminal.json(*against)["unforged_up_to_checkpoint"] == 1
+    assert "unforged" in terminal.run(*against).stdout
+    assert terminal.json(*ours)["unforged_up_to_checkpoint"] is None
+    assert "consistent" in terminal.run(*ours).stdout
+    terminal.append("a")
+    since = terminal.json(*ours, "--since-checkpoint", "--public-key", terminal.public)
+    assert {each["stream"]: each["events"] for each in since["streams"]} == {"a": 1, "b": 0}
+
+
+def test_a_stream_that_was_removed_is_named(terminal: Terminal, file: Path) -> None:
+    terminal.forge("DELETE FROM events WHERE stream = 'b'")
+    terminal.forge("DELETE FROM event_streams WHERE stream = 'b'")
+    ours = ("verify", "--tenant-id", str(terminal.tenant))
+    assert terminal.json(*ours)["consistent"]
+    said = terminal.json(*ours, "--export", file, "--public-key", terminal.public, status=1)
+    bad = [each for each in said["streams"] if not each["consistent"]]
+    assert [(each["stream"], each["first_bad_seq"]) for each in bad] == [("b", 1)]
+
+
+def test_a_changed_export_and_a_strangers_key_are_refused_in_one_sentence(terminal: Terminal, file: Path) -> None:
+    stranger = terminal.folder / "stranger.pem"
+    stranger.write_text(terminal.run("new-key", "--to", terminal.folder / "other.pem").stdout, encoding="ascii")
+    said = terminal.run("verify-export", file, "--public-key", stranger, status=1)
+    assert (said.stdout, said.stderr.count("\n")) == ("", 1)
+    assert "not among those believed" in said.stderr
+    file.write_bytes(file.read_bytes().replace(b"human:x", b"human:y"))
+    said = terminal.run("verify-export", file, "--public-key", terminal.public, status=1)
+    assert "a, event 1: its content does not match its hash" in said.stderr
+
+
+def test_an_export_is_written_whole_or_not_at_all(terminal: Terminal, file: Path) -> None:
+    before = file.read_bytes()
+    assert (
+        "cannot be written"
+        in terminal.run("export", "--tenant-id", str(terminal.tenant), "--to", file, status=1).stderr
+    )
+    assert file.read_bytes() == before
+    later = terminal.folder / "later.jsonl"
+    said = terminal.run("export", "--tenant-id", str(terminal.tenant), "--to", later, "--after", "1", status=1)
+    assert "plm-cli events checkpoint" in said.stderr
+    assert not later.exists()
+
+
+def test_wrong_arguments_are_told_before_anything_is_tried(terminal: Terminal, file: Path) -> None:
+    ours = ("verify", "--tenant-id", str(terminal.tenant))
+    assert "--public-key" in terminal.run(*ours, "--export", file, status=2).stderr
+    assert "--public-key" in terminal.run(*ours, "--since-checkpoint", status=2).stderr
+    assert "--public-key" in terminal.run("verify-export", file, status=2).stderr
+    other = ("verify", "--tenant-id", str(UUID(int=1)), "--export", file, "--public-key", terminal.public)
+    assert "is of tenant" in terminal.run(*other, status=2).stderr
+    assert "cannot be read" in terminal.run("verify-export", "absent", "--public-key", terminal.public, status=2).stderr
+    terminal.key.chmod(0o644)
+    assert "chmod 600" in terminal.run("checkpoint", "--tenant-id", str(terminal.tenant), status=3).stderr
