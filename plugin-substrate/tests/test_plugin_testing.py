@@ -12,7 +12,16 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from plugin_substrate.errors import PluginCancelledError, PluginInputError, PluginLoadError, WorkerDiedError
+from plugin_substrate import IsolationTerms
+from plugin_substrate.errors import (
+    ManifestError,
+    PluginCancelledError,
+    PluginConfigError,
+    PluginInputError,
+    PluginLoadError,
+    WireValueError,
+    WorkerDiedError,
+)
 from plugin_substrate.interface import CallContext, PluginInterface
 from plugin_substrate.testing import (
     ConfinementProbe,
@@ -20,8 +29,10 @@ from plugin_substrate.testing import (
     PluginWorkers,
     attempt,
     attempt_async,
+    load_in_process,
     plugin_meta,
     run_in_process,
+    stream_in_process,
 )
 from plugin_substrate.testing.leftovers import ProcessMark, descendants
 
@@ -86,6 +97,37 @@ def test_the_log_lines_of_a_failed_call_are_heard(sample: type[PluginInterface])
     assert heard == ["printed", "[INFO] sample: logged", "unfinished"]
 
 
+def test_a_stream_gives_its_chunks_and_is_closed_when_the_test_has_enough(sample: type[PluginInterface]) -> None:
+    result = stream_in_process(sample(), 3)
+    assert [chunk["step"] for chunk in result.value] == [0, 1, 2]
+    assert len(result.progress) == 3
+    part = stream_in_process(sample(), 1000, take=2)
+    assert len(part.value) == 2
+    assert part.logs == ("closed",)
+
+
+def test_a_stream_is_cancelled_and_fails_as_a_host_sees_it(sample: type[PluginInterface]) -> None:
+    heard: list[object] = []
+    with pytest.raises(PluginCancelledError):
+        stream_in_process(sample(), 4, on_chunk=heard.append, cancel_when=lambda progress, _: progress >= 0.5)
+    assert len(heard) == 2
+    heard.clear()
+    with pytest.raises(WireValueError) as caught:
+        stream_in_process(sample(), 4, broken=True, on_chunk=heard.append)
+    assert (caught.value.path, len(heard)) == ("chunk[2].weight", 2)
+
+
+def test_a_plugin_is_loaded_with_a_configuration_that_was_checked(sample: type[PluginInterface]) -> None:
+    assert load_in_process(sample).get_current_config() == {"unit": "kg"}
+    assert load_in_process(sample, {"unit": "t"}).get_current_config() == {"unit": "t"}
+    with pytest.raises(PluginConfigError, match="unit: ") as caught:
+        load_in_process(sample, {"unit": "", "unity": 1})
+    assert set(caught.value.fields_invalid) == {"unit", "unity"}
+    with pytest.raises(PluginLoadError, match="nobody weighs in stones") as failed:
+        load_in_process(sample, {"unit": "stone"})
+    assert failed.value.phase == "initialize"
+
+
 # -- in a worker
 
 
@@ -136,10 +178,25 @@ async def test_workers_run_on_the_tests_event_loop_too(tmp_path: Path, sample: t
     assert not _runs(pid)
 
 
+def test_what_a_plugin_says_about_itself_is_taken_as_an_installer_takes_it(
+    plugin_workers: PluginWorkers, sample_module: ModuleType
+) -> None:
+    metadata = sample_module.get_plugin_metadata()
+    meta = plugin_workers.describe(metadata, place=PLUGINS)
+    assert (meta.name, meta.stateless, meta.capabilities) == ("sample", True, ())
+    assert meta.manifest.asked_isolation == meta.manifest.granted_isolation == IsolationTerms(processes=2)
+    worker = plugin_workers.start(metadata, {"unit": "t"}, place=PLUGINS)
+    assert worker.instance.config == {"unit": "t"}
+    with pytest.raises(PluginConfigError, match="unity"):
+        plugin_workers.start(metadata, {"unity": 1}, place=PLUGINS, instance_id="second")
+    with pytest.raises(ManifestError, match=r"unknown key 'code\.typo'"):
+        plugin_workers.describe(metadata, place=PLUGINS, typo=1)
+
+
 def test_isolation_is_asked_for_and_granted_at_once(plugin_environments: Path, sample: type[PluginInterface]) -> None:
-    meta = plugin_meta(sample, environments=plugin_environments, name="freer", isolation={"processes": 2})
-    assert meta.manifest.asked_isolation == meta.manifest.granted_isolation
-    assert meta.manifest.asked_isolation.processes == 2
+    meta = plugin_meta(sample, environments=plugin_environments, name="freer", isolation={"processes": 3})
+    assert meta.manifest.asked_isolation == meta.manifest.granted_isolation == IsolationTerms(processes=3)
+    assert meta.config_schema["properties"]["unit"]["default"] == "kg"
 
 
 def test_a_process_that_outlives_the_workers_is_named_and_killed(tmp_path: Path, sample: type[PluginInterface]) -> None:

@@ -1,15 +1,21 @@
 """The test kit: call a plugin in-process through the real encoding, or run it in a real worker, and see what holds it.
 
-`run_in_process` needs nothing but the plugin. `PluginWorkers` loads plugin classes of the test's own environment in
-real, confined worker processes; as a pytest plugin it is the fixture ``plugin_workers``. `ConfinementProbe` is a plugin
-that tries what it is told and reports what happened: `attempt` asks one.
+`load_in_process`, `run_in_process` and `stream_in_process` need no process and no pytest. `PluginWorkers` loads plugins
+of the test's own environment in real, confined worker processes; as a pytest plugin it is the fixture
+``plugin_workers``. `ConfinementProbe` is a plugin that tries what it is told and reports what happened; `attempt` asks
+it.
 """
 
 from __future__ import annotations
 
 from plugin_substrate.testing.attempts import Attempt, attempt, attempt_async
 from plugin_substrate.testing.describe import plugin_meta
-from plugin_substrate.testing.in_process import InProcessResult, run_in_process
+from plugin_substrate.testing.in_process import (
+    InProcessResult,
+    load_in_process,
+    run_in_process,
+    stream_in_process,
+)
 from plugin_substrate.testing.probes.confinement_probe import ConfinementProbe
 from plugin_substrate.testing.workers import LeftBehindError, PluginWorker, PluginWorkers
 
@@ -22,6 +28,8 @@ __all__ = [
     "PluginWorkers",
     "attempt",
     "attempt_async",
+    "load_in_process",
     "plugin_meta",
     "run_in_process",
+    "stream_in_process",
 ]

@@ -13,48 +13,46 @@ from pathlib import Path
 from typing import Any
 
 from plugin_substrate.interface import PluginInterface, collect_plugin_actions
-from plugin_substrate.manifest import CodeSection, InstallSection, ManifestV2
+from plugin_substrate.manifest import FORMAT_VERSION, compute_config_schema_hash, parse_manifest
 from plugin_substrate.metadata import PluginMeta
 
 _INTERFACE = f"{PluginInterface.__module__}.{PluginInterface.__name__}"
 
 
 def plugin_meta(
-    plugin: type[PluginInterface] | str,
+    plugin: type[PluginInterface] | Mapping[str, Any] | str,
     *,
     environments: Path,
     place: Path | None = None,
-    name: str = "",
     isolation: Mapping[str, Any] | None = None,
     **code: Any,
 ) -> PluginMeta:
-    """Return what installing a plugin would have written, with ``isolation`` both asked for and granted.
+    """Return what installing a plugin would have written, with what it asks for in ``isolation`` granted.
 
-    ``plugin`` is the class, or ``"module:Class"`` of one that this process had better not import, in the folder
-    ``place`` where it is not on this process's path. Its module must import nothing of this package but
-    `plugin_substrate.interface` and `.errors`: nothing else is there in a worker. ``environments`` is where the small
-    virtual environments go that workers run in; those that are there are used again. Further keywords are fields of the
-    manifest's code section.
+    ``plugin`` is what its ``get_plugin_metadata()`` returns; or the class, whose actions and schema it then has; or
+    ``"module:Class"`` of one that this process had better not import. ``place`` is the folder of a module that is not
+    on this process's path. The module must import nothing of this package but `plugin_substrate.interface` and
+    `.errors`: nothing else is there in a worker. ``environments`` is where the small virtual environments go that
+    workers run in; those that are there are used again. Further keywords are keys of the metadata. What breaks the
+    rules of a manifest is a `ManifestError`.
     """
-    where, module, class_name = _place_of(plugin, place)
+    where, described = _described(plugin, place)
+    described |= code
+    if isolation is not None:
+        described["isolation"] = dict(isolation)
     digest = hashlib.sha256(os.fsencode(where)).hexdigest()[:16]
     python = environment_of_this_process(environments / digest, first=where)
-    described: dict[str, Any] = {"version": "0", "description": class_name, **code}
-    if isinstance(plugin, type):
-        described.setdefault("capabilities", tuple(sorted(collect_plugin_actions(plugin))))
-    section = CodeSection(
-        name=name or class_name,
-        module=module,
-        class_name=class_name,
-        interface=_INTERFACE,
-        isolation=dict(isolation) if isolation else None,
-        **described,
-    )
-    overrides = {"isolation": dict(isolation)} if isolation else {}
-    sources = tuple(map(str, (where, *_folders_of_this_process())))
-    install = InstallSection(python_path=str(python), source_paths=sources)
-    manifest = ManifestV2(install=install, code=section, overrides=overrides)
-    return PluginMeta(manifest=manifest)
+    data = {
+        "format_version": FORMAT_VERSION,
+        "install": {
+            "python_path": str(python),
+            "source_paths": list(map(str, (where, *_folders_of_this_process()))),
+        },
+        "code": described,
+        "drift_tracking": {"config_schema_hash": compute_config_schema_hash(described.get("config_schema"))},
+        "overrides": {"isolation": described.get("isolation") or {}},
+    }
+    return PluginMeta(manifest=parse_manifest(data, source=str(described["name"])))
 
 
 def environment_of_this_process(folder: Path, *, first: Path) -> Path:
@@ -76,23 +74,52 @@ def _folders_of_this_process() -> list[Path]:
     return [Path(entry).absolute() for entry in sys.path if entry and Path(entry).is_dir()]
 
 
-def _place_of(plugin: type[PluginInterface] | str, place: Path | None) -> tuple[Path, str, str]:
-    """Return the folder to import a class from, the name of its module there, and its own.
+def _described(
+    plugin: type[PluginInterface] | Mapping[str, Any] | str, place: Path | None
+) -> tuple[Path, dict[str, Any]]:
+    """Return the folder to import a plugin from, and its metadata."""
+    if isinstance(plugin, Mapping):
+        return place or _folder_of_module(str(plugin.get("module"))), {"name": "", **plugin}
+    if isinstance(plugin, str):
+        module, _, class_name = plugin.partition(":")
+        return place or _folder_of_module(module), _metadata(module, class_name)
+    folder, module = _place_of_class(plugin)
+    facts = {"capabilities": sorted(collect_plugin_actions(plugin)), "config_schema": _schema_of(plugin)}
+    return place or folder, {**_metadata(module, plugin.__name__), **facts}
+
+
+def _metadata(module: str, class_name: str) -> dict[str, Any]:
+    return {
+        "name": class_name,
+        "version": "0",
+        "description": class_name,
+        "module": module,
+        "class": class_name,
+        "interface": _INTERFACE,
+    }
+
+
+def _schema_of(plugin: type[PluginInterface]) -> dict[str, Any] | None:
+    try:
+        return plugin().get_config_schema()
+    except Exception:  # noqa: BLE001 - a plugin that cannot be created is what loading it will show
+        return None
+
+
+def _place_of_class(plugin: type[PluginInterface]) -> tuple[Path, str]:
+    """Return the folder to import a class from, and the name of its module there.
 
     A class in a test file is imported from that file's folder, whatever name the test runner gave to the module; so is
     one of this package, of which a worker sees no more than any plugin may.
     """
-    if isinstance(plugin, str):
-        module, _, class_name = plugin.partition(":")
-        return place or _folder_of_module(module), module, class_name
     file = Path(inspect.getfile(plugin)).resolve()
     parts = plugin.__module__.split(".")
     as_path = (*parts, "__init__.py") if file.name == "__init__.py" else (*parts[:-1], f"{parts[-1]}.py")
     root = Path(*file.parts[: len(file.parts) - len(as_path)])
     importable = parts[0] != "plugin_substrate" and all(part.isidentifier() for part in parts)
     if importable and file == root.joinpath(*as_path):
-        return root, plugin.__module__, plugin.__name__
-    return file.parent, file.stem, plugin.__name__
+        return root, plugin.__module__
+    return file.parent, file.stem
 
 
 def _folder_of_module(module: str) -> Path:

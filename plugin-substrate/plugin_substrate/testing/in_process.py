@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from plugin_substrate.errors import as_plugin_error
+from plugin_substrate.config_check import effective_config
+from plugin_substrate.errors import PluginCancelledError, PluginLoadError, as_plugin_error
 from plugin_substrate.interface import DATA_DIR_VARIABLE, ActiveCall, CallContext, PluginInterface
 from plugin_substrate.metadata import CallResult
 from plugin_substrate.worker.failures import describe_error, restore_error
 from plugin_substrate.worker.frames import FrameDecoder, encode_frame
 from plugin_substrate.worker.logs import LOG_FORMAT, LogStream
 from plugin_substrate.worker.values import pack_value, unpack_value
+
+PluginT = TypeVar("PluginT", bound=PluginInterface)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +55,72 @@ def run_in_process(
     with session.entered(data_dir):
         arguments = through_a_frame({"args": list(args), "kwargs": kwargs}, "")
         value = through_a_frame(plugin.execute(*arguments["args"], **arguments["kwargs"]), "result")
-    return InProcessResult(
-        value=value,
-        usage=session.usage,
-        logs=tuple(session.logs),
-        duration_seconds=time.monotonic() - started,
-        progress=tuple(session.progress),
-    )
+    return session.result(value, time.monotonic() - started)
+
+
+def stream_in_process(
+    plugin: PluginInterface,
+    *args: Any,
+    take: int | None = None,
+    call: CallContext | None = None,
+    data_dir: Path | None = None,
+    on_chunk: Callable[[Any], object] | None = None,
+    on_progress: Callable[[float, str], object] | None = None,
+    on_log: Callable[[str], object] | None = None,
+    cancel_when: Callable[[float, str], bool] | None = None,
+    **kwargs: Any,
+) -> InProcessResult:
+    """Call ``plugin.execute_stream`` as a host would; the result's value is the list of chunks.
+
+    With ``take`` the stream is ended after so many chunks, as by a reader that wants no more: the plugin's generator is
+    closed. A cancelled stream ends before its next chunk. ``on_chunk`` hears each chunk, also of a stream that fails;
+    all else is as in `run_in_process`.
+    """
+    session = _Session(plugin, call, on_progress=on_progress, on_log=on_log, cancel_when=cancel_when)
+    started = time.monotonic()
+    chunks: list[Any] = []
+    with session.entered(data_dir):
+        arguments = through_a_frame({"args": list(args), "kwargs": kwargs}, "")
+        stream = iter(plugin.execute_stream(*arguments["args"], **arguments["kwargs"]))
+        try:
+            for chunk in itertools.islice(stream, take):
+                session.check_cancel()
+                chunks.append(through_a_frame(chunk, f"chunk[{len(chunks)}]"))
+                if on_chunk is not None:
+                    on_chunk(chunks[-1])
+        finally:
+            getattr(stream, "close", lambda: None)()
+    return session.result(chunks, time.monotonic() - started)
+
+
+def load_in_process(
+    plugin_class: type[PluginT], config: Mapping[str, Any] | None = None, *, data_dir: Path | None = None
+) -> PluginT:
+    """Create and initialise a plugin as loading it does, and return it.
+
+    ``config`` is completed with the defaults of the class's schema and checked against it: a `PluginConfigError` names
+    all that is wrong with it. What fails in the plugin is a `PluginLoadError` with its phase.
+    """
+    phase = "create"
+    with _data_dir(data_dir):
+        try:
+            plugin = plugin_class()
+            phase = "schema"
+            schema = plugin.get_config_schema()
+        except Exception as error:
+            raise _load_error(plugin_class, phase, error) from error
+        whole = effective_config(plugin_class.__name__, schema, config or {})
+        try:
+            plugin.initialize(through_a_frame(whole, "config"))
+        except Exception as error:
+            raise _load_error(plugin_class, "initialize", error) from error
+    return plugin
+
+
+def _load_error(plugin_class: type, phase: str, error: Exception) -> PluginLoadError:
+    typed = restore_error(describe_error(error))
+    name = plugin_class.__name__
+    return PluginLoadError(f"plugin {name!r} failed in phase {phase!r}: {typed}", plugin_name=name, phase=phase)
 
 
 def through_a_frame(value: Any, path: str) -> Any:
@@ -78,9 +141,9 @@ class _Session:
         on_log: Callable[[str], object] | None,
         cancel_when: Callable[[float, str], bool] | None,
     ) -> None:
-        self.usage: dict[str, float] = {}
-        self.logs: list[str] = []
-        self.progress: list[tuple[float, str]] = []
+        self._usage: dict[str, float] = {}
+        self._logs: list[str] = []
+        self._progress: list[tuple[float, str]] = []
         self._plugin = plugin
         self._on_progress = on_progress
         self._on_log = on_log
@@ -99,8 +162,23 @@ class _Session:
             except Exception as error:
                 raise restore_error(describe_error(as_plugin_error(error))) from error
 
+    def check_cancel(self) -> None:
+        """Raise when the call is cancelled, whether or not the plugin looks."""
+        if self._call.cancelled:
+            raise PluginCancelledError
+
+    def result(self, value: Any, seconds: float) -> InProcessResult:
+        """Return the value with all that was reported on the way to it."""
+        return InProcessResult(
+            value=value,
+            usage=self._usage,
+            logs=tuple(self._logs),
+            duration_seconds=seconds,
+            progress=tuple(self._progress),
+        )
+
     def _report(self, progress: float, message: str) -> None:
-        self.progress.append((progress, message))
+        self._progress.append((progress, message))
         if self._on_progress is not None:
             self._on_progress(progress, message)
         if self._cancel_when is not None and not self._call.cancelled and self._cancel_when(progress, message):
@@ -115,10 +193,10 @@ class _Session:
             self._plugin.cancel()
 
     def _replace_usage(self, usage: dict[str, float]) -> None:
-        self.usage = usage
+        self._usage = usage
 
     def _log(self, line: str) -> None:
-        self.logs.append(line)
+        self._logs.append(line)
         if self._on_log is not None:
             self._on_log(line)
 

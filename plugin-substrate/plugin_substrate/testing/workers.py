@@ -81,13 +81,13 @@ class PluginWorkers:
         self._environments = environments or data_dir / "environments"
         self._runner = asyncio.Runner(loop_factory=asyncio.new_event_loop)
 
-    def describe(self, plugin: type[PluginInterface] | str, **description: Any) -> PluginMeta:
+    def describe(self, plugin: type[PluginInterface] | Mapping[str, Any] | str, **description: Any) -> PluginMeta:
         """Return what installing a plugin would have written, see `plugin_meta`."""
         return plugin_meta(plugin, environments=self._environments, **description)
 
     def start(
         self,
-        plugin: type[PluginInterface] | str | PluginMeta,
+        plugin: type[PluginInterface] | Mapping[str, Any] | str | PluginMeta,
         config: Mapping[str, Any] | None = None,
         *,
         instance_id: str | None = None,
@@ -110,7 +110,7 @@ class PluginWorkers:
 
     async def start_async(
         self,
-        plugin: type[PluginInterface] | str | PluginMeta,
+        plugin: type[PluginInterface] | Mapping[str, Any] | str | PluginMeta,
         config: Mapping[str, Any] | None = None,
         *,
         instance_id: str | None = None,

@@ -6,8 +6,10 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+from plugin_substrate.errors import PluginConfigError
 from plugin_substrate.interface import PluginInterface, plugin_action
 
 
@@ -16,16 +18,27 @@ class Sample(PluginInterface):
     version = "1.0"
 
     def initialize(self, config: dict[str, Any]) -> None:
+        if config["unit"] == "stone":
+            raise PluginConfigError("nobody weighs in stones", fields_invalid=["unit"])
         self.config = config
 
     def get_config_schema(self) -> dict[str, Any]:
-        return {}
+        unit = {"type": "string", "minLength": 1, "default": "kg"}
+        return {"type": "object", "properties": {"unit": unit}}
 
     def get_current_config(self) -> dict[str, Any]:
         return self.config
 
     def execute(self, action: str, **arguments: Any) -> Any:
         return self.run_action(action, **arguments)
+
+    def execute_stream(self, upto: int, broken: bool = False) -> Iterator[object]:
+        try:
+            for step in range(upto):
+                self.report_progress(step / upto, f"step {step}")
+                yield {"step": step, "weight": {1} if broken and step == 2 else 1.0}
+        finally:
+            print("closed")  # noqa: T201 - printing is what is tested
 
     def cancel(self) -> None:
         self.heard_cancel = self.call.call_id
@@ -68,3 +81,17 @@ class Sample(PluginInterface):
         script = "import yaml; print(yaml.safe_dump([1]))"
         done = subprocess.run([sys.executable, *flags, "-c", script], capture_output=True, text=True, check=False)
         return done.stdout + done.stderr
+
+
+def get_plugin_metadata() -> dict[str, Any]:
+    return {
+        "name": "sample",
+        "version": "1.0",
+        "description": "Shows what the test kit can do.",
+        "module": "kit_sample",
+        "class": "Sample",
+        "interface": "plugin_substrate.interface.PluginInterface",
+        "config_schema": Sample().get_config_schema(),
+        "isolation": {"processes": 2},
+        "stateless": True,
+    }

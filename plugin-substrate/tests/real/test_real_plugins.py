@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from plugin_substrate import InputFile, OutputFile, PluginInputError, PluginMeta
 from plugin_substrate.testing import PluginWorker, PluginWorkers
@@ -75,6 +76,19 @@ def test_a_model_is_trained_with_threads_and_outlives_its_worker(forecaster: Plu
     forecaster.kill()
     new = [[0.1, -0.2, 0.0, 0.3], [6.1, 5.8, 6.0, 6.3]]
     assert forecaster.call(action="forecast.predict", model="flowers", features=new).value == ["rose", "lily"]
+
+
+def test_arrays_cross_both_ways_small_and_large(forecaster: PluginWorker) -> None:
+    features, labels = flowers(60)
+    forecaster.call(action="forecast.train", model="arrays", features=np.array(features), labels=labels)
+    found = forecaster.call(action="forecast.probabilities", model="arrays", features=np.array(features)).value
+    assert (found.shape, found.dtype) == ((60, 3), np.float64)
+    assert np.allclose(found.sum(axis=1), 1)
+    table = np.random.default_rng(7).normal(5, 2, (250_000, 8))  # 16 MB there, 8 MB back
+    scaled = forecaster.call(action="forecast.standardize", table=table).value
+    assert scaled["table"].dtype == np.float32
+    assert np.allclose(scaled["table"], (table - table.mean(axis=0)) / table.std(axis=0), atol=1e-4)
+    assert np.allclose(scaled["mean"], table.mean(axis=0))
 
 
 def test_what_a_library_refuses_is_the_callers_error(forecaster: PluginWorker, plotter: PluginWorker) -> None:

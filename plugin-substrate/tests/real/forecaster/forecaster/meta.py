@@ -25,8 +25,10 @@ def get_plugin_metadata() -> dict[str, Any]:
         "capabilities": [
             "forecast.about",
             "forecast.predict",
+            "forecast.probabilities",
             "forecast.search",
             "forecast.solve",
+            "forecast.standardize",
             "forecast.train",
         ],
     }

@@ -15,6 +15,7 @@ from plugin_substrate.errors import PluginInputError
 from plugin_substrate.interface import PluginInterface, plugin_action
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.preprocessing import StandardScaler
 from sklearn.tree import DecisionTreeClassifier
 
 
@@ -81,6 +82,17 @@ class Forecaster(PluginInterface):
         if not path.is_file():
             raise PluginInputError(f"there is no model {model!r}", fields_invalid=["model"])
         return [str(label) for label in joblib.load(path).predict(np.asarray(features))]
+
+    @plugin_action("forecast.probabilities")
+    def probabilities(self, model: str, features: Any) -> Any:
+        """Answer an array with a row for each row of the array ``features`` and a column for each class."""
+        return joblib.load(self.data_dir / f"{model}.joblib").predict_proba(features)
+
+    @plugin_action("forecast.standardize")
+    def standardize(self, table: Any) -> dict[str, Any]:
+        """Answer the table with a mean of 0 and a deviation of 1 in each column, and what was taken from it."""
+        scaler = StandardScaler().fit(table)
+        return {"table": scaler.transform(table).astype(np.float32), "mean": scaler.mean_}
 
     @plugin_action("forecast.search")
     def search(self, features: Any, labels: list[str], jobs: int) -> dict[str, Any]:
