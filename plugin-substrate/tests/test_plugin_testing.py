@@ -39,6 +39,7 @@ from plugin_substrate.testing.leftovers import ProcessMark, descendants
 pytest_plugins = ["pytester"]
 
 PLUGINS = Path(__file__).parent / "plugins"
+README = Path(__file__).parents[1] / "README.md"
 
 
 @pytest.fixture(scope="module")
@@ -310,16 +311,12 @@ def test_every_action_of_the_probe_is_harmless_and_answers(plugin_workers: Plugi
 # -- as a pytest plugin
 
 
-def test_authors_get_a_worker_from_a_fixture(pytester: pytest.Pytester) -> None:
+def test_the_tests_in_the_readme_pass_with_the_plugin_in_the_readme(pytester: pytest.Pytester) -> None:
     """The plugin's package lies beside its tests, as in a project of its own."""
-    pytester.makepyfile(my_plugin=(PLUGINS / "kit_sample.py").read_text(encoding="utf-8"))
-    pytester.makepyfile(
-        test_mine="""
-        from my_plugin import Sample
-
-        def test_counting(plugin_workers):
-            worker = plugin_workers.start(Sample)
-            assert worker.call(action="sample.count", upto=3).value == 3
-        """
-    )
-    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=1)
+    blocks = README.read_text(encoding="utf-8").split("```python\n")[1:]
+    plugin, meta, *tests = [block.split("```")[0] for block in blocks if "await" not in block.split("```")[0]][:4]
+    package = pytester.mkpydir("word_count")
+    (package / "plugin.py").write_text(plugin, encoding="utf-8")
+    (package / "meta.py").write_text(meta, encoding="utf-8")
+    pytester.makepyfile(test_readme="\n\n".join(tests))
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=3)
