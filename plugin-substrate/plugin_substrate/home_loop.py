@@ -60,6 +60,7 @@ class HomeLoop:
             try:
                 loop.run_forever()
             finally:
+                loop.run_until_complete(loop.shutdown_default_executor())
                 loop.close()
 
         self._loop = loop

@@ -179,15 +179,22 @@ class LoadedInstance:
         arguments: Mapping[str, Any] | None = None,
         *,
         on_progress: Callable[[float, str], object] | None = None,
+        tenant_id: str | None = None,
     ) -> Any:
-        """Ask something of the plugin that is no call, in the worker of no tenant, which is started if need be."""
-        async with self._held("") as worker:
+        """Ask something of the plugin that is no call, in a tenant's worker, which is started if need be.
+
+        Without a tenant any worker is asked that is there, for what does not depend on whom it serves.
+        """
+        if tenant_id is None:
+            latest = max(self.workers, key=lambda worker: (worker.alive, worker.last_used), default=None)
+            tenant_id = latest.seat.tenant_id if latest else ""
+        async with self._held(tenant_id) as worker:
             proxy = await worker.ready()
             return await proxy.ask(verb, arguments, on_progress=on_progress)
 
-    async def kill_worker(self) -> None:
-        """End the worker of no tenant at once; the next call starts another."""
-        worker = self.workers.find(self._seat(""))
+    async def kill_worker(self, tenant_id: str = "") -> None:
+        """End the worker of a tenant at once; the next call starts another."""
+        worker = self.workers.find(self._seat(tenant_id))
         if worker is not None and worker.proxy is not None:
             await worker.proxy.kill()
 

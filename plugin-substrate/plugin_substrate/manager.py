@@ -2,45 +2,40 @@
 
 from __future__ import annotations
 
-import logging
-import secrets
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from plugin_substrate.arguments import with_paths
-from plugin_substrate.concurrent_loading import result_keys, run_concurrently
-from plugin_substrate.discovery import find_manifests, manifest_folders
-from plugin_substrate.errors import PluginConfigError, PluginError
+from plugin_substrate.binding import PluginBinding
+from plugin_substrate.discovery import manifest_folders
 from plugin_substrate.home_loop import HomeLoop
 from plugin_substrate.instance import CallListeners, CancelOutcome
 from plugin_substrate.instances import InstanceTable
 from plugin_substrate.interface import CallContext
-from plugin_substrate.manifest import NAME_PATTERN
-from plugin_substrate.metadata import CallResult, PluginInstance, PluginLoadSpec, PluginMeta, RejectedManifest
+from plugin_substrate.managing.loading import LoadingVerbs
+from plugin_substrate.managing.operating import OperatingVerbs
+from plugin_substrate.metadata import CallResult, PluginMeta, RejectedManifest
 from plugin_substrate.recorder import EmpiricalRecorder
 from plugin_substrate.revival import Revival
 from plugin_substrate.scheduling import PermissiveScheduler, ResourceScheduler
+from plugin_substrate.stores.config import LocalPluginConfigStore, PluginConfigStore
 from plugin_substrate.stores.empirical import (
     EmpiricalResourceRecord,
     EmpiricalResourceStore,
     LocalEmpiricalResourceStore,
 )
+from plugin_substrate.stores.secret import LocalSecretStore, SecretStore
 from plugin_substrate.telemetry import PluginStats, ResourceSnapshot, snapshot_of, worker_stats
-from plugin_substrate.tenant_worker import InstanceSettings
 from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers
 
-_logger = logging.getLogger(__name__)
-
-_MAX_ID = 64
-_NEW_ID_BYTES = 3
+__all__ = ["PluginBinding", "PluginManager"]
 
 
-class PluginManager:
+class PluginManager(LoadingVerbs, OperatingVerbs):
     """Owns the plugin processes of one host.
 
     The asynchronous methods belong to the event loop they are first used on; the synchronous ones hand their work to
@@ -62,12 +57,18 @@ class PluginManager:
         scheduler: ResourceScheduler | None = None,
         empirical_store: EmpiricalResourceStore | None = None,
         empirical_tracking: bool = True,
+        config_store: PluginConfigStore | None = None,
+        secret_store: SecretStore | None = None,
+        drift_detection: bool = True,
+        prefetch_stall_threshold_seconds: float = 60.0,
     ) -> None:
         """``isolation`` is what plugins get where nothing else is said; ``require`` names layers all must hold.
 
         ``max_tenant_workers`` bounds the workers of one instance, and ``revive`` says when dead ones are replaced. A
         ``scheduler`` decides which calls may have what their plugin needs; without one, all may. What calls took goes
-        to ``empirical_store``, by default a file below ``data_dir``, unless ``empirical_tracking`` is false.
+        to ``empirical_store``, unless ``empirical_tracking`` is false. The stores are files below ``data_dir`` unless
+        others are given. ``drift_detection`` asks each loaded plugin for its schema, to tell when it is no longer the
+        manifest's.
         """
         problems: list[str] = []
         self._require = parse_required_layers(list(require), "require", problems)
@@ -82,140 +83,16 @@ class PluginManager:
             raise ValueError(f"max_tenant_workers must be at least 1, not {max_tenant_workers}")
         self._max_tenant_workers = max_tenant_workers
         self._revive = revive
+        self._config_store = config_store or LocalPluginConfigStore(self._data_dir / "plugin_configs.db")
+        self._secret_store = secret_store or LocalSecretStore(self._data_dir / "secrets" / "secrets.json")
+        self._drift_detection = drift_detection
+        self._prefetch_stall_seconds = prefetch_stall_threshold_seconds
         self._home = HomeLoop()
         self._discovered: dict[str, PluginMeta] = {}
         self._rejected: tuple[RejectedManifest, ...] = ()
         store = empirical_store or LocalEmpiricalResourceStore(self._data_dir / "empirical_resources.db")
         self._recorder = EmpiricalRecorder(store) if empirical_tracking else None
         self._instances = InstanceTable(scheduler or PermissiveScheduler(), self._recorder)
-
-    # -- finding
-
-    def discover_manifests(self) -> list[PluginMeta]:
-        """Read the manifest folders anew and return the plugins found; what is wrong is in `rejected_manifests`."""
-        found, rejected = find_manifests(self._folders)
-        self._discovered = {meta.name: meta for meta in found}
-        self._rejected = tuple(rejected)
-        for bad in rejected:
-            _logger.error("manifest %s is not used: %s", bad.path, bad.reason)
-        return found
-
-    @property
-    def rejected_manifests(self) -> tuple[RejectedManifest, ...]:
-        """The manifests the last discovery did not take, each with its reason."""
-        return self._rejected
-
-    def get_discovered_meta(self, name: str) -> PluginMeta | None:
-        """Return what the last discovery found under a name."""
-        return self._discovered.get(name)
-
-    def get_instance(self, instance_id: str) -> PluginInstance:
-        """Return an instance as it stands; a `PluginNotLoadedError` when there is none."""
-        return self._instances.get(instance_id).view()
-
-    def list_instances(self, plugin_name: str | None = None) -> list[PluginInstance]:
-        """Return the loaded instances, of one plugin or of all."""
-        views = [instance.view() for instance in self._instances.all()]
-        return [view for view in views if plugin_name in (None, view.plugin_name)]
-
-    # -- loading
-
-    async def load_plugin_async(
-        self,
-        meta: PluginMeta,
-        config: Mapping[str, Any] | None = None,
-        *,
-        instance_id: str | None = None,
-        new_instance: bool = False,
-        max_concurrent_requests: int = 1,
-        tenant_id: str = "",
-    ) -> PluginInstance:
-        """Start a worker and initialise the plugin in it; an id that is loaded already is returned as it is.
-
-        Concurrent loads of one id give one worker. A `PluginConfigError` is found before anything is started; a
-        `PluginLoadError` names plugin, phase and last log lines, and leaves no process (a `PluginConfinementError`: for
-        want of a required layer); a `PluginNotLoadedError` tells that it was unloaded meanwhile. Cancelling the
-        awaiting task does not stop the load.
-
-        The id is ``instance_id``, or the plugin's name, or with ``new_instance`` the name and six random hex digits.
-        The worker that is started is the one of ``tenant_id``; every other tenant's starts at its first call.
-        """
-        self._home.adopt()
-        chosen = self._choose_id(meta, instance_id, new_instance=new_instance)
-        if not NAME_PATTERN.fullmatch(chosen):
-            raise ValueError(f"instance_id must be 1 to 64 letters, digits, - or _, not {chosen!r}")
-        if max_concurrent_requests < 1:
-            raise ValueError(f"max_concurrent_requests must be at least 1, not {max_concurrent_requests}")
-        if chosen not in self._instances:
-            await self._instances.load(self._settings(chosen, meta, config, max_concurrent_requests), tenant_id)
-        return self.get_instance(chosen)
-
-    def load_plugin(
-        self,
-        meta: PluginMeta,
-        config: Mapping[str, Any] | None = None,
-        *,
-        instance_id: str | None = None,
-        new_instance: bool = False,
-        max_concurrent_requests: int = 1,
-    ) -> bool:
-        """Load synchronously; a failure is logged and is False. A wrong ``instance_id`` is a ValueError."""
-        try:
-            self._home.run(
-                lambda: self.load_plugin_async(
-                    meta,
-                    config,
-                    instance_id=instance_id,
-                    new_instance=new_instance,
-                    max_concurrent_requests=max_concurrent_requests,
-                )
-            )
-        except PluginError:
-            _logger.exception("plugin %s could not be loaded", meta.name)
-            return False
-        return True
-
-    async def load_plugins_concurrent(
-        self, specs: Sequence[PluginLoadSpec], *, max_concurrency: int | None = None, fail_fast: bool = False
-    ) -> dict[str, str | Exception]:
-        """Load side by side; return the instance id or the error of each under its `result_keys`.
-
-        With ``fail_fast`` nothing is begun after the first error. Two specs of one instance are a ValueError.
-        """
-        self._home.adopt()
-        work = {key: partial(self._load_spec, spec) for key, spec in zip(result_keys(specs), specs, strict=True)}
-        return await run_concurrently(work, max_concurrency=max_concurrency, fail_fast=fail_fast)
-
-    async def unload_plugins_concurrent(
-        self, instance_ids: Sequence[str], *, max_concurrency: int | None = None, fail_fast: bool = False
-    ) -> dict[str, bool | Exception]:
-        """Unload side by side; return under each id whether it was loaded, or the error."""
-        self._home.adopt()
-        work = {instance_id: partial(self.unload_plugin_async, instance_id) for instance_id in instance_ids}
-        return await run_concurrently(work, max_concurrency=max_concurrency, fail_fast=fail_fast)
-
-    async def unload_plugin_async(self, instance_id: str) -> bool:
-        """Unload; False when nothing has this id. Calls still running lose their worker after the grace.
-
-        A load in progress is given up. Cancelling the awaiting task does not stop the unloading.
-        """
-        self._home.adopt()
-        return await self._instances.unload(instance_id)
-
-    def unload_plugin(self, instance_id: str) -> bool:
-        """Unload synchronously; False when nothing has this id."""
-        return self._home.run(lambda: self.unload_plugin_async(instance_id))
-
-    async def unload_all_async(self) -> None:
-        """Unload everything; when this returns no process of any plugin is left."""
-        self._home.adopt()
-        await self._instances.unload_all()
-        self._home.release()
-
-    def unload_all(self) -> None:
-        """Unload everything, synchronously."""
-        self._home.run(self._instances.unload_all)
-        self._home.release()
 
     # -- calling
 
@@ -370,6 +247,14 @@ class PluginManager:
 
     # -- around
 
+    def bind(self, name: str, default_config: Mapping[str, Any] | None = None) -> PluginBinding:
+        """Return the verbs of one plugin's default instance; whether it is discovered or loaded is asked at each."""
+        return PluginBinding(self, name, default_config)
+
+    def get_plugin(self, instance_id: str) -> PluginBinding | None:
+        """Return the verbs of an instance, None when there is none."""
+        return PluginBinding(self, instance_id) if instance_id in self._instances else None
+
     async def __aenter__(self) -> PluginManager:
         self._home.adopt()
         return self
@@ -378,60 +263,3 @@ class PluginManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.unload_all_async()
-
-    async def _load_spec(self, spec: PluginLoadSpec) -> str:
-        loaded = await self.load_plugin_async(
-            spec.meta,
-            spec.config,
-            instance_id=spec.instance_id,
-            new_instance=spec.new_instance,
-            max_concurrent_requests=spec.max_concurrent_requests,
-        )
-        return loaded.instance_id
-
-    def _choose_id(self, meta: PluginMeta, instance_id: str | None, *, new_instance: bool) -> str:
-        if instance_id is not None or not new_instance:
-            return meta.name if instance_id is None else instance_id
-        room = _MAX_ID - _NEW_ID_BYTES * 2 - 1
-        while True:
-            chosen = f"{meta.name[:room]}-{secrets.token_hex(_NEW_ID_BYTES)}"
-            if chosen not in self._instances:
-                return chosen
-
-    def _settings(
-        self, instance_id: str, meta: PluginMeta, config: Mapping[str, Any] | None, max_concurrent_requests: int
-    ) -> InstanceSettings:
-        return InstanceSettings(
-            instance_id=instance_id,
-            meta=meta,
-            config=_effective_config(meta, config or {}),
-            data_dir=self._data_dir / "data" / meta.name,
-            log_path=self._data_dir / "logs" / f"{instance_id}.log",
-            worker_env=lambda: meta.manifest.install.env_vars,
-            max_concurrent_requests=max_concurrent_requests,
-            max_workers=self._max_tenant_workers,
-            grace_seconds=self._grace_seconds,
-            load_timeout=self._load_timeout,
-            revive=self._revive,
-            isolation=meta.manifest.isolation_profile(self._isolation),
-            required_layers=(*self._require, *meta.manifest.required_layers),
-        )
-
-
-def _effective_config(meta: PluginMeta, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the schema's defaults with the given values over them; unknown keys are a `PluginConfigError`."""
-    properties = meta.config_schema.get("properties")
-    if not isinstance(properties, dict):
-        return dict(config)
-    unknown = sorted(set(config) - set(properties))
-    if unknown:
-        known = ", ".join(sorted(properties)) or "none"
-        raise PluginConfigError(
-            f"plugin {meta.name!r} has no setting {', '.join(unknown)}; it has: {known}", fields_invalid=unknown
-        )
-    defaults = {
-        name: schema["default"]
-        for name, schema in properties.items()
-        if isinstance(schema, dict) and "default" in schema  # true and false are schemas too
-    }
-    return {**defaults, **config}

@@ -1,11 +1,11 @@
 """Manifest 2.0: one JSON file per installed plugin. Reading one checks every type and lists every violation.
 
-A manifest that breaks a rule is never half-used: `load_manifest` raises a `ManifestError` that names all of them.
+One of version 1.0 is read too, and is of version 2.0 when it is written again. A manifest that breaks a rule is never
+half-used: `load_manifest` raises a `ManifestError` that names all of them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -17,7 +17,11 @@ from functools import cached_property
 from pathlib import Path, PurePath
 from typing import Any, TypeVar, get_type_hints
 
+from plugin_substrate.declarations import parse_taxonomy, parse_worker_env
 from plugin_substrate.errors import ManifestError
+from plugin_substrate.hashing import hash_dict_canonical
+from plugin_substrate.legacy_manifest import LEGACY_VERSION, upgraded
+from plugin_substrate.manifest_sections import CodeSection, DriftSection, InstallSection
 from plugin_substrate.requirements import ResourceRequirements, parse_requirements
 from plugin_substrate.worker.isolation import (
     IsolationProfile,
@@ -26,6 +30,23 @@ from plugin_substrate.worker.isolation import (
     parse_terms,
     resolve_profile,
 )
+
+__all__ = [
+    "CAPABILITY_PATTERN",
+    "FORMAT_VERSION",
+    "MAX_MANIFEST_BYTES",
+    "NAME_PATTERN",
+    "CodeSection",
+    "DriftSection",
+    "InstallSection",
+    "ManifestV2",
+    "compute_config_schema_hash",
+    "load_manifest",
+    "manifest_to_dict",
+    "parse_manifest",
+    "parse_strict_json",
+    "write_manifest",
+]
 
 FORMAT_VERSION = "2.0"
 MAX_MANIFEST_BYTES = 1 << 20
@@ -40,58 +61,17 @@ _Parsed = TypeVar("_Parsed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class InstallSection:
-    """Where the plugin lives on this machine: facts of the installer.
-
-    ``source_paths`` are folders outside the environment that its code is read from: editable installations.
-    """
-
-    python_path: str
-    conda_env: str = ""
-    db_path: str = ""
-    package_source: str = ""
-    installer_version: str = ""
-    installed_at: str = ""
-    env_vars: dict[str, str] = field(default_factory=dict)
-    source_paths: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodeSection:
-    """What the plugin says about itself in its ``meta`` module."""
-
-    name: str
-    version: str
-    description: str
-    module: str
-    class_name: str
-    interface: str
-    idempotent: bool = False
-    stateless: bool = False
-    capabilities: tuple[str, ...] = ()
-    taxonomy: dict[str, Any] | None = None
-    resources: dict[str, Any] | None = None
-    config_schema: dict[str, Any] | None = None
-    worker_env: tuple[dict[str, Any], ...] = ()
-    isolation: dict[str, Any] | None = None
-    regenerated_at: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DriftSection:
-    """What the schema was when the manifest was written."""
-
-    config_schema_hash: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
 class ManifestV2:
-    """A valid manifest. ``overrides`` is the operator's: ``isolation`` grants, ``require`` names needed layers."""
+    """A valid manifest. ``overrides`` is the operator's: ``isolation`` grants, ``require`` names needed layers.
+
+    ``format_version`` is what the file was read as; it is always written as 2.0.
+    """
 
     install: InstallSection
     code: CodeSection
-    drift_tracking: DriftSection = DriftSection()
+    drift_tracking: DriftSection = field(default_factory=DriftSection)
     overrides: dict[str, Any] = field(default_factory=dict)
+    format_version: str = FORMAT_VERSION
 
     @cached_property
     def resources(self) -> ResourceRequirements:
@@ -124,8 +104,7 @@ class ManifestV2:
 
 def compute_config_schema_hash(schema: Mapping[str, Any] | None) -> str:
     """Return ``sha256:<hex>`` of the schema with sorted keys and no spaces; a missing schema counts as ``{}``."""
-    text = json.dumps(schema or {}, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+    return hash_dict_canonical(schema)
 
 
 def load_manifest(path: Path) -> ManifestV2:
@@ -156,10 +135,12 @@ def parse_manifest(data: object, *, source: str = "") -> ManifestV2:
     """Turn a decoded JSON value into a manifest, or raise a `ManifestError` with every violation."""
     if not isinstance(data, dict):
         raise ManifestError(["the top level must be an object"], source=source)
-    if data.get("format_version") != FORMAT_VERSION:
-        found = data.get("format_version")
-        raise ManifestError([f'format_version must be the text "{FORMAT_VERSION}", not {found!r}'], source=source)
     problems: list[str] = []
+    version = data.get("format_version", LEGACY_VERSION)
+    if "format_version" not in data:
+        data = upgraded(data, problems)
+    elif version != FORMAT_VERSION:
+        raise ManifestError([f'format_version must be the text "{FORMAT_VERSION}", not {version!r}'], source=source)
     sections = {"format_version", "install", "code", "drift_tracking", "overrides"}
     problems += [f"unknown key {key!r}" for key in data if key not in sections]
     values = {name: _checked(data, name, kind, problems) for name, kind in _SECTIONS.items()}
@@ -169,6 +150,9 @@ def parse_manifest(data: object, *, source: str = "") -> ManifestV2:
     else:
         parse_terms(overrides.get("isolation", {}), "overrides.isolation", problems)
         parse_required_layers(overrides.get("require", []), "overrides.require", problems)
+        category = overrides.get("category_override", "")
+        if not isinstance(category, str) or not category.isprintable():
+            problems.append(f"overrides.category_override must be one printable line, not {category!r:.80}")
     if not problems:
         problems += _rules(values["install"], values["code"], values["drift_tracking"])
     if problems:
@@ -178,6 +162,7 @@ def parse_manifest(data: object, *, source: str = "") -> ManifestV2:
         code=CodeSection(**values["code"]),
         drift_tracking=DriftSection(**values["drift_tracking"]),
         overrides=overrides,
+        format_version=version,
     )
 
 
@@ -277,8 +262,9 @@ def _rules(install: dict[str, Any], code: dict[str, Any], drift: dict[str, Any])
     problems += [f"code.{key} must be one printable line, not {code[key]!r:.80}" for key in unfit]
     if "." not in code["interface"]:
         problems.append(f"code.interface must be a dotted name, not {code['interface']!r}")
-    taxonomy = code.get("taxonomy") or {}
-    if taxonomy.get("interface_fqcn", code["interface"]) != code["interface"]:
+    taxonomy = parse_taxonomy(code.get("taxonomy") or {}, "code.taxonomy", problems)
+    parse_worker_env(code.get("worker_env", ()), "code.worker_env", problems)
+    if taxonomy.interface_fqcn not in ("", code["interface"]):
         problems.append("code.taxonomy.interface_fqcn must equal code.interface")
     capabilities = code.get("capabilities", ())
     wrong = [capability for capability in capabilities if not CAPABILITY_PATTERN.fullmatch(capability)]

@@ -8,17 +8,33 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from plugin_substrate.declarations import (
+    PluginTaxonomy,
+    parse_taxonomy,
+    parse_worker_env,
+)
 from plugin_substrate.hashing import hash_dict_canonical
+from plugin_substrate.interface import EnvVarSpec
 from plugin_substrate.manifest import ManifestV2
 from plugin_substrate.requirements import ResourceRequirements
 
 
 @dataclass(frozen=True, kw_only=True)
 class PluginMeta:
-    """A plugin that was found: its manifest and where that lies."""
+    """A plugin that was found: its manifest and where that lies.
+
+    The rest is of its default instance, when a manager was asked for it: ``instance`` is None when none is loaded,
+    ``config_schema_drift`` tells that the code's schema is no longer the manifest's, and ``live_config_schema`` is then
+    the code's. What configurations are checked against stays the manifest's.
+    """
 
     manifest: ManifestV2
     source: Path | None = None
+    instance: PluginInstance | None = None
+    enabled: bool = True
+    last_executed: datetime | None = None
+    config_schema_drift: bool = False
+    live_config_schema: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -64,6 +80,21 @@ class PluginMeta:
     def config_schema(self) -> Mapping[str, Any]:
         """The JSON Schema of its configuration, empty when there is none."""
         return self.manifest.code.config_schema or {}
+
+    @property
+    def taxonomy(self) -> PluginTaxonomy:
+        """Where it belongs."""
+        return parse_taxonomy(self.manifest.code.taxonomy or {}, "code.taxonomy", [])
+
+    @property
+    def worker_env(self) -> tuple[EnvVarSpec, ...]:
+        """The variables its worker reads."""
+        return parse_worker_env(self.manifest.code.worker_env, "code.worker_env", [])
+
+    @property
+    def category(self) -> str:
+        """The heading it stands under: the operator's word, else the domain's label."""
+        return str(self.manifest.overrides.get("category_override") or self.taxonomy.label)
 
 
 @dataclass(frozen=True, kw_only=True)

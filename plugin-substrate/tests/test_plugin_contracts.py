@@ -3,7 +3,9 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import plugin_substrate
@@ -15,6 +17,16 @@ PACKAGE = Path(plugin_substrate.__file__).parent
 PROJECT = PACKAGE.parent
 
 
+@pytest.fixture
+def loggers_as_they_were() -> Iterator[None]:
+    """The linter configures logging, which switches off every logger there is."""
+    before = {name: logging.getLogger(name).disabled for name in logging.root.manager.loggerDict}
+    yield
+    for name, disabled in before.items():
+        logging.getLogger(name).disabled = disabled
+
+
+@pytest.mark.usefixtures("loggers_as_they_were")
 def test_the_import_contracts_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(PROJECT)
     assert lint_imports(config_filename=str(PROJECT / ".importlinter"), no_cache=True) == 0

@@ -143,3 +143,14 @@ class Monitor(Adjustable):
 
     def list_processes(self):
         return [{"pid": os.getpid(), "gpu_memory_mb": 0.0}]
+
+
+class Optionless(Adjustable):
+    def get_config_options(self):
+        return {"device": ["cpu"]}
+
+
+class RaisesOnCreate(Adjustable):
+    def __init__(self):
+        print("about to fail")
+        raise RuntimeError("no such device")
