@@ -22,6 +22,11 @@ def prctl(option: int, *arguments: int | bytes) -> int:
     return _checked(_libc.prctl(ctypes.c_int(option), *values), f"prctl({option})")
 
 
+def unshare(flags: int) -> None:
+    """Leave namespaces that this process shares with others."""
+    _checked(_libc.unshare(ctypes.c_int(flags)), "unshare")
+
+
 def system_call(number: int, *arguments: int | bytes) -> int:
     """Call by number. Bytes stand for a pointer to a copy of them."""
     return _checked(_libc.syscall(ctypes.c_long(number), *map(_argument, arguments)), f"system call {number}")

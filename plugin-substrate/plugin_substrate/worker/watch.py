@@ -1,0 +1,71 @@
+"""Bounds that the kernel does not keep for a tree of processes without a cgroup: sampled, and the tree then killed.
+
+What is over its bound for less than the time between two samples is not noticed. Memory is looked at the more often, the
+less room is left: at the speed at which memory can be filled, it must not be missed by much.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from plugin_substrate.worker.isolation import IsolationProfile
+
+_FILLED_PER_SECOND = 4 << 30  # bytes that a few threads can touch for the first time
+_SHORTEST, _LONGEST, _LONGEST_OF_TREE = 0.01, 0.5, 0.1  # seconds between samples
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+@dataclass(frozen=True)
+class Excess:
+    """What a worker and its processes had too much of."""
+
+    resource: str  #: ``memory`` in bytes, or ``processes``
+    needed: int
+    available: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One look at a tree: what is over its bound, and after how many seconds to look again."""
+
+    excess: Excess | None
+    next_seconds: float
+
+
+def look_at(pid: int, profile: IsolationProfile) -> Sample:
+    """Sample the tree below a worker; what ends meanwhile counts for nothing."""
+    pids = [pid] if not profile.processes else _tree(pid, profile.processes + 2)
+    resident = sum(map(_resident_bytes, pids))
+    excess = None
+    if resident > profile.memory_bytes:
+        excess = Excess("memory", resident, profile.memory_bytes)
+    elif len(pids) - 1 > profile.processes:
+        excess = Excess("processes", len(pids) - 1, profile.processes)
+    longest = _LONGEST_OF_TREE if profile.processes else _LONGEST
+    room = (profile.memory_bytes - resident) / _FILLED_PER_SECOND
+    return Sample(excess, min(max(room, _SHORTEST), longest))
+
+
+def _tree(pid: int, most: int) -> list[int]:
+    """Return a process and those below it, at most so many."""
+    found: list[int] = []
+    waiting = [pid]
+    while waiting and len(found) < most:
+        current = waiting.pop()
+        found.append(current)
+        try:
+            for task in os.listdir(f"/proc/{current}/task"):
+                text = Path(f"/proc/{current}/task/{task}/children").read_text(encoding="ascii")
+                waiting += map(int, text.split())
+        except OSError:
+            continue
+    return found
+
+
+def _resident_bytes(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE
+    except (OSError, IndexError):
+        return 0
