@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from plugin_substrate.errors import PluginCancelledError, ProtocolError, WorkerDiedError
+from plugin_substrate.errors import (
+    PluginCancelledError,
+    PluginError,
+    PluginResourceError,
+    ProtocolError,
+    ResourceShortfall,
+    WorkerDiedError,
+    WorkerOOMError,
+)
 from plugin_substrate.worker.text import clean_line
 
 _SHOWN_LINES = 20
 _SHOWN_CHARACTERS = 200
 
 
-def death_of(returncode: int | None, broken: ProtocolError | None, lines: Sequence[str]) -> WorkerDiedError:
-    """Return the error that tells of a death; ``broken`` is what the host killed it for, if it did."""
+@dataclass(frozen=True)
+class WorkerExit:
+    """How a worker ended: ``returncode`` is None if nobody knows, ``shortfall`` what its supervisor killed it for."""
+
+    returncode: int | None
+    shortfall: ResourceShortfall | None = None
+
+
+def death_of(ended: WorkerExit, broken: ProtocolError | None, lines: Sequence[str]) -> PluginError:
+    """Return the error that tells of a death; ``broken`` is what the host killed it for, if it did.
+
+    A `WorkerDiedError`; a `WorkerOOMError` or another `PluginResourceError` when it was killed for what it took.
+    """
+    if ended.shortfall is not None and broken is None:
+        return _excess(ended, ended.shortfall, lines)
+    returncode = ended.returncode
     name = _signal_name(returncode)
     how = "ended" if returncode is None else f"ended with status {returncode}"
     if name:
@@ -27,7 +50,20 @@ def death_of(returncode: int | None, broken: ProtocolError | None, lines: Sequen
     return error
 
 
-def forced_end_of(call_id: str, death: WorkerDiedError) -> PluginCancelledError:
+def _excess(ended: WorkerExit, shortfall: ResourceShortfall, lines: Sequence[str]) -> PluginError:
+    message = (
+        f"the worker was killed: it and its processes took {shortfall.needed} of {shortfall.available} granted "
+        f"({shortfall.resource})"
+    )
+    if shortfall.resource != "memory":
+        return PluginResourceError(message, resource_shortfall=shortfall, outcome_known=False)
+    tail = tuple(lines)[-_SHOWN_LINES:]
+    return WorkerOOMError(
+        message, process_returncode=ended.returncode, log_tail=tail, resource_shortfall=shortfall, outcome_known=False
+    )
+
+
+def forced_end_of(call_id: str, death: PluginError) -> PluginCancelledError:
     """Return the error of the call for whose sake its worker was killed."""
     error = PluginCancelledError(
         f"call {call_id} did not end in time, so its worker was killed", forced=True, outcome_known=False

@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plugin_substrate.errors import PluginFatalError
+from plugin_substrate.deaths import WorkerExit
+from plugin_substrate.errors import PluginFatalError, ResourceShortfall
 from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
+from plugin_substrate.sweep import MARK_VARIABLE, new_mark, sweep_dead_hosts, sweep_supervisor
 from plugin_substrate.worker.isolation import IsolationProfile, profile_to_json
 from plugin_substrate.worker.supervisor import MAX_MESSAGE_BYTES
 
@@ -33,13 +35,13 @@ def interpreter_command(python: str, *arguments: str) -> list[str]:
 
 @dataclass(kw_only=True)
 class WorkerProcess:
-    """A forked worker: its socket, its log pipe's read end, and a future of its return code (None if nobody knows)."""
+    """A forked worker: its socket, its log pipe's read end, and a future of its end."""
 
     connection: socket.socket
     log_descriptor: int
     pid: int
     pidfd: int
-    returncode: asyncio.Future[int | None]
+    exit: asyncio.Future[WorkerExit]
 
     def __post_init__(self) -> None:
         self._poll = select.poll()
@@ -66,14 +68,14 @@ class WorkerProcess:
             loop.remove_reader(self.pidfd)
             callback()
 
-        loop = self.returncode.get_loop()
+        loop = self.exit.get_loop()
         if self.pidfd >= 0:
             loop.add_reader(self.pidfd, on_end)
 
     def close(self) -> None:
         """Give up the descriptor of the process."""
         if self.pidfd >= 0:
-            self.returncode.get_loop().remove_reader(self.pidfd)
+            self.exit.get_loop().remove_reader(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1
 
@@ -85,10 +87,12 @@ class Supervisor:
         """Start the process. An interpreter that cannot be started is an OSError."""
         self._loop = asyncio.get_running_loop()
         self._counter = 0
+        self._mark = new_mark()
+        self._sessions: set[int] = set()  # of workers that may leave processes behind
         self._turn = asyncio.Lock()
         self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
         self._asked: dict[int, asyncio.Future[dict[str, float | None]]] = {}
-        self._exits: dict[int, asyncio.Future[int | None]] = {}
+        self._exits: dict[int, asyncio.Future[WorkerExit]] = {}
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         log_read, log_write = os.pipe()
@@ -98,7 +102,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log_write,
                 stderr=log_write,
-                env={"PATH": os.defpath, "LANG": "C.UTF-8"},
+                env={"PATH": os.defpath, "LANG": "C.UTF-8", MARK_VARIABLE: self._mark},
                 cwd="/",
                 pass_fds=(remote.fileno(),),
                 start_new_session=True,
@@ -140,8 +144,12 @@ class Supervisor:
             raise PluginFatalError(f"the supervisor is gone: {' | '.join(self._lines) or 'no last words'}")
         self._counter += 1
         number = self._counter
+        if isolation.processes:
+            env = {**env, MARK_VARIABLE: self._mark}
+            if not self._sessions:
+                await asyncio.to_thread(sweep_dead_hosts)
         spawned = self._spawning[number] = self._loop.create_future()
-        returncode = self._exits[number] = self._loop.create_future()
+        exited = self._exits[number] = self._loop.create_future()
         connection, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         log_read, log_write = os.pipe()
         try:
@@ -151,6 +159,8 @@ class Supervisor:
             self._send(request, [remote.fileno(), log_write])
             self._wake()
             pid, pidfd = await spawned
+            if isolation.processes:
+                self._sessions.add(pid)
         except BaseException:
             connection.close()
             os.close(log_read)
@@ -160,9 +170,7 @@ class Supervisor:
         finally:
             remote.close()
             os.close(log_write)
-        return WorkerProcess(
-            connection=connection, log_descriptor=log_read, pid=pid, pidfd=pidfd, returncode=returncode
-        )
+        return WorkerProcess(connection=connection, log_descriptor=log_read, pid=pid, pidfd=pidfd, exit=exited)
 
     async def stats(self) -> dict[str, float | None]:
         """Return what it says of itself, see `worker.usage.process_stats`; a `PluginFatalError` when it is gone."""
@@ -223,8 +231,9 @@ class Supervisor:
                 _resolve(self._spawning.pop(number), PluginFatalError(f"the worker cannot be forked: {reason}"))
             case {"stats": number, "figures": figures}:
                 _resolve(self._asked.pop(number), figures)
-            case {"exited": number, "returncode": returncode}:
-                _resolve(self._exits.pop(number), returncode)
+            case {"exited": number, "returncode": returncode, "excess": excess}:
+                shortfall = ResourceShortfall(**excess) if excess else None
+                _resolve(self._exits.pop(number), WorkerExit(returncode, shortfall))
 
     def _lose_control(self) -> None:
         """Close our end; whoever waits for a message learns that none will come."""
@@ -236,8 +245,8 @@ class Supervisor:
         waiting: list[asyncio.Future[Any]] = [*self._spawning.values(), *self._asked.values()]
         for future in waiting:
             _resolve(future, PluginFatalError(f"the supervisor died: {' | '.join(self._lines) or 'no last words'}"))
-        for returncode in self._exits.values():
-            _resolve(returncode, None)
+        for exited in self._exits.values():
+            _resolve(exited, WorkerExit(None))
         self._spawning.clear()
         self._asked.clear()
         self._exits.clear()
@@ -250,10 +259,14 @@ class Supervisor:
         def reap() -> None:
             self._loop.remove_reader(pidfd)
             os.close(pidfd)
-            self._process.wait()
+            killed = self._process.wait() != 0
             self._lose_control()
             self._log.close()
-            _resolve(ended, None)
+            if not (killed and self._sessions):
+                _resolve(ended, None)
+                return
+            swept = self._loop.run_in_executor(None, sweep_supervisor, self._mark, frozenset(self._sessions))
+            swept.add_done_callback(lambda _: _resolve(ended, None))
 
         self._loop.add_reader(pidfd, reap)
         return ended

@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from plugin_substrate.connection import WorkerConnection
-from plugin_substrate.deaths import death_of, forced_end_of
+from plugin_substrate.deaths import WorkerExit, death_of, forced_end_of
 from plugin_substrate.errors import (
     PluginConfinementError,
+    PluginError,
     PluginLoadError,
     ProtocolError,
     WireValueError,
@@ -61,7 +62,7 @@ class RemotePluginProxy:
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[None] = self._loop.create_future()
         self._greeted: asyncio.Future[None] = self._loop.create_future()
-        self._gone: asyncio.Future[WorkerDiedError] = self._loop.create_future()
+        self._gone: asyncio.Future[PluginError] = self._loop.create_future()
         self._on_loading: Callable[[float, str], object] = lambda *_: None
         self.layers: tuple[str, ...] = ()
         self.python_version = ""
@@ -208,16 +209,16 @@ class RemotePluginProxy:
     async def _bury(self) -> None:
         if self._reading:
             await asyncio.wait(self._reading)
-        await asyncio.wait({self._process.returncode}, timeout=_EXIT_REPORT_SECONDS)
+        await asyncio.wait({self._process.exit}, timeout=_EXIT_REPORT_SECONDS)
         self._process.close()
         self._log.close()
-        returncode = self._process.returncode.result() if self._process.returncode.done() else None
-        self._gone.set_result(death_of(returncode, self._broken, self._lines))
+        ended = self._process.exit.result() if self._process.exit.done() else WorkerExit(None)
+        self._gone.set_result(death_of(ended, self._broken, self._lines))
         waiting = [*self._calls.values(), *self._asks.values()]
         self._calls, self._asks = {}, {}
         for call in waiting:
             lines = call.logs if self._shared else self._lines
-            death = death_of(returncode, self._broken, lines)  # each waiter raises an error of its own
+            death = death_of(ended, self._broken, lines)  # each waiter raises an error of its own
             call.fail(forced_end_of(call.context.call_id, death) if call.forced else death)
 
     def _handle(self, frame: Frame) -> None:

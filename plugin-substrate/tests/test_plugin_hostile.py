@@ -9,6 +9,7 @@ import select
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from plugin_substrate import (
     WireValueError,
     WorkerDiedError,
 )
+from plugin_substrate.testing.leftovers import seen_from_here
 
 MetaFactory = Callable[..., PluginMeta]
 
@@ -268,15 +270,17 @@ async def test_a_stopped_supervisor_is_woken_when_it_is_needed(hostile: PluginMa
 
 async def test_a_call_ends_even_when_a_descendant_of_its_dead_worker_holds_the_socket(forking: PluginManager) -> None:
     task, child = await started(forking, "escape")
-    descriptor = os.pidfd_open(int(child))
+    descriptor = os.pidfd_open(seen_from_here(int(child), os.getpid()))
     os.kill(supervisor_of(forking), signal.SIGKILL)
     try:
         async with asyncio.timeout(20):
             with pytest.raises(WorkerDiedError):
                 await task
         assert await call(forking, "echo", x=1) == {"x": 1}
+        assert select.select([descriptor], [], [], 10)[0], "it has not outlived its worker"
     finally:
-        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
         os.close(descriptor)
 
 

@@ -3,34 +3,115 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from plugin_substrate import PluginMeta, write_manifest
+from plugin_substrate import PluginManager, PluginMeta, write_manifest
+from plugin_substrate.sweep import MARK_VARIABLE, sweep_dead_hosts, sweep_supervisor
 
 DOOMED_HOST = Path(__file__).parent / "plugins" / "doomed_host.py"
 
 
-@pytest.mark.parametrize("complication", ["none", "stopped supervisor", "forked host"])
-def test_a_host_killed_outright_takes_every_process_of_its_plugins_along(
-    tmp_path: Path, probe_meta: Callable[..., PluginMeta], complication: str
-) -> None:
-    """One worker is busy in C code, one asleep, one stopped; a grandchild has a session of its own."""
+class DoomedHost:
+    """A host with three workers and a daemon of one of them, in a process of its own; and descriptors of them all."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdout is not None
+        told = json.loads(process.stdout.readline())
+        self.process = process
+        self.layers: list[str] = told["layers"]
+        self.descriptors = [os.pidfd_open(pid) for pid in told["pids"]]
+        assert len(self.descriptors) == 5
+        self.supervisor = self.descriptors[3]
+
+
+@pytest.fixture
+def doomed(tmp_path: Path, probe_meta: Callable[..., PluginMeta]) -> Iterator[Callable[[str], DoomedHost]]:
+    """Start such a host under a complication."""
     manifest = tmp_path / "probe.json"
     write_manifest(manifest, probe_meta().manifest)
-    command = [sys.executable, str(DOOMED_HOST), str(manifest), str(tmp_path / "data"), complication]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as host:
-        assert host.stdout is not None
-        pids = json.loads(host.stdout.readline())
-        descriptors = [os.pidfd_open(pid) for pid in pids]
-        host.kill()
-        assert len(pids) == 5
-        wait_for_the_end(descriptors)
-    for descriptor in descriptors:
-        os.close(descriptor)
+    hosts: list[DoomedHost] = []
+
+    def start(complication: str) -> DoomedHost:
+        command = [sys.executable, str(DOOMED_HOST), str(manifest), str(tmp_path / "data"), complication]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        hosts.append(DoomedHost(process))
+        return hosts[-1]
+
+    yield start
+    for host in hosts:
+        for descriptor in host.descriptors:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            os.close(descriptor)
+        host.process.kill()
+        host.process.communicate()
+
+
+@pytest.mark.parametrize(
+    "complication", ["none", "no namespaces", "stopped supervisor", "stopped supervisor, no namespaces", "forked host"]
+)
+def test_a_host_killed_outright_takes_every_process_of_its_plugins_along(
+    doomed: Callable[[str], DoomedHost], complication: str
+) -> None:
+    """One worker is busy in C code, one asleep, one stopped; a grandchild has a session of its own."""
+    host = doomed(complication)
+    host.process.kill()
+    wait_for_the_end(host.descriptors)
+
+
+def test_a_killed_supervisor_takes_all_along_where_there_are_namespaces(doomed: Callable[[str], DoomedHost]) -> None:
+    host = doomed("none")
+    assert "pid_namespace" in host.layers
+    signal.pidfd_send_signal(host.supervisor, signal.SIGKILL)
+    wait_for_the_end(host.descriptors)
+
+
+def test_what_a_killed_supervisor_leaves_behind_without_namespaces_is_swept(
+    doomed: Callable[[str], DoomedHost],
+) -> None:
+    host = doomed("no namespaces")
+    assert "pid_namespace" not in host.layers
+    signal.pidfd_send_signal(host.supervisor, signal.SIGKILL)
+    wait_for_the_end(host.descriptors)
+
+
+async def test_what_a_dead_host_and_its_dead_supervisor_left_is_swept_by_the_next_host(
+    doomed: Callable[[str], DoomedHost], manager: PluginManager, probe_meta: Callable[..., PluginMeta]
+) -> None:
+    host = doomed("stopped supervisor, no namespaces")
+    host.process.send_signal(signal.SIGSTOP)
+    signal.pidfd_send_signal(host.supervisor, signal.SIGKILL)
+    wait_for_the_end([host.supervisor])
+    host.process.kill()
+    wait_for_the_end(host.descriptors[:3])
+    daemon = host.descriptors[4]
+    assert not ended(daemon), "nobody was left to see to it"
+    await manager.load_plugin_async(probe_meta(granted={"processes": 1}))
+    wait_for_the_end([daemon])
+
+
+def test_a_stranger_is_never_swept() -> None:
+    """Neither a mark nor a session alone is enough: what may gain privileges was not below a supervisor."""
+    stranger = subprocess.Popen(
+        ["sleep", "1000"], env={MARK_VARIABLE: "1.1.stranger", "PATH": os.defpath}, start_new_session=True
+    )
+    try:
+        assert sweep_supervisor("1.1.stranger", {stranger.pid}) >= 0
+        sweep_dead_hosts()
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def ended(descriptor: int) -> bool:
+    return bool(select.select([descriptor], [], [], 0)[0])
 
 
 def wait_for_the_end(descriptors: list[int]) -> None:

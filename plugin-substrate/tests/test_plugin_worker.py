@@ -30,6 +30,7 @@ from plugin_substrate import (
     WireValueError,
     WorkerDiedError,
 )
+from plugin_substrate.testing.leftovers import seen_from_here
 from plugin_substrate.worker.landlock import kernel_abi
 
 MetaFactory = Callable[..., PluginMeta]
@@ -323,6 +324,7 @@ async def test_a_worker_has_nothing_of_the_host_but_its_socket_and_its_log(
         "clean_environment",
         "closed_descriptors",
         f"landlock:{kernel_abi()}",
+        "memory_sampled",
         "new_session",
         "no_new_privs",
         "not_dumpable",
@@ -483,7 +485,8 @@ async def test_a_killed_supervisor_takes_its_workers_along_and_the_next_call_fin
 async def test_what_a_dead_worker_leaves_behind_is_killed(manager: PluginManager, probe_meta: MetaFactory) -> None:
     await manager.load_plugin_async(probe_meta(granted={"processes": 8}))
     probe = manager
-    orphan = await probe.execute_plugin_async("probe", action="probe.daemon")
+    inner = await probe.execute_plugin_async("probe", action="probe.daemon")
+    orphan = seen_from_here(inner, os.getpid())
     gone = asyncio.Event()
     descriptor = os.pidfd_open(orphan)
     asyncio.get_running_loop().add_reader(descriptor, gone.set)

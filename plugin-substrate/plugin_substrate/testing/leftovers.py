@@ -88,6 +88,16 @@ def descendants(pid: int) -> set[ProcessMark]:
     return found
 
 
+def seen_from_here(inner: int, below: int) -> int:
+    """Return the number here of the process below ``below`` that calls itself ``inner`` in its own namespace."""
+    for process in descendants(below):
+        status = (_PROC / str(process.pid) / "status").read_text(encoding="utf-8", errors="replace")
+        numbers = next(line for line in status.splitlines() if line.startswith("NSpid:")).split()
+        if int(numbers[-1]) == inner:
+            return process.pid
+    raise ProcessLookupError(f"nothing below {below} calls itself {inner}")
+
+
 @dataclass(frozen=True)
 class _Stat:
     pid: int

@@ -35,11 +35,15 @@ class ConfinementError(OSError):
 
 @dataclass(frozen=True, kw_only=True)
 class Confinement:
-    """How to confine one worker. ``folder`` is its own, ``parent`` the process whose end must be its own too."""
+    """How to confine one worker. ``folder`` is its own, ``parent`` the process whose end must be its own too.
+
+    ``apart`` says that it is the first process of a process id namespace, and tied to its parent already.
+    """
 
     profile: IsolationProfile
     folder: str
     parent: int
+    apart: bool = False
 
 
 def confine_worker(confinement: Confinement) -> tuple[str, ...]:
@@ -89,8 +93,9 @@ def close_descriptors(keep: int, errors_to: int) -> None:
 def _confine_on_linux(confinement: Confinement) -> list[str]:
     """Put the layers in place in the one order that works: each still needs what the next takes away."""
     profile = confinement.profile
-    die_with_parent(signal.SIGKILL, confinement.parent)
-    layers = ["parent_death_signal"]
+    if not confinement.apart:  # there, nobody can see the parent
+        die_with_parent(signal.SIGKILL, confinement.parent)
+    layers = ["memory_sampled", "parent_death_signal", *(["pid_namespace"] if confinement.apart else [])]
     if privileges.drop_capabilities(platform.machine()):
         layers.append("capabilities_dropped")
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)

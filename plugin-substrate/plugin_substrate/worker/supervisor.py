@@ -5,7 +5,8 @@ gone, however it went, the socket ends: everything below is killed and reaped un
 
 Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "isolation": {...}}`` with
 two descriptors (the worker's socket and its log pipe). To the host: ``{"spawned": n, "pid": p}`` with a pidfd,
-``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r}`` (negative: the signal, as in subprocess).
+``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r, "excess": {...}}`` (a negative return code is
+the signal, as in subprocess; ``excess``, when not null, is what it was killed for).
 ``{"stats": n}`` is answered with ``{"stats": n, "figures": {...}}``, see `process_stats`.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import select
 import signal
@@ -21,10 +23,12 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from plugin_substrate.worker import confine, runtime
+from plugin_substrate.errors import PluginConfigError
+from plugin_substrate.worker import confine, namespaces, runtime, watch
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.usage import process_stats
 
@@ -45,11 +49,19 @@ def supervise(control: socket.socket, host: int) -> None:
         supervisor.kill_everything()
 
 
+@dataclass
+class _Worker:
+    number: int
+    profile: IsolationProfile
+    excess: watch.Excess | None = None  #: what it was killed for
+
+
 class _Supervisor:
     def __init__(self, control: socket.socket, host: int) -> None:
         self._control = control
         self._host = host
-        self._workers: dict[int, int] = {}  # pid -> number
+        self._workers: dict[int, _Worker] = {}  # by pid
+        self._look_at = math.inf
         self._wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in _WAKING:
             signal.signal(number, lambda *_: None)
@@ -60,7 +72,7 @@ class _Supervisor:
         poll.register(self._control, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll()}
+            ready = {descriptor for descriptor, _ in poll.poll(self._until_next_look())}
             try:
                 if self._wake in ready:
                     os.read(self._wake, 512)
@@ -69,6 +81,7 @@ class _Supervisor:
                         return
                 if self._control.fileno() in ready and not self._handle():
                     return
+                self._look()
             except (BrokenPipeError, ConnectionResetError):
                 return
 
@@ -91,13 +104,15 @@ class _Supervisor:
     def _spawn(self, request: dict[str, Any], descriptors: list[int]) -> None:
         number, me = request["spawn"], os.getpid()
         try:
-            pid = os.fork()
-        except OSError as error:
+            profile = IsolationProfile.from_json(request["isolation"])
+            pid, apart = _fork(profile)
+        except (OSError, PluginConfigError) as error:
             self._send({"refused": number, "reason": str(error)})
             return
         if pid == 0:
-            _become_worker(request, descriptors, me)
-        self._workers[pid] = number
+            _become_worker(request, profile, descriptors, me, apart=apart)
+        self._workers[pid] = _Worker(number, profile)
+        self._look_at = 0.0
         pidfd = os.pidfd_open(pid)  # still our unreaped child, so the pid cannot mean another process
         try:
             self._send({"spawned": number, "pid": pid}, [pidfd])
@@ -115,10 +130,33 @@ class _Supervisor:
                 break
             died = True
             if pid in self._workers:
-                number = self._workers.pop(pid)
-                self._send({"exited": number, "returncode": os.waitstatus_to_exitcode(status)})
+                worker = self._workers.pop(pid)
+                self._send({
+                    "exited": worker.number,
+                    "returncode": os.waitstatus_to_exitcode(status),
+                    "excess": asdict(worker.excess) if worker.excess else None,
+                })  # fmt: skip
         if died:
             self._kill_orphans()
+
+    def _until_next_look(self) -> float | None:
+        """Return the milliseconds until the workers are looked at again, None while there are none."""
+        if not self._workers:
+            return None
+        return max(0.0, self._look_at - time.monotonic()) * 1000
+
+    def _look(self) -> None:
+        """Kill what has grown over a bound that the kernel does not keep."""
+        if not self._workers or time.monotonic() < self._look_at:
+            return
+        pauses = []
+        for pid, worker in self._workers.items():
+            sample = watch.look_at(pid, worker.profile)
+            pauses.append(sample.next_seconds)
+            if sample.excess is not None:
+                worker.excess = sample.excess
+                _kill(pid)
+        self._look_at = time.monotonic() + min(pauses)
 
     def _kill_orphans(self) -> None:
         """Kill what dead workers left behind: each child that is no worker; its own children arrive as it is reaped."""
@@ -143,7 +181,19 @@ class _Supervisor:
         socket.send_fds(self._control, [json.dumps(message).encode()], descriptors or [])
 
 
-def _become_worker(request: dict[str, Any], descriptors: list[int], supervisor: int) -> NoReturn:
+def _fork(profile: IsolationProfile) -> tuple[int, bool]:
+    """Fork a worker, in a process id namespace if it may have processes and one can be made; tells whether it is."""
+    if profile.processes and sys.platform == "linux":
+        try:
+            return namespaces.fork_first_process(), True
+        except OSError:
+            return os.fork(), False  # the worker then does not report the layer
+    return os.fork(), False
+
+
+def _become_worker(
+    request: dict[str, Any], profile: IsolationProfile, descriptors: list[int], supervisor: int, *, apart: bool
+) -> NoReturn:
     """Turn the forked child into a worker; it never returns to the supervisor's code."""
     try:
         signal.set_wakeup_fd(-1)
@@ -153,8 +203,9 @@ def _become_worker(request: dict[str, Any], descriptors: list[int], supervisor: 
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
-        profile = IsolationProfile.from_json(request["isolation"])
-        layers = confine.confine_worker(confine.Confinement(profile=profile, folder=request["cwd"], parent=supervisor))
+        layers = confine.confine_worker(
+            confine.Confinement(profile=profile, folder=request["cwd"], parent=supervisor, apart=apart)
+        )
         runtime.WorkerRuntime(socket.socket(fileno=confine.FIRST_FREE_DESCRIPTOR), layers).serve()
     except BaseException:  # noqa: BLE001 - nothing may climb into the supervisor's stack
         os.write(2, traceback.format_exc().encode(errors="replace"))

@@ -1,7 +1,7 @@
 """Bounds that the kernel does not keep for a tree of processes without a cgroup: sampled, and the tree then killed.
 
-What is over its bound for less than the time between two samples is not noticed. Memory is looked at the more often, the
-less room is left: at the speed at which memory can be filled, it must not be missed by much.
+What is over its bound for less than the time between two samples is not noticed. Memory is looked at the more often,
+the less room is left: at the speed at which memory can be filled, it must not be missed by much.
 """
 
 from __future__ import annotations
@@ -56,9 +56,8 @@ def _tree(pid: int, most: int) -> list[int]:
         current = waiting.pop()
         found.append(current)
         try:
-            for task in os.listdir(f"/proc/{current}/task"):
-                text = Path(f"/proc/{current}/task/{task}/children").read_text(encoding="ascii")
-                waiting += map(int, text.split())
+            for task in Path(f"/proc/{current}/task").iterdir():
+                waiting += map(int, (task / "children").read_text(encoding="ascii").split())
         except OSError:
             continue
     return found

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
+import platform
 import signal
+import struct
 import sys
 from pathlib import Path
 
 from plugin_substrate import IsolationProfile, PluginManager, PluginMeta, load_manifest
+from plugin_substrate.testing.leftovers import seen_from_here
+from plugin_substrate.worker import kernel
+
+UNSHARE = {"x86_64": 272, "aarch64": 97}
 
 
 def fork_a_survivor() -> None:
@@ -19,11 +26,24 @@ def fork_a_survivor() -> None:
         os._exit(0)
 
 
+def forbid_namespaces() -> None:
+    """Have the kernel refuse unshare(2) here and below, as many containers do."""
+    load, equal, answer = 0x20, 0x15, 0x06
+    rules = [(load, 0, 0, 0), (equal, 0, 1, UNSHARE[platform.machine()]), (answer, 0, 0, 0x00050001)]
+    program = b"".join(struct.pack("=HBBI", *rule) for rule in [*rules, (answer, 0, 0, 0x7FFF0000)])
+    held = ctypes.create_string_buffer(program, len(program))
+    kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+    kernel.prctl(kernel.PR_SET_SECCOMP, 2, struct.pack("@HP", len(program) // 8, ctypes.addressof(held)))
+
+
 async def main(manifest: str, data_dir: str, complication: str) -> None:
+    if "no namespaces" in complication:
+        forbid_namespaces()
     manager = PluginManager(data_dir=Path(data_dir), isolation=IsolationProfile(processes=8))
     meta = PluginMeta(manifest=load_manifest(Path(manifest)))
     instances = [await manager.load_plugin_async(meta, instance_id=name) for name in ("busy", "sleeping", "stopped")]
-    orphan = await manager.execute_plugin_async("stopped", action="probe.daemon")
+    inner = await manager.execute_plugin_async("stopped", action="probe.daemon")
+    orphan = seen_from_here(inner, os.getpid())
     calls = []
     for name, action in (("busy", "probe.busy"), ("sleeping", "probe.stubborn")):
         running = asyncio.Event()
@@ -36,7 +56,7 @@ async def main(manifest: str, data_dir: str, complication: str) -> None:
     elif complication == "forked host":
         fork_a_survivor()
     pids = [*(instance.pid for instance in instances), instances[0].supervisor_pid, orphan]
-    print(json.dumps(pids), flush=True)  # noqa: T201 - this is how the test hears it
+    print(json.dumps({"pids": pids, "layers": instances[0].layers}), flush=True)  # noqa: T201 - the test hears it
     await asyncio.gather(*calls)
 
 
