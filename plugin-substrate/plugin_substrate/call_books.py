@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from plugin_substrate.allocation import ResourceAllocator
 from plugin_substrate.gpu_watch import GpuWatch
 from plugin_substrate.metadata import PluginMeta
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.pending_stream import PendingStream
-from plugin_substrate.recorder import EmpiricalRecorder
-from plugin_substrate.stores.empirical import ResourceSample
+from plugin_substrate.recorder import EmpiricalRecorder, Payer
 from plugin_substrate.tenant_worker import TenantWorker
 
 _MB = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Payer:
-    """For which instance, under which configuration, a call is booked."""
-
-    meta: PluginMeta
-    instance_id: str
-    config_hash: str
 
 
 class CallBooks:
@@ -46,33 +35,29 @@ class CallBooks:
         if meta.resources.requires_gpu and self.allocator.has_monitor:
             self._gpus.begin(call, worker)
 
-    def ended(self, payer: Payer, call: PendingCall) -> None:
-        """Note the end of a call that was admitted, sent or not."""
+    def ended(self, payer: Payer, meta: PluginMeta, call: PendingCall) -> None:
+        """Note the end of a call that was admitted, sent or not. A streaming call is no sample."""
         self.allocator.release(call)
         if call.sent_at is None:
             return
-        self.allocator.finished(payer.meta.name)
-        gpu = self._gpus.end(call) if payer.meta.resources.requires_gpu else None
-        if self.recorder is not None and not isinstance(call, PendingStream):
-            self.recorder.add(_sample(payer, call, time.monotonic() - call.sent_at, gpu))
+        self.allocator.finished(meta.name)
+        gpu = self._gpus.end(call) if meta.resources.requires_gpu else None
+        if self.recorder is None or isinstance(call, PendingStream):
+            return
+        cpu, peak = call.spent
+        seconds = time.monotonic() - call.sent_at
+        self.recorder.add(
+            payer,
+            success=not call.value.cancelled() and call.value.exception() is None,
+            seconds=seconds,
+            cpu_percent=None if cpu is None or seconds <= 0 else 100 * cpu / seconds,
+            memory_mb_peak=None if peak is None else peak / _MB,
+            gpu_memory_mb_peak=gpu,
+            usage=call.usage,
+        )
 
     async def close(self) -> None:
         """Write what is not written yet."""
         self._gpus.stop()
         if self.recorder is not None:
             await self.recorder.close()
-
-
-def _sample(payer: Payer, call: PendingCall, seconds: float, gpu_mb: float | None) -> ResourceSample:
-    cpu, peak = call.spent
-    return ResourceSample(
-        plugin_name=payer.meta.name,
-        instance_id=payer.instance_id,
-        config_hash=payer.config_hash,
-        success=not call.value.cancelled() and call.value.exception() is None,
-        duration_seconds=seconds,
-        cpu_percent=None if cpu is None or seconds <= 0 else 100 * cpu / seconds,
-        memory_mb_peak=None if peak is None else peak / _MB,
-        gpu_memory_mb_peak=gpu_mb,
-        api_usage=call.usage,
-    )

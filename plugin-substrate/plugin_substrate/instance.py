@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from plugin_substrate.call_books import CallBooks, Payer
+from plugin_substrate.call_books import CallBooks
 from plugin_substrate.errors import (
     CallNotStartedError,
     PluginError,
@@ -27,6 +27,7 @@ from plugin_substrate.metadata import CallResult, PluginInstance
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.pending_stream import PendingStream
 from plugin_substrate.proxy import RemotePluginProxy
+from plugin_substrate.recorder import Payer
 from plugin_substrate.stores.empirical import compute_config_hash
 from plugin_substrate.switch import Switch
 from plugin_substrate.tenant_worker import InstanceSettings, Seat, TenantWorker
@@ -314,7 +315,7 @@ class LoadedInstance:
         return worker
 
     def _leave(self, worker: TenantWorker, pending: PendingCall) -> None:
-        self._books.ended(self._payer, pending)
+        self._books.ended(self._payer, self.settings.meta, pending)
         worker.slots.release()
         self.workers.leave(worker)
         self._gate.leave()
@@ -380,7 +381,11 @@ class LoadedInstance:
 
 
 def _payer(settings: InstanceSettings) -> Payer:
-    return Payer(meta=settings.meta, instance_id=settings.instance_id, config_hash=compute_config_hash(settings.config))
+    return Payer(
+        plugin_name=settings.meta.name,
+        instance_id=settings.instance_id,
+        config_hash=compute_config_hash(settings.config),
+    )
 
 
 async def _ask(before_start: Callable[[], Awaitable[bool]] | None, call_id: str) -> None:

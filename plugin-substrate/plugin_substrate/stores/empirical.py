@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from plugin_substrate.errors import StoreError
 from plugin_substrate.hashing import hash_dict_canonical
 from plugin_substrate.interface import is_amount
-from plugin_substrate.stores.files import make_private, private_folder
+from plugin_substrate.stores.files import locked, make_private, private_folder
 
 _BUSY_SECONDS = 10.0
 
@@ -213,13 +213,23 @@ class LocalEmpiricalResourceStore:
             make_private(self._path, 0o600)
             if not self._path.exists():
                 self._path.touch(mode=0o600)
-            with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as connection, connection:
-                connection.execute("PRAGMA journal_mode=WAL")
+            with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as connection:
+                self._prepare(connection)
                 connection.execute("PRAGMA synchronous=NORMAL")  # the last moments before a power cut may be lost
-                _prepare(connection)
-                yield connection
+                with connection:
+                    yield connection
         except (sqlite3.Error, OSError, ValueError, TypeError) as error:
             raise self._error(error) from error
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """Make or complete the table; one process at a time, as switching to WAL does not wait for others."""
+        if set(_ALL) <= _present(connection):
+            return
+        with locked(self._path.with_name(f"{self._path.name}.lock")):
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute(_CREATE)
+            for name in set(_LATER_COLUMNS) - _present(connection):
+                connection.execute(f"ALTER TABLE empirical_resources ADD COLUMN {name} {_LATER_COLUMNS[name]}")
 
     def _error(self, error: Exception) -> StoreError:
         return StoreError(f"the measurements in {self._path} cannot be used: {error}", path=str(self._path))
@@ -258,12 +268,8 @@ _MEANS = {
 }
 
 
-def _prepare(connection: sqlite3.Connection) -> None:
-    connection.execute(_CREATE)
-    present = {row[1] for row in connection.execute("PRAGMA table_info(empirical_resources)")}
-    for name, kind in _LATER_COLUMNS.items():
-        if name not in present:
-            connection.execute(f"ALTER TABLE empirical_resources ADD COLUMN {name} {kind}")
+def _present(connection: sqlite3.Connection) -> set[str]:
+    return {row[1] for row in connection.execute("PRAGMA table_info(empirical_resources)")}
 
 
 def _find(connection: sqlite3.Connection, instance_id: str, config_hash: str) -> EmpiricalResourceRecord | None:
