@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -27,6 +28,7 @@ ABSENT = {
     "runs.get": NotFound,
     "runs.list": [],
     "runs.steps": [],
+    "runs.attempts": [],
     "runs.budgets": [],
     "runs.take": None,
     "runs.renew": False,
@@ -92,6 +94,7 @@ async def foreign(bench):
         "runs.get": lambda: storage.runs.get(other, run.id),
         "runs.list": lambda: storage.runs.list(other, limit=9, before=None, state=None),
         "runs.steps": lambda: storage.runs.steps(other, run.id),
+        "runs.attempts": lambda: collected(storage.runs.attempts(other, since=datetime(2024, 1, 1, tzinfo=UTC))),
         "runs.budgets": lambda: storage.runs.budgets(other, run.id),
         "runs.take": lambda: storage.runs.take(other, run.id, owner="w", seconds=9),
         "runs.renew": lambda: storage.runs.renew(other, holder.run.id, seconds=9, **held),

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import typer
 
-from plm_engine_core.cli import auth, db, doctor, events, run
+from plm_engine_core.cli import auth, db, doctor, events, policy, run
 
 __all__ = ["COMMANDS_GROUP", "GROUPS", "build_app", "main"]
 
@@ -25,6 +25,7 @@ GROUPS: dict[str, typer.Typer] = {
     "db": db.app,
     "doctor": doctor.app,
     "events": events.app,
+    "policy": policy.app,
     "run": run.app,
 }
 

@@ -5,7 +5,7 @@ Rules live in core code; a port stores, and makes every change conditional on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Protocol
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.events.chain import Link
     from plm_engine_core.control_plane.halts import Halt
     from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
+    from plm_engine_core.control_plane.policy.replay import Attempt
     from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Run, Step
 
 Connection = Any
@@ -138,6 +139,10 @@ class RunStore(Protocol):
 
     async def steps(self, tenant_id: UUID, run_id: UUID, *, since: int = 0) -> Sequence[Step]:
         """Every attempt of every step from index `since` on, in order."""
+        ...
+
+    def attempts(self, tenant_id: UUID, *, since: datetime) -> AsyncIterator[Sequence[Attempt]]:
+        """Every attempt of the tenant that was decided since then, a batch at a time, oldest run first."""
         ...
 
     async def budgets(self, tenant_id: UUID, run_id: UUID) -> Sequence[Budget]:

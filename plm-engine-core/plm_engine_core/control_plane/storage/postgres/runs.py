@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -10,6 +10,7 @@ from uuid import UUID
 from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, NotFound
 from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.limits.budgets import Budget
+from plm_engine_core.control_plane.policy.replay import Attempt
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Step
 from plm_engine_core.control_plane.runs.states import sources_of
 from plm_engine_core.control_plane.storage.postgres.gateway import Session, jsonb
@@ -17,6 +18,7 @@ from plm_engine_core.control_plane.storage.postgres.leases import PostgresLeases
 from plm_engine_core.control_plane.storage.postgres.rows import budget_row, run_row, step_row
 from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunState, StepState
 
+_ATTEMPTS = 1000  # in one batch
 _CREATE_OPERATION = "runs.create"
 _GET = "SELECT * FROM run_states WHERE tenant_id = %s AND run_id = %s"
 _GET_LOCKED = "SELECT * FROM run_states WHERE tenant_id = %s AND run_id = %s FOR UPDATE"
@@ -151,6 +153,23 @@ class PostgresRuns(PostgresLeases):
                 [tenant_id, run_id, since],
             )
             return [step_row(row) for row in await cursor.fetchall()]
+
+    async def attempts(self, tenant_id: UUID, *, since: datetime) -> AsyncIterator[Sequence[Attempt]]:
+        """Every attempt of the tenant that was decided since then, a batch at a time, oldest run first."""
+        after = (UUID(int=0), -1, -1)
+        while True:
+            async with self._gateway.transaction(tenant_id) as connection:
+                cursor = await connection.execute(
+                    "SELECT run_id::text, step_index, attempt, capability, resource, arguments, decision "
+                    "FROM run_steps WHERE tenant_id = %s AND (run_id, step_index, attempt) > (%s, %s, %s) "
+                    "AND created_at >= %s ORDER BY run_id, step_index, attempt LIMIT %s",
+                    [tenant_id, *after, since, _ATTEMPTS],
+                )
+                batch = [Attempt(**row) for row in await cursor.fetchall()]
+            if not batch:
+                return
+            yield batch
+            after = (UUID(batch[-1].run_id), batch[-1].step_index, batch[-1].attempt)
 
     async def budgets(self, tenant_id: UUID, run_id: UUID) -> Sequence[Budget]:
         """The budgets a call of this run draws on."""

@@ -1,0 +1,244 @@
+"""``plm-cli policy``: look at a policy before it is in force."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+
+from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.cli.storage import Books, with_books
+from plm_engine_core.control_plane.admission.admit import decided
+from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, ParallelPolicyEvaluator
+from plm_engine_core.control_plane.amounts import plain
+from plm_engine_core.control_plane.documents import load_document
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.policy import Decision, PolicySnapshot, load_policy
+from plm_engine_core.control_plane.policy.lint import Severity, lint
+from plm_engine_core.control_plane.policy.replay import Replay
+from plm_engine_core.control_plane.policy.trials import CaseFile, Trial
+from plm_engine_core.control_plane.registry import CapabilityRegistry, load_capabilities
+
+app = typer.Typer(help="Look at a policy before it is in force.", no_args_is_help=True)
+
+PolicyFile = Annotated[Path, typer.Argument(help="The policy, YAML or JSON.", show_default=False)]
+CapabilityFile = Annotated[Path, typer.Option("--capabilities", help="The capability file.", envvar="PLM_CAPABILITIES")]
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """A file that cannot be right ends the command with one sentence."""
+    try:
+        yield
+    except InvalidRequest as error:
+        fail(ExitCode.FAILED, str(error))
+
+
+class Bench:
+    """A policy with the capabilities and evaluators to ask it about a trial."""
+
+    def __init__(self, policy: PolicySnapshot, registry: CapabilityRegistry) -> None:
+        self.policy = policy
+        self.registry = registry
+        self._evaluators: ParallelPolicyEvaluator = EvaluatorRegistry.installed().build(policy)
+
+    def decide(self, trial: Trial) -> Decision:
+        """What the policy decides; its evaluators are asked unless the trial says what they answer."""
+        facts = trial.facts(self.registry.get(trial.capability))
+        decision, _ = asyncio.run(decided(trial, self.policy, facts, self._evaluators))
+        return decision
+
+
+@app.command("lint")
+def lint_command(
+    policy: PolicyFile,
+    capabilities: CapabilityFile,
+    strict: Annotated[bool, typer.Option("--strict", help="Count warnings as errors.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what is legal in a policy and probably not meant.
+
+    Status 0: nothing, or only warnings; 1: errors, or the policy cannot be read; 2: wrong arguments.
+    """
+    with _refusals():
+        bench = Bench(load_policy(policy), load_capabilities(capabilities))
+    remarks = lint(bench.policy, bench.registry)
+    bad = [each for each in remarks if strict or each.severity is Severity.ERROR]
+    answer = {"digest": bench.policy.digest, "remarks": [vars(each) for each in remarks]}
+    lines = [f"{each.severity.value}: {each.at}: {each.message} [{each.check}]" for each in remarks]
+    show(answer, "\n".join(lines) or "nothing to remark", as_json=as_json)
+    if bad:
+        raise typer.Exit(int(ExitCode.FAILED))
+
+
+@app.command("explain")
+def explain(
+    policy: PolicyFile,
+    proposal: Annotated[Path, typer.Argument(help="A proposal, YAML or JSON.", show_default=False)],
+    capabilities: CapabilityFile,
+    as_json: AsJson = False,
+) -> None:
+    """Decide one written proposal, and say which rule and which conditions decided it.
+
+    Status 0: it was decided, whatever the verdict; 1: a file cannot be read; 2: wrong arguments.
+    """
+    with _refusals():
+        bench = Bench(load_policy(policy), load_capabilities(capabilities))
+        decision = bench.decide(load_document(proposal, Trial, "proposal"))
+    show({"digest": bench.policy.digest, **decision.to_json()}, _explained(decision), as_json=as_json)
+
+
+def _explained(decision: Decision) -> str:
+    lines = [f"{decision.outcome.value}: {decision.message}" if decision.message else decision.outcome.value]
+    named = {"reason": decision.reason, "rule": decision.rule, "tier": decision.tier, "risk": decision.risk}
+    lines += [f"  {name}: {value}" for name, value in named.items() if value]
+    for stage in decision.stages:
+        detail = f": {stage.detail}" if stage.detail else ""
+        lines.append(f"  {'passed ' if stage.passed else 'refused'} {stage.stage.value}{detail}")
+    words = {True: "holds", False: "does not hold", None: "cannot be decided"}
+    lines += [f"  {leaf.at}: {leaf.says}: {words[leaf.holds]}" for leaf in decision.leaves]
+    return "\n".join(lines + ([f"  unblocked by {decision.unblock}"] if decision.unblock else []))
+
+
+@app.command("test")
+def compare(
+    policy: PolicyFile,
+    cases: Annotated[Path, typer.Argument(help="A file of cases, YAML or JSON.", show_default=False)],
+    capabilities: CapabilityFile,
+    as_json: AsJson = False,
+) -> None:
+    """Decide every case of a file and compare with what it expects.
+
+    Status 0: all as expected; 1: not, or a file cannot be read; 2: wrong arguments.
+    """
+    with _refusals():
+        bench = Bench(load_policy(policy), load_capabilities(capabilities))
+        read = load_document(cases, CaseFile, "case file").cases
+        found = {case.name: case.expect.mismatches(bench.decide(case.given)) for case in read}
+    wrong = {name: mismatches for name, mismatches in found.items() if mismatches}
+    lines = [
+        f"{name}: {member} is {_word(got)}, expected {_word(expected)}"
+        for name, mismatches in wrong.items()
+        for member, (expected, got) in mismatches.items()
+    ]
+    lines.append(f"{len(found) - len(wrong)} of {len(found)} cases as expected")
+    answer = {
+        "digest": bench.policy.digest,
+        "cases": len(found),
+        "failed": [
+            {"case": name, "member": member, "expected": _word(expected), "decided": _word(got)}
+            for name, mismatches in wrong.items()
+            for member, (expected, got) in mismatches.items()
+        ],
+    }
+    show(answer, "\n".join(lines), as_json=as_json)
+    if wrong:
+        raise typer.Exit(int(ExitCode.FAILED))
+
+
+def _word(value: Any) -> str:
+    return "nothing" if value is None else str(value)
+
+
+@app.command("diff")
+def diff(
+    old: PolicyFile,
+    new: Annotated[Path, typer.Argument(help="The policy to compare it with.", show_default=False)],
+    capabilities: CapabilityFile,
+    cases: Annotated[Path | None, typer.Option(help="A file of cases to compare as well.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say which capabilities, proposed without arguments, and which cases two policies decide differently.
+
+    Status 0: none; 1: some, or a file cannot be read; 2: wrong arguments.
+    """
+    with _refusals():
+        registry = load_capabilities(capabilities)
+        before, after = Bench(load_policy(old), registry), Bench(load_policy(new), registry)
+        trials = {f"capability {each.id}": Trial(capability=each.id) for each in registry}
+        if cases is not None:
+            read = load_document(cases, CaseFile, "case file").cases
+            trials |= {f"case {case.name}": case.given for case in read}
+        pairs = {name: (before.decide(trial), after.decide(trial)) for name, trial in trials.items()}
+    changed = {name: pair for name, pair in pairs.items() if _treated(pair[0]) != _treated(pair[1])}
+    answer = {
+        "old": before.policy.digest,
+        "new": after.policy.digest,
+        "changed": [{"what": name, "old": _brief(one), "new": _brief(two)} for name, (one, two) in changed.items()],
+    }
+    lines = [f"{name}: {_line(one)} -> {_line(two)}" for name, (one, two) in changed.items()]
+    show(answer, "\n".join(lines) or "no difference", as_json=as_json)
+    if changed:
+        raise typer.Exit(int(ExitCode.FAILED))
+
+
+def _treated(decision: Decision) -> tuple[Any, ...]:
+    return decision.outcome, decision.reason, decision.risk, decision.guidance
+
+
+def _brief(decision: Decision) -> dict[str, Any]:
+    return {key: value for key, value in decision.to_json().items() if key in ("outcome", "reason", "risk", "rule")}
+
+
+def _line(decision: Decision) -> str:
+    return f"{decision.outcome.value} ({decision.rule or decision.reason})"
+
+
+@app.command("replay")
+def replay(
+    policy: PolicyFile,
+    tenant_id: Annotated[UUID, typer.Option(help="Whose recorded proposals.")],
+    days: Annotated[float, typer.Option(min=0.0, help="Of the last how many days.")] = 7.0,
+    as_json: AsJson = False,
+) -> None:
+    """Decide the recorded proposals again under this policy, each on the facts it was recorded with.
+
+    Nothing is written. Budgets, halts and rates are as they were. Status 0: done; 1: the policy cannot be read or the
+    database refused; 2: wrong arguments; 3: no address.
+    """
+    with _refusals():
+        report = Replay(policy=load_policy(policy))
+    since = datetime.now(UTC) - timedelta(days=days)
+    with_books(lambda books: _replay(books, report, tenant_id, since))
+    show({"tenant_id": tenant_id, **report.to_json()}, _reported(report), as_json=as_json)
+
+
+async def _replay(books: Books, report: Replay, tenant_id: UUID, since: datetime) -> None:
+    async for batch in books.storage.runs.attempts(tenant_id, since=since):
+        report.feed(batch)
+
+
+def _reported(report: Replay) -> str:
+    lines = [f"{report.attempts} recorded proposals, {report.changed} decided otherwise"]
+    lines += [
+        f"  {count} x {capability}: {before} -> {after}"
+        for (capability, before, after), count in sorted(report.by_capability.items())
+    ]
+    after, before = plain(report.eur_after), plain(report.eur_before)
+    lines.append(f"allowed and asked calls reserve {after} EUR instead of {before} EUR")
+    lines += [
+        f"  run {each.attempt.run_id} step {each.attempt.step_index} ({each.before} -> {each.after}): "
+        f"{each.rule}: {each.message or 'allowed'}"
+        for each in report.examples
+    ]
+    return "\n".join(lines)
+
+
+@app.command("schema")
+def schema() -> None:
+    """Print the JSON Schema of policy files, for editors. Status 0."""
+    typer.echo(policy_schema())
+
+
+def policy_schema() -> str:
+    """The JSON Schema of policy files as it is published."""
+    document = PolicySnapshot.model_json_schema()
+    return json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **document}, indent=2)

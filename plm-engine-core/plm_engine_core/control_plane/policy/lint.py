@@ -1,0 +1,174 @@
+"""What is legal in a policy and probably not meant, told before it is in force."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from plm_engine_core.control_plane.matching import Match, any_of
+from plm_engine_core.control_plane.policy.rules import Effect, Rule
+from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot, evaluators_in
+from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
+from plm_engine_core.control_plane.vocabulary import ActionTier, AutonomyLevel, CapabilityMode
+
+_STRICTNESS = {Effect.DENY: 0, Effect.STEER: 1, Effect.ASK: 2, Effect.RAISE_RISK: 3}
+
+
+class Severity(StrEnum):
+    """How bad it is."""
+
+    ERROR = "error"  # it does not do what it says
+    WARNING = "warning"  # it does, and somebody should have looked at it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remark:
+    """One remark about one place of a policy."""
+
+    severity: Severity
+    check: str
+    at: str
+    message: str
+
+
+def lint(policy: PolicySnapshot, capabilities: Iterable[CapabilityDescriptor]) -> tuple[Remark, ...]:
+    """Every remark about a policy for these capabilities, errors first, in the order of the policy."""
+    known = tuple(capabilities)
+    remarks = [
+        *_unknown(policy, known),
+        *_matching_nothing(policy, known),
+        *_doubled(policy.rules),
+        *_unreachable(policy, known),
+        *_idle(policy),
+        *_writes_without_a_human(policy, known),
+        *_never_running(policy, known),
+        *_without_cost_bound(policy, known),
+    ]
+    return tuple(sorted(remarks, key=lambda remark: remark.severity is not Severity.ERROR))
+
+
+def _error(check: str, at: str, message: str) -> Remark:
+    return Remark(severity=Severity.ERROR, check=check, at=at, message=message)
+
+
+def _warning(check: str, at: str, message: str) -> Remark:
+    return Remark(severity=Severity.WARNING, check=check, at=at, message=message)
+
+
+def _unknown(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> Iterator[Remark]:
+    ids = {each.id for each in known}
+    tables = {
+        "tiers": policy.tiers,
+        "guidance": policy.guidance,
+        "risk_by_capability": policy.risk_by_capability,
+        "autonomy_ceiling_by_capability": policy.autonomy_ceiling_by_capability,
+    }
+    for member, table in tables.items():
+        for name in table:
+            if name not in ids:
+                words = f"{name} is not registered, so this says nothing; correct the name or register it"
+                yield _error("unknown-capability", f"{member}.{name}", words)
+
+
+def _matching_nothing(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> Iterator[Remark]:
+    places = {f"rules.{rule.id}": rule.capabilities for rule in policy.rules}
+    places |= {f"evaluators.{spec.name}": spec.capabilities for spec in policy.evaluators}
+    for place, patterns in places.items():
+        for pattern in patterns:
+            if pattern != "*" and not _covered((pattern,), known):
+                words = f"{pattern} matches no registered capability"
+                yield _error("matches-nothing", f"{place}.capabilities", words)
+
+
+def _covered(patterns: tuple[str, ...], known: Iterable[CapabilityDescriptor]) -> frozenset[str]:
+    matches = any_of(patterns, Match.GLOB)
+    return frozenset(each.id for each in known if matches(each.id))
+
+
+def _doubled(rules: Sequence[Rule]) -> Iterator[Remark]:
+    seen: dict[str, str] = {}
+    for rule in rules:
+        content = rule.model_dump_json(exclude={"id", "reason", "guidance"})
+        if content in seen:
+            yield _warning("doubled", f"rules.{rule.id}", f"it says what rules.{seen[content]} says; remove one")
+        seen.setdefault(content, rule.id)
+
+
+def _unreachable(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> Iterator[Remark]:
+    """Rules that another one without a condition always answers before, or whose capabilities are all blocked."""
+    blocked = {each.id for each in known if policy.tier_of(each.id, each.mode) is ActionTier.BLOCKED}
+    for index, rule in enumerate(policy.rules):
+        left = _covered(rule.capabilities, known)
+        if not left:
+            continue
+        if left <= blocked:
+            words = "every capability it names is blocked anyway"
+            yield _warning("unreachable", f"rules.{rule.id}", words)
+            continue
+        for place, other in enumerate(policy.rules):
+            if (
+                other.when is None
+                and _before(other, place, rule, index)
+                and left <= _covered(other.capabilities, known)
+            ):
+                words = f"rules.{other.id} applies to all of it and answers first"
+                yield _warning("unreachable", f"rules.{rule.id}", words)
+                break
+
+
+def _before(other: Rule, place: int, rule: Rule, index: int) -> bool:
+    """Whether `other` answers before `rule`: stricter, or as strict and earlier. A raised risk answers nothing."""
+    if other is rule or Effect.RAISE_RISK in (other.then, rule.then):
+        return False
+    return (_STRICTNESS[other.then], place) < (_STRICTNESS[rule.then], index)
+
+
+def _idle(policy: PolicySnapshot) -> Iterator[Remark]:
+    asked = frozenset[str]().union(*map(evaluators_in, policy.conditions().values()))
+    for spec in policy.evaluators:
+        if not spec.gate and spec.name not in asked:
+            words = "it is no gate and no condition asks it; make it a gate or remove it"
+            yield _warning("idle", f"evaluators.{spec.name}", words)
+    for name in policy.guidance:
+        if policy.tiers.get(name) is not ActionTier.STEER:
+            yield _warning("idle", f"guidance.{name}", "nobody is given it: the capability is not steered")
+
+
+def _writes_without_a_human(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> Iterator[Remark]:
+    alone = (ActionTier.AUTO_APPROVE, ActionTier.UNRESTRICTED)
+    for each in known:
+        tier = policy.tier_of(each.id, each.mode)
+        if each.mode is CapabilityMode.EXECUTE_WRITE and tier in alone and _ceiling(policy, each) is AutonomyLevel.L3:
+            words = f"{each.id} changes something and may run without a human ({tier.value})"
+            yield _warning("write-without-human", _tier_place(policy, each), words)
+
+
+def _never_running(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> Iterator[Remark]:
+    for each in known:
+        tier = policy.tier_of(each.id, each.mode)
+        if tier in (ActionTier.BLOCKED, ActionTier.STEER):
+            continue
+        plan = policy.plans.of(each)
+        if not plan.autonomy[AutonomyLevel.L3].passed:
+            yield _warning("never-runs", "autonomy_ceiling", plan.autonomy[AutonomyLevel.L3].detail)
+        elif not plan.cost.passed:
+            yield _warning("never-runs", "max_eur_per_call", f"{each.id}: {plan.cost.detail}")
+
+
+def _without_cost_bound(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> Iterator[Remark]:
+    if policy.max_eur_per_call is None:
+        yield _warning("no-cost-bound", "max_eur_per_call", "without it one call may cost what its run has left")
+    for each in known:
+        if each.cost.max_eur == 0 and any(each.cost.eur_per_unit.values()):
+            words = f"{each.id} has a price and reserves nothing; give it a cost.max_eur, or it overspends"
+            yield _warning("no-cost-bound", f"capabilities.{each.id}.cost", words)
+
+
+def _ceiling(policy: PolicySnapshot, capability: CapabilityDescriptor) -> AutonomyLevel:
+    own = policy.autonomy_ceiling_by_capability.get(capability.id, AutonomyLevel.L3)
+    return min(policy.autonomy_ceiling, own, key=lambda level: level.rank)
+
+
+def _tier_place(policy: PolicySnapshot, capability: CapabilityDescriptor) -> str:
+    return f"tiers.{capability.id}" if capability.id in policy.tiers else f"tier_by_mode.{capability.mode.value}"

@@ -1,0 +1,153 @@
+"""Deciding recorded proposals again under another policy: what would be denied, asked or allowed, and its cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from plm_engine_core.control_plane.amounts import plain
+from plm_engine_core.control_plane.policy.decide import decide
+from plm_engine_core.control_plane.policy.decision import Decision, Needs, Verdict
+from plm_engine_core.control_plane.policy.facts import Facts
+from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot
+from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
+from plm_engine_core.control_plane.vocabulary import BudgetUnit
+
+MOST_EXAMPLES = 20
+UNDECIDED = "undecided"
+"""Instead of a verdict: the policy asks evaluators that were not asked when the proposal was recorded."""
+
+_RESERVING = (Verdict.ALLOW.value, Verdict.ASK.value)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempt:
+    """One recorded attempt: what was proposed, and the decision with the facts that it was made from."""
+
+    run_id: str
+    step_index: int
+    attempt: int
+    capability: str
+    resource: str
+    arguments: Mapping[str, Any]
+    decision: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """One attempt that would be decided otherwise."""
+
+    attempt: Attempt
+    before: str
+    after: str
+    rule: str
+    message: str
+
+
+@dataclass(kw_only=True)
+class Replay:
+    """What a policy makes of recorded attempts; feed it any number of times.
+
+    `outcomes` counts pairs of outcomes, before and after; `examples` holds some changes of each pair. The amounts are
+    what allowed and asked calls reserve in EUR, so an upper bound of what they cost.
+    """
+
+    policy: PolicySnapshot
+    attempts: int = 0
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
+    by_capability: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    examples: list[Change] = field(default_factory=list)
+    eur_before: Decimal = Decimal(0)
+    eur_after: Decimal = Decimal(0)
+    _capabilities: dict[str, tuple[Mapping[str, Any], CapabilityDescriptor]] = field(default_factory=dict)
+    _shown: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def feed(self, attempts: Iterable[Attempt]) -> None:
+        """Decide these attempts again."""
+        for attempt in attempts:
+            self._one(attempt)
+
+    @property
+    def changed(self) -> int:
+        """How many would be decided otherwise."""
+        return sum(count for (before, after), count in self.outcomes.items() if before != after)
+
+    def _one(self, attempt: Attempt) -> None:
+        facts = self._facts(attempt.decision["facts"])
+        answer = decide(attempt, self.policy, facts)
+        if isinstance(answer, Decision) and self._asks_anew(answer, facts):
+            answer = Needs(evaluators=())
+        before = str(attempt.decision["outcome"])
+        after = UNDECIDED if isinstance(answer, Needs) else answer.outcome.value
+        self.attempts += 1
+        self.outcomes[before, after] += 1
+        if before in _RESERVING:
+            self.eur_before += Decimal(attempt.decision.get("reserve", {}).get(BudgetUnit.EUR.value, 0))
+        if isinstance(answer, Decision) and after in _RESERVING:
+            self.eur_after += answer.reserve[BudgetUnit.EUR]
+        if before != after:
+            self._note(attempt, before, after, answer)
+
+    def _facts(self, stored: Mapping[str, Any]) -> Facts:
+        """The stored facts; the same capability is read once."""
+        recorded = stored["capability"]
+        if recorded is None:
+            return Facts.from_json(stored)
+        known = self._capabilities.get(recorded["id"])
+        if known is None or known[0] != recorded:
+            known = (recorded, CapabilityDescriptor.model_validate(recorded))
+            self._capabilities[recorded["id"]] = known
+        return Facts.from_json(stored, capability=known[1])
+
+    def _asks_anew(self, decision: Decision, facts: Facts) -> bool:
+        """Whether it turned on an evaluator that has no answer only because nobody asked it then."""
+        if facts.evaluations is None or not self.policy.evaluators:
+            return False
+        answered = {each.name for each in facts.evaluations}
+        missing = {f"evaluators.{spec.name}" for spec in self.policy.evaluators if spec.name not in answered}
+        undecided = any(leaf.holds is None and leaf.says.startswith("evaluator ") for leaf in decision.leaves)
+        return decision.rule in missing or (bool(missing) and undecided)
+
+    def _note(self, attempt: Attempt, before: str, after: str, answer: Decision | Needs) -> None:
+        self.by_capability[attempt.capability, before, after] += 1
+        if self._shown[before, after] >= MOST_EXAMPLES:
+            return
+        self._shown[before, after] += 1
+        rule, message = "evaluators", "its evaluators were not asked when this was recorded"
+        if isinstance(answer, Decision):
+            rule, message = answer.rule, answer.message
+        self.examples.append(Change(attempt=attempt, before=before, after=after, rule=rule, message=message))
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {
+            "policy_digest": self.policy.digest,
+            "attempts": self.attempts,
+            "changed": self.changed,
+            "outcomes": [
+                {"before": before, "after": after, "attempts": count}
+                for (before, after), count in sorted(self.outcomes.items())
+            ],
+            "by_capability": [
+                {"capability": capability, "before": before, "after": after, "attempts": count}
+                for (capability, before, after), count in sorted(self.by_capability.items())
+            ],
+            "eur_before": str(plain(self.eur_before)),
+            "eur_after": str(plain(self.eur_after)),
+            "examples": [
+                {
+                    "run_id": each.attempt.run_id,
+                    "step": each.attempt.step_index,
+                    "attempt": each.attempt.attempt,
+                    "capability": each.attempt.capability,
+                    "before": each.before,
+                    "after": each.after,
+                    "rule": each.rule,
+                    "message": each.message,
+                }
+                for each in self.examples
+            ],
+        }

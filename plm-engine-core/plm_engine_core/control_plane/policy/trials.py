@@ -1,0 +1,88 @@
+"""Proposals that operators write down, to ask a policy about them: for `explain`, `test` and `diff`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Annotated, Any
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from plm_engine_core.control_plane.policy.decision import Decision, Verdict
+from plm_engine_core.control_plane.policy.facts import Evaluation, Facts
+from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
+from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus, Reason, RiskLevel
+
+_NOBODY = UUID(int=0)
+_A_MONDAY = datetime(2024, 1, 1, 12, tzinfo=UTC)
+
+
+class _Written(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Trial(_Written):
+    """A proposal with the facts that a real one would be given.
+
+    Without `scopes` the principal holds what the capability needs. `evaluations` says what each evaluator answers;
+    without it the policy's evaluators are asked. Without `at` it is noon of a Monday.
+    """
+
+    capability: str
+    resource: str = ""
+    arguments: Mapping[str, Any] = Field(default_factory=dict)
+    agent: str = ""
+    autonomy: AutonomyLevel = AutonomyLevel.L3
+    scopes: frozenset[str] | None = None
+    actor_kind: str = "human"
+    user_id: UUID = _NOBODY
+    at: datetime = _A_MONDAY
+    claims: Mapping[str, Any] = Field(default_factory=dict)
+    evaluations: Mapping[str, EvaluationStatus] | None = None
+
+    def facts(self, capability: CapabilityDescriptor | None) -> Facts:
+        """The facts of this proposal for a capability, or for one that is not registered."""
+        needed = capability.required_scopes if capability is not None else frozenset[str]()
+        return Facts(
+            capability=capability,
+            principal_scopes=needed if self.scopes is None else self.scopes,
+            requester=self.user_id,
+            autonomy=self.autonomy,
+            rate_allowed=True,
+            actor_kind=self.actor_kind,
+            agent=self.agent,
+            claims=self.claims,
+            at=self.at if self.at.tzinfo is None else self.at.astimezone(UTC),
+            evaluations=None
+            if self.evaluations is None
+            else tuple(Evaluation(name=name, status=status) for name, status in self.evaluations.items()),
+        )
+
+
+class Expected(_Written):
+    """What a case expects of its decision; what is left out is not compared."""
+
+    outcome: Verdict
+    reason: Reason | None = None
+    rule: str | None = None
+    risk: RiskLevel | None = None
+
+    def mismatches(self, decision: Decision) -> dict[str, tuple[Any, Any]]:
+        """By member: what was expected and what was decided."""
+        pairs = {name: (getattr(self, name), getattr(decision, name)) for name in self.model_fields_set}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+class Case(_Written):
+    """One proposal and what is to become of it."""
+
+    name: str = Field(min_length=1)
+    given: Trial
+    expect: Expected
+
+
+class CaseFile(_Written):
+    """A file of cases."""
+
+    cases: Annotated[tuple[Case, ...], Field(min_length=1)]

@@ -1,0 +1,323 @@
+"""`plm-cli policy`: lint, explain, test, diff, schema and replay, and how each ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plm_engine_core.cli import build_app
+from plm_engine_core.cli.policy import policy_schema
+from plm_engine_core.control_plane.policy import Facts, PolicySnapshot, decide, load_policy
+from plm_engine_core.control_plane.policy.lint import Severity, lint
+from plm_engine_core.control_plane.policy.replay import UNDECIDED, Attempt, Replay
+from plm_engine_core.control_plane.registry import load_capabilities
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).resolve().parents[2]
+POLICY: dict[str, Any] = {
+    "version": "1",
+    "tier_by_mode": {"read": "auto_approve", "plan-write": "auto_approve", "execute-write": "always_approve"},
+    "risk_by_mode": {"read": "low", "plan-write": "low", "execute-write": "high"},
+    "budgets": {"run": {"EUR": 1, "calls": 1}, "tenant": {"EUR": 1, "calls": 1}},
+    "max_eur_per_call": "2",
+    "rules": [
+        {
+            "id": "big",
+            "capabilities": ["thing.read"],
+            "when": {"type": "field", "path": "arguments.amount", "operator": "gt", "value": 100},
+            "then": "ask",
+        }
+    ],
+}
+CAPABILITIES = {
+    "capabilities": [
+        {"id": "thing.read", "description": "look", "mode": "read", "plugin": "things", "required_scopes": ["things"]},
+        {"id": "thing.write", "description": "x", "mode": "execute-write", "plugin": "things", "certified": True},
+    ]
+}
+
+
+class Files:
+    """Files of one test, and commands over them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.capabilities = self.write("capabilities", CAPABILITIES)
+
+    def write(self, name: str, document: Any) -> str:
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(document), encoding="utf-8")
+        return str(path)
+
+    def policy(self, name: str = "policy", **changes: Any) -> str:
+        return self.write(name, {**POLICY, **changes})
+
+    def run(self, *arguments: str, **environment: str) -> Any:
+        environment = {"PLM_CAPABILITIES": self.capabilities, **environment}
+        return CliRunner().invoke(build_app(), ["policy", *arguments], env=environment)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return Files(tmp_path)
+
+
+# --- lint ------------------------------------------------------------------------------------------------------------
+
+
+def rule(name, then="ask", **more):
+    return {"id": name, "then": then, **({"guidance": "x"} if then == "steer" else {}), **more}
+
+
+CONDITION = {"type": "field", "path": "arguments.a", "operator": "exists"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "at", "severity"),
+    [
+        ({"tiers": {"blocked": ["thing.raed"]}}, "unknown-capability", "tiers.thing.raed", "error"),
+        ({"risk_by_capability": {"a.b": "low"}}, "unknown-capability", "risk_by_capability.a.b", "error"),
+        ({"rules": [rule("r", capabilities=["thing.w?"])]}, "matches-nothing", "rules.r.capabilities", "error"),
+        ({"rules": [rule("a", when=CONDITION), rule("b", when=CONDITION)]}, "doubled", "rules.b", "warning"),
+        ({"rules": [rule("a", "deny"), rule("b", when=CONDITION)]}, "unreachable", "rules.b", "warning"),
+        ({"rules": [rule("a", when=CONDITION), rule("b", "steer")]}, "unreachable", "rules.a", "warning"),
+        (
+            {"tiers": {"blocked": ["thing.read"]}, "rules": [rule("a", capabilities=["thing.read"])]},
+            "unreachable",
+            "rules.a",
+            "warning",
+        ),
+        ({"guidance": {"thing.read": "x"}}, "idle", "guidance.thing.read", "warning"),
+        (
+            {"evaluators": [{"name": "e", "kind": "list", "gate": False, "config": {"blocklist": ["x"]}}]},
+            "idle",
+            "evaluators.e",
+            "warning",
+        ),
+        (
+            {"tiers": {"unrestricted": ["thing.write"]}, "autonomy_ceiling": "L3"},
+            "write-without-human",
+            "tiers.thing.write",
+            "warning",
+        ),
+        ({"autonomy_ceiling": "L1"}, "never-runs", "autonomy_ceiling", "warning"),
+        ({"max_eur_per_call": None}, "no-cost-bound", "max_eur_per_call", "warning"),
+    ],
+)
+def test_lint_names_what_is_probably_not_meant(files, changes, check, at, severity):
+    result = files.run("lint", files.policy(**{"rules": [], **changes}), "--json")
+    remarks = json.loads(result.stdout)["remarks"]
+    assert {"check": check, "at": at, "severity": severity}.items() <= next(r for r in remarks if r["at"] == at).items()
+    assert result.exit_code == (1 if severity == "error" else 0)
+    assert files.run("lint", files.policy(**{"rules": [], **changes}), "--strict").exit_code == 1
+
+
+def test_lint_has_nothing_to_say_of_a_sound_policy(files):
+    result = files.run("lint", files.policy())
+    assert (result.exit_code, result.stdout) == (0, "nothing to remark\n")
+
+
+def test_a_price_without_a_bound_is_remarked(files):
+    priced = {**CAPABILITIES["capabilities"][0], "cost": {"eur_per_unit": {"page": "0.01"}}}
+    files.write("capabilities", {"capabilities": [priced]})
+    assert "capabilities.thing.read.cost" in files.run("lint", files.policy()).stdout
+
+
+def test_the_policy_of_the_demo_has_no_errors():
+    remarks = lint(load_policy(ROOT / "dev" / "policy.yaml"), load_capabilities(ROOT / "dev" / "capabilities.yaml"))
+    assert [each for each in remarks if each.severity is Severity.ERROR] == []
+
+
+@pytest.mark.parametrize("command", ["lint", "explain", "test", "diff"])
+def test_a_policy_that_cannot_be_read_ends_with_its_place(files, command):
+    bad = files.policy("bad", grant_seconds=-1)
+    more = [bad] if command == "diff" else [files.write("other", {})] if command != "lint" else []
+    result = files.run(command, bad, *more)
+    assert result.exit_code == 1
+    assert f"{bad}:" in result.stderr
+    assert "grant_seconds" in result.stderr
+
+
+# --- explain, test, diff ---------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_rule_its_leaves_and_what_would_unblock_it(files):
+    proposal = files.write("proposal", {"capability": "thing.read", "arguments": {"amount": 101}})
+    result = files.run("explain", files.policy(), proposal)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[0] == "ask: thing.read needs the approval of a human (rule big)"
+    assert "  rule: rules.big" in result.stdout
+    assert "  rules.big.when: arguments.amount gt 100: holds" in result.stdout
+    assert "  unblocked by approval by a person with plm.hitl.resolve within 3600 s" in result.stdout
+    answer = json.loads(files.run("explain", files.policy(), proposal, "--json").stdout)
+    assert (answer["outcome"], answer["rule"]) == ("ask", "rules.big")
+
+
+def test_explain_asks_the_evaluators_unless_the_proposal_says_what_they_answer(files):
+    gate = {"name": "short", "kind": "list", "config": {"field": "arguments.name", "allowlist": ["a"]}}
+    policy = files.policy(evaluators=[gate], rules=[])
+    for proposal, outcome in (
+        ({"arguments": {"name": "a"}}, "allow"),
+        ({"arguments": {"name": "b"}}, "deny"),
+        ({"arguments": {"name": "b"}, "evaluations": {"short": "allowed"}}, "allow"),
+        ({"arguments": {"name": "a"}, "evaluations": {"short": "timed_out"}}, "deny"),
+    ):
+        written = files.write("proposal", {"capability": "thing.read", **proposal})
+        assert json.loads(files.run("explain", policy, written, "--json").stdout)["outcome"] == outcome
+
+
+CASES = {
+    "cases": [
+        {
+            "name": "a big one asks",
+            "given": {"capability": "thing.read", "arguments": {"amount": 101}},
+            "expect": {"outcome": "ask", "rule": "rules.big", "risk": "low"},
+        },
+        {
+            "name": "without its scope nothing is read",
+            "given": {"capability": "thing.read", "scopes": []},
+            "expect": {"outcome": "deny", "reason": "missing_scopes"},
+        },
+        {
+            "name": "what is not registered is refused",
+            "given": {"capability": "thing.gone"},
+            "expect": {"outcome": "deny", "reason": "capability_unknown"},
+        },
+    ]
+}
+
+
+def test_cases_that_are_decided_as_expected_end_with_0_and_others_are_named(files):
+    cases = files.write("cases", CASES)
+    result = files.run("test", files.policy(), cases)
+    assert (result.exit_code, result.stdout) == (0, "3 of 3 cases as expected\n")
+    result = files.run("test", files.policy(rules=[]), cases)
+    assert result.exit_code == 1
+    assert "a big one asks: outcome is allow, expected ask" in result.stdout
+    failed = json.loads(files.run("test", files.policy(rules=[]), cases, "--json").stdout)["failed"]
+    assert failed[1] == {
+        "case": "a big one asks",
+        "member": "rule",
+        "expected": "rules.big",
+        "decided": "tier_by_mode.read",
+    }
+
+
+def test_diff_names_the_capabilities_and_cases_that_are_decided_differently(files):
+    old, cases = files.policy("old", rules=[]), files.write("cases", CASES)
+    assert files.run("diff", old, files.policy("same", version="2", rules=[])).stdout == "no difference\n"
+    new = files.policy("new", tiers={"blocked": ["thing.write"]})
+    result = files.run("diff", old, new, "--cases", cases, "--json")
+    assert result.exit_code == 1
+    changed = {
+        each["what"]: (each["old"]["outcome"], each["new"]["outcome"]) for each in json.loads(result.stdout)["changed"]
+    }
+    assert changed == {
+        "capability thing.read": ("allow", "ask"),
+        "capability thing.write": ("ask", "deny"),
+        "case a big one asks": ("allow", "ask"),
+    }
+
+
+# --- schema ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_schema_is_current(files):
+    published = (ROOT / "docs" / "policy.schema.json").read_text(encoding="utf-8")
+    assert published == policy_schema() + "\n", "write it anew: plm-cli policy schema > docs/policy.schema.json"
+    assert files.run("schema").stdout == published
+
+
+def test_the_schema_takes_what_is_read_and_refuses_what_is_unknown():
+    import jsonschema
+
+    validator = jsonschema.Draft202012Validator(json.loads(policy_schema()))
+    validator.check_schema(validator.schema)
+    assert validator.is_valid(POLICY)
+    assert validator.is_valid({**POLICY, "tiers": {"blocked": ["a.b"]}})
+    assert validator.is_valid({**POLICY, "tiers": {"a.b": "blocked"}})
+    assert validator.is_valid(yaml.safe_load((ROOT / "dev" / "policy.yaml").read_text(encoding="utf-8")))
+    assert not validator.is_valid({**POLICY, "tiers": {"a.b": "blocke"}})
+    assert not validator.is_valid({**POLICY, "surprise": 1})
+    assert not validator.is_valid({**POLICY, "rules": [{"id": "r"}]})
+
+
+# --- replay ----------------------------------------------------------------------------------------------------------
+
+
+def recorded(policy, facts, **changes):
+    attempt = Attempt(
+        run_id="r", step_index=0, attempt=1, capability="thing.use", resource="", arguments={}, decision={}
+    )
+    attempt = replace(attempt, **changes)
+    decision = decide(attempt, policy, facts)
+    return replace(attempt, decision={**decision.to_json(), "facts": facts.to_json()})
+
+
+def stored_facts(**changes):
+    line = (Path(__file__).parent / "data" / "recorded_decisions.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    return replace(Facts.from_json(json.loads(line)["facts"]), **changes)
+
+
+@given(st.lists(st.integers(0, 200), max_size=8))
+@settings(max_examples=25)
+def test_replayed_under_the_policy_it_was_recorded_with_nothing_changes(amounts):
+    policy = PolicySnapshot.model_validate({**POLICY, "rules": [{**POLICY["rules"][0], "capabilities": ["*"]}]})
+    report = Replay(policy=policy)
+    report.feed(recorded(policy, stored_facts(), arguments={"amount": amount}) for amount in amounts)
+    assert (report.attempts, report.changed, report.eur_after) == (len(amounts), 0, report.eur_before)
+
+
+def test_a_replay_counts_what_would_change_and_what_it_would_reserve():
+    old = PolicySnapshot.model_validate({**POLICY, "rules": []})
+    new = PolicySnapshot.model_validate(
+        {**POLICY, "rules": [{**POLICY["rules"][0], "capabilities": ["*"], "then": "deny"}]}
+    )
+    report = Replay(policy=new)
+    report.feed(recorded(old, stored_facts(), arguments={"amount": amount}) for amount in (1, 101, 102))
+    answer = json.loads(json.dumps(report.to_json()))
+    assert answer["outcomes"] == [
+        {"before": "allow", "after": "allow", "attempts": 1},
+        {"before": "allow", "after": "deny", "attempts": 2},
+    ]
+    assert (answer["eur_before"], answer["eur_after"]) == ("0.75", "0.25")
+    assert answer["examples"][0]["rule"] == "rules.big"
+
+
+def test_what_turns_on_an_evaluator_that_nobody_asked_is_undecided():
+    old = PolicySnapshot.model_validate({**POLICY, "rules": []})
+    gate = {"name": "gate", "kind": "list", "config": {"blocklist": ["x"]}}
+    gated = PolicySnapshot.model_validate({**POLICY, "rules": [], "evaluators": [gate]})
+    report = Replay(policy=gated)
+    report.feed([recorded(old, stored_facts()), recorded(old, stored_facts(evaluations=()))])
+    assert report.outcomes == {("allow", UNDECIDED): 2}
+
+
+async def test_recorded_proposals_are_replayed_from_the_database(bench, files):
+    lease = await bench.lease()
+    for index, amount in enumerate((1, 500)):
+        await bench.grant(lease, step_index=index, arguments={"amount": amount})
+    seen = [batch async for batch in bench.storage.runs.attempts(bench.tenant, since=lease.run.created_at)]
+    assert [(each.step_index, each.arguments) for batch in seen for each in batch] == [
+        (0, {"amount": 1}),
+        (1, {"amount": 500}),
+    ]
+    result = await asyncio.to_thread(
+        files.run, "replay", files.policy(), "--tenant-id", str(bench.tenant), "--json", PG_DSN=bench.database.app
+    )
+    assert result.exit_code == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert (answer["attempts"], answer["changed"]) == (2, 1)
+    assert answer["examples"][0]["rule"] == "rules.big"
+    text = await asyncio.to_thread(
+        files.run, "replay", files.policy(), "--tenant-id", str(bench.tenant), PG_DSN=bench.database.app
+    )
+    assert "2 recorded proposals, 1 decided otherwise\n  1 x thing.read: allow -> ask" in text.stdout
+    assert "reserve 1 EUR instead of 1 EUR" in text.stdout
