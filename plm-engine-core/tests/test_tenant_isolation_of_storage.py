@@ -94,7 +94,7 @@ async def foreign(bench):
         "runs.get": lambda: storage.runs.get(other, run.id),
         "runs.list": lambda: storage.runs.list(other, limit=9, before=None, state=None),
         "runs.steps": lambda: storage.runs.steps(other, run.id),
-        "runs.attempts": lambda: collected(storage.runs.attempts(other, since=datetime(2024, 1, 1, tzinfo=UTC))),
+        "runs.attempts": lambda: walked(storage.runs.attempts(other, since=datetime(2024, 1, 1, tzinfo=UTC))),
         "runs.budgets": lambda: storage.runs.budgets(other, run.id),
         "runs.take": lambda: storage.runs.take(other, run.id, owner="w", seconds=9),
         "runs.renew": lambda: storage.runs.renew(other, holder.run.id, seconds=9, **held),
@@ -130,6 +130,10 @@ async def foreign(bench):
 
 async def collected(events):
     return list(events)
+
+
+async def walked(batches):
+    return [each async for batch in batches for each in batch]
 
 
 def everything(bench):
