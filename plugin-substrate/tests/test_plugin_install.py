@@ -103,6 +103,7 @@ def workspace(tmp_path: Path) -> Workspace:
 async def test_an_installed_plugin_is_described_by_itself_and_can_be_called(workspace: Workspace) -> None:
     done = workspace.install()
     assert (done.exit_code, done.output) == (0, "tiny: installed\n")
+    assert workspace.data_dir.stat().st_mode & 0o777 == 0o700
     manifest = load_manifest(workspace.data_dir / "manifests/tiny.json")
     assert (manifest.code.capabilities, manifest.code.idempotent, manifest.code.stateless) == (
         ("tiny.answer",),
@@ -115,6 +116,13 @@ async def test_an_installed_plugin_is_described_by_itself_and_can_be_called(work
         (meta,) = manager.discover_manifests()
         await manager.load_plugin_async(meta)
         assert await manager.execute_plugin_async("tiny", action="tiny.answer") == 42
+
+
+def test_a_folder_that_is_no_project_is_named_with_what_it_should_be(workspace: Workspace) -> None:
+    (workspace.package.parent / "pyproject.toml").unlink()
+    done = workspace.install()
+    assert done.exit_code == 1
+    assert "pyproject.toml cannot be read: No such file or directory; a plugin is a Python project" in done.output
 
 
 def test_a_grant_is_seen_without_installing_anew(workspace: Workspace) -> None:

@@ -193,6 +193,23 @@ def test_what_a_plugin_says_about_itself_is_taken_as_an_installer_takes_it(
         plugin_workers.describe(metadata, place=PLUGINS, typo=1)
 
 
+@pytest.mark.parametrize("kind", ["package", "namespace package", "module"])
+def test_a_plugin_is_found_where_python_finds_it(
+    plugin_environments: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    name = f"found_as_{kind.replace(' ', '_')}"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "plugin.py").touch()
+    if kind == "package":
+        (tmp_path / name / "__init__.py").touch()
+    elif kind == "module":
+        (tmp_path / f"{name}.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    module = name if kind == "module" else f"{name}.plugin"
+    meta = plugin_meta(f"{module}:Plugin", environments=plugin_environments)
+    assert meta.manifest.install.source_paths[0] == str(tmp_path)
+
+
 def test_isolation_is_asked_for_and_granted_at_once(plugin_environments: Path, sample: type[PluginInterface]) -> None:
     meta = plugin_meta(sample, environments=plugin_environments, name="freer", isolation={"processes": 3})
     assert meta.manifest.asked_isolation == meta.manifest.granted_isolation == IsolationTerms(processes=3)

@@ -73,6 +73,7 @@ class Installer:
         """Bring one plugin up to date; when it cannot be, the reason is the outcome."""
         try:
             digest = _digest(spec)
+            self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             with installing(self._data_dir / "envs") as lock:
                 if not self._force and self._is_current(spec, digest):
                     return InstallOutcome(name=spec.name, status=self._grant(spec))

@@ -152,8 +152,14 @@ def distribution_name(spec: PluginSpec) -> str:
 
     file = spec.folder / "pyproject.toml"
     try:
-        name = tomllib.loads(file.read_text(encoding="utf-8"))["project"]["name"]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise PluginConfigError(
+            f"{file} cannot be read: {error.strerror}; a plugin is a Python project of its own"
+        ) from error
+    try:
+        name = tomllib.loads(text)["project"]["name"]
+    except (KeyError, TypeError, ValueError) as error:
         raise PluginConfigError(f"{file} does not say [project] name: {error!r}") from error
     if not isinstance(name, str) or not _REQUIREMENT.fullmatch(name):
         raise PluginConfigError(f"{file}: {name!r} is not a project name")

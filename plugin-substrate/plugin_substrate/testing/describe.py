@@ -124,10 +124,11 @@ def _place_of_class(plugin: type[PluginInterface]) -> tuple[Path, str]:
 
 def _folder_of_module(module: str) -> Path:
     spec = importlib.util.find_spec(module.partition(".")[0])
+    if spec is not None and spec.submodule_search_locations:
+        return Path(next(iter(spec.submodule_search_locations))).parent
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"no module {module!r} on this process's path; say where it lies with place=")
-    origin = Path(spec.origin)
-    return origin.parent.parent if origin.name == "__init__.py" else origin.parent
+    return Path(spec.origin).parent
 
 
 def _path_line(entry: Path) -> str:
