@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120
 _PACKAGE = "plugin_substrate"
-_OFFERED = ("interface", "errors", "worker")
+_OFFERED = ("interface", "errors", "validation", "worker")
 
 
 class HostFiles:
-    """Finds ``plugin_substrate.interface``, ``.errors`` and ``.worker``; the package itself is an empty shell."""
+    """Finds ``plugin_substrate.interface``, ``.errors``, ``.validation``, ``.worker``; the package is an empty shell."""
 
     def find_spec(
         self,
