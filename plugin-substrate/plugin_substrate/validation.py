@@ -1,7 +1,6 @@
 """Configurations as dataclasses: to and from dicts, checked, and as a JSON Schema.
 
-Standard library only, as plugins use it.
-What a field must be stands in its metadata, under the constants' names here:
+Standard library only, as plugins use it. What a field must be stands in its metadata, under these names:
 
     threshold: float = field(default=0.5, metadata={SCHEMA_TITLE: "Threshold", SCHEMA_MIN: 0, SCHEMA_MAX: 1})
 """

@@ -23,7 +23,7 @@ _OFFERED = ("interface", "errors", "validation", "worker")
 
 
 class HostFiles:
-    """Finds ``plugin_substrate.interface``, ``.errors``, ``.validation``, ``.worker``; the package is an empty shell."""
+    """Finds ``plugin_substrate.interface``, ``.errors``, ``.validation``, ``.worker``; the package is an empty one."""
 
     def find_spec(
         self,
