@@ -56,7 +56,7 @@ class Transcoder(PluginInterface):
             self._command("-re", "-f", "lavfi", "-i", "anullsrc", "-f", "null", "-"), stdin=subprocess.DEVNULL
         )
         with self.cancel_signal_to(process.kill):
-            self.report_progress(-1, str(process.pid))
+            self.report_progress(-1, "running")
             process.wait()
         self.check_cancel()
 
