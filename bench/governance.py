@@ -1,0 +1,360 @@
+"""What deciding and booking cost: the pure decision, evaluators, a replay, and admission with settlement.
+
+The database rows are real: PostgreSQL with fsync on, row-level security, the application's role. D, measured in the
+same run, is a plain insert of one row, committed, under row-level security, by one client. Run it with
+`python bench/governance.py [--json]`; BENCH_PAIRS sets the pairs of admission and settlement of each run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, ClassVar
+
+import psycopg
+from figures import Figure, percentile, report
+from plm_backend.database import upgrade_all
+from plm_engine_core.control_plane import ControlPlane, Granted, Outcome, Principal, Proposal, RunRequest
+from plm_engine_core.control_plane.admission.evaluators import Configured, EvaluatorResult, ParallelPolicyEvaluator
+from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.policy import Decision, Facts, PolicySnapshot, decide
+from plm_engine_core.control_plane.policy.replay import Attempt, Replay
+from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry
+from plm_engine_core.control_plane.runs import Lease
+from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
+from plm_engine_core.control_plane.vocabulary import (
+    AutonomyLevel,
+    BudgetUnit,
+    CapabilityMode,
+    EvaluationStatus,
+    OutcomeStatus,
+)
+from plm_shared.embedded_postgres import EmbeddedPostgres
+from plm_shared.provisioning import provision
+from pydantic import BaseModel
+
+PAIRS = int(os.environ.get("BENCH_PAIRS", "150"))
+AT_ONCE = 8
+DECISIONS = 20_000
+REPLAYED = 20_000
+ASKED = 30
+INSERTS = 300
+
+BASE: dict[str, Any] = {
+    "version": "bench",
+    "tier_by_mode": {"read": "auto_approve", "plan-write": "auto_approve", "execute-write": "always_approve"},
+    "risk_by_mode": {"read": "low", "plan-write": "low", "execute-write": "high"},
+    "rate_limit": {"per_second": 1e6, "burst": 1e6},
+    "budgets": {"run": {"EUR": "1000", "calls": "100000"}, "tenant": {"EUR": "1000000", "calls": "100000000"}},
+}
+RULED = CapabilityDescriptor(id="bench.ruled", description="x", mode=CapabilityMode.READ, plugin="bench")
+PLAIN = CapabilityDescriptor(id="bench.plain", description="x", mode=CapabilityMode.READ, plugin="bench")
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """One proposal."""
+
+    capability: str
+    resource: str = "thing/1"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def leaf(name: str, operator: str, value: Any) -> dict[str, Any]:
+    return {"type": "field", "path": f"arguments.{name}", "operator": operator, "value": value}
+
+
+def ruled_policy() -> PolicySnapshot:
+    """100 rules, 25 about one capability and none applying; auto-approval under a tree of 30 leaves, all tested."""
+    then = [
+        {"then": "deny"},
+        {"then": "ask"},
+        {"then": "steer", "guidance": "x"},
+        {"then": "raise_risk", "risk": "high"},
+    ]
+    rules = [
+        {
+            "id": f"rule-{number}",
+            "capabilities": ["bench.ruled" if number % 4 == 0 else f"other.c{number % 4}"],
+            "when": leaf("kind", "eq", f"kind-{number}"),
+            **then[number // 4 % 4],
+        }
+        for number in range(100)
+    ]
+    thirds = [
+        {"type": "and", "conditions": [leaf(f"n{3 * group + each}", "le", 100) for each in range(3)]}
+        for group in range(10)
+    ]
+    return PolicySnapshot.model_validate(
+        {**BASE, "rules": rules, "auto_approve_when": {"type": "and", "conditions": thirds}}
+    )
+
+
+RULED_PROPOSAL = Proposed("bench.ruled", arguments={"kind": "other", **{f"n{number}": number for number in range(30)}})
+
+
+def facts(capability: CapabilityDescriptor) -> Facts:
+    return Facts(
+        capability=capability,
+        principal_scopes=frozenset({"bench"}),
+        requester=uuid.UUID(int=1),
+        autonomy=AutonomyLevel.L3,
+        rate_allowed=True,
+        actor_kind="human",
+        agent="bench",
+        at=datetime(2024, 1, 1, tzinfo=UTC),
+    )
+
+
+def microseconds(work: Callable[[], object], times: int) -> list[float]:
+    samples = []
+    for _ in range(times):
+        started = time.perf_counter_ns()
+        work()
+        samples.append((time.perf_counter_ns() - started) / 1e3)
+    return samples[times // 10 :]
+
+
+def decisions() -> dict[str, Figure]:
+    policy, known = ruled_policy(), facts(RULED)
+    decision = decide(RULED_PROPOSAL, policy, known)
+    assert isinstance(decision, Decision)
+    assert len(decision.leaves) == 30
+    ruled = microseconds(lambda: decide(RULED_PROPOSAL, policy, known), DECISIONS)
+    unruled, plain = (
+        PolicySnapshot.model_validate({**BASE, "rules": policy.model_dump(mode="json")["rules"]}),
+        facts(PLAIN),
+    )
+    nothing = microseconds(lambda: decide(Proposed("bench.plain"), unruled, plain), DECISIONS)
+    return {
+        "decide, 100 rules and 30 leaves, p50": Figure(
+            value=percentile(ruled, 0.5), unit="us", better="lower", target=30
+        ),
+        "decide, 100 rules and 30 leaves, p99": Figure(
+            value=percentile(ruled, 0.99), unit="us", better="lower", target=100
+        ),
+        "decide, no rule applies, p50": Figure(value=percentile(nothing, 0.5), unit="us", better="lower", target=3),
+    }
+
+
+def replay() -> dict[str, Figure]:
+    """Decide recorded proposals again, from the JSON that the database keeps to the report."""
+    policy, known = ruled_policy(), facts(RULED)
+    decision = decide(RULED_PROPOSAL, policy, known)
+    assert isinstance(decision, Decision)
+    attempt = Attempt(
+        run_id=str(uuid.UUID(int=1)),
+        step_index=0,
+        attempt=1,
+        capability=RULED_PROPOSAL.capability,
+        resource=RULED_PROPOSAL.resource,
+        arguments=RULED_PROPOSAL.arguments,
+        decision={**decision.to_json(), "facts": known.to_json()},
+    )
+    stored = json.dumps(attempt.decision)
+    attempts = [replace(attempt, decision=json.loads(stored)) for _ in range(REPLAYED)]
+    draft = PolicySnapshot.model_validate({**policy.model_dump(mode="json"), "version": "draft"})
+    report_of_it = Replay(policy=draft)
+    started = time.perf_counter()
+    report_of_it.feed(attempts)
+    rate = REPLAYED / (time.perf_counter() - started)
+    assert report_of_it.changed == 0
+    return {"policy replay, 100 rules and 30 leaves": Figure(value=rate, unit="/s", better="higher", target=10_000)}
+
+
+class NoConfig(BaseModel):
+    """Nothing to configure."""
+
+
+class Waiting:
+    """An evaluator that asks somebody outside, and gets its answer after some time."""
+
+    kind: ClassVar[str] = "waiting"
+    config_schema: ClassVar[type[BaseModel]] = NoConfig
+
+    def __init__(self, seconds: float, *, allow: bool) -> None:
+        self.seconds = seconds
+        self.allow = allow
+
+    async def evaluate(self, proposal: Any, facts: Facts) -> EvaluatorResult:  # noqa: ARG002  # an evaluator's interface
+        if self.seconds:
+            await asyncio.sleep(self.seconds)
+        return EvaluatorResult(allow=self.allow)
+
+
+async def evaluators() -> dict[str, Figure]:
+    async def asked(waits: list[Waiting]) -> tuple[float, list[EvaluationStatus]]:
+        names = [f"e{number}" for number in range(len(waits))]
+        parallel = ParallelPolicyEvaluator(
+            [
+                Configured(name=name, evaluator=each, gate=True, timeout_seconds=5)
+                for name, each in zip(names, waits, strict=True)
+            ]
+        )
+        samples = []
+        for _ in range(ASKED):
+            started = time.perf_counter()
+            answers = await parallel.evaluate_all(names, RULED_PROPOSAL, facts(RULED))
+            samples.append((time.perf_counter() - started) * 1e3)
+        return percentile(samples, 0.5), [each.status for each in answers]
+
+    twenty, statuses = await asked([Waiting(0.010, allow=True) for _ in range(20)])
+    assert set(statuses) == {EvaluationStatus.ALLOWED}
+    denied, statuses = await asked([*(Waiting(0.200, allow=True) for _ in range(19)), Waiting(0, allow=False)])
+    assert statuses[-1] is EvaluationStatus.DENIED
+    return {
+        "20 evaluators of 10 ms, p50": Figure(value=twenty, unit="ms", better="lower", target=20),
+        "an instant denial beside 200 ms ones, p50": Figure(value=denied, unit="ms", better="lower", target=5),
+    }
+
+
+class NoDelivery:
+    """The benchmark moves its runs itself."""
+
+    async def enqueue(self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Booking:
+    """Runs that admit and settle, one pair after another."""
+
+    control_plane: ControlPlane
+    principal: Principal
+
+    async def lease(self, tenant: uuid.UUID) -> Lease:
+        run, _ = await self.control_plane.create_run(
+            RunRequest(
+                tenant_id=tenant,
+                run_id=new_id(),
+                agent={"name": "bench"},
+                input={},
+                trace_id=secrets.token_hex(16),
+                budget={BudgetUnit.EUR: Decimal(10)},
+            ),
+            principal=self.principal,
+        )
+        lease = await self.control_plane.storage.runs.take(tenant, run.id, owner="bench", seconds=600)
+        assert lease is not None
+        return lease
+
+    async def pairs(self, lease: Lease, count: int) -> list[float]:
+        """Milliseconds of each admission with its settlement; the use of the grant between them is not counted."""
+        samples = []
+        for step in range(count):
+            started = time.perf_counter()
+            admission = await self.control_plane.admit(_proposal(lease, step))
+            admitted = time.perf_counter()
+            assert isinstance(admission, Granted), admission
+            begun = await self.control_plane.begin(admission.grant, fencing_token=lease.fencing_token, actor="bench")
+            assert begun.accepted
+            called = time.perf_counter()
+            await self.control_plane.settle(
+                admission.grant,
+                Outcome(status=OutcomeStatus.SUCCEEDED),
+                capability=PLAIN,
+                fencing_token=lease.fencing_token,
+                trace_id=lease.run.trace_id,
+                actor="bench",
+            )
+            samples.append((admitted - started + time.perf_counter() - called) * 1e3)
+        return samples
+
+    async def rate(self, tenants: list[uuid.UUID]) -> float:
+        """Pairs per second of runs at once, one in each of `tenants`; each pair with the use of its grant."""
+        leases = [await self.lease(tenant) for tenant in tenants]
+        started = time.perf_counter()
+        await asyncio.gather(*(self.pairs(lease, PAIRS) for lease in leases))
+        return len(leases) * PAIRS / (time.perf_counter() - started)
+
+
+def _proposal(lease: Lease, step: int) -> Proposal:
+    return Proposal(
+        tenant_id=lease.run.tenant_id,
+        run_id=lease.run.id,
+        fencing_token=lease.fencing_token,
+        step_index=step,
+        attempt=1,
+        step_id=f"step-{step}",
+        capability=PLAIN.id,
+        resource="thing/1",
+        arguments={"number": step},
+        principal=lease.run.principal,
+        agent="bench",
+    )
+
+
+def durable_inserts(owner: str, app: str, tenant: uuid.UUID) -> list[float]:
+    """D: milliseconds of one row inserted and committed under row-level security, by one client."""
+    with psycopg.connect(owner, autocommit=True) as connection:
+        for statement in (
+            "CREATE TABLE bench_rows (tenant_id uuid NOT NULL, id bigint NOT NULL, PRIMARY KEY (tenant_id, id))",
+            "ALTER TABLE bench_rows ENABLE ROW LEVEL SECURITY",
+            "ALTER TABLE bench_rows FORCE ROW LEVEL SECURITY",
+            "CREATE POLICY tenant ON bench_rows USING (tenant_id = current_setting('app.tenant_id')::uuid)",
+            "GRANT INSERT ON bench_rows TO plm_engine_writer",
+        ):
+            connection.execute(statement.encode())
+    samples = []
+    with psycopg.connect(app, autocommit=True) as connection:
+        connection.execute("SELECT set_config('app.tenant_id', %s, false)", [str(tenant)])
+        for number in range(INSERTS):
+            started = time.perf_counter()
+            connection.execute("INSERT INTO bench_rows VALUES (%s, %s)", [tenant, number])
+            samples.append((time.perf_counter() - started) * 1e3)
+    return samples[INSERTS // 10 :]
+
+
+async def booking(folder: Path) -> dict[str, Figure]:
+    with EmbeddedPostgres(folder / "postgres") as server:
+        urls = provision(server.admin_dsn, "bench")
+        upgrade_all(urls.owner)
+        tenants = [uuid.uuid4() for _ in range(AT_ONCE)]
+        with psycopg.connect(urls.owner) as connection:
+            for number, tenant in enumerate(tenants):
+                connection.execute("INSERT INTO tenants (id, name) VALUES (%s, %s)", [tenant, f"bench-{number}"])
+        plain = percentile(durable_inserts(urls.owner, urls.app, tenants[0]), 0.5)
+        async with open_pool(urls.app, max_size=20) as pool:
+            plane = ControlPlane(
+                policy=PolicySnapshot.model_validate(BASE),
+                registry=CapabilityRegistry([PLAIN]),
+                storage=PostgresStorage(pool, NoDelivery()),
+            )
+            scopes = frozenset({"plm.runs.create"})
+            books = Booking(
+                control_plane=plane, principal=Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=scopes)
+            )
+            await books.rate(tenants)  # warm the caches of plans and prepared statements
+            alone = await books.pairs(await books.lease(tenants[0]), PAIRS)
+            shared = await books.rate(tenants[:1] * AT_ONCE)
+            apart = await books.rate(tenants)
+    return {
+        "D: one durable row, p50": Figure(value=plain, unit="ms", better="lower"),
+        "admit + settle, one run, p50": Figure(
+            value=percentile(alone, 0.5), unit="ms", better="lower", target=2 * plain + 1.5, baseline=plain
+        ),
+        "admit + begin + settle, 8 runs, one tenant": Figure(value=shared, unit="/s", better="higher", target=800),
+        "admit + begin + settle, 8 runs, 8 tenants": Figure(value=apart, unit="/s", better="higher", target=1200),
+    }
+
+
+def main() -> dict[str, Figure]:
+    figures = {**decisions(), **replay(), **asyncio.run(evaluators())}
+    with tempfile.TemporaryDirectory(prefix="plm-bench-") as name:
+        folder = Path(name)
+        folder.chmod(0o711)  # the database's account must pass through it when this runs as root
+        return {**figures, **asyncio.run(booking(folder))}
+
+
+if __name__ == "__main__":
+    report(f"what deciding and booking cost ({PAIRS} pairs a run)", main())
