@@ -1,7 +1,6 @@
 """How fast the ledger is written, beside a plain psycopg insert of the same row in the same run.
 
 PostgreSQL with fsync and synchronous_commit on; the baseline of a rate is one thread's plain inserts a second.
-`python bench/emitter.py [--json]`; SOAK scales the long part, the emission of a million events (default 0.05).
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psycopg
-from figures import Figure, percentile, report
+from figures import Figure, command_line, percentile, report
 from plm_shared import db, migrations
 from plm_shared.batching_emitter import Acknowledgement, BatchingKernelEmitter
 from plm_shared.embedded_postgres import EmbeddedPostgres
@@ -31,14 +30,13 @@ from plm_shared.kernel_api import EmitLlmCallArgs, EmitTelemetryArgs
 from plm_shared.provisioning import provision
 from plm_shared.sqlalchemy_kernel_emitter import SqlAlchemyKernelEmitter
 
-SOAK = float(os.environ.get("SOAK", "0.05"))
+MILLION = 1_000_000
+EVENTS_PER_RUN = 100
 THREADS = 8
 OUTSTANDING = 64
 SINGLE = 1500
 WINDOWED = 60_000
 WAITING = 12_000
-MILLION = int(1_000_000 * SOAK)
-RUNS = max(100, int(10_000 * SOAK))
 PAYLOAD = {"primitive": "lookup", "capability": "bom.read", "baseline_version": "7", "outcome": "found"}
 
 
@@ -201,9 +199,9 @@ def batched(tenant: str, app: str, numbers: Numbers, folder: Path, plain: float)
     return figures
 
 
-def long_run(tenant: str, app: str, numbers: Numbers) -> dict[str, Figure]:
-    """A million events over ten thousand runs: the rate of each tenth, and the memory before and after."""
-    runs = [uuid.uuid4() for _ in range(RUNS)]
+def long_run(tenant: str, app: str, numbers: Numbers, count: int) -> dict[str, Figure]:
+    """So many events over a hundredth as many runs: the rate of each tenth, and the memory before and after."""
+    runs = [uuid.uuid4() for _ in range(max(100, count // EVENTS_PER_RUN))]
     with psycopg.connect(app) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT set_config('app.tenant_id', %s, true)", [tenant])
         cursor.execute(
@@ -214,10 +212,10 @@ def long_run(tenant: str, app: str, numbers: Numbers) -> dict[str, Figure]:
     with opened(tenant, app) as emitter:
         for _ in range(10):
             began = time.perf_counter()
-            for number in numbers.take(MILLION // 10):
-                emitter.submit(telemetry(tenant, number, run=runs[number % RUNS]))
+            for number in numbers.take(count // 10):
+                emitter.submit(telemetry(tenant, number, run=runs[number % len(runs)]))
             emitter.flush()
-            rates.append(MILLION / 10 / (time.perf_counter() - began))
+            rates.append(count / 10 / (time.perf_counter() - began))
             memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     with psycopg.connect(app, autocommit=True) as connection:
         connection.execute("SELECT set_config('app.tenant_id', %s, false)", [tenant])
@@ -228,9 +226,7 @@ def long_run(tenant: str, app: str, numbers: Numbers) -> dict[str, Figure]:
             ]
         )
     return {
-        f"{MILLION} events": Figure(
-            value=MILLION / sum(MILLION / 10 / rate for rate in rates), unit="/s", better="higher"
-        ),
+        f"{count} events": Figure(value=count / sum(count / 10 / rate for rate in rates), unit="/s", better="higher"),
         "rate of the last tenth over the first": Figure(
             value=rates[-1] / rates[0], unit="", target=0.85, better="higher"
         ),
@@ -263,7 +259,7 @@ def import_time() -> dict[str, Figure]:
     }
 
 
-def main() -> dict[str, Figure]:
+def main(count: int) -> dict[str, Figure]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
@@ -278,11 +274,20 @@ def main() -> dict[str, Figure]:
             figures = single(tenant, urls.app, numbers)
             plain = 1000 / next(figure.baseline for figure in figures.values() if figure.baseline)
             figures |= batched(tenant, urls.app, numbers, folder, plain)
-            figures |= long_run(tenant, urls.app, numbers)
+            figures |= long_run(tenant, urls.app, numbers, count)
             figures |= import_time()
             db.reset_engine()
     return figures
 
 
 if __name__ == "__main__":
-    report("Writing the ledger", main())
+    parser = command_line(__doc__ or "")
+    share = float(os.environ.get("SOAK", "0.05"))
+    parser.add_argument(
+        "--events",
+        type=int,
+        default=int(MILLION * share),
+        help="how many the long run emits (default: a million times SOAK, now %(default)s)",
+    )
+    asked = parser.parse_args()
+    report("Writing the ledger", main(asked.events), as_json=asked.as_json)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,9 +28,16 @@ def percentile(samples: list[float], fraction: float) -> float:
     return ordered[min(len(ordered) - 1, int(fraction * len(ordered)))]
 
 
-def report(title: str, figures: dict[str, Figure]) -> None:
+def command_line(purpose: str) -> argparse.ArgumentParser:
+    """What every benchmark can be asked; a script adds its own options."""
+    parser = argparse.ArgumentParser(description=purpose, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", dest="as_json", help="one object of figures instead of a table")
+    return parser
+
+
+def report(title: str, figures: dict[str, Figure], *, as_json: bool) -> None:
     """Print the figures."""
-    if "--json" in sys.argv:
+    if as_json:
         print(json.dumps({"figures": {name: vars(figure) for name, figure in figures.items()}}, indent=2))
         return
     table = Table(title=title, title_justify="left")

@@ -1,13 +1,12 @@
 """What governing costs: a governed step of a plugin that does nothing, beside the bare call of the same plugin.
 
 Everything is real: PostgreSQL with fsync on, a confined plugin worker, the driver with its lease, two transactions and
-one conditional update a step. Run it with `python bench/run_overhead.py [--json]`; BENCH_STEPS sets the steps per run.
+one conditional update a step.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import psycopg
-from figures import Figure, percentile, report
+from figures import Figure, command_line, percentile, report
 from plm_backend.artifacts import Artifacts
 from plm_backend.database import upgrade_all
 from plm_backend.executors import PluginExecutor
@@ -38,7 +37,6 @@ from plugin_substrate.manager import PluginManager
 from plugin_substrate.queue import JobQueue
 
 HERE = Path(__file__).resolve().parent
-STEPS = int(os.environ.get("BENCH_STEPS", "100"))
 RUNS_AT_ONCE = 8
 BARE_CALLS = 2000
 
@@ -58,13 +56,11 @@ REGISTRY = CapabilityRegistry(
         )
     ]
 )
-PLAN = Plan.model_validate(
-    {
-        "agent": "bench",
-        "version": "1",
-        "steps": [{"id": f"step_{number}", "capability": "bench.noop"} for number in range(STEPS)],
-    }
-)
+
+
+def plan_of(steps: int) -> Plan:
+    described = [{"id": f"step_{number}", "capability": "bench.noop"} for number in range(steps)]
+    return Plan.model_validate({"agent": "bench", "version": "1", "steps": described})
 
 
 class NoDelivery:
@@ -84,7 +80,8 @@ def install_plugin(folder: Path) -> None:
     )
 
 
-async def main(folder: Path) -> dict[str, Figure]:
+async def main(folder: Path, steps: int) -> dict[str, Figure]:
+    plan = plan_of(steps)
     with EmbeddedPostgres(folder / "postgres") as server:
         urls = provision(server.admin_dsn, "bench")
         upgrade_all(urls.owner)
@@ -100,7 +97,7 @@ async def main(folder: Path) -> dict[str, Figure]:
             control_plane = ControlPlane(policy=POLICY, registry=REGISTRY, storage=PostgresStorage(pool, NoDelivery()))
             driver = Driver(
                 control_plane=control_plane,
-                agents=lambda _: PlanAgent(PLAN),
+                agents=lambda _: PlanAgent(plan),
                 selector=Selector(
                     [
                         PluginExecutor(
@@ -114,8 +111,8 @@ async def main(folder: Path) -> dict[str, Figure]:
                 owner="bench",
             )
             await governed(control_plane, driver, tenant, runs=1)  # warm the caches of plans and prepared statements
-            alone, rate_of_one = await governed(control_plane, driver, tenant, runs=1)
-            _, rate_of_many = await governed(control_plane, driver, tenant, runs=RUNS_AT_ONCE)
+            alone, seconds_of_one = await governed(control_plane, driver, tenant, runs=1)
+            _, seconds_of_many = await governed(control_plane, driver, tenant, runs=RUNS_AT_ONCE)
             await queue.stop()
     return {
         "bare plugin call, p50": Figure(value=percentile(bare, 0.5) * 1e3, unit="ms", better="lower"),
@@ -133,10 +130,10 @@ async def main(folder: Path) -> dict[str, Figure]:
             baseline=percentile(bare, 0.99) * 1e3,
         ),
         "governed steps, 1 run": Figure(
-            value=rate_of_one, unit="/s", better="higher", baseline=1 / percentile(bare, 0.5)
+            value=steps / seconds_of_one, unit="/s", better="higher", baseline=1 / percentile(bare, 0.5)
         ),
         f"governed steps, {RUNS_AT_ONCE} runs at once": Figure(
-            value=rate_of_many, unit="/s", better="higher", baseline=1 / percentile(bare, 0.5)
+            value=RUNS_AT_ONCE * steps / seconds_of_many, unit="/s", better="higher", baseline=1 / percentile(bare, 0.5)
         ),
     }
 
@@ -154,7 +151,7 @@ async def bare_calls(manager: PluginManager, instance_id: str) -> list[float]:
 async def governed(
     control_plane: ControlPlane, driver: Driver, tenant: uuid.UUID, *, runs: int
 ) -> tuple[list[float], float]:
-    """Seconds from one step's admission to the next one's, and steps per second over all runs."""
+    """Seconds from one step's admission to the next one's, and from the first run's start to the last one's end."""
     principal = Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=frozenset({"plm.runs.create"}))
     ids = []
     for _ in range(runs):
@@ -179,12 +176,16 @@ async def governed(
     for run_id in ids:
         admitted = [step.created_at for step in await control_plane.storage.runs.steps(tenant, run_id)]
         samples += [(after - before).total_seconds() for before, after in pairwise(admitted)]
-    return samples, runs * STEPS / elapsed
+    return samples, elapsed
 
 
 if __name__ == "__main__":
+    parser = command_line(__doc__ or "")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each run (default: %(default)s)")
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="plm-bench-") as name:
         folder = Path(name)
         folder.chmod(0o711)  # the database's account must pass through it when this runs as root
         install_plugin(folder)
-        report(f"what governing costs ({STEPS} steps a run)", asyncio.run(main(folder)))
+        measured = asyncio.run(main(folder, asked.steps))
+        report(f"what governing costs ({asked.steps} steps a run)", measured, as_json=asked.as_json)
