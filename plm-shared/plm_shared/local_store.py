@@ -6,7 +6,7 @@ import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -89,8 +89,10 @@ class LocalFilesystemBackend:
 
     def delete(self, ref: ArtifactRef) -> None:
         """Remove the file if it is there."""
-        self._path(ref).unlink(missing_ok=True)
-        self._hash_path(ref).unlink(missing_ok=True)
+        path = self._path(ref)
+        with suppress(FileNotFoundError), _locked(path.parent):
+            path.unlink(missing_ok=True)
+            self._hash_path(ref).unlink(missing_ok=True)
 
     def _replace(self, ref: ArtifactRef, partial: Path, target: Path, sha256: str) -> None:
         """Old and new hash are both good while the content changes: a crash in between leaves a readable artifact."""

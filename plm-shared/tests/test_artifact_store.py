@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 import uuid
@@ -444,6 +445,25 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_version(tmp_path: Path) ->
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path), *words], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert store.get(REF) == b"old"
+
+
+def test_what_is_stored_while_an_older_version_is_deleted_is_absent_or_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, other = LocalFilesystemBackend(tmp_path), LocalFilesystemBackend(tmp_path)
+    store.put(REF, io.BytesIO(b"old"))
+    storing = threading.Thread(target=other.put, args=(REF, io.BytesIO(b"new")))
+    hash_path = store._hash_path
+
+    def between_content_and_hash(ref: ArtifactRef) -> Path:
+        storing.start()
+        storing.join(0.5)  # it may have to wait for us
+        return hash_path(ref)
+
+    monkeypatch.setattr(store, "_hash_path", between_content_and_hash)
+    store.delete(REF)
+    storing.join()
+    assert other.get(REF) == b"new"
 
 
 def test_files_are_readable_by_this_account_only(tmp_path: Path) -> None:
