@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,8 +27,7 @@ class AsyncKernelEmitter:
 
     def __init__(self, tenant_id: str | uuid.UUID, **options: Any) -> None:
         self._core = BatchingKernelEmitter(tenant_id, **options)
-        # Waiting for room happens here, in order, so that it takes no thread of the loop's own pool.
-        self._patient = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plm-ledger-room")
+        self._open_waiting_room()
 
     async def __aenter__(self) -> Self:
         return self
@@ -42,6 +42,8 @@ class AsyncKernelEmitter:
         try:
             return self._core.submit(args, run_id=run_id, wait=False)
         except QueueFull:
+            if self._process != os.getpid():
+                self._open_waiting_room()  # a fork copies the pool without its thread
             loop = asyncio.get_running_loop()
             return await loop.run_in_executor(self._patient, partial(self._core.submit, args, run_id=run_id))
 
@@ -89,3 +91,8 @@ class AsyncKernelEmitter:
         settled = await asyncio.to_thread(self._core.close, timeout)
         self._patient.shutdown(wait=False)
         return settled
+
+    def _open_waiting_room(self) -> None:
+        """Waiting for room happens there, in order, so that it takes no thread of the loop's own pool."""
+        self._process = os.getpid()
+        self._patient = ThreadPoolExecutor(max_workers=1, thread_name_prefix="plm-ledger-room")

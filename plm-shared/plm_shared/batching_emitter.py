@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import uuid
@@ -27,6 +28,7 @@ from plm_shared.spool import Spool
 
 __all__ = ["Acknowledgement", "BatchingKernelEmitter", "EmitterClosed", "QueueFull"]
 
+_log = logging.getLogger(__name__)
 _HEAVIEST: Final = 4 * 1024 * 1024  # characters per batch: what one statement carries
 _AGAIN: Final = 1.0  # seconds between attempts to drain into a database that refuses
 _LAST_STATEMENT: Final = 1.0  # seconds that closing waits for the thread once the writer is closed
@@ -201,6 +203,18 @@ class _Drain:
                 self._thread.start()
 
     def _work(self) -> None:
+        while True:
+            try:
+                self._drain()
+            except OSError:
+                _log.exception("the spool %s cannot be read or written; it is tried again", self._folder)
+            else:
+                return
+            if self._closing.wait(_AGAIN):
+                return
+
+    def _drain(self) -> None:
+        """Until the spool is empty and ended, or closed while the database does not answer."""
         while (part := self._spool.take(self._most, _HEAVIEST)) is not None:
             outcomes = self._write(part.records)
             if outcomes is None:

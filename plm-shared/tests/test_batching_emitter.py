@@ -263,16 +263,13 @@ def test_after_a_fork_both_processes_go_on_and_each_writes_its_own(
     emitter.drain()
     blocker = held_back(kernel_database)
     parents = emitter.submit(telemetry(tenant, 2))
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            inherited = durability == "spool" or isinstance(outcome(parents.result), EmitterClosed)
-            mine = emitter.submit(telemetry(tenant, 3))
-            mine.result(60)
-            code = 0 if inherited and emitter.drain(60) and emitter.close(60) else 2
-        finally:
-            os._exit(code)
+
+    def go_on() -> bool:
+        inherited = durability == "spool" or isinstance(outcome(parents.result), EmitterClosed)
+        emitter.submit(telemetry(tenant, 3)).result(60)
+        return inherited and emitter.drain(60) and emitter.close(60)
+
+    child = child_of_a_fork(go_on)
     blocker.close()
     assert os.waitpid(child, 0)[1] == 0
     parents.result(30)
@@ -306,6 +303,38 @@ async def test_coroutines_share_commits_and_a_full_queue_never_blocks_the_loop(
         assert await emitter.flush()
         assert await emitter.drain()
     assert spans(kernel_database) == list(range(100))
+
+
+def child_of_a_fork(work: Callable[[], bool]) -> int:
+    """The pid of a child that ends with 0 when ``work`` was true there."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if work() else 2
+        finally:
+            os._exit(code)
+    return child
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_after_a_fork_coroutines_go_on_and_wait_for_room_too(kernel_database: DatabaseUrls, tenant: str) -> None:
+    emitter = AsyncKernelEmitter(tenant, dsn=kernel_database.app, most=2, capacity=2)
+
+    async def emit(*numbers: int) -> None:
+        await asyncio.gather(*(emitter.emit_telemetry(telemetry(tenant, number)) for number in numbers))
+
+    asyncio.run(emit(*range(20)))  # more than there is room for: the thread that waits was started
+
+    def go_on() -> bool:
+        signal.alarm(60)  # a child that hangs must not outlive the test
+        asyncio.run(emit(*range(20, 40)))
+        return True
+
+    child = child_of_a_fork(go_on)
+    assert os.waitpid(child, 0)[1] == 0
+    asyncio.run(emitter.close())
+    assert spans(kernel_database) == list(range(40))
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -545,6 +574,51 @@ def test_an_event_that_the_database_refuses_leaves_the_spool_with_its_reason(
     assert entry["refusal"] == "IdempotencyConflict"
     assert entry["row"]["payload"] == {"n": 1, "content": "other"}
     assert spans(kernel_database) == [1, 2]
+
+
+def test_a_disk_that_takes_no_refused_event_holds_the_spool_up_only_until_it_does(
+    make: Callable[..., BatchingKernelEmitter], kernel_database: DatabaseUrls, tenant: str, tmp_path: Path
+) -> None:
+    in_the_way = tmp_path / tenant / "rejected.jsonl"
+    in_the_way.mkdir(parents=True)
+    emitter = make(durability="spool", spool=tmp_path)
+    for number, content in ((1, None), (1, "other"), (2, None)):
+        emitter.emit_telemetry(telemetry(tenant, number, content))
+    assert not emitter.drain(0.5)
+    in_the_way.rmdir()
+    assert emitter.drain(30)
+    assert len(in_the_way.read_text().splitlines()) == 1
+    assert spans(kernel_database) == [1, 2]
+
+
+LIMITED_SPOOL = """
+import json, resource, sys
+from pathlib import Path
+from plm_shared.ledger import LedgerRecord
+from plm_shared.spool import Spool
+spool = Spool(Path(sys.argv[1]), max_bytes=1_000_000)
+good, refused, later = (LedgerRecord("telemetry_events", json.dumps({"n": n, "x": "x" * 600})) for n in range(3))
+spool.append([good])
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+try:
+    spool.append([refused])
+except OSError as error:
+    print(type(error).__name__)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+spool.append([later])
+while (part := spool.take(1, 10_000) if not spool.wait_until_empty(0) else None) is not None:
+    print(*(record.columns["n"] for record in part.records))
+    spool.done(part)
+spool.release()
+"""
+
+
+def test_what_the_disk_refused_is_not_in_the_spool_and_the_rest_goes_on(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", LIMITED_SPOOL, str(tmp_path)]
+    said = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert said.stdout.split() == ["OSError", "0", "2"]
+    assert said.stderr == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_spools_folder_and_files_are_for_this_account_only(tenant: str, tmp_path: Path) -> None:
