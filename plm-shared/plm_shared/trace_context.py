@@ -6,7 +6,7 @@ import secrets
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 
-from plm_shared.traceparent import Traceparent, reset_traceparent, set_traceparent
+from plm_shared.traceparent import Traceparent, parse_traceparent, reset_traceparent, set_traceparent
 
 __all__ = [
     "ContextHandle",
@@ -19,7 +19,6 @@ __all__ = [
     "set_context",
 ]
 
-_TRACE_LENGTH, _SPAN_LENGTH = 32, 16
 _context: ContextVar[TraceContext | None] = ContextVar("trace_context", default=None)
 
 
@@ -42,11 +41,10 @@ class ContextHandle:
 
 
 def set_context(context: TraceContext) -> ContextHandle:
-    """Bind the context, and its ``traceparent`` header when the ids have the lengths that W3C asks for."""
+    """Bind the context, and its ``traceparent`` header when the ids are such as W3C asks for."""
     token = _context.set(context)
-    lengths = (len(context.trace_id), len(context.span_id))
-    header = f"00-{context.trace_id}-{context.span_id}-01" if lengths == (_TRACE_LENGTH, _SPAN_LENGTH) else None
-    return ContextHandle(context=token, traceparent=set_traceparent(header) if header else None)
+    header = f"00-{context.trace_id}-{context.span_id}-01".lower()
+    return ContextHandle(context=token, traceparent=set_traceparent(header) if parse_traceparent(header) else None)
 
 
 def reset_context(handle: ContextHandle) -> None:
@@ -77,7 +75,7 @@ def child_span(*, parent: TraceContext | None = None) -> TraceContext:
 
 def new_root_context(*, tenant_id: str) -> TraceContext:
     """The first span of a new trace."""
-    return TraceContext(tenant_id=tenant_id, trace_id=secrets.token_hex(_TRACE_LENGTH // 2), span_id=_new_span_id())
+    return TraceContext(tenant_id=tenant_id, trace_id=secrets.token_hex(16), span_id=_new_span_id())
 
 
 def continued_context(inbound: Traceparent, *, tenant_id: str) -> TraceContext:
@@ -88,4 +86,4 @@ def continued_context(inbound: Traceparent, *, tenant_id: str) -> TraceContext:
 
 
 def _new_span_id() -> str:
-    return secrets.token_hex(_SPAN_LENGTH // 2)
+    return secrets.token_hex(8)

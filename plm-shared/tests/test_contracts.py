@@ -192,8 +192,8 @@ def test_the_shipped_catalogue_describes_every_tag() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("capabilities: [{id: fly}]", "fly"),
-        ("capabilities: [{id: read}, {id: read}]", "twice"),
+        ("capabilities:\n- id: read\n- id: fly", "line 3: unknown capability id 'fly'"),
+        ("capabilities:\n- {id: write}\n- {id: read}\n- {id: write}", "line 4: capability id 'write' appears twice"),
         ("capabilities: 7", "list of mappings"),
         ("[]", "list of mappings"),
         ("{", "not YAML"),

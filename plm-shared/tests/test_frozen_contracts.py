@@ -104,7 +104,9 @@ def signatures() -> dict[str, str]:
         module = importlib.import_module(name)
         for key in getattr(module, "__all__", []):
             value = getattr(module, key)
-            if getattr(value, "__module__", name) == name:
+            if isinstance(value, str | int | frozenset | tuple):
+                found[f"{name}.{key}"] = repr(sorted(value) if isinstance(value, frozenset) else value)
+            elif getattr(value, "__module__", name) == name:
                 found |= described(f"{name}.{key}", value)
     return found
 
@@ -125,6 +127,10 @@ def described(path: str, value: Any) -> dict[str, str]:
         return {path: "model"}
     if inspect.isclass(value):
         found = {path: f"class({', '.join(base.__name__ for base in value.__bases__)})"}
+        if hasattr(value, "_fields"):
+            found[path] += " " + ", ".join(
+                f"{name}: {getattr(kind, '__forward_arg__', kind)}" for name, kind in value.__annotations__.items()
+            )
         if dataclasses.is_dataclass(value):
             found[path] += " " + ", ".join(f"{field.name}: {field.type}" for field in dataclasses.fields(value))
         for name, member in vars(value).items():

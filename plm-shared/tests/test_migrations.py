@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from plm_shared import migrations
 from plm_shared.addresses import DatabaseUrls, sqlalchemy_url
 from plm_shared.embedded_postgres import EmbeddedPostgres
 from plm_shared.tables import METADATA
-from plm_shared.testing.databases import TemplateDatabases
+from plm_shared.testing.databases import ClusterPool, TemplateDatabases
 from psycopg import sql
 from sqlalchemy import create_engine
 
@@ -82,6 +83,33 @@ def test_a_downgrade_leaves_roles_that_another_database_needs(
     migrations.downgrade(empty.admin)
     with psycopg.connect(kernel_database.app) as connection:
         assert connection.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+
+
+def test_two_databases_of_one_cluster_may_be_migrated_at_once(postgres_cluster: EmbeddedPostgres) -> None:
+    """Neither role exists when either migration begins; the one that comes second waits for the first and goes on."""
+    clusters = ClusterPool()
+    address = clusters.cluster(postgres_cluster.major).admin_dsn
+    failures: list[BaseException] = []
+
+    def migrate() -> None:
+        try:
+            migrations.upgrade(address)
+        except BaseException as error:  # noqa: BLE001 - told by the test
+            failures.append(error)
+
+    try:
+        with psycopg.connect(address) as other, psycopg.connect(address, autocommit=True) as watcher:
+            other.execute("CREATE ROLE plm_kernel_writer NOLOGIN")
+            migrating = threading.Thread(target=migrate)
+            migrating.start()
+            while migrating.is_alive() and not watcher.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchone():
+                migrating.join(0.01)
+            other.commit()
+            migrating.join()
+        assert failures == []
+        assert migrations.current(address) == "0012"
+    finally:
+        clusters.close()
 
 
 def test_alembic_works_in_the_package_folder(empty: DatabaseUrls) -> None:

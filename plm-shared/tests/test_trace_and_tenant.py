@@ -75,9 +75,18 @@ def test_contexts_nest_and_carry_their_header() -> None:
     assert (current_context(), get_traceparent(), traceparent_extra_headers()) == (None, None, {})
 
 
-def test_ids_of_another_length_write_no_header() -> None:
-    handle = set_context(TraceContext("t", "short", "s"))
+@pytest.mark.parametrize(
+    ("trace", "span"), [("short", "s"), ("z" * 32, SPAN), ("0" * 32, SPAN), (TRACE, "0" * 16), (TRACE, "-" * 16)]
+)
+def test_ids_that_w3c_does_not_know_write_no_header(trace: str, span: str) -> None:
+    handle = set_context(TraceContext("t", trace, span))
     assert get_traceparent() is None
+    reset_context(handle)
+
+
+def test_a_header_is_written_in_lower_case() -> None:
+    handle = set_context(TraceContext("t", TRACE.upper(), SPAN.upper()))
+    assert get_traceparent() == HEADER
     reset_context(handle)
 
 

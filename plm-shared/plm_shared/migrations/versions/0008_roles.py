@@ -1,6 +1,7 @@
 """The writer and migrator groups and the writer's grants.
 
-Roles belong to the whole cluster, so they are made only where absent; the downgrade drops them only when no database
+Roles belong to the whole cluster, so they are made only where absent, also when the migration of another database makes
+them at the same time; the downgrade drops them only when no database
 and no member needs them any more, and when it may.
 """
 
@@ -30,7 +31,8 @@ def upgrade() -> None:
     for role in _ROLES:
         op.execute(
             f"DO $$ BEGIN IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{role}') "
-            f"THEN CREATE ROLE {role} NOLOGIN; END IF; END $$"
+            f"THEN CREATE ROLE {role} NOLOGIN; END IF; "
+            "EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL; END $$"
         )
         op.execute(f"GRANT USAGE ON SCHEMA public TO {role}")
     for rights, table in _GRANTS:
