@@ -29,6 +29,19 @@ _TENANT_TABLES: Final = """
         AND EXISTS (SELECT FROM pg_attribute AS a WHERE a.attrelid = c.oid AND a.attname = 'tenant_id')
     ORDER BY 1, 2
 """
+# The login itself, and each role that it was given: with what that one is, or may become in turn.
+_LOGIN: Final = """
+    WITH given AS (
+        SELECT r.oid AS role, NULL::name AS by FROM pg_roles AS r WHERE rolname = current_user
+        UNION ALL SELECT r.oid, granted.rolname FROM pg_auth_members AS m
+        JOIN pg_roles AS granted ON granted.oid = m.roleid
+        JOIN pg_roles AS r ON pg_has_role(granted.oid, r.oid, 'MEMBER')
+        WHERE m.member = to_regrole(quote_ident(current_user))
+    )
+    SELECT current_user, by, bool_or(rolsuper OR rolbypassrls),
+        bool_or(EXISTS (SELECT FROM pg_class WHERE relowner = role AND relkind IN ('r', 'p', 'v', 'm')))
+    FROM given JOIN pg_roles AS r ON r.oid = role GROUP BY by ORDER BY by NULLS FIRST
+"""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -66,21 +79,19 @@ def _diagnosis(connection: psycopg.Connection[Any], finding: Finding) -> Diagnos
 
 
 def _login(connection: psycopg.Connection[Any]) -> Iterator[Diagnosis]:
-    row = connection.execute(
-        "SELECT current_user, rolsuper, rolbypassrls, EXISTS (SELECT FROM pg_class WHERE relowner = r.oid)"
-        " FROM pg_roles AS r WHERE rolname = current_user"
-    ).fetchone()
-    name, superuser, bypasses, owns = row or ("?", True, True, True)
-    if superuser or bypasses:
-        remedy = f"ALTER ROLE {quoted(name)} NOSUPERUSER NOBYPASSRLS"
-        yield Diagnosis(
-            rule="application login", name=name, problem="is not bound by row-level security", remedy=remedy
-        )
-    if owns:
-        remedy = f"REASSIGN OWNED BY {quoted(name)} TO plm_owner"
-        yield Diagnosis(
-            rule="application login", name=name, problem="owns tables, whose policies it may drop", remedy=remedy
-        )
+    """What the login is, and what it may become by ``SET ROLE``."""
+    for name, role, unbound, owns in connection.execute(_LOGIN).fetchall():
+        alone = role is None
+        means = "" if alone else f"may become {role}, which "
+        leave = f"REVOKE {quoted(role or '')} FROM {quoted(name)}"
+        if unbound:
+            remedy = f"ALTER ROLE {quoted(name)} NOSUPERUSER NOBYPASSRLS" if alone else leave
+            problem = f"{means}is not bound by row-level security"
+            yield Diagnosis(rule="application login", name=name, problem=problem, remedy=remedy)
+        if owns:
+            remedy = f"REASSIGN OWNED BY {quoted(name)} TO plm_owner" if alone else leave
+            problem = f"{means}owns tables, whose policies it may drop"
+            yield Diagnosis(rule="application login", name=name, problem=problem, remedy=remedy)
 
 
 def _probed(connection: psycopg.Connection[Any]) -> Iterator[Diagnosis]:

@@ -15,6 +15,7 @@ import threading
 import urllib.error
 import urllib.request
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,31 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(buckets: dict[str, dict
     assert len(broken) == 2
     store._client.get_object = request
     store.delete(REF)
+    store._client.close()
+
+
+def test_a_server_that_is_overloaded_for_a_moment_is_asked_again(buckets: dict[str, dict[str, str]]) -> None:
+    from botocore.awsrequest import AWSResponse
+    from urllib3 import HTTPResponse
+
+    store = ObjectStoreBackend(**buckets["moto"])
+    asked: Counter[str] = Counter()
+
+    def overloaded_twice(request: Any, **_: Any) -> AWSResponse | None:
+        name = f"{request.method} {request.url}"
+        asked[name] += 1
+        return (
+            AWSResponse(request.url, 503, {}, HTTPResponse(io.BytesIO(), preload_content=False))
+            if asked[name] < 3
+            else None
+        )
+
+    store._client.meta.events.register("before-send.s3", overloaded_twice)
+    data = os.urandom(9 * 1024 * 1024)
+    store.put(REF, io.BytesIO(data))
+    assert store.get(REF) == data
+    assert set(asked.values()) == {3}
+    assert any("partNumber=2" in name for name in asked)
     store._client.close()
 
 

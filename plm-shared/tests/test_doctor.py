@@ -7,8 +7,9 @@ from typing import Any
 
 import psycopg
 import pytest
-from plm_shared.addresses import DatabaseUrls
+from plm_shared.addresses import DatabaseUrls, build_dsn
 from plm_shared.doctor import doctor_tenancy
+from psycopg import conninfo, sql
 
 GOOD = """
     CREATE TABLE good (
@@ -139,3 +140,41 @@ def test_a_policy_that_fails_on_an_unset_tenant_is_found(kernel_database: Databa
 def test_a_login_that_is_not_bound_is_found_out(kernel_database: DatabaseUrls) -> None:
     found = doctor_tenancy(kernel_database.admin, kernel_database.admin)
     assert "is not bound by row-level security" in {each.problem for each in found}
+
+
+@pytest.mark.parametrize(
+    ("gift", "problem"),
+    [
+        ("GRANT plm_migrator TO some_app", "may become plm_migrator, which is not bound by row-level security"),
+        ("GRANT plm_owner TO some_app", "may become plm_owner, which owns tables, whose policies it may drop"),
+        ("GRANT between TO some_app; GRANT plm_migrator TO between", "may become between, which is not bound"),
+        ("GRANT CREATE ON SCHEMA public TO some_app", "owns tables, whose policies it may drop"),
+    ],
+)
+def test_a_login_of_any_name_that_may_become_more_is_found_out(
+    kernel_database: DatabaseUrls, gift: str, problem: str
+) -> None:
+    """The lint knows the roles of ``provision``; an operator may have made the application's login by hand."""
+    with psycopg.connect(kernel_database.admin, autocommit=True) as connection:
+        connection.execute("CREATE ROLE between; CREATE ROLE some_app LOGIN PASSWORD 'x' IN ROLE plm_kernel_writer")
+        database = sql.Identifier(connection.info.dbname)
+        connection.execute(sql.SQL("GRANT CONNECT ON DATABASE {} TO some_app").format(database))
+        address = {name: str(value) for name, value in conninfo.conninfo_to_dict(kernel_database.app).items()}
+        app = build_dsn({**address, "user": "some_app", "password": "x"})
+        try:
+            assert doctor_tenancy(kernel_database.owner, app) == []
+            connection.execute(gift.encode())
+            if "CREATE" in gift:
+                with psycopg.connect(app, autocommit=True) as owning:
+                    owning.execute("CREATE TABLE mine (n int)")
+            found = [
+                each
+                for each in doctor_tenancy(kernel_database.owner, app)
+                if each.rule == "application login" and each.problem.startswith(problem)
+            ]
+            assert len(found) == 1
+            connection.execute(found[0].remedy.encode())
+            left = doctor_tenancy(kernel_database.owner, app)
+            assert [each for each in left if each.rule == "application login"] == []
+        finally:
+            connection.execute("DROP OWNED BY some_app; DROP ROLE some_app; DROP OWNED BY between; DROP ROLE between")

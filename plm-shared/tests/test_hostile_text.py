@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import uuid
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from plm_shared.idempotency import IdempotencyKey, compute_content_hash
 from plm_shared.kernel_api import EmitTelemetryArgs
 from plm_shared.knowledge_envelope import KnowledgeEnvelopeV1
 from plm_shared.ledger import ledger_record
-from plm_shared.middleware import InvalidCoreCallerError, parse_core_caller
+from plm_shared.middleware import InvalidCoreCallerError, PlmTenantMiddleware, parse_core_caller
 from plm_shared.pricing import load_price_table
 from plm_shared.spool import Spool
+from plm_shared.trace_context import TraceContext, current_context
 from plm_shared.traceparent import is_valid_traceparent, parse_or_generate_traceparent, parse_traceparent
 
 TENANT = str(uuid.uuid4())
@@ -51,7 +53,10 @@ JSON_LIKE = st.recursive(
     max_leaves=12,
 )
 SHAPED = r"[0-9a-fA-F]{2}-[0-9a-fA-F]{32}-[0-9a-fA-F]{16}-[0-9a-fA-F]{2}(-.*)?"
-quick = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SOAK = float(os.environ.get("SOAK", "0.05"))
+quick = settings(
+    max_examples=max(200, int(4000 * SOAK)), deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @quick
@@ -67,9 +72,7 @@ def test_a_key_is_unambiguous_or_refused(parts: list[str]) -> None:
 
 
 @quick
-@given(
-    text=NASTY | st.from_regex(r"[0-9a-fA-F]{2}-[0-9a-fA-F]{32}-[0-9a-fA-F]{16}-[0-9a-fA-F]{2}(-.*)?", fullmatch=True)
-)
+@given(text=NASTY | st.from_regex(SHAPED, fullmatch=True))
 def test_a_traceparent_is_strictly_w3c_or_replaced(text: str) -> None:
     parsed = parse_traceparent(text)
     assert is_valid_traceparent(text) == (parsed is not None)
@@ -86,6 +89,39 @@ def test_a_traceparent_is_strictly_w3c_or_replaced(text: str) -> None:
 def test_a_caller_header_is_a_tenant_or_the_documented_error(text: str) -> None:
     with contextlib.suppress(InvalidCoreCallerError):
         assert isinstance(parse_core_caller(text), uuid.UUID)
+
+
+BYTES = st.binary(max_size=60) | NASTY.map(lambda text: text.encode("utf-8", "surrogatepass"))
+HEADERS = st.tuples(
+    st.sampled_from([b"x-core-caller", b"X-CORE-CALLER", b"traceparent", b"\xff"]),
+    BYTES | st.just(TENANT.encode()) | st.from_regex(SHAPED.encode(), fullmatch=True),
+)
+
+
+@quick
+@given(headers=st.lists(HEADERS, max_size=4), kind=st.sampled_from(["http", "websocket"]))
+async def test_any_headers_are_served_with_a_tenant_or_refused_with_a_status(
+    headers: list[tuple[bytes, bytes]], kind: str
+) -> None:
+    served: list[TraceContext | None] = []
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        served.append(current_context())
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    await PlmTenantMiddleware(app)({"type": kind, "path": "/", "headers": headers}, receive, send)
+    if served:
+        assert served[0] is not None
+        assert str(uuid.UUID(served[0].tenant_id)) == served[0].tenant_id
+        assert is_valid_traceparent(f"00-{served[0].trace_id}-{served[0].span_id}-01")
+    else:
+        assert (sent[0].get("status"), sent[0].get("code")) in {(400, None), (None, 1008)}
 
 
 @quick
