@@ -1,0 +1,345 @@
+"""A plugin that tries to get out of its worker, as root and as an ordinary user, and honest ones that must not notice.
+
+As root the whole file runs once more as another user, where an interpreter is found that this user can run: as root,
+what the kernel forbids every process is tried; as somebody else, what it forbids a process of the same user.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plugin_substrate import (
+    CallContext,
+    IsolationProfile,
+    PluginError,
+    PluginManager,
+    PluginMeta,
+    PluginResourceError,
+    WorkerOOMError,
+)
+from plugin_substrate.testing import PluginWorkers
+from plugin_substrate.testing.leftovers import descendants
+from plugin_substrate.worker.landlock import kernel_abi
+
+MetaFactory = Callable[..., PluginMeta]
+Attack = Callable[..., Any]
+
+HERE = Path(__file__).parent
+NOBODY = 65534
+REFUSED = {"EPERM", "EACCES"}
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the layers tested here are Linux's")
+
+
+@pytest.fixture
+def attacker_meta(probe_meta: MetaFactory) -> MetaFactory:
+    """Make the description of the attacker."""
+    return lambda **options: probe_meta("Attacker", module="attacker", name="attacker", **options)
+
+
+@pytest.fixture
+async def attack(manager: PluginManager, attacker_meta: MetaFactory) -> Attack:
+    """Have the attacker try something, with no more rights than any plugin has."""
+    await manager.load_plugin_async(attacker_meta())
+    return lambda action, **arguments: tried(manager, action, **arguments)
+
+
+@pytest.fixture
+async def forking(tmp_path: Path, attacker_meta: MetaFactory) -> AsyncIterator[PluginManager]:
+    """A manager with the attacker loaded, which may have 8 processes and 256 MiB."""
+    profile = IsolationProfile(processes=8, memory_bytes=256 << 20)
+    async with PluginManager(data_dir=tmp_path / "forking", grace_seconds=0.3, isolation=profile) as owner:
+        await owner.load_plugin_async(attacker_meta())
+        yield owner
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Iterator[Path]:
+    """A folder of the host's with a precious file in it, which must be as it was afterwards."""
+    folder = tmp_path / "outside"
+    folder.mkdir()
+    precious = folder / "precious"
+    precious.write_text("precious")
+    precious.chmod(0o600)
+    yield folder
+    assert [entry.name for entry in folder.iterdir()] == ["precious"]
+    assert (precious.read_text(), precious.stat().st_mode & 0o7777) == ("precious", 0o600)
+
+
+async def tried(manager: PluginManager, action: str, *, tenant: str = "", **arguments: Any) -> Any:
+    async with asyncio.timeout(60):
+        call = CallContext("c", tenant_id=tenant)
+        return await manager.execute_plugin_async("attacker", action=f"attacker.{action}", call=call, **arguments)
+
+
+def all_refused(outcomes: dict[str, str]) -> bool:
+    return bool(outcomes) and set(outcomes.values()) <= REFUSED
+
+
+# -- files
+
+
+async def test_a_plugin_reads_nothing_of_the_host_of_its_neighbours_or_of_other_tenants(
+    manager: PluginManager, attacker_meta: MetaFactory, attack: Attack, outside: Path, tmp_path: Path
+) -> None:
+    neighbour = tmp_path / "data/data/neighbour"
+    neighbour.mkdir(parents=True)
+    (neighbour / "secret").write_text("secret")
+    await tried(manager, "honest_library_use", tenant="a-tenant")
+    others = list((tmp_path / "data/data/attacker").rglob("own.db"))
+    assert others, "the other tenant has a file"
+    pid, supervisor = os.getpid(), manager.get_instance("attacker").supervisor_pid
+    private = [f"/proc/{who}/{what}" for who in (pid, supervisor) for what in ("environ", "mem", "maps", "fd")]
+    paths = [outside / "precious", outside, neighbour, neighbour / "secret", *others, Path.home(), "/etc/shadow"]
+    paths += [tmp_path, "/proc", tempfile.gettempdir(), "/var", "/dev", "/sys/fs", *private]
+    assert all_refused(await attack("read", paths=[str(path) for path in paths]))
+
+
+async def test_a_plugin_changes_nothing_outside_its_own_folder(attack: Attack, outside: Path) -> None:
+    outcomes = await attack("change", outside=str(outside))
+    exceptions = {"hardlink in": "EXDEV", "hardlink out": "EXDEV", "rename in": "EXDEV", "rename out": "EXDEV"}
+    for name, error in outcomes.items():
+        assert error in REFUSED or error == exceptions.get(name), (name, error)
+
+
+async def test_a_change_of_mode_is_answered_as_done_and_not_done(attack: Attack, outside: Path) -> None:
+    assert await attack("chmod", path=str(outside / "precious")) == ""
+
+
+async def test_a_plugin_makes_no_set_id_file_not_even_in_its_own_folder(attack: Attack, tmp_path: Path) -> None:
+    assert all_refused(await attack("set_id"))
+    made = [path for path in (tmp_path / "data/data").rglob("*") if path.lstat().st_mode & 0o6000]
+    assert made == []
+
+
+async def test_granted_paths_are_reached_and_nothing_beside_them(
+    manager: PluginManager, attacker_meta: MetaFactory, tmp_path: Path
+) -> None:
+    for name in ("granted", "granted too"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("x")
+    await manager.load_plugin_async(attacker_meta(granted={"read_paths": [str(tmp_path / "granted")]}))
+    paths = [str(tmp_path / name / "file") for name in ("granted", "granted too")]
+    assert await tried(manager, "read", paths=paths) == {paths[0]: "", paths[1]: "EACCES"}
+
+
+# -- the network
+
+
+async def test_a_plugin_makes_no_socket_of_any_family(attack: Attack) -> None:
+    assert await attack("sockets") == []
+
+
+async def test_a_plugin_with_the_network_has_ip_and_nothing_else(
+    manager: PluginManager, attacker_meta: MetaFactory, tmp_path: Path
+) -> None:
+    await manager.load_plugin_async(attacker_meta(granted={"network": True}))
+    made = await tried(manager, "sockets")
+    assert [socket.AF_INET, socket.SOCK_STREAM] in made
+    assert {family for family, _ in made} <= {socket.AF_INET, socket.AF_INET6}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert await tried(manager, "connect", port=server.getsockname()[1]) == ""
+    with socket.socket(socket.AF_UNIX) as local:
+        local.bind(str(tmp_path / "s"))
+        local.listen()
+        assert await tried(manager, "unix", address=str(tmp_path / "s")) == "EAFNOSUPPORT"
+
+
+# -- processes, signals and the kernel
+
+
+async def test_a_plugin_starts_no_process(attack: Attack) -> None:
+    outcomes = await attack("processes")
+    assert outcomes.pop("clone3") == "ENOSYS"
+    assert all_refused(outcomes)
+
+
+async def test_a_plugin_can_neither_signal_nor_hinder_nor_look_into_another_process(
+    manager: PluginManager, attack: Attack
+) -> None:
+    for pid in (os.getpid(), manager.get_instance("attacker").supervisor_pid):
+        outcomes = await attack("signals", pid=pid)
+        assert all_refused(outcomes), outcomes
+    bystander = await asyncio.create_subprocess_exec("sleep", "60")
+    assert all_refused(await attack("signals", pid=bystander.pid))
+    assert bystander.returncode is None
+    bystander.kill()
+    await bystander.wait()
+
+
+NEVER = (
+    "ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp io_uring_setup bpf perf_event_open userfaultfd keyctl"
+    " add_key shmget semget msgget mq_open mount umount2 pivot_root unshare setns open_by_handle_at name_to_handle_at"
+    " init_module kexec_load reboot syslog swapon settimeofday sethostname personality fanotify_init quotactl acct iopl"
+    " modify_ldt fork vfork execve execveat socket chroot fsopen move_mount"
+)
+
+
+async def test_what_no_plugin_needs_of_the_kernel_is_refused_by_number(attack: Attack) -> None:
+    outcomes = await attack("system_calls", names=NEVER.split())
+    assert {name: error for name, error in outcomes.items() if error != "EPERM"} == {}
+
+
+async def test_a_plugin_holds_no_privilege_and_cannot_change_how_it_ends(attack: Attack) -> None:
+    assert await attack("privileges") == {
+        "capabilities": [0, 0, 0, 0],
+        "no_new_privs": "1",
+        "seccomp": "2",
+        "die with parent": "EPERM",
+        "dumpable": "EPERM",
+    }
+
+
+# -- taking too much
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["private", "shared"])
+async def test_a_memory_bomb_ends_its_worker_and_says_so(
+    manager: PluginManager, attacker_meta: MetaFactory, shared: bool
+) -> None:
+    await manager.load_plugin_async(attacker_meta(granted={"memory_bytes": 256 << 20}))
+    with pytest.raises(WorkerOOMError, match="268435456") as caught:
+        await tried(manager, "memory_bomb", shared=shared)
+    assert caught.value.resource_shortfall is not None
+    assert (caught.value.resource_shortfall.resource, caught.value.outcome_known) == ("memory", False)
+    assert await tried(manager, "honest_memory", size=1 << 20) == 1 << 20
+
+
+async def test_processes_that_take_too_much_together_end_with_their_worker(forking: PluginManager) -> None:
+    with pytest.raises(WorkerOOMError):
+        await tried(forking, "memory_of_children", count=4, size=100 << 20)
+
+
+async def test_a_fork_bomb_ends_with_its_worker(forking: PluginManager) -> None:
+    with pytest.raises(PluginResourceError, match=r"of 8 granted \(processes\)"):
+        await tried(forking, "fork_bomb")
+    assert await tried(forking, "honest_child") == "42"
+    await forking.unload_all_async()
+    left = [process for process in descendants(os.getpid()) if process.alive]
+    assert left == []
+
+
+async def test_a_file_ends_at_its_limit(manager: PluginManager, attacker_meta: MetaFactory) -> None:
+    await manager.load_plugin_async(attacker_meta(granted={"file_bytes": 3 << 20}))
+    assert await tried(manager, "fill_disk") == ("EFBIG", 3 << 20)
+
+
+async def test_nobody_writes_on_after_the_plugin_was_unloaded(manager: PluginManager, attack: Attack) -> None:
+    await attack("late_writer")
+    process = manager.get_instance("attacker").pid
+    assert process is not None
+    await manager.unload_plugin_async("attacker")
+    assert not any(left.pid == process and left.alive for left in descendants(os.getpid()))
+
+
+SHADOWED = """
+import json, queue, plugin_substrate.errors, plugin_substrate.worker.frames
+from plugin_substrate.interface import PluginInterface
+
+
+class Shadowed(PluginInterface):
+    name, version = "shadowed", "1"
+
+    def initialize(self, config):
+        pass
+
+    def execute(self, *args, **kwargs):
+        return [module.__file__ for module in (json, queue, plugin_substrate.errors, plugin_substrate.worker.frames)]
+
+    def get_config_schema(self):
+        return {}
+
+    def get_current_config(self):
+        return {}
+"""
+
+
+async def test_modules_named_like_ours_or_the_standard_librarys_shadow_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "place"
+    (place / "plugin_substrate").mkdir(parents=True)
+    for name in ("json.py", "queue.py", "socket.py", "plugin_substrate/__init__.py", "plugin_substrate/errors.py"):
+        (place / name).write_text("raise RuntimeError('taken for another')")
+    (place / "shadowed.py").write_text(SHADOWED)
+    async with PluginWorkers(tmp_path / "data") as workers:
+        worker = await workers.start_async("shadowed:Shadowed", place=place)
+        files = (await worker.call_async()).value
+    assert not any(file.startswith(str(place)) for file in files)
+
+
+# -- honest plugins
+
+
+async def test_an_honest_plugin_has_fifty_threads_and_a_hundred_megabytes(attack: Attack) -> None:
+    assert await attack("honest_threads", count=50)
+    assert await attack("honest_memory", size=100 << 20) == 100 << 20
+
+
+async def test_an_honest_plugin_uses_ordinary_libraries(attack: Attack) -> None:
+    assert await attack("honest_library_use") == {
+        "asyncio": "slept",
+        "random": 8,
+        "cpu_count": True,
+        "copied": "x",
+        "time": True,
+        "machine": True,
+        "home": True,
+    }
+
+
+async def test_an_honest_plugin_runs_a_program_that_it_was_granted(forking: PluginManager) -> None:
+    assert "pid_namespace" in forking.get_instance("attacker").layers
+    assert await tried(forking, "honest_child") == "42"
+
+
+async def test_all_layers_of_this_machine_are_reported(manager: PluginManager, attack: Attack) -> None:
+    layers = manager.get_instance("attacker").layers
+    assert {"no_new_privs", "capabilities_dropped", "seccomp", f"landlock:{kernel_abi()}"} <= set(layers)
+    with pytest.raises(PluginError):
+        await attack("no_such_action")
+
+
+# -- as somebody else
+
+
+def interpreter_for_everybody() -> str | None:
+    """Return an interpreter of this version outside closed folders, which can use what is installed here."""
+    for candidate in (f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}", "/usr/bin/python3"):
+        if Path(candidate).exists():
+            asked = [candidate, "-c", "import sys; print(sys.version_info[:2])"]
+            done = subprocess.run(asked, capture_output=True, text=True, check=False, user=NOBODY)
+            if done.stdout.strip() == str(sys.version_info[:2]):
+                return candidate
+    return None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="this run is an ordinary user's already")
+def test_all_this_holds_as_an_ordinary_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    python = interpreter_for_everybody()
+    if python is None:
+        pytest.skip(f"no Python {platform.python_version()} here that another user can run")
+    with tempfile.TemporaryDirectory(prefix="plugin-attacks-") as folder:
+        os.chown(folder, NOBODY, NOBODY)
+        paths = [entry for entry in sys.path if not entry.startswith(f"{sys.base_prefix}/")]
+        environment = {
+            "PATH": os.defpath,
+            "HOME": folder,
+            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", f"{folder}/t", __file__]
+        done = subprocess.run(
+            command, cwd=HERE.parent, env=environment, user=NOBODY, group=NOBODY, extra_groups=[],
+            capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert ", 1 skipped" in done.stdout, "everything else ran"
