@@ -2,7 +2,7 @@
 
 The database rows are real: PostgreSQL with fsync on, row-level security, the application's role. D, measured in the
 same run, is a plain insert of one row, committed, under row-level security, by one client. Run it with
-`python bench/governance.py [--json]`; BENCH_PAIRS sets the pairs of admission and settlement of each run.
+BENCH_PAIRS sets the pairs of admission and settlement of each run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import psycopg
-from figures import Figure, percentile, report
+from figures import Figure, command_line, percentile, report
 from plm_backend.database import upgrade_all
 from plm_engine_core.control_plane import ControlPlane, Granted, Outcome, Principal, Proposal, RunRequest
 from plm_engine_core.control_plane.admission.evaluators import Configured, EvaluatorResult, ParallelPolicyEvaluator
@@ -357,4 +357,5 @@ def main() -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
-    report(f"what deciding and booking cost ({PAIRS} pairs a run)", main())
+    asked = command_line(__doc__ or "").parse_args()
+    report(f"what deciding and booking cost ({PAIRS} pairs a run)", main(), as_json=asked.as_json)

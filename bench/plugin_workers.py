@@ -2,7 +2,7 @@
 
 Everything is real: supervisor, confined worker, the manager's public methods, default settings, a plugin that does
 nothing. Baselines are measured in the same run: the start of a bare interpreter, a fork that answers, and the echo of a
-forked process over a bare socket pair. Run it with `python bench/plugin_workers.py [--json]`; BENCH_ROUNDS scales it.
+forked process over a bare socket pair. BENCH_ROUNDS scales it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import plugin_substrate
-from figures import Figure, percentile, report
+from figures import Figure, command_line, percentile, report
 from plugin_substrate import PluginCancelledError, PluginManager, PluginMeta, WorkerDiedError
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manifest import CodeSection, InstallSection, ManifestV2
@@ -359,7 +359,7 @@ async def measure(meta: PluginMeta, folder: Path) -> dict[str, Figure]:
     return figures
 
 
-def main() -> None:
+def main() -> dict[str, Figure]:
     with tempfile.TemporaryDirectory(prefix="plm-bench-") as root:
         folder = Path(root)
         meta = make_environment(folder / "environment")
@@ -368,11 +368,12 @@ def main() -> None:
         figures["sync no-op call, p50"] = ms(calls, 0.5, 0.25)
         figures["sync no-op call, p99"] = ms(calls, 0.99, 1)
         figures["host killed, its tree gone, most"] = ms(host_deaths(meta, folder / "data"), 1, 250)
-    report("plugin workers", figures)
+    return figures
 
 
 if __name__ == "__main__":
     if "--doomed-host" in sys.argv:
         asyncio.run(doomed_host(*sys.argv[2:]))
     else:
-        main()
+        asked = command_line(__doc__ or "").parse_args()
+        report("plugin workers", main(), as_json=asked.as_json)
