@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class HomeLoop:
             raise RuntimeError("inside the event loop use the asynchronous form of this method")
         if loop.is_closed():
             raise RuntimeError(_ABANDONED)
-        return asyncio.run_coroutine_threadsafe(work(), loop).result()
+        return _HandedOver(loop, work).result()
 
     def release(self) -> None:
         """Forget the owner, for when nothing is left that belongs to it."""
@@ -66,6 +66,44 @@ class HomeLoop:
         self._loop = loop
         self._thread = threading.Thread(target=live, name="plugin-manager", daemon=True)
         self._thread.start()
+
+
+class _HandedOver(Generic[T]):
+    """Work that another thread's event loop does while this one waits on a lock.
+
+    `asyncio.run_coroutine_threadsafe` does the same with a condition, a second future and two more trips to the loop,
+    which is more than a call of a plugin costs.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._loop = loop
+        self._work = work
+        self._task: asyncio.Task[T] | None = None
+        self._given_up = False
+        self._ended = threading.Lock()
+        self._ended.acquire()
+        loop.call_soon_threadsafe(self._start)
+
+    def result(self) -> T:
+        """Wait for the end; who is interrupted meanwhile takes the work back."""
+        try:
+            self._ended.acquire()
+        except BaseException:
+            self._loop.call_soon_threadsafe(self._give_up)
+            raise
+        assert self._task is not None  # noqa: S101 - only its end releases the lock
+        return self._task.result()
+
+    def _start(self) -> None:
+        if self._given_up:
+            return
+        self._task = self._loop.create_task(self._work())
+        self._task.add_done_callback(lambda _: self._ended.release())
+
+    def _give_up(self) -> None:
+        self._given_up = True
+        if self._task is not None:
+            self._task.cancel()
 
 
 def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:

@@ -5,6 +5,7 @@ import os
 import select
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -149,6 +150,25 @@ def test_a_synchronous_host_needs_no_event_loop(tmp_path: Path, probe_meta: Meta
     assert not manager.load_plugin(probe_meta("RaisesOnCreate"), instance_id="other")
     manager.unload_all()
     assert threading.active_count() == threads
+
+
+def test_an_interrupted_synchronous_call_is_cancelled(tmp_path: Path, probe_meta: MetaFactory) -> None:
+    manager = PluginManager(data_dir=tmp_path)
+    assert manager.load_plugin(probe_meta())
+    main = threading.get_ident()
+
+    def interrupt() -> None:
+        while not manager.get_instance("probe").running_calls:
+            time.sleep(0.001)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        manager.execute_plugin("probe", action="probe.polite")
+    thread.join()
+    assert manager.execute_plugin("probe", action="probe.echo", x=1) == {"x": 1}
+    manager.unload_all()
 
 
 async def test_a_synchronous_call_inside_the_event_loop_is_refused_instead_of_blocking_it(probe: PluginManager) -> None:
@@ -422,8 +442,6 @@ async def test_cancelling_the_awaiting_task_cancels_the_call_and_frees_the_slot(
 
 
 async def test_a_deadline_ends_a_call_and_one_in_the_past_is_never_sent(probe: PluginManager) -> None:
-    import time
-
     with pytest.raises(PluginTimeoutError) as late:
         await (await started_call(probe, "probe.polite", deadline=time.time() + 0.2))
     assert late.value.outcome_known
