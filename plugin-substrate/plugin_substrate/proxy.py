@@ -70,7 +70,8 @@ class RemotePluginProxy:
             process.connection, on_frame=self._handle, on_error=self._break_off, on_end=self._on_end_of_connection
         )
         # A descendant of it may hold its end of the socket open: keep an eye on the process too.
-        process.when_ended(lambda: self._loop.call_later(_LAST_WORDS_SECONDS, self._connection.close))
+        self._last_words: asyncio.TimerHandle | None = None
+        process.when_ended(self._hear_last_words)
 
     @property
     def pid(self) -> int:
@@ -194,8 +195,13 @@ class RemotePluginProxy:
 
     # -- what the worker says
 
+    def _hear_last_words(self) -> None:
+        self._last_words = self._loop.call_later(_LAST_WORDS_SECONDS, self._connection.close)
+
     def _on_end_of_connection(self) -> None:
         """Find out how the worker ended, then tell everyone who waits."""
+        if self._last_words is not None:
+            self._last_words.cancel()
         self._process.kill()  # it may have closed its socket and still run
         self._burial = self._loop.create_task(self._bury())
 
