@@ -141,7 +141,7 @@ async def test_a_process_that_took_over_a_dead_workers_number_is_never_signalled
             log_descriptor=-1,
             pid=bystander.pid,
             pidfd=descriptor,
-            returncode=asyncio.get_running_loop().create_future(),
+            exit=asyncio.get_running_loop().create_future(),
         )
         assert worker.ended
         worker.kill()
