@@ -23,20 +23,31 @@ _SHOWN_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """How a worker ended: ``returncode`` is None if nobody knows, ``shortfall`` what its supervisor killed it for."""
+    """How a worker ended: ``returncode`` is None if nobody knows, ``shortfall`` what its supervisor killed it for.
+
+    ``by_kernel`` tells that nobody here killed it, and that the kernel killed something for want of memory in its time.
+    """
 
     returncode: int | None
     shortfall: ResourceShortfall | None = None
+    by_kernel: bool = False
 
 
 def death_of(ended: WorkerExit, broken: ProtocolError | None, lines: Sequence[str]) -> PluginError:
     """Return the error that tells of a death; ``broken`` is what the host killed it for, if it did.
 
-    A `WorkerDiedError`; a `WorkerOOMError` or another `PluginResourceError` when it was killed for what it took.
+    A `WorkerDiedError`; a `WorkerOOMError` or another `PluginResourceError` when it was killed for what it took, with
+    the numbers if its supervisor did it: the kernel tells none.
     """
     if ended.shortfall is not None and broken is None:
         return _excess(ended, ended.shortfall, lines)
     returncode = ended.returncode
+    if ended.by_kernel and broken is None and returncode == -signal.SIGKILL:
+        return WorkerOOMError(
+            "the worker was ended by SIGKILL, and the kernel was killing processes for want of memory",
+            process_returncode=returncode,
+            log_tail=tuple(lines)[-_SHOWN_LINES:],
+        )
     name = _signal_name(returncode)
     how = "ended" if returncode is None else f"ended with status {returncode}"
     if name:

@@ -6,6 +6,7 @@ import asyncio
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from plugin_substrate.connection import WorkerConnection
@@ -20,6 +21,7 @@ from plugin_substrate.errors import (
 )
 from plugin_substrate.headers import counts_of, hello_of, line_of, progress_of, spent_of, text_of, usage_of
 from plugin_substrate.interface import CallContext
+from plugin_substrate.kernel_kills import oom_kills
 from plugin_substrate.lifecycle import WorkerProcess
 from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
 from plugin_substrate.pending_call import PendingCall
@@ -53,6 +55,8 @@ class RemotePluginProxy:
         self._process = process
         self._on_line = on_line
         self._shared = shared
+        self._oom_kills = oom_kills()
+        self._killed_here = False
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         self._log = LogPipe(process.log_descriptor, self._on_pipe_line)
         self._calls: dict[str, PendingCall] = {}
@@ -186,6 +190,7 @@ class RemotePluginProxy:
 
     async def kill(self) -> None:
         """Kill the worker and wait until it is dead; calls in it fail as `WorkerDiedError`."""
+        self._killed_here = True
         self._process.kill()
         await asyncio.wait({self._gone})
 
@@ -219,6 +224,7 @@ class RemotePluginProxy:
         self._process.close()
         self._log.close()
         ended = self._process.exit.result() if self._process.exit.done() else WorkerExit(None)
+        ended = replace(ended, by_kernel=not self._killed_here and oom_kills() > self._oom_kills)
         self._gone.set_result(death_of(ended, self._broken, self._lines))
         waiting = [*self._calls.values(), *self._asks.values()]
         self._calls, self._asks = {}, {}

@@ -129,6 +129,18 @@ async def test_a_link_in_place_of_a_tenants_folder_is_refused(keeper: PluginMana
         await ask(keeper, "pid", A)
 
 
+async def test_knowing_the_path_of_anothers_folder_or_log_is_of_no_use(keeper: PluginManager, tmp_path: Path) -> None:
+    """Landlock, a layer of the kernel, sees to it; without it the instance's layers say so."""
+    await ask(keeper, "keep", A, secret="s3cret")
+    for other, instance in ((B, "keeper"), ("", "keeper"), (B, "shared")):
+        seen = await ask(keeper, "look_into", other, instance, folder=str(tmp_path / "data/keeper" / tenant_folder(A)))
+        confined = any(layer.startswith("landlock") for layer in keeper.get_instance(instance).layers)
+        assert confined, f"this kernel has no Landlock: {seen}"
+        assert {attempt for attempt, outcome in seen.items() if outcome == "done"} <= {"link"}
+    logs = await ask(keeper, "look_into", B, folder=str(tmp_path / "logs"))
+    assert logs["list"] == "PermissionError"
+
+
 # -- confidential runs
 
 

@@ -60,6 +60,25 @@ class Keeper(PluginInterface):
         print(text)
         os.write(2, f"{text}\n".encode())
 
+    @plugin_action("keeper.look_into")
+    def look_into(self, folder):
+        """What can be done in a folder that is known by its path."""
+        outcome = {}
+        for name, attempt in {
+            "list": lambda: list(Path(folder).iterdir()),
+            "read": lambda: Path(folder, "kept-too").read_text(),
+            "write": lambda: Path(folder, "planted").write_text("x"),
+            "link": lambda: Path("neighbour").symlink_to(folder),
+            "read through the link": lambda: Path("neighbour", "kept-too").read_text(),
+        }.items():
+            try:
+                attempt()
+            except OSError as error:
+                outcome[name] = type(error).__name__
+            else:
+                outcome[name] = "done"
+        return outcome
+
     @plugin_action("keeper.places")
     def places(self):
         return {"cwd": str(Path.cwd()), "tmp": tempfile.gettempdir(), "data": os.environ.get("CJM_PLUGIN_DATA_DIR", "")}
