@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from plugin_substrate.cli_settings import DataDir, PluginsFile, data_folder, fail, plugins_file
+from plugin_substrate.cli_upkeep import COMMANDS
+from plugin_substrate.config_check import checker_of
+from plugin_substrate.configuration import load_config, set_config
 from plugin_substrate.discovery import find_manifests, manifest_folders
 from plugin_substrate.environments.install import Installer
 from plugin_substrate.environments.spec import load_plugins_file
+from plugin_substrate.environments.upkeep import environment_of
 from plugin_substrate.errors import ManifestError, PluginConfigError
 from plugin_substrate.manifest import load_manifest
 
 app = typer.Typer(name="cjm-ctl", help="Install, list and check plugins.", no_args_is_help=True, add_completion=False)
 
-DataDir = Annotated[
-    Path | None,
-    typer.Option("--data-dir", help="Where environments and manifests live. Default: $CJM_DATA_DIR, else ~/.cjm."),
-]
 
-
-def data_folder(option: Path | None) -> Path:
-    """Resolve the data directory: option, then CJM_DATA_DIR, then ~/.cjm."""
-    return option or Path(os.environ.get("CJM_DATA_DIR") or Path.home() / ".cjm")
+@app.callback()
+def settings(
+    cjm_config: Annotated[Path | None, typer.Option("--cjm-config", help="The settings. Default: ./cjm.yaml.")] = None,
+    data_dir: Annotated[Path | None, typer.Option("--data-dir", help="Where plugins live.")] = None,
+    conda_prefix: Annotated[Path | None, typer.Option("--conda-prefix", help="Where a conda family is.")] = None,
+    conda_type: Annotated[str | None, typer.Option("--conda-type", help="micromamba, miniforge or conda.")] = None,
+) -> None:
+    """Install, list and check plugins."""
+    try:
+        config = load_config(cjm_config, data_dir=data_dir, conda_prefix=conda_prefix, conda_type=conda_type)
+    except PluginConfigError as error:
+        fail(error)
+    set_config(config)
 
 
 @app.command("install-all")
 def install_all(
-    plugins: Annotated[Path, typer.Option("--plugins", help="The file that lists the plugins.")] = Path("plugins.yaml"),
+    plugins: PluginsFile = None,
     data_dir: DataDir = None,
     force: Annotated[bool, typer.Option("--force", "-f", help="Make every environment anew.")] = False,
 ) -> None:
     """Install what is new or has changed; a plugin that fails does not keep the others from being installed."""
     try:
-        specs = load_plugins_file(plugins)
+        specs = load_plugins_file(plugins_file(plugins))
     except PluginConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
+        fail(error)
     installer = Installer(data_folder(data_dir), force=force)
     failed = False
     for spec in specs:
@@ -54,6 +62,7 @@ def install_all(
 def list_plugins(
     data_dir: DataDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    envs: Annotated[bool, typer.Option("--envs", "-e", help="Show where each environment is.")] = False,
 ) -> None:
     """List the installed plugins, and the manifests that cannot be used with their reasons."""
     found, rejected = find_manifests(manifest_folders(data_folder(data_dir)))
@@ -77,6 +86,8 @@ def list_plugins(
         return
     for meta in found:
         typer.echo(f"{meta.name} {meta.version}  {', '.join(meta.capabilities) or '-'}  {meta.description}")
+        if envs:
+            typer.echo(f"    {environment_of(data_folder(data_dir), meta.name) or meta.manifest.install.python_path}")
     for bad in rejected:
         typer.echo(f"not used: {bad.path}: {bad.reason}", err=True)
 
@@ -84,24 +95,33 @@ def list_plugins(
 @app.command("validate")
 def validate(
     path: Annotated[Path, typer.Argument(help="A manifest (.json) or a plugins file (.yaml, .yml).")],
+    kind: Annotated[
+        str | None, typer.Option("--format", "-f", help="manifest or plugins_yaml. Default: by the file's name.")
+    ] = None,
 ) -> None:
     """Check a file and name everything that is wrong with it."""
+    by_name = {".json": "manifest", ".yaml": "plugins_yaml", ".yml": "plugins_yaml"}
     try:
-        if path.suffix == ".json":
-            load_manifest(path)
-        elif path.suffix in (".yaml", ".yml"):
-            load_plugins_file(path)
-        else:
-            typer.echo(f"{path}: neither .json nor .yaml", err=True)
-            raise typer.Exit(1)
+        match kind or by_name.get(path.suffix):
+            case "manifest":
+                code = load_manifest(path).code
+                if code.config_schema:
+                    checker_of(code.name, code.config_schema)
+            case "plugins_yaml":
+                load_plugins_file(path)
+            case None:
+                fail(f"{path}: neither .json nor .yaml; say what it is with --format")
+            case other:
+                fail(f"--format must be manifest or plugins_yaml, not {other!r}")
     except ManifestError as error:
-        for violation in error.violations:
-            typer.echo(f"{path}: {violation}", err=True)
-        raise typer.Exit(1) from None
+        fail("\n".join(f"{path}: {violation}" for violation in error.violations))
     except PluginConfigError as error:
-        typer.echo(str(error), err=True)
-        raise typer.Exit(1) from None
+        fail(error)
     typer.echo(f"{path}: valid")
+
+
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
 
 
 def main() -> None:

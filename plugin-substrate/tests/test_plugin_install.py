@@ -289,7 +289,7 @@ def test_the_command_says_what_is_wrong_with_its_usage() -> None:
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stderr) == (1, "no.txt: neither .json nor .yaml\n")
+    assert (done.returncode, done.stderr) == (1, "no.txt: neither .json nor .yaml; say what it is with --format\n")
 
 
 SLOW_BACKEND = """

@@ -52,6 +52,9 @@ _CODE_KEYS = frozenset({
 })  # fmt: skip
 
 
+_INSTALL_KEYS = frozenset({"python_path", "db_path", "env_vars"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class InstallOutcome:
     """What became of one plugin: ``unchanged``, ``granted`` (new terms alone), ``installed``, or ``failed`` and why."""
@@ -177,28 +180,41 @@ def _described(raw: bytes, distribution: str, said: str) -> dict[str, Any]:
 
 
 def _manifest(described: dict[str, Any], python: Path, spec: PluginSpec) -> ManifestV2:
-    """Check what the plugin says about itself with the rules of every manifest."""
-    unknown = sorted(set(described) - _CODE_KEYS)
+    install: dict[str, Any] = {
+        "python_path": str(python),
+        "package_source": spec.requirement,
+        "installer_version": INSTALLER_VERSION,
+        "installed_at": _now(),
+        "source_paths": [str(spec.folder)] if spec.editable and spec.folder else [],
+    }
+    install |= {key: described[key] for key in ("db_path", "env_vars") if key in described}
+    return manifest_of(described, install, _operators_part(spec), spec.name)
+
+
+def manifest_of(described: dict[str, Any], install: dict[str, Any], overrides: dict[str, Any], name: str) -> ManifestV2:
+    """Return the manifest of what a plugin says about itself, checked with the rules of every manifest.
+
+    ``python_path`` is the installer's business, so what the plugin says of it is not heard.
+    """
+    unknown = sorted(set(described) - _CODE_KEYS - _INSTALL_KEYS)
     if unknown:
-        raise ManifestError([f"get_plugin_metadata() has unknown keys: {', '.join(unknown)}"], source=spec.name)
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    schema = described.get("config_schema")
+        raise ManifestError([f"get_plugin_metadata() has unknown keys: {', '.join(unknown)}"], source=name)
+    code = {key: value for key, value in described.items() if key in _CODE_KEYS}
+    schema = code.get("config_schema")
     data = {
         "format_version": FORMAT_VERSION,
-        "install": {
-            "python_path": str(python),
-            "package_source": spec.requirement,
-            "installer_version": INSTALLER_VERSION,
-            "installed_at": now,
-            "source_paths": [str(spec.folder)] if spec.editable and spec.folder else [],
-        },
-        "code": {**described, "regenerated_at": now},
+        "install": install,
+        "code": {**code, "regenerated_at": _now()},
         "drift_tracking": {
             "config_schema_hash": compute_config_schema_hash(schema if isinstance(schema, dict) else None)
         },
-        "overrides": _operators_part(spec),
+        "overrides": overrides,
     }
-    return parse_manifest(data, source=spec.name)
+    return parse_manifest(data, source=name)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _operators_part(spec: PluginSpec) -> dict[str, Any]:

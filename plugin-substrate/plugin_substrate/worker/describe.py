@@ -14,6 +14,7 @@ from typing import Any
 
 from plugin_substrate.interface import PluginInterface, collect_plugin_actions
 from plugin_substrate.worker.interpreter import enter_environment
+from plugin_substrate.worker.verbs import plain
 
 
 class _UndescribedError(Exception):
@@ -41,8 +42,11 @@ def _metadata(distribution: str) -> dict[str, Any]:
     described = function()
     if not isinstance(described, dict):
         raise _UndescribedError(f"{module}.get_plugin_metadata() must return a dict, not {type(described).__name__}")
-    _check_class(described)
-    return described
+    cls = _checked_class(described)
+    if cls.WORKER_ENV and "worker_env" not in described:
+        described = {**described, "worker_env": list(cls.WORKER_ENV)}
+    metadata_of: dict[str, Any] = plain(described)
+    return metadata_of
 
 
 def _meta_module(distribution: str) -> str:
@@ -55,8 +59,8 @@ def _meta_module(distribution: str) -> str:
     return f"{package}.meta"
 
 
-def _check_class(described: dict[str, Any]) -> None:
-    """Find here what would otherwise fail at the first load or call."""
+def _checked_class(described: dict[str, Any]) -> type[PluginInterface]:
+    """Return the plugin's class. Finds here what would otherwise fail at the first load or call."""
     name = f"{described.get('module')}.{described.get('class')}"
     cls = getattr(importlib.import_module(str(described.get("module"))), str(described.get("class")), None)
     if not (isinstance(cls, type) and issubclass(cls, PluginInterface)):
@@ -68,3 +72,4 @@ def _check_class(described: dict[str, Any]) -> None:
     if tagged and tagged != declared:
         difference = ", ".join(sorted(tagged ^ declared))
         raise _UndescribedError(f"capabilities and the actions of {name} differ in: {difference}")
+    return cls
