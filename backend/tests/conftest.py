@@ -28,6 +28,7 @@ import httpx
 import httpx_sse
 import psycopg
 import pytest
+import yaml
 from plm_backend.database import upgrade_all
 from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider
 from plm_shared.addresses import DatabaseUrls
@@ -204,10 +205,26 @@ def plugins_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def test_plugins_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def test_plugins_dir(tmp_path_factory: pytest.TempPathFactory, install_test_plugins: Callable[..., None]) -> Path:
     folder = tmp_path_factory.mktemp("Plugins für alle Fälle")
-    _install(TEST_PLATFORM / "plugins.yaml", folder)
+    install_test_plugins(TEST_PLATFORM / "plugins.yaml", folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def install_test_plugins(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, Path], None]:
+    """Installs the plugins of a list into a folder; they may write where the tests have their gates and journals."""
+
+    def install(plugins: Path, folder: Path) -> None:
+        document = yaml.safe_load(plugins.read_text(encoding="utf-8"))
+        for plugin in document["plugins"]:
+            plugin["package"] = str(plugins.parent / plugin["package"])
+            plugin["isolation"] = {"write_paths": [str(tmp_path_factory.getbasetemp())]}
+        granted = tmp_path_factory.mktemp("plugins") / "plugins.yaml"
+        granted.write_text(yaml.safe_dump(document), encoding="utf-8")
+        _install(granted, folder)
+
+    return install
 
 
 def _install(plugins: Path, folder: Path) -> None:

@@ -259,11 +259,9 @@ class Cluster:
 
 
 @pytest.fixture(scope="session")
-def crash_plugins_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def crash_plugins_dir(tmp_path_factory: pytest.TempPathFactory, install_test_plugins: Callable[..., None]) -> Path:
     folder = tmp_path_factory.mktemp("crash-plugins")
-    command = [Path(sys.executable).with_name("cjm-ctl"), "install-all", "--plugins", PLATFORM / "plugins.yaml"]
-    done = subprocess.run([*command, "--data-dir", folder], capture_output=True, text=True, timeout=170, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    install_test_plugins(PLATFORM / "plugins.yaml", folder)
     return folder
 
 
