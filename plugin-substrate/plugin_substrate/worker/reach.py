@@ -24,10 +24,15 @@ _OF_KERNEL = (
     "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/version", "/proc/filesystems",
     "/proc/sys/vm/overcommit_memory", "/proc/sys/kernel/osrelease", "/proc/sys/kernel/random",
     "/sys/devices/system/cpu", "/sys/devices/system/node", "/sys/kernel/mm/transparent_hugepage",
-    # how much of the machine a container may use: who asks takes a file that is there for one that can be read
-    "/sys/fs/cgroup/cpu.max", "/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us",
-    "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes",
 )  # fmt: skip
+# Control groups: where each controller's tree is mounted, by its name in /proc/self/cgroup, and what it limits.
+_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_LIMITS = {
+    "": ("cpu.max", "memory.max", "memory.high"),
+    "cpu": ("cpu.cfs_quota_us", "cpu.cfs_period_us"),
+    "cpu,cpuacct": ("cpu.cfs_quota_us", "cpu.cfs_period_us"),
+    "memory": ("memory.limit_in_bytes",),
+}
 
 #: Devices without a state of their own.
 PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
@@ -36,7 +41,25 @@ PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/ura
 def readable_paths(*, network: bool) -> tuple[str, ...]:
     """Return what any plugin of this interpreter may read; paths that do not exist are among them."""
     ours = [str(_OURS), *(str(_OURS.parent / name) for name in ("interface.py", "errors.py"))]
-    return (*ours, *_SYSTEM, *_PROGRAMS, *_CONFIGURATION, *_OF_KERNEL, *(_OF_NETWORK if network else ()))
+    limits = limit_files(_membership())
+    return (*ours, *_SYSTEM, *_PROGRAMS, *_CONFIGURATION, *_OF_KERNEL, *limits, *(_OF_NETWORK if network else ()))
+
+
+def limit_files(membership: str) -> tuple[str, ...]:
+    """Return the files that say how much of the machine the control groups of ``/proc/self/cgroup`` may use.
+
+    Libraries size their pools and caches by them, and take a file that is there for one that can be read. Of other
+    groups, and of who is in them, nothing is told.
+    """
+    files: list[str] = []
+    for line in membership.splitlines():
+        _, controller, group = line.split(":", 2)
+        if controller not in _LIMITS or ".." in group.split("/"):  # a group outside of what this namespace shows
+            continue
+        place = Path(_CONTROL_GROUPS, controller, group.lstrip("/"))
+        above = [folder for folder in place.parents if folder.is_relative_to(_CONTROL_GROUPS / controller)]
+        files += [str(folder / name) for folder in (place, *above) for name in _LIMITS[controller]]
+    return tuple(files)
 
 
 def environment_paths() -> tuple[str, ...]:
@@ -49,3 +72,10 @@ def environment_paths() -> tuple[str, ...]:
     if (environment / "pyvenv.cfg").is_file():
         prefixes.add(str(environment))
     return tuple(sorted(prefixes - {"/"}))
+
+
+def _membership() -> str:
+    try:
+        return Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:  # no control groups here
+        return ""
