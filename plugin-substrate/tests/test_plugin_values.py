@@ -148,11 +148,11 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.just("$"), inner, max_size=3),
 )
 tags = st.sampled_from(
-    ["bytes", "tuple", "dict", "path", "datetime", "date", "decimal", "uuid", "input_file", "output_file"]
+    ["bytes", "tuple", "dict", "path", "datetime", "date", "decimal", "uuid", "input_file", "output_file", "array"]
 )
 forged = st.fixed_dictionaries(
     {"$": tags | json_values},
-    optional=dict.fromkeys(("segment", "items", "text", "name", "mime_type"), json_values),
+    optional=dict.fromkeys(("segment", "items", "text", "name", "mime_type", "dtype", "shape"), json_values),
 )
 
 

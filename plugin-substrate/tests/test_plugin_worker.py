@@ -69,6 +69,36 @@ async def test_values_and_files_cross_whole_in_both_directions(probe: PluginMana
     assert await probe.execute_plugin_async("probe", action="probe.echo", **sent) == sent
 
 
+class Table:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def to_temp_file(self) -> str:
+        path = self.folder / "table.csv"
+        path.write_text("a,b", encoding="utf-8")
+        return str(path)
+
+
+class FullDisk:
+    def to_temp_file(self) -> str:
+        raise OSError("no space")
+
+
+async def test_an_argument_that_stands_in_a_file_arrives_as_its_path(probe: PluginManager, tmp_path: Path) -> None:
+    seen = await probe.execute_plugin_async("probe", action="probe.echo", table=Table(tmp_path))
+    assert seen == {"table": str(tmp_path / "table.csv")}
+    with pytest.raises(PluginInputError, match="no space") as caught:
+        await probe.execute_plugin_async("probe", action="probe.echo", table=FullDisk())
+    assert caught.value.fields_invalid == ("table",)
+
+
+async def test_progress_of_a_call_is_never_reported_as_the_next_ones(probe: PluginManager) -> None:
+    heard: list[tuple[float, str]] = []
+    await probe.execute_call("probe", action="probe.report", steps=3)
+    await probe.execute_call("probe", action="probe.echo", on_progress=lambda *report: heard.append(report))
+    assert heard == []
+
+
 async def test_sixteen_megabytes_cross(probe: PluginManager) -> None:
     blob = os.urandom(16 << 20)
     assert (await probe.execute_plugin_async("probe", action="probe.echo", blob=blob))["blob"] == blob
@@ -216,6 +246,21 @@ async def test_a_plugin_that_never_gets_ready_is_given_up(tmp_path: Path, probe_
     async with PluginManager(data_dir=tmp_path, load_timeout=0.3) as manager:
         with pytest.raises(PluginLoadError, match="not ready after"):
             await manager.load_plugin_async(probe_meta("NeverReady"))
+        assert child_processes() == processes
+
+
+async def test_a_load_is_limited_by_silence_not_by_time(tmp_path: Path, probe_meta: MetaFactory) -> None:
+    async with PluginManager(data_dir=tmp_path, load_timeout=1.5) as manager:
+        started = time.monotonic()
+        await manager.load_plugin_async(probe_meta("SlowStart"), {"steps": 20})
+        assert time.monotonic() - started > 1.5, "it would have been too slow"
+
+
+async def test_saying_the_same_again_is_silence(tmp_path: Path, probe_meta: MetaFactory) -> None:
+    processes = child_processes()
+    async with PluginManager(data_dir=tmp_path, load_timeout=0.5) as manager:
+        with pytest.raises(PluginLoadError, match="without progress"):
+            await manager.load_plugin_async(probe_meta("SlowStart"), {"steps": 1, "fall_silent": True})
         assert child_processes() == processes
 
 

@@ -87,12 +87,16 @@ def unpark(segments: Sequence[Segment], announced: Any, descriptors: list[int], 
     whole: list[Segment] = list(segments)
     for entry in announced:
         match entry:
-            case [int(place), int(size)] if 0 < place <= len(whole) and 0 < size <= limit and descriptors:
+            case [place, size] if type(place) is type(size) is int and _fits(place, whole, size, limit) and descriptors:
                 whole.insert(place, Parked(descriptors.pop(0), size))
                 limit -= size
             case _:
                 raise ProtocolError("a parked segment has no place, no descriptor, or is over the limit")
     return tuple(whole)
+
+
+def _fits(place: int, whole: Sequence[Segment], size: int, limit: int) -> bool:
+    return 0 < place <= len(whole) and 0 < size <= limit
 
 
 def close_all(descriptors: Sequence[int]) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import signal
+import socket
+import struct
 import sys
 import threading
 import time
@@ -87,6 +90,24 @@ class Hostile(PluginInterface):
         """Write as fast as the host reads."""
         while True:
             os.write(descriptor, raw)
+
+    @plugin_action("hostile.flood_descriptors")
+    def flood_descriptors(self):
+        host = socket.socket(fileno=os.dup(3))
+        while True:
+            socket.send_fds(host, [struct.pack(">II", 1 << 20, 10)], [0] * 200)
+
+    @plugin_action("hostile.park_and_shrink")
+    def park_and_shrink(self):
+        memory = os.memfd_create("mine")
+        os.ftruncate(memory, 1 << 20)
+        value = b'{"$":"bytes","segment":0}'
+        parts = {"type": "result", "id": self.call.call_id, "segments": [len(value)], "parked": [[1, 1 << 20]]}
+        header = json.dumps(parts).encode()
+        frame = struct.pack(">II", len(header) + len(value), len(header)) + header + value
+        os.ftruncate(memory, 1 << 10)
+        socket.send_fds(socket.socket(fileno=os.dup(3)), [frame], [memory])
+        self.stay()
 
     @plugin_action("hostile.raise")
     def raise_error(self, how):

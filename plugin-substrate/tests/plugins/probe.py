@@ -221,3 +221,16 @@ class NeverReady(Probe):
 
 class NoPlugin:
     pass
+
+
+class SlowStart(Probe):
+    """Takes longer than the limit, and says all the time how far it is; then, if told to, falls silent."""
+
+    def initialize(self, config):
+        super().initialize(config)
+        for step in range(config["steps"]):
+            self.report_progress(step / config["steps"], f"step {step}")
+            time.sleep(0.1)
+        while config.get("fall_silent"):
+            self.report_progress(1.0, "the same again")
+            time.sleep(0.01)
