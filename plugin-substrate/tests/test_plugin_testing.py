@@ -150,6 +150,16 @@ def test_a_class_runs_in_a_worker_with_the_libraries_of_the_test(
     assert not plugin_workers.manager.list_instances()
 
 
+def test_a_worker_streams_to_its_end_or_until_the_test_has_enough(
+    plugin_workers: PluginWorkers, sample: type[PluginInterface]
+) -> None:
+    worker = plugin_workers.start(sample)
+    assert [chunk["step"] for chunk in worker.stream(3)] == [0, 1, 2]
+    assert len(worker.stream(10**6, take=2)) == 2
+    assert worker.stream(3, take=0) == []
+    assert worker.call(action="sample.count", upto=1).value == 1
+
+
 def test_a_python_that_a_plugin_starts_finds_the_plugins_libraries(
     plugin_workers: PluginWorkers, sample: type[PluginInterface]
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import Callable, Coroutine, Mapping
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -48,6 +49,21 @@ class PluginWorker:
     async def call_async(self, *args: Any, **kwargs: Any) -> CallResult:
         """Call the plugin with what `PluginManager.execute_call` takes, and return value, usage and log lines."""
         return await self._workers.manager.execute_call(self.instance_id, *args, **kwargs)
+
+    def stream(self, *args: Any, take: int | None = None, **kwargs: Any) -> list[Any]:
+        """Stream from the plugin, outside an event loop, and return the chunks; the first ``take`` alone, if given."""
+        return self.run(lambda: self.stream_async(*args, take=take, **kwargs))
+
+    async def stream_async(self, *args: Any, take: int | None = None, **kwargs: Any) -> list[Any]:
+        """Stream from the plugin with what `PluginManager.execute_plugin_stream` takes, and return the chunks."""
+        chunks: list[Any] = []
+        async with aclosing(self._workers.manager.execute_plugin_stream(self.instance_id, *args, **kwargs)) as stream:
+            while len(chunks) != take:
+                try:
+                    chunks.append(await anext(stream))
+                except StopAsyncIteration:
+                    break
+        return chunks
 
     def kill(self) -> None:
         """Kill its process as the system does when memory is short; the next call finds a new one."""
