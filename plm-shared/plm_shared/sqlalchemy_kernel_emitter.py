@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple, cast
 import psycopg
 import sqlalchemy
 from psycopg.pq import TransactionStatus
+from psycopg.rows import tuple_row
 
 from plm_shared.db import get_engine
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitGovernanceArgs, EmitLlmCallArgs, EmitTelemetryArgs
@@ -300,7 +301,7 @@ def _params(tenant_id: str, records: Sequence[LedgerRecord]) -> dict[str, str]:
 
 
 def _run(connection: psycopg.Connection[Any], text: str, params: Mapping[str, str]) -> psycopg.Cursor[Any]:
-    return connection.execute(text.encode(), params, prepare=True)
+    return connection.cursor(row_factory=tuple_row).execute(text.encode(), params, prepare=True)
 
 
 class SqlAlchemyKernelEmitter:
@@ -411,4 +412,5 @@ def _bind_tenant(connection: Connection, tenant: str) -> None:
 def _execute(connection: Connection, statement: Statement) -> Any:
     if isinstance(connection, sqlalchemy.Connection):
         return connection.exec_driver_sql(statement.sql, dict(statement.params))
-    return connection.execute(cast("Any", statement.sql), statement.params)
+    # The caller's connection may make something else of a row.
+    return connection.cursor(row_factory=tuple_row).execute(cast("Any", statement.sql), statement.params)

@@ -18,8 +18,6 @@ from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from plm_shared import migrations
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.async_kernel_emitter import AsyncKernelEmitter
@@ -336,37 +334,6 @@ def test_after_a_fork_coroutines_go_on_and_wait_for_room_too(kernel_database: Da
     assert os.waitpid(child, 0)[1] == 0
     asyncio.run(emitter.close())
     assert spans(kernel_database) == list(range(40))
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    costs=st.lists(st.decimals(min_value=0, max_value=1000, places=8), min_size=0, max_size=12),
-    replays=st.lists(st.integers(0, 11), max_size=6),
-)
-def test_the_run_views_totals_are_the_plain_sum(
-    kernel_database: DatabaseUrls, tenant: str, costs: list[Any], replays: list[int]
-) -> None:
-    run = uuid.uuid4()
-    with psycopg.connect(kernel_database.app) as connection:
-        connection.execute("SELECT set_config('app.tenant_id', %s, true)", (tenant,))
-        connection.execute("INSERT INTO runs (id, tenant_id, actor_kind) VALUES (%s, %s, 'agent')", (run, tenant))
-    base = random.getrandbits(40)
-    with BatchingKernelEmitter(tenant, dsn=kernel_database.app) as emitter:
-        events = [llm(tenant, base % 2**20 + place, str(cost)) for place, cost in enumerate(costs)]
-        events = [each.model_copy(update={"span_id": f"{run.hex[:8]}{each.span_id[8:]}"}) for each in events]
-        events = [
-            each.model_copy(
-                update={"idempotency_key": IdempotencyKey(tenant, TRACE, each.span_id, "llm", str(each.cost_eur))}
-            )
-            for each in events
-        ]
-        for args in (*events, *(events[place] for place in replays if place < len(events))):
-            emitter.submit(args, run_id=run)
-    with psycopg.connect(kernel_database.admin) as connection:
-        found = connection.execute(
-            "SELECT llm_call_count, llm_cost_eur FROM mcrc_v1_view WHERE run_id = %s", (run,)
-        ).fetchone()
-    assert found == (len(costs), sum(costs))
 
 
 KILLED_EMITTER = """

@@ -84,14 +84,6 @@ def test_data_survives_a_stop_and_the_address_stays_the_same(server: EmbeddedPos
     assert answer(before, "SELECT n FROM kept") == 7
 
 
-def test_no_commit_waits_for_a_large_segment_of_the_log_to_be_made(server: EmbeddedPostgres) -> None:
-    """Neither do checkpoints come more often for it."""
-    server.start()
-    with psycopg.connect(server.admin_dsn) as connection:
-        asked = "SELECT current_setting('wal_segment_size'), current_setting('max_wal_size')"
-        assert connection.execute(asked).fetchone() == ("4MB", "1GB")
-
-
 def test_paths_with_blanks_quotes_and_other_alphabets_work(folder: Path) -> None:
     server = EmbeddedPostgres(folder / "mé 'x' \"$HOME\" 100% 数据", durable=False)
     try:

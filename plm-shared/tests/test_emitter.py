@@ -31,6 +31,7 @@ from plm_shared.sqlalchemy_kernel_emitter import (
     ledger_statements,
 )
 from psycopg import sql
+from psycopg.rows import dict_row
 from sqlalchemy import create_engine
 from sqlalchemy.exc import OperationalError
 
@@ -324,12 +325,14 @@ def test_a_database_that_is_away_is_an_operational_error(tmp_path: Path, monkeyp
     db.reset_engine()
 
 
-@pytest.mark.parametrize("driver", ["psycopg", "sqlalchemy"])
+@pytest.mark.parametrize("driver", ["psycopg", "psycopg, rows as dictionaries", "sqlalchemy"])
 def test_on_the_callers_connection_a_rollback_leaves_nothing_and_a_conflict_leaves_it_usable(
     kernel_database: DatabaseUrls, tenant: str, driver: str
 ) -> None:
     engine = create_engine(db.sqlalchemy_url(kernel_database.app))
     with engine.connect() if driver == "sqlalchemy" else psycopg.connect(kernel_database.app) as connection:
+        if isinstance(connection, psycopg.Connection) and "dictionaries" in driver:
+            connection.row_factory = dict_row  # type: ignore[assignment]
         emitter = SqlAlchemyKernelEmitter(tenant, connection=connection)
         emitter.record_llm_call(llm(tenant))
         with pytest.raises(IdempotencyConflict):

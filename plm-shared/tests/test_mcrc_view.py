@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import uuid
 from decimal import Decimal
 from typing import Any
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from plm_shared.addresses import DatabaseUrls
+from plm_shared.batching_emitter import BatchingKernelEmitter
+from plm_shared.idempotency import IdempotencyKey
+from plm_shared.kernel_api import EmitConnectorCallArgs, EmitGovernanceArgs, EmitLlmCallArgs, EmitTelemetryArgs
+from plm_shared.ledger import LedgerArgs
+from plm_shared.sqlalchemy_kernel_emitter import SqlAlchemyKernelEmitter
 from psycopg.rows import dict_row
 
 pytestmark = pytest.mark.every_postgres
+SOAK = float(os.environ.get("SOAK", "0.05"))
 
 COLUMNS = [
     "run_id",
@@ -118,3 +127,69 @@ def test_the_writer_reads_one_run_through_indexes_under_row_level_security(
     assert "ix_telemetry_events_tenant_payload_run" in used, json.dumps(explained[0], indent=1)
     assert all(scan["Node Type"] != "Seq Scan" for scan in telemetry)
     assert max(scan["Actual Rows"] for scan in telemetry) <= 2
+
+
+MONEY = st.decimals(min_value=0, max_value=10**6, places=8)
+COSTED = st.tuples(
+    st.sampled_from(["llm", "connector"]), st.sampled_from(["calculated", "pending", "unavailable"]), MONEY
+)
+TOLD = st.tuples(st.sampled_from(["telemetry", "governance"]), st.sampled_from(["knowledge_call", "other"]), st.just(0))
+WRITTEN = st.lists(st.tuples(st.integers(0, 1), COSTED | TOLD), max_size=20)
+
+
+def emission(tenant: str, span: str, kind: str, what: str, cost: Any) -> LedgerArgs:
+    """One event whose type, or whose state of cost, is ``what``."""
+    event_type = what if kind in ("telemetry", "governance") else kind
+    shared: dict[str, Any] = {"span_id": span, "idempotency_key": IdempotencyKey(tenant, "t", span, event_type, "h")}
+    if kind == "telemetry":
+        return EmitTelemetryArgs(event_type=what, capability="read", **shared)
+    if kind == "governance":
+        return EmitGovernanceArgs(governance_event_type=what, **shared)
+    shared |= {"cost_status": what, "cost_eur": cost if what == "calculated" else None}
+    shared["pricing_version"] = "unavailable" if what == "unavailable" else "overrides-static"
+    if kind == "llm":
+        return EmitLlmCallArgs(model="m", prompt_tokens=1, completion_tokens=1, **shared)
+    return EmitConnectorCallArgs(connector_id="c", capability="read", **shared)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+@settings(max_examples=max(10, int(200 * SOAK)), deadline=None, suppress_health_check=list(HealthCheck))
+@given(written=WRITTEN, replayed=st.lists(st.integers(0, 19), max_size=5))
+def test_every_total_of_a_run_is_the_plain_sum_of_what_was_emitted_for_it(
+    kernel_database: DatabaseUrls,
+    two_tenants: tuple[uuid.UUID, uuid.UUID],
+    batched: bool,
+    written: list[tuple[int, tuple[str, str, Decimal]]],
+    replayed: list[int],
+) -> None:
+    tenant, runs = str(two_tenants[0]), (uuid.uuid4(), uuid.uuid4())
+    events = [
+        (emission(tenant, f"{runs[0].hex}-{place}", *event), runs[of_run])
+        for place, (of_run, event) in enumerate(written)
+    ]
+    events += [events[place] for place in replayed if place < len(written)]
+    with psycopg.connect(kernel_database.app, row_factory=dict_row) as connection:
+        bind(connection, two_tenants[0])
+        for run in runs:
+            connection.execute("INSERT INTO runs (id, tenant_id, actor_kind) VALUES (%s, %s, 'agent')", (run, tenant))
+        if not batched:
+            emitter = SqlAlchemyKernelEmitter(tenant, connection=connection)
+            for args, run in events:
+                emitter._write(args, run)  # the four methods differ in nothing else
+    if batched:
+        with BatchingKernelEmitter(tenant, dsn=kernel_database.app) as batching:
+            for args, run in events:
+                batching.submit(args, run_id=run)
+    with psycopg.connect(kernel_database.app, row_factory=dict_row) as connection:
+        bind(connection, two_tenants[0])
+        found = {row["run_id"]: row for row in connection.execute("SELECT * FROM mcrc_v1_view").fetchall()}
+    for number, run in enumerate(runs):
+        mine = [event for of_run, event in written if of_run == number]
+        for kind in ("llm", "connector"):
+            calls = [(what, cost) for each, what, cost in mine if each == kind]
+            assert found[run][f"{kind}_call_count"] == len(calls)
+            assert found[run][f"{kind}_cost_eur"] == sum(cost for what, cost in calls if what == "calculated")
+            assert found[run][f"{kind}_cost_pending_count"] == sum(what == "pending" for what, _ in calls)
+        told = [what for kind, what, _ in mine if kind in ("telemetry", "governance")]
+        assert found[run]["telemetry_event_count"] == len(told)
+        assert found[run]["knowledge_call_count"] == told.count("knowledge_call")

@@ -45,13 +45,7 @@ _ALWAYS = {
     "log_rotation_age": "1d",
     "log_rotation_size": "0",
     "log_truncate_on_rotation": "on",
-    # What initdb would choose for segments of 16 MB, whatever their size.
-    "min_wal_size": "80MB",
-    "max_wal_size": "1GB",
 }
-# A new segment of the log is filled with zeros and flushed inside the commit that needs it: at PostgreSQL's 16 MB that
-# held every commit up by 50 ms, once in some 60 batches of events.
-_SEGMENT_MB = 4
 _FORGETFUL = {"cluster_name": "plm-test", "fsync": "off", "synchronous_commit": "off", "full_page_writes": "off"}
 
 
@@ -225,8 +219,7 @@ def _make_cluster(account: Account, places: Places, server: ServerBinaries, *, d
     write_secret(places.password_file, password)
     write_secret(handed_over, password, account)
     initdb: list[str | Path] = [server.bin_dir / "initdb", "-D", fresh, "-U", _SUPERUSER, f"--pwfile={handed_over}"]
-    initdb += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", f"--wal-segsize={_SEGMENT_MB}"]
-    initdb += [] if durable else ["--no-sync"]
+    initdb += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", *([] if durable else ["--no-sync"])]
     try:
         done = account.run(initdb, keep_open=[lock])
     finally:
