@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import random
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -234,3 +236,47 @@ async def test_slots_are_per_tenant(keeper: PluginManager) -> None:
     assert await ask(keeper, "pid", B), "another tenant's call does not hold it up"
     await keeper.cancel_call("keeper", call_id)
     await task
+
+
+async def test_whatever_tenants_do_at_once_each_call_meets_its_own_worker_and_places_are_kept(
+    tmp_path: Path, probe_meta: Any
+) -> None:
+    """Calls, cancels, deaths and confidential runs of eight tenants in three places, at random."""
+    rounds = max(60, int(2000 * float(os.environ.get("SOAK", "0.05"))))
+    chance = random.Random(7)
+    tenants = [f"tenant-{number}" for number in range(8)]
+    most = 0
+
+    async def one_call(manager: PluginManager) -> None:
+        nonlocal most
+        tenant = chance.choice(tenants)
+        confidential = chance.random() < 0.1
+        what = chance.choices(["meet", "die", "give up"], [10, 1, 2])[0]
+        call = of(tenant, run_id=f"run-{chance.randrange(4)}", confidential=confidential)
+        action = "keeper.die" if what == "die" else "keeper.meet"
+        task = asyncio.create_task(manager.execute_plugin_async("keeper", action=action, call=call))
+        if what == "give up":
+            await asyncio.sleep(chance.random() * 0.02)
+            task.cancel()
+        (met,) = await asyncio.gather(task, return_exceptions=True)
+        most = max(most, len(manager.get_instance("keeper").workers))
+        if isinstance(met, list):
+            assert set(met) == {tenant}
+        else:
+            assert isinstance(met, WorkerDiedError | asyncio.CancelledError), met
+
+    async def caller(manager: PluginManager, count: int) -> None:
+        for _ in range(count):
+            await one_call(manager)
+
+    async with PluginManager(data_dir=tmp_path, grace_seconds=0.3, max_tenant_workers=PLACES) as manager:
+        await manager.load_plugin_async(probe_meta("Keeper", "keeper", "keeper"), max_concurrent_requests=2)
+        async with asyncio.timeout(300):
+            await asyncio.gather(*(caller(manager, rounds // 12) for _ in range(12)))
+            for tenant in tenants:
+                assert set(await ask(manager, "meet", tenant)) == {tenant}
+        assert most == PLACES
+        view = manager.get_instance("keeper")
+        assert view.running_calls == 0
+        pool = manager._instances.get("keeper").workers
+        assert all(worker.holders == 0 for worker in pool)
