@@ -64,6 +64,8 @@ _Parsed = TypeVar("_Parsed")
 class ManifestV2:
     """A valid manifest. ``overrides`` is the operator's: ``isolation`` grants, ``require`` names needed layers.
 
+    ``stateless: false`` there gives each tenant a worker of its own, whatever the plugin says of itself.
+
     ``format_version`` is what the file was read as; it is always written as 2.0.
     """
 
@@ -150,6 +152,8 @@ def parse_manifest(data: object, *, source: str = "") -> ManifestV2:
     else:
         parse_terms(overrides.get("isolation", {}), "overrides.isolation", problems)
         parse_required_layers(overrides.get("require", []), "overrides.require", problems)
+        if not isinstance(overrides.get("stateless", False), bool):
+            problems.append(f"overrides.stateless must be true or false, not {overrides['stateless']!r:.80}")
         category = overrides.get("category_override", "")
         if not isinstance(category, str) or not category.isprintable():
             problems.append(f"overrides.category_override must be one printable line, not {category!r:.80}")

@@ -68,8 +68,8 @@ class PluginMeta:
 
     @property
     def stateless(self) -> bool:
-        """Whether one worker may serve several tenants."""
-        return self.manifest.code.stateless
+        """Whether one worker may serve several tenants: the plugin says so, and the operator does not object."""
+        return self.manifest.code.stateless and bool(self.manifest.overrides.get("stateless", True))
 
     @property
     def resources(self) -> ResourceRequirements:

@@ -7,13 +7,15 @@ import os
 import random
 import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plugin_substrate import CallContext, PluginManager, PluginNotLoadedError, WorkerDiedError
+from plugin_substrate import CallContext, ManifestError, PluginManager, PluginNotLoadedError, WorkerDiedError
+from plugin_substrate.manifest import manifest_to_dict, parse_manifest
 from plugin_substrate.worker_folder import NO_TENANT_FOLDER, SHARED_FOLDER, tenant_folder
 
 PLACES = 3
@@ -111,6 +113,19 @@ async def test_a_stateless_plugin_serves_all_tenants_in_one_worker_and_has_no_fo
         "tmp": str(tmp_path / "data/shared" / SHARED_FOLDER / "tmp"),
         "data": "",
     }
+
+
+async def test_an_operator_need_not_believe_that_a_plugin_is_stateless(manager: PluginManager, probe_meta: Any) -> None:
+    meta = probe_meta("Keeper", "keeper", "keeper", stateless=True)
+    await manager.load_plugin_async(replace(meta, manifest=replace(meta.manifest, overrides={"stateless": False})))
+    assert await ask(manager, "pid", A) != await ask(manager, "pid", B)
+
+
+@pytest.mark.parametrize("said", ["no", 0, None])
+def test_an_override_that_is_no_yes_or_no_is_refused(probe_meta: Any, said: object) -> None:
+    manifest = {**manifest_to_dict(probe_meta(stateless=True).manifest), "overrides": {"stateless": said}}
+    with pytest.raises(ManifestError, match=r"overrides\.stateless"):
+        parse_manifest(manifest)
 
 
 @given(st.lists(st.text(), unique=True, max_size=20))
