@@ -20,6 +20,7 @@ from plugin_substrate.errors import PluginFatalError, ResourceShortfall
 from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
 from plugin_substrate.sweep import MARK_VARIABLE, new_mark, sweep_dead_hosts, sweep_supervisor
 from plugin_substrate.worker.isolation import IsolationProfile, profile_to_json
+from plugin_substrate.worker.own_user import uid_of
 from plugin_substrate.worker.supervisor import MAX_MESSAGE_BYTES
 
 WORKER_MAIN = Path(__file__).parent / "worker" / "__main__.py"
@@ -83,8 +84,12 @@ class WorkerProcess:
 class Supervisor:
     """One supervisor process and the control socket to it. Belongs to the event loop it was started on."""
 
-    def __init__(self, python: str) -> None:
-        """Start the process. An interpreter that cannot be started is an OSError."""
+    def __init__(self, python: str, plugin_name: str = "") -> None:
+        """Start the process. An interpreter that cannot be started is an OSError.
+
+        With ``plugin_name``, and as root, workers run as a user of that plugin's own where it can reach what they need.
+        """
+        self._uid = uid_of(plugin_name) if plugin_name and os.geteuid() == 0 else None
         self._loop = asyncio.get_running_loop()
         self._counter = 0
         self._mark = new_mark()
@@ -155,7 +160,13 @@ class Supervisor:
         try:
             for end in (connection, remote):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-            request = {"spawn": number, "env": env, "cwd": str(cwd), "isolation": profile_to_json(isolation)}
+            request = {
+                "spawn": number,
+                "env": env,
+                "cwd": str(cwd),
+                "isolation": profile_to_json(isolation),
+                "uid": self._uid,
+            }
             self._send(request, [remote.fileno(), log_write])
             self._wake()
             pid, pidfd = await spawned

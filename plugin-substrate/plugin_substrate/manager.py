@@ -85,6 +85,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs):
         self._revive = revive
         self._config_store = config_store or LocalPluginConfigStore(self._data_dir / "plugin_configs.db")
         self._secret_store = secret_store or LocalSecretStore(self._data_dir / "secrets" / "secrets.json")
+        self._keeps_files = None in (config_store, secret_store) or (empirical_tracking and empirical_store is None)
         self._drift_detection = drift_detection
         self._prefetch_stall_seconds = prefetch_stall_threshold_seconds
         self._home = HomeLoop()

@@ -30,7 +30,7 @@ class SupervisorPool:
         supervisors = self._places[key].supervisors
         if not supervisors or not supervisors[-1].alive:
             supervisors[:] = [dying for dying in supervisors if not dying.ended]
-            supervisors.append(Supervisor(key[1]))
+            supervisors.append(Supervisor(key[1], key[0]))
         return supervisors[-1]
 
     async def leave(self, key: Key) -> None:

@@ -17,6 +17,7 @@ from plugin_substrate.managing.finding import FindingVerbs
 from plugin_substrate.managing.secrets import SecretVerbs
 from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.metadata import PluginInstance, PluginLoadSpec, PluginMeta
+from plugin_substrate.stores.files import private_folder
 from plugin_substrate.tenant_worker import InstanceSettings
 
 _logger = logging.getLogger(__name__)
@@ -188,6 +189,9 @@ class LoadingVerbs(FindingVerbs, ConfiguringVerbs, SecretVerbs):
         enabled: bool,
         max_concurrent_requests: int,
     ) -> InstanceSettings:
+        isolation = meta.manifest.isolation_profile(self._isolation)
+        if self._keeps_files:
+            private_folder(self._data_dir)  # before a worker starts, so that its user does not lose its way in later
         return InstanceSettings(
             instance_id=instance_id,
             meta=meta,
@@ -201,7 +205,7 @@ class LoadingVerbs(FindingVerbs, ConfiguringVerbs, SecretVerbs):
             grace_seconds=self._grace_seconds,
             load_timeout=self._load_timeout,
             revive=self._revive,
-            isolation=meta.manifest.isolation_profile(self._isolation),
+            isolation=isolation,
             required_layers=(*self._require, *meta.manifest.required_layers),
         )
 

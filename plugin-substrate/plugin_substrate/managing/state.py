@@ -23,6 +23,7 @@ class ManagerState:
     _folders: list[Path]
     _home: HomeLoop
     _instances: InstanceTable
+    _keeps_files: bool
     _discovered: dict[str, PluginMeta]
     _rejected: tuple[RejectedManifest, ...]
     _config_store: PluginConfigStore

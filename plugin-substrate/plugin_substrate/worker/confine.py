@@ -17,7 +17,12 @@ from dataclasses import dataclass
 from plugin_substrate.worker import kernel, landlock, privileges, seccomp
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.landlock import Access
-from plugin_substrate.worker.reach import PLAIN_DEVICES, environment_paths, readable_paths
+from plugin_substrate.worker.reach import OUR_FILES, PLAIN_DEVICES, environment_paths, readable_paths
+
+__all__ = [
+    "FIRST_FREE_DESCRIPTOR", "OUR_FILES", "Confinement", "ConfinementError", "close_descriptors", "confine_supervisor",
+    "confine_worker", "die_with_parent", "environment_paths",
+]  # fmt: skip
 
 #: The first descriptor after standard input, output and error.
 FIRST_FREE_DESCRIPTOR = 3
@@ -37,13 +42,15 @@ class ConfinementError(OSError):
 class Confinement:
     """How to confine one worker. ``folder`` is its own, ``parent`` the process whose end must be its own too.
 
-    ``apart`` says that it is the first process of a process id namespace, and tied to its parent already.
+    ``apart`` says that it is the first process of a process id namespace, and tied to its parent already; ``own_uid``
+    is who it has become, None where it is still its parent's user.
     """
 
     profile: IsolationProfile
     folder: str
     parent: int
     apart: bool = False
+    own_uid: int | None = None
 
 
 def confine_worker(confinement: Confinement) -> tuple[str, ...]:
@@ -96,6 +103,8 @@ def _confine_on_linux(confinement: Confinement) -> list[str]:
     if not confinement.apart:  # there, nobody can see the parent
         die_with_parent(signal.SIGKILL, confinement.parent)
     layers = ["memory_sampled", "parent_death_signal", *(["pid_namespace"] if confinement.apart else [])]
+    if confinement.own_uid is not None and os.getresuid() == (confinement.own_uid,) * 3:
+        layers.append(f"own_uid:{confinement.own_uid}")
     if privileges.drop_capabilities(platform.machine()):
         layers.append("capabilities_dropped")
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)

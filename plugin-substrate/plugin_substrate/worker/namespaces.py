@@ -11,7 +11,7 @@ import signal
 import socket
 from pathlib import Path
 
-from plugin_substrate.worker import kernel
+from plugin_substrate.worker import kernel, privileges
 
 _CLONE_NEWPID = 0x20000000
 _CLONE_NEWUSER = 0x10000000
@@ -31,17 +31,18 @@ def available() -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def fork_first_process() -> int:
+def fork_first_process(uid: int | None = None) -> int:
     """Like ``os.fork``, but the child is the first process of a new namespace; an OSError when none can be made.
 
     A process that makes a namespace does not enter it, its next child does. So a process in between does both and ends;
-    the child then is ours, as we are its subreaper, and only then can its end be tied to ours.
+    the child then is ours, as we are its subreaper, and only then can its end be tied to ours. With ``uid`` the child
+    becomes that user first.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     between = os.fork()
     if between == 0:
         ours.close()
-        if _make_first_process(theirs) == 0:
+        if _make_first_process(theirs, uid) == 0:
             return 0
     theirs.close()
     with ours:
@@ -54,7 +55,7 @@ def fork_first_process() -> int:
     return int(answer)
 
 
-def _make_first_process(supervisor: socket.socket) -> int:
+def _make_first_process(supervisor: socket.socket, uid: int | None) -> int:
     """Run in between; only the child returns, with 0."""
     try:
         _unshare()
@@ -65,6 +66,8 @@ def _make_first_process(supervisor: socket.socket) -> int:
     if pid:
         supervisor.send(str(pid).encode())
         os._exit(0)
+    if uid is not None:
+        privileges.become_or_exit(uid)
     with supervisor:
         _tie_to(supervisor)
     return 0

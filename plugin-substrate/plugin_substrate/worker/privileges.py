@@ -52,6 +52,12 @@ def become(uid: int) -> bool:
     return os.getresuid() == (uid, uid, uid)
 
 
+def become_or_exit(uid: int) -> None:
+    """Take a user id of its own, in a forked child that must not go on as who it was."""
+    if not become(uid):
+        os._exit(1)
+
+
 def _held(machine: str) -> int:
     """Return the permitted and inheritable capabilities as one set of bits."""
     answer = read_back(CAPGET[machine], struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), 24)

@@ -8,7 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-_OURS = Path(__file__).resolve().parent
+_WORKER = Path(__file__).resolve().parent
+#: The files of ours that a worker runs.
+OUR_FILES = (str(_WORKER), *(str(_WORKER.parent / name) for name in ("interface.py", "errors.py")))
+
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store")
 _PROGRAMS = ("/bin", "/sbin")
 _CONFIGURATION = (
@@ -40,9 +43,8 @@ PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/ura
 
 def readable_paths(*, network: bool) -> tuple[str, ...]:
     """Return what any plugin of this interpreter may read; paths that do not exist are among them."""
-    ours = [str(_OURS), *(str(_OURS.parent / name) for name in ("interface.py", "errors.py"))]
     limits = limit_files(_membership())
-    return (*ours, *_SYSTEM, *_PROGRAMS, *_CONFIGURATION, *_OF_KERNEL, *limits, *(_OF_NETWORK if network else ()))
+    return (*OUR_FILES, *_SYSTEM, *_PROGRAMS, *_CONFIGURATION, *_OF_KERNEL, *limits, *(_OF_NETWORK if network else ()))
 
 
 def limit_files(membership: str) -> tuple[str, ...]:

@@ -3,11 +3,11 @@
 It stays single-threaded, so that forking is well defined, and listens to its control socket alone. When the host is
 gone, however it went, the socket ends: everything below is killed and reaped until nothing is left, then it exits.
 
-Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "isolation": {...}}`` with
-two descriptors (the worker's socket and its log pipe). To the host: ``{"spawned": n, "pid": p}`` with a pidfd,
-``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r, "excess": {...}}`` (a negative return code is
-the signal, as in subprocess; ``excess``, when not null, is what it was killed for).
-``{"stats": n}`` is answered with ``{"stats": n, "figures": {...}}``, see `process_stats`.
+Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "isolation": {...},
+"uid": n}`` (null to stay who we are) with two descriptors (the worker's socket and its log pipe). To the host:
+``{"spawned": n, "pid": p}`` with a pidfd, ``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r,
+"excess": {...}}`` (a negative return code is the signal, as in subprocess; ``excess``, when not null, is what it was
+killed for). ``{"stats": n}`` is answered with ``{"stats": n, "figures": {...}}``, see `process_stats`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from plugin_substrate.errors import PluginConfigError
-from plugin_substrate.worker import confine, namespaces, runtime, watch
+from plugin_substrate.worker import confine, namespaces, own_user, privileges, runtime, watch
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.usage import process_stats
 
@@ -105,12 +105,16 @@ class _Supervisor:
         number, me = request["spawn"], os.getpid()
         try:
             profile = IsolationProfile.from_json(request["isolation"])
-            pid, apart = _fork(profile)
+            uid = _own_uid(request, profile)
+            pid, apart = _fork(profile, uid)
         except (OSError, PluginConfigError) as error:
             self._send({"refused": number, "reason": str(error)})
             return
         if pid == 0:
-            _become_worker(request, profile, descriptors, me, apart=apart)
+            confinement = confine.Confinement(
+                profile=profile, folder=request["cwd"], parent=me, apart=apart, own_uid=uid
+            )
+            _become_worker(request, confinement, descriptors)
         self._workers[pid] = _Worker(number, profile)
         self._look_at = 0.0
         pidfd = os.pidfd_open(pid)  # still our unreaped child, so the pid cannot mean another process
@@ -181,19 +185,30 @@ class _Supervisor:
         socket.send_fds(self._control, [json.dumps(message).encode()], descriptors or [])
 
 
-def _fork(profile: IsolationProfile) -> tuple[int, bool]:
-    """Fork a worker, in a process id namespace if it may have processes and one can be made; tells whether it is."""
+def _own_uid(request: dict[str, Any], profile: IsolationProfile) -> int | None:
+    """Return the user that the worker is to run as, None for our own."""
+    needed = (*confine.environment_paths(), *confine.OUR_FILES, *profile.read_paths)
+    uid = request.get("uid")
+    return uid if uid is not None and own_user.prepare(uid, request["cwd"], needed) else None
+
+
+def _fork(profile: IsolationProfile, uid: int | None) -> tuple[int, bool]:
+    """Fork a worker, in a process id namespace if it may have processes and one can be made; tells whether it is.
+
+    It changes its user first of all: that undoes what ties its end to ours.
+    """
     if profile.processes and sys.platform == "linux":
         try:
-            return namespaces.fork_first_process(), True
+            return namespaces.fork_first_process(uid), True
         except OSError:
-            return os.fork(), False  # the worker then does not report the layer
-    return os.fork(), False
+            pass  # the worker then does not report the layer
+    pid = os.fork()
+    if pid == 0 and uid is not None:
+        privileges.become_or_exit(uid)
+    return pid, False
 
 
-def _become_worker(
-    request: dict[str, Any], profile: IsolationProfile, descriptors: list[int], supervisor: int, *, apart: bool
-) -> NoReturn:
+def _become_worker(request: dict[str, Any], confinement: confine.Confinement, descriptors: list[int]) -> NoReturn:
     """Turn the forked child into a worker; it never returns to the supervisor's code."""
     try:
         signal.set_wakeup_fd(-1)
@@ -203,9 +218,7 @@ def _become_worker(
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
-        layers = confine.confine_worker(
-            confine.Confinement(profile=profile, folder=request["cwd"], parent=supervisor, apart=apart)
-        )
+        layers = confine.confine_worker(confinement)
         runtime.WorkerRuntime(socket.socket(fileno=confine.FIRST_FREE_DESCRIPTOR), layers).serve()
     except BaseException:  # noqa: BLE001 - nothing may climb into the supervisor's stack
         os.write(2, traceback.format_exc().encode(errors="replace"))
