@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from plugin_substrate.errors import PluginNotLoadedError
 from plugin_substrate.interface import FieldOptions
-from plugin_substrate.metadata import PluginInstance
+from plugin_substrate.metadata import PluginInstance, PluginMeta
+from plugin_substrate.telemetry import PluginStats
 
 if TYPE_CHECKING:
     from plugin_substrate.manager import PluginManager
@@ -58,6 +59,14 @@ class PluginBinding:
         """Call it, see `PluginManager.execute_plugin`."""
         return self._manager.execute_plugin(self.name, *args, **kwargs)
 
+    def execute_stream(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        """Call it for chunks, see `PluginManager.execute_plugin_stream`."""
+        return self._manager.execute_plugin_stream(self.name, *args, **kwargs)
+
+    def execute_stream_sync(self, *args: Any, **kwargs: Any) -> Generator[Any, None, None]:
+        """Call it for chunks, see `PluginManager.execute_plugin_stream_sync`."""
+        return self._manager.execute_plugin_stream_sync(self.name, *args, **kwargs)
+
     async def prefetch_async(self) -> bool:
         """Have it fetch what its calls will need, see `PluginManager.prefetch_async`."""
         return await self._manager.prefetch_async(self.name)
@@ -94,11 +103,43 @@ class PluginBinding:
         """Return what its settings may be at the moment."""
         return self._manager.get_config_options(self.name)
 
+    async def reconfigure_async(self, config: Mapping[str, Any], *, strict: bool = True) -> PluginInstance:
+        """Change its configuration until it is unloaded, see `PluginManager.reconfigure_async`."""
+        return await self._manager.reconfigure_async(self.name, config, strict=strict)
+
+    def reconfigure(self, config: Mapping[str, Any], *, strict: bool = True) -> PluginInstance:
+        """Change its configuration until it is unloaded, see `PluginManager.reconfigure_async`."""
+        return self._manager.reconfigure(self.name, config, strict=strict)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it has a live worker; one that died is replaced at the next call."""
+        return any(view.alive for view in self._manager.list_instances() if view.instance_id == self.name)
+
+    def get_stats(self) -> PluginStats:
+        """Measure it, see `PluginManager.get_plugin_stats_async`."""
+        return self._manager.get_plugin_stats(self.name)
+
+    def get_system_status(self) -> dict[str, Any]:
+        """Return what it says of the machine, if it is a system monitor."""
+        return self._manager.get_system_status(self.name)
+
+    def list_processes(self) -> list[Any]:
+        """Return the processes it lists, if it is a system monitor."""
+        return self._manager.list_processes(self.name)
+
+    # Names that the handle of a worker had in the published system; every call reports deaths and shortages by now.
+    execute_with_oom_check = execute
+    execute_with_oom_check_async = execute_async
+    get_current_config = get_config
+    config_options = get_config_options
+    cleanup = unload
+
     def get_logs(self, lines: int = 50) -> str:
         """Return the last lines of its log."""
         return self._manager.get_plugin_logs(self.name, lines)
 
-    def _meta(self) -> Any:
+    def _meta(self) -> PluginMeta:
         meta = self._manager.get_discovered_meta(self.name)
         if meta is None:
             raise PluginNotLoadedError(f"no plugin is discovered as {self.name!r}; call discover_manifests() first")

@@ -147,6 +147,17 @@ def test_the_synchronous_verbs_answer_true_or_false(meta: MetaFactory, tmp_path:
         assert not manager.enable_plugin("unknown")
         assert manager.prefetch(NAME)
         assert manager.get_config_options(NAME)
+        handle = manager.get_plugin(NAME)
+        assert handle is not None
+        assert handle.execute_with_oom_check(action="adjust.environment", name="REGION") == "north"
+        assert list(handle.execute_stream_sync(action="adjust.environment", name="REGION")) == ["north"]
+        assert handle.get_current_config()["model"] == "large"
+        assert handle.config_options()
+        assert handle.get_stats().instance_id == NAME
+        assert handle.reconfigure({"model": "large"}).config["model"] == "large"
+        assert handle.prefetch()
+        with pytest.raises(PluginInputError, match="not a system monitor"):
+            handle.get_system_status()
         assert manager.execute_plugin(NAME, action="adjust.config")[0]["model"] == "large"
         assert manager.unload_plugin(NAME)
         assert not manager.unload_plugin(NAME)
@@ -290,6 +301,27 @@ async def test_a_disabled_instance_keeps_its_worker_takes_no_calls_and_stays_so_
     assert await manager.enable_plugin_async(NAME)
     assert await config_in_worker(manager)
     assert [line for line in diary(tmp_path) if line.startswith("on_")] == ["on_disable", "on_enable"]
+
+
+async def test_a_stream_counts_as_running_and_finds_a_disabled_instance_closed(
+    manager: PluginManager, meta: MetaFactory, tmp_path: Path
+) -> None:
+    await manager.load_plugin_async(meta())
+    started = asyncio.Event()
+    stream = manager.execute_plugin_stream(NAME, action="adjust.polite", on_progress=lambda *_: started.set())
+    task = asyncio.ensure_future(anext(stream))
+    await asyncio.wait_for(started.wait(), 30)
+    await manager.disable_plugin_async(NAME)
+    assert "on_disable" not in diary(tmp_path)
+    with pytest.raises(PluginDisabledError):
+        await anext(manager.execute_plugin_stream(NAME, action="adjust.config"))
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    await stream.aclose()
+    async with asyncio.timeout(30):
+        while "on_disable" not in diary(tmp_path):  # noqa: ASYNC110 - it is a file that is watched
+            await asyncio.sleep(0.002)
 
 
 # -- prefetch
@@ -471,6 +503,9 @@ async def test_a_binding_has_the_verbs_of_one_plugin(manager: PluginManager, met
     assert (await binding.execute_async(action="adjust.config"))[0]["model"] == "large"
     assert binding.get_config_schema() == SCHEMA
     assert "fetching" in binding.get_logs()
+    assert binding.is_alive
+    assert [chunk async for chunk in binding.execute_stream(action="adjust.environment", name="REGION")] == ["north"]
+    assert (await binding.reconfigure_async({"threshold": 0.1})).config["threshold"] == 0.1
     assert await binding.unload_async()
 
 

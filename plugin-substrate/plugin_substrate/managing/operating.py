@@ -96,11 +96,19 @@ class OperatingVerbs(ConfiguringVerbs):
         status = await self._instances.get(instance_id).ask("get_system_status")
         return status if isinstance(status, dict) else {}
 
+    def get_system_status(self, instance_id: str) -> dict[str, Any]:
+        """Like `get_system_status_async`, synchronously."""
+        return self._home.run(lambda: self.get_system_status_async(instance_id))
+
     async def list_processes_async(self, instance_id: str) -> list[Any]:
         """Return the processes that a system monitor lists; a `PluginInputError` when the plugin is none."""
         self._home.adopt()
         found = await self._instances.get(instance_id).ask("list_processes")
         return found if isinstance(found, list) else []
+
+    def list_processes(self, instance_id: str) -> list[Any]:
+        """Like `list_processes_async`, synchronously."""
+        return self._home.run(lambda: self.list_processes_async(instance_id))
 
     async def _switch(self, instance_id: str, *, enabled: bool) -> bool:
         self._home.adopt()
