@@ -19,6 +19,7 @@ from plm_engine_core.control_plane.events import Signer, load_signer
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider, IdentityProvider, PostgresAuditSink
 from plm_engine_core.control_plane.policy import load_policy
+from plm_engine_core.control_plane.policy.lint import require_known_names
 from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.registry import CapabilityRegistry, load_capabilities
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
@@ -71,6 +72,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
     dsn = driver_dsn(dsn)
     registry = load_capabilities(settings.capabilities)
     policy = load_policy(settings.policy)
+    require_known_names(policy, registry, source=str(settings.policy))
     agents = load_catalog(settings.agents, registry)
     identity = Hs256JwtIdentityProvider.from_environment()
     pool = open_pool(dsn, max_size=settings.run_concurrency + 8)

@@ -22,6 +22,8 @@ from plm_engine_core.control_plane.vocabulary import (
 
 READ, WRITE, FIRE = "thing.read", "thing.write", "thing.fire"
 
+NAN = float("nan")
+
 
 class ScriptedExecutor:
     """Answers each capability with the next entry of its script: an outcome, an exception, or something to await."""
@@ -499,6 +501,26 @@ async def test_an_error_the_books_cannot_hold_is_replaced(scene, message):
     assert (await acts.fresh()).reason == "output_refused"
 
 
+async def test_what_an_agent_claims_reaches_the_decision_and_stays_with_an_open_step(scene):
+    class Agent:
+        def next(self, history):
+            if history.outputs():
+                return Finish(succeeded=True)
+            return Propose(step_id="s", capability=READ, resource="r", arguments={}, claims={"risk": "high"})
+
+    acts = await scene(Agent())
+    assert await acts.drive() is RunState.AWAITING_APPROVAL
+    (step,) = await acts.bench.storage.runs.steps(acts.bench.tenant, acts.run.id)
+    assert (step.decision["risk"], step.decision["facts"]["claims"]) == ("high", {"risk": "high"})
+    ticket = await acts.bench.storage.approvals.get(acts.bench.tenant, step.ticket_id)
+    await acts.bench.control_plane.decide(
+        acts.bench.tenant, ticket.id, TicketDecision.APPROVE, approver=acts.bench.approver
+    )
+    assert await acts.drive() is RunState.SUCCEEDED
+    (step,) = await acts.bench.storage.runs.steps(acts.bench.tenant, acts.run.id)
+    assert step.decision["facts"]["claims"] == {"risk": "high"}
+
+
 class TestDefects:
     """Of agents and executors: they end the run or the step, never the driver."""
 
@@ -515,6 +537,8 @@ class TestDefects:
             (Propose(step_id="s", capability=READ, resource="r", arguments={"x": "\x00"}), "invalid_proposal"),
             (Propose(step_id="\x00", capability=READ, resource="r", arguments={}), "invalid_proposal"),
             (Propose(step_id="s", capability=READ, resource="\ud800", arguments={}), "invalid_proposal"),
+            (Propose(step_id="s", capability=READ, resource="r", arguments={}, claims="high"), "invalid_proposal"),
+            (Propose(step_id="s", capability=READ, resource="r", arguments={}, claims={"x": NAN}), "invalid_proposal"),
             (Propose(step_id="s", capability="no.such", resource="r", arguments={}), "attempts_exhausted"),
             (Finish(succeeded=True, result={"x": object()}), "result_refused"),
             (Finish(succeeded=False, reason="x", message="\x00\ud800"), "x"),
@@ -525,6 +549,8 @@ class TestDefects:
             "NUL argument",
             "NUL step",
             "surrogate resource",
+            "claims no object",
+            "claims no JSON",
             "unknown capability",
             "no JSON result",
             "NUL message",

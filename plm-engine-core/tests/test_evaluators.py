@@ -380,6 +380,7 @@ async def test_an_evaluator_decides_in_admission_and_its_answer_is_stored_with_t
     assert first.decision["facts"]["evaluations"] == [{"name": "names", "status": "allowed", "reason": ""}]
     assert second.decision["facts"]["evaluations"][0]["status"] == "denied"
     assert second.decision["rule"] == "evaluators.names"
+    assert second.decision["unblock"] == "propose what the evaluator allows"
 
 
 async def test_an_evaluator_that_breaks_denies_in_admission(bench, make_policy):

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from plm_engine_core.control_plane.documents import parse_document
 from plm_engine_core.control_plane.errors import InvalidRequest
-from plm_engine_core.control_plane.policy import load_policy
+from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, load_capabilities
 
 POLICY = """
@@ -146,3 +149,37 @@ def test_a_capability_registered_twice_is_refused():
     one = CapabilityDescriptor(id="a.b", description="x", mode="read", plugin="p")
     with pytest.raises(InvalidRequest, match=r"a\.b is registered twice"):
         CapabilityRegistry([one, one])
+
+
+@given(st.text(max_size=300) | st.binary(max_size=300), st.sampled_from(["policy.yaml", "policy.json"]))
+def test_whatever_a_file_holds_it_is_read_or_refused_with_its_name(tmp_path_factory, content, name):
+    path = tmp_path_factory.mktemp("fuzz") / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
+    with pytest.raises(InvalidRequest, match=name.replace(".", r"\.")):
+        load_policy(path)
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+NAMES = ["id", "then", "when", "type", "and", "conditions", "condition", "path", "value", "read", "EUR"]
+PIECES = st.recursive(
+    SCALARS | st.sampled_from(["deny", "low", "*"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(NAMES), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def read(text):
+    """The policy, or the message of its refusal."""
+    try:
+        return parse_document(text, PolicySnapshot, "policy", source="p.yaml")
+    except InvalidRequest as error:
+        return str(error)
+
+
+@given(st.sampled_from(sorted(PolicySnapshot.model_fields)), PIECES)
+def test_whatever_stands_in_an_entry_it_is_read_or_refused_with_its_place(member, piece):
+    answer = read(yaml.safe_dump({**yaml.safe_load(POLICY), member: piece}))
+    if isinstance(answer, str):
+        assert answer.startswith("p.yaml:")
+    else:
+        assert PolicySnapshot.model_validate_json(answer.model_dump_json()).digest == answer.digest

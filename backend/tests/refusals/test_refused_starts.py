@@ -66,6 +66,14 @@ class Cases:
     def policy_that_steers_without_guidance(self) -> Refusal:
         return {"PLM_POLICY": self._altered_policy(guidance={})}, ("policy.yaml", "guidance", "probe.steered")
 
+    def policy_that_names_an_unknown_capability(self) -> Refusal:
+        policy = self._altered_policy(risk_by_capability={"probe.gone": "low"})
+        return {"PLM_POLICY": policy}, ("policy.yaml", "risk_by_capability.probe.gone", "is not registered")
+
+    def policy_with_an_evaluator_that_is_not_installed(self) -> Refusal:
+        policy = self._altered_policy(evaluators=[{"name": "odd", "kind": "oracle"}])
+        return {"PLM_POLICY": policy}, ("evaluators.odd", "no evaluator of kind oracle is installed")
+
     def capability_registered_as_idempotent_against_its_plugin(self) -> Refusal:
         document = yaml.safe_load(Path(self._environment["PLM_CAPABILITIES"]).read_text(encoding="utf-8"))
         for each in document["capabilities"]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from plm_engine_core.agent_runtime.executor import ARGUMENTS_REFUSED
@@ -13,12 +13,13 @@ from plm_engine_core.control_plane.vocabulary import Reason, StepState
 
 @dataclass(frozen=True, kw_only=True)
 class Propose:
-    """The next use of a capability; `arguments` are JSON values."""
+    """The next use of a capability; `arguments` are JSON values, `claims` what the agent says of it, for the policy."""
 
     step_id: str
     capability: str
     resource: str
     arguments: Mapping[str, Any]
+    claims: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,11 @@ class Driver:
         last = history.steps[-1] if history.steps else None
         if last is not None and is_open(last):
             return Propose(
-                step_id=last.step_id, capability=last.capability, resource=last.resource, arguments=last.arguments
+                step_id=last.step_id,
+                capability=last.capability,
+                resource=last.resource,
+                arguments=last.arguments,
+                claims=last.decision["facts"].get("claims", {}),
             )
         try:
             move = self._agents(history.run).next(history)
@@ -161,6 +165,7 @@ class Driver:
             arguments=move.arguments,
             principal=hold.run.principal,
             agent=str(hold.run.agent.get("name", "")),
+            claims=move.claims,
         )
         try:
             admission = await self._admit(proposal)

@@ -12,7 +12,7 @@ from uuid import UUID
 from plm_engine_core.control_plane.admission.evaluators import ParallelPolicyEvaluator
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.prepare import prepare
-from plm_engine_core.control_plane.admission.proposal import Proposal, content_hash, proposal_digest
+from plm_engine_core.control_plane.admission.proposal import Proposal, check_claims, content_hash, proposal_digest
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits.budgets import demand
@@ -80,6 +80,7 @@ async def admit(
         IdempotencyConflict: this attempt was already proposed with other content.
     """
     digest = proposal_digest(proposal, registry.get(proposal.capability))
+    check_claims(proposal.claims)
     try:
         facts = await prepare(proposal, policy=policy, registry=registry, storage=storage)
         decision, facts = await decided(proposal, policy, facts, evaluators)

@@ -87,6 +87,17 @@ def content_hash(value: Any) -> str:
         raise InvalidRequest(f"it cannot be recorded: {error}", field=error.path) from error
 
 
+def check_claims(claims: object) -> None:
+    """Refuse what an agent claims when it is no JSON object.
+
+    Raises:
+        InvalidRequest: names the path.
+    """
+    if not isinstance(claims, Mapping):
+        raise InvalidRequest(f"claims must be an object, not {type(claims).__name__}", field="claims")
+    content_hash({"claims": dict(claims)})
+
+
 def proposal_digest(proposal: Proposal, capability: CapabilityDescriptor | None) -> str:
     """What an approval is bound to: capability, version, resource and the security-relevant arguments.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
@@ -90,20 +90,21 @@ def compile_condition(tree: Condition, at: str) -> Test:
 def _compile(node: Condition, at: str) -> Test:
     match node:
         case And() | Or():
-            tests = tuple(_compile(child, f"{at}.conditions.{index}") for index, child in enumerate(node.conditions))
-            return _all(tests) if isinstance(node, And) else _any(tests)
+            return _until(tuple(_parts(node, at)), settles=isinstance(node, Or))
         case Not():
             return _negation(_compile(node.condition, f"{at}.condition"))
         case _:
             return _leaf(node, at)
 
 
-def _all(tests: tuple[Test, ...]) -> Test:
-    return _until(tests, settles=False)
-
-
-def _any(tests: tuple[Test, ...]) -> Test:
-    return _until(tests, settles=True)
+def _parts(node: And | Or, at: str) -> Iterator[Test]:
+    """The parts of a composite; those of a part of the same kind are its own."""
+    for index, child in enumerate(node.conditions):
+        place = f"{at}.conditions.{index}"
+        if isinstance(child, And | Or) and type(child) is type(node):
+            yield from _parts(child, place)
+        else:
+            yield _compile(child, place)
 
 
 def _until(tests: tuple[Test, ...], *, settles: bool) -> Test:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.matching import Match, any_of
 from plm_engine_core.control_plane.policy.rules import Effect, Rule
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot, evaluators_in
@@ -46,6 +47,17 @@ def lint(policy: PolicySnapshot, capabilities: Iterable[CapabilityDescriptor]) -
         *_without_cost_bound(policy, known),
     ]
     return tuple(sorted(remarks, key=lambda remark: remark.severity is not Severity.ERROR))
+
+
+def require_known_names(policy: PolicySnapshot, capabilities: Iterable[CapabilityDescriptor], *, source: str) -> None:
+    """Refuse a policy that names what does not exist: it would not do what it says.
+
+    Raises:
+        InvalidRequest: naming `source` and the entry.
+    """
+    first = next(iter(lint(policy, capabilities)), None)
+    if first is not None and first.severity is Severity.ERROR:
+        raise InvalidRequest(f"{source}: {first.at}: {first.message}", field=first.at)
 
 
 def _error(check: str, at: str, message: str) -> Remark:
