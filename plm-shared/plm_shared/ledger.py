@@ -25,6 +25,7 @@ from typing import Any, Final, NamedTuple, assert_never
 
 from plm_shared.canonical_json import JsonRefused, check_storable, compact_json
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitGovernanceArgs, EmitLlmCallArgs, EmitTelemetryArgs
+from plm_shared.pricing import ledger_amount
 
 __all__ = [
     "IdempotencyConflict",
@@ -188,8 +189,8 @@ def _llm_call(
     }
     if args.rates is not None:
         columns |= {
-            "input_rate_per_1k": str(args.rates.input_per_1k),
-            "output_rate_per_1k": str(args.rates.output_per_1k),
+            "input_rate_per_1k": str(ledger_amount(args.rates.input_per_1k)),
+            "output_rate_per_1k": str(ledger_amount(args.rates.output_per_1k)),
         }
     return _record("llm_calls", columns)
 
@@ -205,7 +206,7 @@ def _connector_call(
 def _cost(
     args: EmitLlmCallArgs | EmitConnectorCallArgs, run: str | None, priced_model: str, clock: Callable[[], date]
 ) -> dict[str, Any]:
-    cost = None if args.cost_eur is None else str(Decimal(str(args.cost_eur)))
+    cost = None if args.cost_eur is None else str(ledger_amount(Decimal(str(args.cost_eur))))
     columns = {
         "run_id": run,
         "cost_eur": cost,

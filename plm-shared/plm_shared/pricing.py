@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
-from decimal import ROUND_HALF_EVEN, Context, Decimal, InvalidOperation, localcontext
+from decimal import ROUND_HALF_EVEN, ROUND_HALF_UP, Context, Decimal, InvalidOperation, localcontext
 from enum import Enum
 from pathlib import Path
 from typing import Final, Literal, NamedTuple, Protocol
@@ -27,18 +27,28 @@ __all__ = [
     "TokenRates",
     "compute_cost",
     "in_eur",
+    "ledger_amount",
     "load_price_table",
 ]
 
 PricingVersion = Literal["litellm-live", "overrides-static", "unavailable"]
 """Where a price came from; the three values are frozen."""
 
-_LEDGER_UNIT: Final = Decimal("0.00000001")  # the cost columns hold eight decimals
-_DEAREST: Final = Decimal(10) ** 10  # the columns are numeric(18, 8)
+_LEDGER_DECIMALS: Final = 8  # of the columns, which are numeric(18, 8)
+_LEDGER_UNIT: Final = Decimal(1).scaleb(-_LEDGER_DECIMALS)
+_DEAREST: Final = Decimal(10) ** 10
 _MOST_TOKENS: Final = 2**31 - 1  # the columns are PostgreSQL integers
 _PER: Final = 1000
 _EXACT: Final = Context(prec=80)
 _CURRENCY: Final = re.compile(r"[A-Z]{3}")
+
+
+def ledger_amount(amount: Decimal) -> Decimal:
+    """A finite amount as the ledger's columns hold it: with at most eight decimals, halves rounded up."""
+    exponent = amount.as_tuple().exponent
+    if isinstance(exponent, int) and exponent >= -_LEDGER_DECIMALS:
+        return amount
+    return amount.quantize(_LEDGER_UNIT, rounding=ROUND_HALF_UP, context=_EXACT)
 
 
 class CostStatus(str, Enum):  # noqa: UP042 - the frozen contract is (str, Enum): str() of a member names the member

@@ -133,6 +133,8 @@ def test_every_plain_value_has_one_hash(value: Any) -> None:
         ({"cost_eur": float("nan")}, "cost_eur"),
         ({"cost_eur": Decimal("Infinity")}, "cost_eur"),
         ({"cost_eur": 1e10}, "cost_eur"),
+        ({"cost_eur": Decimal("9999999999.999999995")}, "cost_eur"),
+        ({"rates": {"input_per_1k": "1", "output_per_1k": "9999999999.999999995"}}, "rates"),
         ({"cost_eur": None}, "cost_eur"),
         ({"pricing_version": "unavailable"}, "pricing_version"),
         ({"span_id": ""}, "span_id"),

@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from plm_shared.kernel_api import (
     EmitTelemetryArgs,
     KernelEmitter,
 )
+from plm_shared.pricing import TokenRates
 from plm_shared.sqlalchemy_kernel_emitter import (
     IdempotencyConflict,
     KeyMismatch,
@@ -236,6 +238,27 @@ def test_every_column_holds_what_was_given(kernel_database: DatabaseUrls, tenant
         "SELECT run_id, connector_id, capability, envelope, cost_eur, cost_status::text, pricing_snapshot_id"
         " FROM connector_calls",
     ) == [(run, "c", "read", {"a": 1}, None, "unavailable", None)]
+
+
+@pytest.mark.parametrize(
+    ("cost", "held"),
+    [
+        ("1E-20000", "0.00000000"),
+        ("0.123456785", "0.12345679"),
+        ("9999999999.999999994", "9999999999.99999999"),
+        ("1E+9", "1000000000.00000000"),
+        (5e-324, "0.00000000"),
+    ],
+)
+def test_any_cost_that_the_model_takes_is_held_to_eight_decimals(
+    kernel_database: DatabaseUrls, tenant: str, cost: Any, held: str
+) -> None:
+    exact = Decimal(cost) if isinstance(cost, str) else cost
+    rates = TokenRates(input_per_1k=Decimal(cost), output_per_1k=Decimal(1))
+    args = EmitLlmCallArgs.model_validate({**llm(tenant).model_dump(), "cost_eur": exact, "rates": rates})
+    SqlAlchemyKernelEmitter(tenant).record_llm_call(args)
+    found = "SELECT cost_eur::text, input_rate_per_1k::text FROM llm_calls JOIN pricing_snapshots USING (model)"
+    assert rows(kernel_database, found) == [(held, held)]
 
 
 def test_ids_sort_by_the_time_of_their_transaction(kernel_database: DatabaseUrls, tenant: str) -> None:
