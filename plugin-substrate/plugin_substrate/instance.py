@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -34,6 +34,7 @@ from plugin_substrate.tenant_worker import InstanceSettings, Seat, TenantWorker
 from plugin_substrate.worker_pool import WorkerPool
 
 Pending = TypeVar("Pending", bound=PendingCall)
+T = TypeVar("T")
 
 
 class CancelOutcome(StrEnum):
@@ -159,7 +160,7 @@ class LoadedInstance:
         listeners: CallListeners,
     ) -> Pending:
         """Wait for a worker and a slot, and send; the slot is held until the worker is free again."""
-        worker = await self._enter(context)
+        worker = await _in_time(context, self._enter(context))
         pending = kind(
             context,
             on_progress=listeners.on_progress,
@@ -329,7 +330,7 @@ class LoadedInstance:
         kwargs: dict[str, Any],
         listeners: CallListeners,
     ) -> None:
-        await self._books.admit(self.settings.meta, worker, pending)
+        await _in_time(pending.context, self._books.admit(self.settings.meta, worker, pending))
         proxy = await worker.ready()
         call_id = pending.context.call_id
         if call_id in self._calls:
@@ -386,6 +387,19 @@ def _payer(settings: InstanceSettings) -> Payer:
         instance_id=settings.instance_id,
         config_hash=compute_config_hash(settings.config),
     )
+
+
+async def _in_time(context: CallContext, waiting: Coroutine[Any, Any, T]) -> T:
+    """Await what comes before a call is sent, for no longer than the call itself may take."""
+    if context.deadline is None:
+        return await waiting
+    seconds = max(0.0, context.deadline - time.time())
+    try:
+        async with asyncio.timeout(seconds):
+            return await waiting
+    except TimeoutError as error:
+        message = f"call {context.call_id} was not sent: it waited for its turn until its deadline, {seconds:.3f} s"
+        raise PluginTimeoutError(message, timeout_seconds=seconds) from error
 
 
 async def _ask(before_start: Callable[[], Awaitable[bool]] | None, call_id: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from plugin_substrate import (
     PluginManager,
     PluginNotLoadedError,
     PluginResourceError,
+    PluginTimeoutError,
     QueueScheduler,
     ResourceScheduler,
     ResourceShortfall,
@@ -370,6 +372,18 @@ async def test_a_queued_call_is_refused_when_its_time_is_up(machine: Make) -> No
         with pytest.raises(PluginResourceError) as refused:
             await host.call("large")
         assert refused.value.resource_shortfall == ResourceShortfall(GPU_MEMORY, 1000, 400)
+
+
+async def test_a_queued_call_waits_no_longer_than_its_deadline(machine: Make) -> None:
+    async with machine(QueueScheduler(timeout=60, poll_interval=60)) as host:
+        await host.load("large", **GPU)
+        host.has(processes=[], gpu_free_memory_mb=0)
+        call = CallContext("late", deadline=time.time() + 0.1)
+        async with asyncio.timeout(20):
+            with pytest.raises(PluginTimeoutError, match="not sent"):
+                await host.manager.execute_plugin_async("large", action="eater.keep", mb=1, call=call)
+        host.has(processes=[], gpu_free_memory_mb=1000)
+        assert await host.call("large")
 
 
 async def test_who_gives_up_waiting_lets_the_next_one_have_its_turn(machine: Make) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import time
 import uuid
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -14,7 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plugin_substrate import CallContext, ManifestError, PluginManager, PluginNotLoadedError, WorkerDiedError
+from plugin_substrate import (
+    CallContext,
+    ManifestError,
+    PluginManager,
+    PluginNotLoadedError,
+    PluginTimeoutError,
+    WorkerDiedError,
+)
 from plugin_substrate.manifest import manifest_to_dict, parse_manifest
 from plugin_substrate.worker_folder import NO_TENANT_FOLDER, SHARED_FOLDER, tenant_folder
 
@@ -233,6 +241,22 @@ async def test_who_gives_up_waiting_for_a_place_leaves_it_to_others(keeper: Plug
     await asyncio.gather(*(task for task, _ in calls))
     async with asyncio.timeout(10):
         assert await patient
+
+
+async def test_who_waits_for_a_place_or_a_slot_past_the_deadline_is_told_and_nothing_was_sent(
+    keeper: PluginManager,
+) -> None:
+    calls = [await running(keeper, tenant) for tenant in (A, B, C)]
+    for tenant in (D, A):
+        call = of(tenant, deadline=time.time() + 0.1)
+        async with asyncio.timeout(10):
+            with pytest.raises(PluginTimeoutError, match="not sent") as late:
+                await keeper.execute_plugin_async("keeper", action="keeper.meet", call=call)
+        assert late.value.outcome_known
+    for _, call_id in calls:
+        await keeper.cancel_call("keeper", call_id)
+    await asyncio.gather(*(task for task, _ in calls))
+    assert await ask(keeper, "meet", D) == [D]
 
 
 async def test_unloading_turns_away_who_waits_for_a_place(keeper: PluginManager) -> None:
