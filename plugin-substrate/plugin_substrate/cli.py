@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from plugin_substrate.cli_doctor import doctor
 from plugin_substrate.cli_settings import DataDir, PluginsFile, data_folder, fail, plugins_file
 from plugin_substrate.cli_upkeep import COMMANDS
 from plugin_substrate.config_check import checker_of
@@ -120,6 +121,7 @@ def validate(
     typer.echo(f"{path}: valid")
 
 
+app.command("doctor")(doctor)
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 

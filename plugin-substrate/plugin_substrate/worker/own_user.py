@@ -23,12 +23,17 @@ def uid_of(plugin_name: str) -> int:
     return _FIRST + int.from_bytes(hashlib.sha256(plugin_name.encode()).digest()[:8], "big") % _COUNT
 
 
+def may_change_user() -> bool:
+    """Whether this process is root, as far as it goes: only then can anyone be given another user."""
+    return os.geteuid() == 0
+
+
 def prepare(uid: int, folder: str, needed: Iterable[str]) -> bool:
     """Give a worker's folder to the user, and return True, if it can reach the folder and read what is ``needed``.
 
     Otherwise the folder is ours, or becomes ours again. Only root can do either.
     """
-    if os.geteuid() != 0:
+    if not may_change_user():
         return False
     usable = _reaches(uid, folder, tuple(needed))
     _give(folder, uid if usable else 0)
