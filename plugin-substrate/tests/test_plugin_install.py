@@ -125,6 +125,26 @@ def test_a_folder_that_is_no_project_is_named_with_what_it_should_be(workspace: 
     assert "pyproject.toml cannot be read: No such file or directory; a plugin is a Python project" in done.output
 
 
+def test_what_a_plugin_asks_for_and_is_not_granted_is_told_at_installation(workspace: Workspace) -> None:
+    asking = META.replace('"idempotent": True', '"isolation": {"network": True}, "idempotent": True')
+    (workspace.package / "meta.py").write_text(asking)
+    for status in ("installed", "unchanged"):
+        done = workspace.install()
+        assert done.exit_code == 0
+        assert done.output.startswith(f"tiny: {status}: plugin 'tiny' asks for more than it is granted")
+        assert "network: true" in done.output
+    workspace.plugins.write_text(workspace.plugins.read_text() + "    isolation: {network: true}\n")
+    assert workspace.install().output == "tiny: granted\n"
+
+
+def test_a_configuration_schema_that_cannot_be_used_is_found_at_installation(workspace: Workspace) -> None:
+    (workspace.package / "meta.py").write_text(META.replace('"type": "integer"', '"type": "number of things"'))
+    done = workspace.install()
+    assert done.exit_code == 1
+    assert "the config_schema of plugin 'tiny' cannot be used: properties.answer.type" in done.output
+    assert not (workspace.data_dir / "manifests/tiny.json").exists()
+
+
 def test_a_grant_is_seen_without_installing_anew(workspace: Workspace) -> None:
     workspace.install()
     workspace.mark.touch()

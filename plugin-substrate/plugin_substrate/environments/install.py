@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from plugin_substrate.config_check import checker_of
 from plugin_substrate.environments.spec import PluginSpec, distribution_name
 from plugin_substrate.environments.uv import (
     create_environment,
@@ -35,7 +36,7 @@ from plugin_substrate.manifest import (
     parse_strict_json,
     write_manifest,
 )
-from plugin_substrate.worker.isolation import profile_to_json
+from plugin_substrate.worker.isolation import IsolationProfile, profile_to_json, resolve_profile
 from plugin_substrate.worker.text import clean_text
 
 INSTALLER_VERSION = "cjm-ctl 0.1.0"
@@ -79,14 +80,16 @@ class Installer:
             self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             with installing(self._data_dir / "envs") as lock:
                 if not self._force and self._is_current(spec, digest):
-                    return InstallOutcome(name=spec.name, status=self._grant(spec))
-                self._manifest(spec).unlink(missing_ok=True)
-                self._stamp(spec).unlink(missing_ok=True)
-                self._install(spec, lock)
-                self._stamp(spec).write_text(digest, encoding="ascii")
+                    status = self._grant(spec)
+                else:
+                    self._manifest(spec).unlink(missing_ok=True)
+                    self._stamp(spec).unlink(missing_ok=True)
+                    self._install(spec, lock)
+                    self._stamp(spec).write_text(digest, encoding="ascii")
+                    status = "installed"
+                return InstallOutcome(name=spec.name, status=status, reason=self._missing_grant(spec))
         except (PluginError, OSError) as error:
             return InstallOutcome(name=spec.name, status="failed", reason=str(error))
-        return InstallOutcome(name=spec.name, status="installed")
 
     def _install(self, spec: PluginSpec, lock: int) -> None:
         if spec.folder is not None and not spec.folder.is_dir():
@@ -112,6 +115,15 @@ class Installer:
             return "unchanged"
         write_manifest(self._manifest(spec), replace(manifest, overrides=overrides))
         return "granted"
+
+    def _missing_grant(self, spec: PluginSpec) -> str:
+        """Return why a manager with default settings will not load the plugin as long as no more is granted."""
+        manifest = load_manifest(self._manifest(spec))
+        try:
+            resolve_profile(spec.name, manifest.asked_isolation, manifest.granted_isolation, IsolationProfile())
+        except PluginConfigError as error:
+            return str(error)
+        return ""
 
     def _make_environment(self, spec: PluginSpec, folder: Path, lock: int) -> None:
         interpreter = find_interpreter(spec.python_version)
@@ -201,6 +213,8 @@ def manifest_of(described: dict[str, Any], install: dict[str, Any], overrides: d
         raise ManifestError([f"get_plugin_metadata() has unknown keys: {', '.join(unknown)}"], source=name)
     code = {key: value for key, value in described.items() if key in _CODE_KEYS}
     schema = code.get("config_schema")
+    if isinstance(schema, dict):
+        checker_of(name, schema)  # an unusable one is found here, and not at the first load
     data = {
         "format_version": FORMAT_VERSION,
         "install": install,
