@@ -63,7 +63,10 @@ class Diagnosis:
 
 
 async def diagnose(data_dir: Path, default: IsolationProfile) -> Diagnosis:
-    """Look at this machine and at the plugins installed below ``data_dir``, an absolute path; ``default`` is what a host gives them."""
+    """Look at this machine and at the plugins installed below ``data_dir``; ``default`` is what a host gives them.
+
+    ``data_dir`` is an absolute path.
+    """
     found, rejected = find_manifests(manifest_folders(data_dir))
     plugins = [await _plugin(meta, data_dir, default) for meta in found]
     return Diagnosis(
