@@ -212,6 +212,7 @@ async def test_an_error_of_the_plugin_and_the_death_of_its_worker_are_told_apart
     os.kill(pid, signal.SIGKILL)
     died = await jobs.wait_for_job(job_id, 30)
     assert died.error is not None
+    assert (died.error.plugin_name, died.error.plugin_instance_id) == ("probe", died.plugin_instance_id)
     assert (died.status, died.error.error_type, died.error.outcome_known) == (
         JobStatus.FAILED,
         "WorkerDiedError",

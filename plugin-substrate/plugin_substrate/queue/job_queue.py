@@ -31,6 +31,7 @@ class _Record:
     """A job with what only the queue needs to know of it."""
 
     job: Job
+    plugin_name: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     call: CallContext
@@ -105,6 +106,7 @@ class JobQueue:
         key = (plugin_instance_id, "" if instance.stateless else context.tenant_id)
         self._records[job.id] = _Record(
             job=job,
+            plugin_name=instance.plugin_name,
             args=args,
             kwargs=kwargs,
             call=context,
@@ -284,4 +286,6 @@ class JobQueue:
 
 
 def _error(record: _Record, error: BaseException) -> JobError:
-    return JobError.from_exception(error, plugin_instance_id=record.job.plugin_instance_id)
+    return JobError.from_exception(
+        error, plugin_name=record.plugin_name, plugin_instance_id=record.job.plugin_instance_id
+    )
