@@ -23,11 +23,14 @@ from plm_shared.artifacts import (
 
 __all__ = ["LocalFilesystemBackend"]
 
+_PARTIAL: Final = ".partial-"
 _HASHES: Final = ".sha256"  # a tree beside the artifacts; no tenant's name starts with a dot
 
 
 class LocalFilesystemBackend:
     """Artifacts in a folder, readable by this account only; a crash leaves the old content or the new, never a part.
+
+    What a killed writer had written so far is removed with the next artifact of the same trace.
 
     The hash of each artifact is kept in a tree of its own and checked whenever the artifact is read.
     """
@@ -125,14 +128,25 @@ class LocalFilesystemBackend:
 
 @contextmanager
 def _written(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A file of our own in the folder; whatever is not renamed in the block is removed."""
-    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".partial-")
+    """A file of our own in the folder, locked; whatever is not renamed in the block is removed."""
+    with _locked(folder):
+        _remove_orphans(folder)
+        descriptor, name = tempfile.mkstemp(dir=folder, prefix=_PARTIAL)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
     partial = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file, partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _remove_orphans(folder: Path) -> None:
+    """What writers left that were killed: their locks ended with them."""
+    for partial in folder.glob(f"{_PARTIAL}*"):
+        with suppress(FileNotFoundError, BlockingIOError), partial.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
 
 
 @contextmanager

@@ -471,6 +471,19 @@ def test_a_writer_killed_in_the_middle_leaves_the_old_version(tmp_path: Path) ->
     killed = subprocess.run([sys.executable, "-c", script, str(tmp_path), *words], check=False)
     assert killed.returncode == -signal.SIGKILL
     assert store.get(REF) == b"old"
+    folder = (tmp_path / REF.relative_path).parent
+    assert len(list(folder.iterdir())) == 2, "the part stays for a while"
+
+    class Overtaken(io.BytesIO):
+        """While one is stored another one is, which must leave the first one's part alone."""
+
+        def read(self, size: int | None = -1) -> bytes:
+            store.put(replace(REF, artifact_id="other"), io.BytesIO(b"other"))
+            return super().read(size)
+
+    store.put(REF, Overtaken(b"new"))
+    assert store.get(REF) == b"new"
+    assert sorted(file.name for file in folder.iterdir()) == ["other.html", "report-1.html"]
 
 
 def test_what_is_stored_while_an_older_version_is_deleted_is_absent_or_whole(
