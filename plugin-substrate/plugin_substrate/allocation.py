@@ -40,7 +40,6 @@ class ResourceAllocator:
     def register_monitor(self, instance_id: str, ask: Ask) -> None:
         """Take figures of GPUs, and of memory if it tells them, from a monitor plugin."""
         self._monitor_id, self._monitor = instance_id, ask
-        self.something_ended()
 
     @property
     def has_monitor(self) -> bool:

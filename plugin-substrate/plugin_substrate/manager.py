@@ -17,6 +17,7 @@ from plugin_substrate.instance import CallListeners, CancelOutcome
 from plugin_substrate.instances import InstanceTable
 from plugin_substrate.interface import CallContext
 from plugin_substrate.managing.loading import LoadingVerbs
+from plugin_substrate.managing.measuring import MeasuringVerbs
 from plugin_substrate.managing.operating import OperatingVerbs
 from plugin_substrate.metadata import CallResult, PluginMeta, RejectedManifest
 from plugin_substrate.recorder import EmpiricalRecorder
@@ -24,18 +25,16 @@ from plugin_substrate.revival import Revival
 from plugin_substrate.scheduling import PermissiveScheduler, ResourceScheduler
 from plugin_substrate.stores.config import LocalPluginConfigStore, PluginConfigStore
 from plugin_substrate.stores.empirical import (
-    EmpiricalResourceRecord,
     EmpiricalResourceStore,
     LocalEmpiricalResourceStore,
 )
 from plugin_substrate.stores.secret import LocalSecretStore, SecretStore
-from plugin_substrate.telemetry import PluginStats, ResourceSnapshot, snapshot_of, worker_stats
 from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers
 
 __all__ = ["PluginBinding", "PluginManager"]
 
 
-class PluginManager(LoadingVerbs, OperatingVerbs):
+class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
     """Owns the plugin processes of one host.
 
     The asynchronous methods belong to the event loop they are first used on; the synchronous ones hand their work to
@@ -206,45 +205,6 @@ class PluginManager(LoadingVerbs, OperatingVerbs):
         """Ask a call to end; after the grace its worker is killed, and with it every other call in that worker."""
         self._home.adopt()
         return await self._instances.get(instance_id).cancel(call_id)
-
-    # -- figures
-
-    async def get_plugin_stats_async(self, instance_id: str) -> PluginStats:
-        """Measure an instance now: its processes from outside, and what each worker says of itself.
-
-        A `PluginNotLoadedError` when there is none. A worker that does not answer within a second, being deep in C
-        code, is measured from outside alone.
-        """
-        self._home.adopt()
-        workers = self._instances.get(instance_id).workers
-        return PluginStats(instance_id=instance_id, workers=await worker_stats(workers))
-
-    def get_plugin_stats(self, instance_id: str) -> PluginStats:
-        """Like `get_plugin_stats_async`, synchronously."""
-        return self._home.run(lambda: self.get_plugin_stats_async(instance_id))
-
-    async def get_resource_snapshot(self, instance_id: str) -> ResourceSnapshot:
-        """Measure an instance now, with what the registered monitor says of GPUs."""
-        stats = await self.get_plugin_stats_async(instance_id)
-        reading = await self._instances.allocator.read()
-        return snapshot_of(stats, reading.processes, reading.status)
-
-    def register_system_monitor(self, instance_id: str) -> None:
-        """Take figures of GPUs and memory from a loaded plugin that has `get_system_status` and `list_processes`.
-
-        A `PluginNotLoadedError` when there is none of this id. Once it is unloaded, figures are missing.
-        """
-        self._instances.get(instance_id)
-        self._instances.allocator.register_monitor(instance_id, lambda verb: self._instances.get(instance_id).ask(verb))
-
-    async def get_empirical_records(self, instance_id: str | None = None) -> list[EmpiricalResourceRecord]:
-        """Return what the calls of one instance, or of all, took, those that just ended included.
-
-        A `StoreError` when the store cannot be read. Without tracking there is nothing.
-        """
-        self._home.adopt()
-        records = await self._recorder.records() if self._recorder else []
-        return [record for record in records if instance_id in (None, record.instance_id)]
 
     # -- around
 

@@ -171,16 +171,16 @@ async def test_every_unary_call_is_recorded_whether_it_succeeds_or_not(eater: Pl
     await eater.execute_plugin_async("eater", action="eater.usage", pages=3, call=CallContext("c", "tenant"))
     with pytest.raises(PluginError):
         await eater.execute_plugin_async("eater", action="eater.usage", pages=1, fail=True)
-    (record,) = await eater.get_empirical_records("eater")
+    (record,) = await eater.get_empirical_records_async("eater")
     assert (record.plugin_name, record.sample_count, record.success_count) == ("eater", 3, 2)
     assert record.api_usage_totals == {"pages": 6}
     assert record.cpu_samples == record.memory_samples == 3
-    assert await eater.get_empirical_records("another") == []
+    assert await eater.get_empirical_records_async("another") == []
 
 
 async def test_a_peak_within_the_call_is_recorded_though_it_is_over_at_the_end(eater: PluginManager) -> None:
     await eater.execute_plugin_async("eater", action="eater.taste", mb=80)
-    (record,) = await eater.get_empirical_records()
+    (record,) = await eater.get_empirical_records_async()
     assert record.memory_mb_peak_max is not None
     assert record.memory_mb_peak_max > 80
     assert (await eater.get_plugin_stats_async("eater")).memory_rss_mb < 80
@@ -192,7 +192,7 @@ async def test_a_call_that_was_never_sent_is_no_sample(eater: PluginManager) -> 
 
     with pytest.raises(PluginError):
         await eater.execute_call("eater", action="eater.usage", pages=1, before_start=no)
-    assert await eater.get_empirical_records() == []
+    assert await eater.get_empirical_records_async() == []
 
 
 async def test_what_was_recorded_is_there_for_the_next_host(tmp_path: Path, probe_meta: Any) -> None:
@@ -228,7 +228,7 @@ async def test_no_call_waits_for_a_store_that_does_not_answer(tmp_path: Path, pr
             await manager.execute_plugin_async("eater", action="eater.usage", pages=1)
         assert store.list_all() == []
         store.may_end.set()
-        (record,) = await manager.get_empirical_records()
+        (record,) = await manager.get_empirical_records_async()
         assert record.sample_count == 51
 
 
@@ -241,7 +241,7 @@ async def test_a_store_that_fails_costs_samples_and_is_said_once(
         for _ in range(3):
             assert await manager.execute_plugin_async("eater", action="eater.usage", pages=1) == 1
             with pytest.raises(StoreError):
-                await manager.get_empirical_records()
+                await manager.get_empirical_records_async()
     assert caplog.text.count("is not recorded") == 1
 
 
@@ -249,5 +249,5 @@ async def test_tracking_can_be_switched_off(tmp_path: Path, probe_meta: Any) -> 
     async with PluginManager(data_dir=tmp_path, empirical_tracking=False) as manager:
         await manager.load_plugin_async(probe_meta("Eater", "eater", "eater"))
         await manager.execute_plugin_async("eater", action="eater.usage", pages=1)
-        assert await manager.get_empirical_records() == []
+        assert await manager.get_empirical_records_async() == []
     assert not (tmp_path / "empirical_resources.db").exists()

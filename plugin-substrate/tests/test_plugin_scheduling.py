@@ -408,16 +408,16 @@ async def test_a_snapshot_has_the_gpu_of_its_processes(machine: Make) -> None:
         await host.load("user")
         gpus = [{"index": 1, "type": "Test", "total_mb": 8000, "load_percent": 30}]
         host.has(processes=[{"pid": host.pid("user"), "gpu_index": 1, "gpu_memory_mb": 640}], gpus=gpus)
-        snapshot = await host.manager.get_resource_snapshot("user")
+        snapshot = await host.manager.get_resource_snapshot_async("user")
         assert (snapshot.gpu_index, snapshot.gpu_memory_mb, snapshot.gpu_type) == (1, 640.0, "Test")
         assert (snapshot.gpu_total_mb, snapshot.worker_pid) == (8000, host.pid("user"))
         assert snapshot.memory_rss_mb > 0
         host.has(processes=[])
-        assert (await host.manager.get_resource_snapshot("user")).gpu_memory_mb == 0.0
+        assert (await host.manager.get_resource_snapshot_async("user")).gpu_memory_mb == 0.0
 
 
 async def test_without_a_monitor_there_are_no_gpu_figures(probe: PluginManager) -> None:
-    assert (await probe.get_resource_snapshot("probe")).gpu_memory_mb is None
+    assert (await probe.get_resource_snapshot_async("probe")).gpu_memory_mb is None
 
 
 async def test_the_gpu_memory_seen_while_a_call_ran_is_recorded(machine: Make) -> None:
@@ -430,5 +430,5 @@ async def test_the_gpu_memory_seen_while_a_call_ran_is_recorded(machine: Make) -
                 while not any(watched.peak_mb for watched in host.manager._instances._books._gpus._watched.values()):  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
             host.has(processes=[], gpu_free_memory_mb=PLENTY)
-        (record,) = await host.manager.get_empirical_records("user")
+        (record,) = await host.manager.get_empirical_records_async("user")
         assert record.gpu_memory_mb_peak_max == 640.0

@@ -73,6 +73,18 @@ async def test_a_worker_that_does_nothing_but_work_is_measured_from_outside(
     assert task.exception()
 
 
+def test_a_synchronous_host_has_the_same_figures(tmp_path: Path, probe_meta: Any) -> None:
+    manager = PluginManager(data_dir=tmp_path)
+    try:
+        assert manager.load_plugin(probe_meta("Eater", "eater", "eater"))
+        pid = manager.execute_plugin("eater", action="eater.keep", mb=1)
+        assert manager.get_plugin_stats("eater").subtree_pids == (pid,)
+        assert manager.get_resource_snapshot("eater").worker_pid == pid
+        assert [record.sample_count for record in manager.get_empirical_records("eater")] == [1]
+    finally:
+        manager.unload_all()
+
+
 async def test_there_are_no_figures_of_what_is_not_loaded_and_none_of_a_worker_that_is_gone(
     eater: PluginManager,
 ) -> None:

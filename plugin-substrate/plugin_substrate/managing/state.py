@@ -9,6 +9,7 @@ from plugin_substrate.home_loop import HomeLoop
 from plugin_substrate.instances import InstanceTable
 from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.metadata import PluginMeta, RejectedManifest
+from plugin_substrate.recorder import EmpiricalRecorder
 from plugin_substrate.revival import Revival
 from plugin_substrate.stores.config import PluginConfigStore
 from plugin_substrate.stores.secret import SecretStore
@@ -33,6 +34,7 @@ class ManagerState:
     _isolation: IsolationProfile
     _load_timeout: float
     _max_tenant_workers: int
+    _recorder: EmpiricalRecorder | None
     _require: tuple[str, ...]
     _revive: Revival
     _prefetch_stall_seconds: float
