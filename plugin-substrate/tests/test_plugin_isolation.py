@@ -265,3 +265,8 @@ def test_wrong_terms_in_plugins_yaml_are_named_with_their_line(tmp_path: Path, t
     with pytest.raises(PluginConfigError) as caught:
         load_plugins_file(file)
     assert problem in str(caught.value)
+
+
+def test_the_readme_says_of_every_layer_and_grant_what_it_is_for() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert [name for name in (*LAYERS, *FULL) if f"`{name}" not in text] == []

@@ -33,6 +33,7 @@ _SOCK_STREAM, _SOCK_DGRAM, _SOCK_FLAGS = 1, 2, 0o2004000
 _SET_ID_BITS = 0o6000
 _O_CREATES = 0o100 | 0o20000000  # O_CREAT, __O_TMPFILE
 _F_SETOWN, _F_SETOWN_EX = 8, 15
+_PRIO_PROCESS, _IOPRIO_WHO_PROCESS = 0, 1  # not a group, and not all of a user's
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
 _NEVER = (  # noqa: SIM905 - as a list it would be a page
@@ -112,7 +113,8 @@ def _blocks(rules: FilterRules) -> Mapping[str, _Block]:
     blocks = dict.fromkeys(_NEVER, _refuse())
     blocks |= dict.fromkeys(_NOT_THERE, _refuse(errno.ENOSYS))
     blocks |= dict.fromkeys(_OF_OTHERS, _only(0, (0, rules.pid)))
-    blocks["setpriority"] = blocks["ioprio_set"] = [_argument(1), *_pass_if((0, rules.pid)), *_refuse()]
+    for name, a_process in {"setpriority": _PRIO_PROCESS, "ioprio_set": _IOPRIO_WHO_PROCESS}.items():
+        blocks[name] = [_argument(0), *_when(_EQUAL, a_process, _only(1, (0, rules.pid))), *_refuse()]
     blocks["prctl"] = _not_any(0, (PR_SET_PDEATHSIG, PR_SET_DUMPABLE))
     blocks["fcntl"] = _not_any(1, (_F_SETOWN, _F_SETOWN_EX))
     blocks["ioctl"] = _not_any(1, (_TIOCSTI, _TIOCLINUX))

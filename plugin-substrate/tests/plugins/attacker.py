@@ -205,7 +205,7 @@ class Attacker(PluginInterface):
                 "queue": system_call("rt_sigqueueinfo", pid, 0, 0),
                 "owner": refused(fcntl.fcntl, 0, fcntl.F_SETOWN, pid),
                 "priority": refused(os.setpriority, os.PRIO_PROCESS, pid, 19),
-                "priority of the user": refused(os.setpriority, os.PRIO_USER, os.getuid(), 19),
+                "priority of the user": refused(os.setpriority, os.PRIO_USER, 0, 19),
                 "limits": refused(resource.prlimit, pid, resource.RLIMIT_NOFILE, (8, 8)),
                 "affinity": refused(os.sched_setaffinity, pid, {0}),
                 "ptrace": system_call("ptrace", 16, pid, 0, 0),

@@ -1,0 +1,174 @@
+"""The filter's program, judged by a small machine that runs it as the kernel would, for both architectures; and
+Landlock, asked for as older kernels know it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plugin_substrate.worker import kernel, landlock
+from plugin_substrate.worker.landlock import Access
+from plugin_substrate.worker.seccomp import FilterRules, assemble
+from plugin_substrate.worker.syscall_numbers import HIGHEST_KNOWN, NUMBERS
+
+ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+ALLOW, KILL = 0x7FFF0000, 0x80000000
+PID = 4711
+STRICT = FilterRules(network=False, processes=False, pid=PID, landlock_abi=7)
+
+
+def run(program: bytes, number: int, arguments: tuple[int, ...] = (), architecture: int = 0xC000003E) -> int:
+    """Return what a filter answers to a call."""
+    padded = (*arguments, 0, 0, 0, 0, 0, 0)[:6]
+    data = struct.pack("=iIQ6Q", number, architecture, 0, *(argument & (2**64 - 1) for argument in padded))
+    instructions = list(struct.iter_unpack("=HBBI", program))
+    place, accumulator = 0, 0
+    tests: dict[int, Callable[[int, int], bool]] = {
+        0x15: lambda a, k: a == k,
+        0x25: lambda a, k: a > k,
+        0x35: lambda a, k: a >= k,
+        0x45: lambda a, k: bool(a & k),
+    }
+    while True:
+        code, yes, no, value = instructions[place]
+        place += 1
+        if code == 0x06:
+            return int(value)
+        if code == 0x20:
+            (accumulator,) = struct.unpack_from("=I", data, value)
+        else:
+            place += yes if tests[code](accumulator, value) else no
+
+
+def answer(machine: str, rules: FilterRules, name: str, *arguments: int) -> str:
+    """Return the errno's name a call gets, ``done`` for one that is answered without being made, else empty."""
+    verdict = run(assemble(machine, rules), NUMBERS[machine][name], arguments, ARCHITECTURES[machine])
+    if verdict == ALLOW:
+        return ""
+    return errno.errorcode[verdict & 0xFFFF] if verdict & 0xFFFF else "done"
+
+
+@pytest.mark.parametrize("machine", sorted(ARCHITECTURES))
+def test_the_filter_answers_as_it_should_on_either_architecture(machine: str) -> None:
+    expected = {
+        ("socket", 2, 1): "EPERM",
+        ("socketpair", 1, 1): "",
+        ("socketpair", 2, 1): "EPERM",
+        ("clone", 0x3D0F00): "",  # what a new thread asks for
+        ("clone", 17): "EPERM",
+        ("clone3",): "ENOSYS",
+        ("execve",): "EPERM",
+        ("kill", PID, 9): "",
+        ("kill", 0, 9): "",
+        ("kill", 1, 9): "EPERM",
+        ("kill", -1, 9): "EPERM",
+        ("tgkill", PID, PID, 6): "",
+        ("tgkill", PID + 1, PID, 6): "EPERM",
+        ("prctl", 1, 0): "EPERM",
+        ("prctl", 15): "",
+        ("prlimit64", 0): "",
+        ("prlimit64", 1): "EPERM",
+        ("setpriority", 0, 0, 5): "",
+        ("setpriority", 2, 0, 5): "EPERM",
+        ("fchmodat", 0, 0, 0o755): "done",
+        ("fchmodat", 0, 0, 0o4755): "EPERM",
+        ("openat", 0, 0, 0o100, 0o644): "",
+        ("openat", 0, 0, 0o100, 0o4644): "EPERM",
+        ("openat", 0, 0, 0, 0o4644): "",  # without creating, the mode is whatever the register held
+        ("ptrace",): "EPERM",
+        ("io_uring_setup",): "EPERM",
+        ("ioctl", 0, 0x5412): "EPERM",
+        ("ioctl", 0, 0x5401): "",
+    }
+    got = {call: answer(machine, STRICT, str(call[0]), *map(int, call[1:])) for call in expected}
+    assert got == expected
+
+
+@pytest.mark.parametrize("machine", sorted(ARCHITECTURES))
+def test_each_grant_opens_its_own_door_and_no_other(machine: str) -> None:
+    network = FilterRules(network=True, processes=False, pid=PID, landlock_abi=7)
+    assert [answer(machine, network, "socket", family, 1) for family in (2, 10)] == ["", ""]
+    assert answer(machine, network, "socket", 2, 2 | 0o2004000) == ""
+    assert {answer(machine, network, "socket", family, 1) for family in (1, 16, 17, 38, 40)} == {"EAFNOSUPPORT"}
+    assert answer(machine, network, "socket", 2, 3) != ""  # raw
+    assert answer(machine, network, "execve") == "EPERM"
+    processes = FilterRules(network=False, processes=True, pid=PID, landlock_abi=7)
+    assert [answer(machine, processes, name, 17) for name in ("clone", "execve", "kill")] == ["", "", ""]
+    assert answer(machine, processes, "clone", 0x10000011) == "EPERM"  # a user namespace
+    assert answer(machine, processes, "socket", 2, 1) == "EPERM"
+
+
+@pytest.mark.parametrize("machine", sorted(ARCHITECTURES))
+def test_without_landlocks_newer_rights_the_filter_holds_more(machine: str) -> None:
+    for abi, call in ((2, "truncate"), (5, "tkill")):
+        old = FilterRules(network=False, processes=False, pid=PID, landlock_abi=abi)
+        assert (answer(machine, old, call), answer(machine, STRICT, call)) == ("EPERM", "")
+    old = FilterRules(network=False, processes=True, pid=PID, landlock_abi=5)
+    assert answer(machine, old, "pidfd_send_signal") == "EPERM"
+
+
+@given(st.integers(-(2**31), 2**31 - 1), st.lists(st.integers(0, 2**64 - 1), max_size=6))
+def test_any_call_gets_a_verdict_and_a_new_foreign_or_disguised_one_never_passes(
+    number: int, arguments: list[int]
+) -> None:
+    program = assemble("x86_64", STRICT)
+    verdict = run(program, number, tuple(arguments))
+    assert verdict == ALLOW or verdict & 0xFFFF0000 == 0x00050000
+    if not 0 <= number <= HIGHEST_KNOWN:
+        assert verdict == 0x00050000 | errno.ENOSYS
+    assert run(program, number, tuple(arguments), 0x40000003) == KILL  # a 32-bit call of the same process
+
+
+@pytest.mark.skipif(not landlock.kernel_abi(), reason="this kernel has no Landlock")
+@pytest.mark.parametrize("abi", range(1, landlock.kernel_abi() + 1))
+def test_landlock_holds_as_much_as_an_older_kernel_knows(abi: int, tmp_path: Path) -> None:
+    own, outside = tmp_path / "own", tmp_path / "outside"
+    for folder in (own, outside):
+        folder.mkdir()
+        (folder / "file").write_text("x")
+    report, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+        landlock.kernel_abi = lambda: abi
+        held = landlock.restrict([(str(own), Access.CHANGE), (str(tmp_path / "none"), Access.READ)], tcp=False)
+        answers = [held == abi, _fails(outside / "file", "r"), _fails(outside / "file", "w"), _fails(own / "new", "w")]
+        os.write(write_end, bytes(answers))
+        os._exit(0)
+    os.close(write_end)
+    assert list(os.read(report, 10)) == [True, True, True, False]
+    os.close(report)
+    os.waitpid(child, 0)
+
+
+def _fails(path: Path, mode: str) -> bool:
+    try:
+        path.open(mode).close()
+    except PermissionError:
+        return True
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the table is compared with Linux's own")
+def test_the_numbers_are_those_of_the_systems_headers() -> None:
+    """Where the headers are installed: they are the kernel's own tables."""
+    headers = {
+        "x86_64": "/usr/include/x86_64-linux-gnu/asm/unistd_64.h",
+        "aarch64": "/usr/include/asm-generic/unistd.h",
+    }
+    for machine, header in headers.items():
+        if not Path(header).is_file():
+            continue
+        lines = [line.split() for line in Path(header).read_text().splitlines() if line.startswith("#define __NR")]
+        known = {
+            line[1].replace("__NR3264_", "__NR_")[5:]: line[2] for line in lines if line[2:] and line[2].isdecimal()
+        }
+        differing = {name for name, number in NUMBERS[machine].items() if known.get(name, str(number)) != str(number)}
+        assert differing == set()
