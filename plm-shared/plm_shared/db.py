@@ -40,7 +40,7 @@ _BIND = text("SELECT set_config('app.tenant_id', :tenant, true)")
 
 
 def get_engine() -> Engine:
-    """The process's engine on the database named by ``PG_DSN``; made at the first call.
+    """The process's engine on the database named by ``PG_DSN``; made at the first call, with new connections after a fork.
 
     Raises:
         RuntimeError: ``PG_DSN`` is not set.
@@ -118,3 +118,14 @@ def _url() -> str:
     if not address:
         raise RuntimeError("PG_DSN is not set; set it to postgresql+psycopg://user:password@host:5432/database")
     return sqlalchemy_url(address)
+
+
+def _after_fork_in_child() -> None:
+    """The connections are the parent's: the child opens its own, and closes none of those."""
+    global _lock  # noqa: PLW0603 - another thread of the parent's may have held it
+    _lock = threading.Lock()
+    if _engine is not None:
+        _engine.dispose(close=False)
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

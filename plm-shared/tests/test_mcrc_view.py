@@ -19,6 +19,7 @@ from plm_shared.kernel_api import EmitConnectorCallArgs, EmitGovernanceArgs, Emi
 from plm_shared.ledger import LedgerArgs
 from plm_shared.sqlalchemy_kernel_emitter import SqlAlchemyKernelEmitter
 from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
 
 pytestmark = pytest.mark.every_postgres
 SOAK = float(os.environ.get("SOAK", "0.05"))
@@ -102,6 +103,21 @@ def test_each_ledger_is_counted_on_its_own_and_a_strange_run_id_breaks_nothing(
     empty = rows.popitem()[1]
     assert (empty["llm_call_count"], empty["llm_cost_eur"], empty["telemetry_event_count"]) == (0, 0, 0)
     assert empty["last_trace_id"] is None
+
+
+def test_of_events_of_one_moment_the_greatest_id_is_the_last(
+    kernel_database: DatabaseUrls, two_tenants: tuple[uuid.UUID, uuid.UUID], run: uuid.UUID
+) -> None:
+    with psycopg.connect(kernel_database.app) as connection:
+        bind(connection, two_tenants[0])
+        for number in (2, 9, 5):
+            connection.execute(
+                "INSERT INTO telemetry_events (id, tenant_id, trace_id, span_id, event_type, capability, payload,"
+                " idempotency_key, created_at) VALUES (%s, %s, %s, 's', 'e', 'r', %s, %s, now() + interval '1 day')",
+                (uuid.UUID(int=number), two_tenants[0], f"at-{number}", Jsonb({"run_id": str(run)}), f"at-{number}"),
+            )
+        last = connection.execute("SELECT last_trace_id FROM mcrc_v1_view WHERE run_id = %s", (run,)).fetchone()
+    assert last == ("at-9",)
 
 
 def scans(plan: dict[str, Any]) -> list[dict[str, Any]]:

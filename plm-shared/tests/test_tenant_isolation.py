@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -146,6 +147,30 @@ def test_a_session_commits_at_the_end_and_rolls_back_on_an_error(two_tenants: tu
         session.execute(add, {"tenant": tenant})
     with db.tenant_scoped_session(tenant) as session:
         assert session.execute(text("SELECT count(*) FROM runs")).scalar() == 2
+
+
+@pytest.mark.usefixtures("pooled")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_after_a_fork_each_process_has_connections_of_its_own(two_tenants: tuple[uuid.UUID, uuid.UUID]) -> None:
+    def backend() -> int:
+        with db.tenant_scoped_session(two_tenants[0]) as session:
+            return int(session.execute(text("SELECT pg_backend_pid()")).scalar_one())
+
+    mine = backend()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, str(backend()).encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        theirs = answer.read()
+    os.waitpid(child, 0)
+    assert theirs.isdigit()
+    assert int(theirs) != mine
+    assert backend() == mine
 
 
 def test_a_session_refuses_a_tenant_that_is_no_uuid_and_a_missing_address(monkeypatch: pytest.MonkeyPatch) -> None:
