@@ -40,7 +40,7 @@ _BIND = text("SELECT set_config('app.tenant_id', :tenant, true)")
 
 
 def get_engine() -> Engine:
-    """The process's engine on the database named by ``PG_DSN``; made at the first call, with new connections after a fork.
+    """The process's engine on the database named by ``PG_DSN``; made at the first call, connected anew after a fork.
 
     Raises:
         RuntimeError: ``PG_DSN`` is not set.
