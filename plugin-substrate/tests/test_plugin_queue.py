@@ -287,3 +287,30 @@ async def test_waiting_for_a_job_has_a_time_limit(jobs: JobQueue) -> None:
     job_id = await jobs.submit("probe", action="probe.polite")
     with pytest.raises(TimeoutError):
         await jobs.wait_for_job(job_id, 0.01)
+
+
+async def test_a_tenants_running_job_holds_up_its_own_jobs_and_nobody_elses(jobs: JobQueue) -> None:
+    first = await jobs.submit("probe", action="probe.polite", call=CallContext("first", "tenant-a"))
+    await running(jobs, first)
+    mine = await jobs.submit("probe", action="probe.echo", call=CallContext("mine", "tenant-a"))
+    theirs = await jobs.submit("probe", action="probe.echo", call=CallContext("theirs", "tenant-b"))
+    assert (await jobs.wait_for_job(theirs, 30)).status is JobStatus.COMPLETED
+    assert jobs.get_job(mine).status is JobStatus.PENDING
+    assert "all 1 slots" in jobs.get_job(mine).block_reason
+    await jobs.cancel(first)
+    assert (await jobs.wait_for_job(mine, 30)).status is JobStatus.COMPLETED
+
+
+async def test_jobs_of_a_stateless_plugin_share_its_slots_whoever_they_are_for(
+    manager: PluginManager, probe_meta: MetaFactory
+) -> None:
+    await manager.load_plugin_async(probe_meta("Keeper", "keeper", "keeper", stateless=True))
+    queue = JobQueue(manager)
+    await queue.start()
+    first = await queue.submit("keeper", action="keeper.wait", call=CallContext("first", "tenant-a"))
+    await running(queue, first)
+    theirs = await queue.submit("keeper", action="keeper.pid", call=CallContext("theirs", "tenant-b"))
+    assert "held by" in queue.get_job(theirs).block_reason
+    await queue.cancel(first)
+    assert (await queue.wait_for_job(theirs, 30)).status is JobStatus.COMPLETED
+    await queue.stop(0.0)

@@ -52,7 +52,7 @@ async def test_a_call_does_not_wait_for_the_pause_before_a_revival(eager: Plugin
     for _ in range(8):
         with pytest.raises(WorkerDiedError):
             await eager.execute_plugin_async("probe", action="probe.leave", status=3)
-    async with asyncio.timeout(5):  # the pause is 12.8 s by now
+    async with asyncio.timeout(10):  # the pause is 12.8 s by now
         assert await eager.execute_plugin_async("probe", action="probe.echo") == {}
 
 
@@ -60,7 +60,7 @@ async def test_unloading_ends_a_revival_that_waits(eager: PluginManager) -> None
     for _ in range(8):
         with pytest.raises(WorkerDiedError):
             await eager.execute_plugin_async("probe", action="probe.leave", status=3)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(10):
         assert await eager.unload_plugin_async("probe")
     assert eager.list_instances() == []
 
