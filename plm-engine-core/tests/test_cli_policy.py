@@ -84,7 +84,7 @@ CONDITION = {"type": "field", "path": "arguments.a", "operator": "exists"}
     [
         ({"tiers": {"blocked": ["thing.raed"]}}, "unknown-capability", "tiers.thing.raed", "error"),
         ({"risk_by_capability": {"a.b": "low"}}, "unknown-capability", "risk_by_capability.a.b", "error"),
-        ({"rules": [rule("r", capabilities=["thing.w?"])]}, "matches-nothing", "rules.r.capabilities", "error"),
+        ({"rules": [rule("r", capabilities=["thing.w?"])]}, "matches-nothing", "rules.r", "error"),
         ({"rules": [rule("a", when=CONDITION), rule("b", when=CONDITION)]}, "doubled", "rules.b", "warning"),
         ({"rules": [rule("a", "deny"), rule("b", when=CONDITION)]}, "unreachable", "rules.b", "warning"),
         ({"rules": [rule("a", when=CONDITION), rule("b", "steer")]}, "unreachable", "rules.a", "warning"),

@@ -13,6 +13,7 @@ from plm_engine_core.control_plane.admission.evaluators import BUILT_IN
 from plm_engine_core.control_plane.policy import Effect, EvaluatorSpec, PolicySnapshot, Rule
 from plm_engine_core.control_plane.policy.conditions import Comparison, Condition
 from plm_engine_core.control_plane.policy.fields import ROOTS
+from plm_engine_core.control_plane.policy.run_risk import RiskPattern, RunRisk
 from plm_engine_core.control_plane.policy.snapshot import ApprovalRule, BudgetDefaults, RateLimit
 from plm_engine_core.control_plane.vocabulary import ActionTier, Stage
 from typer.testing import CliRunner
@@ -36,7 +37,7 @@ def run(folder, command, *arguments):
 
 def test_the_cases_of_the_page_are_decided_as_it_says(examples):
     result = run(examples, "test", "policy.yaml", "cases.yaml")
-    assert (result.exit_code, result.stdout) == (0, "11 of 11 cases as expected\n")
+    assert (result.exit_code, result.stdout) == (0, "12 of 12 cases as expected\n")
 
 
 def test_lint_has_no_error_to_name_in_the_policy_of_the_page(examples):
@@ -46,7 +47,7 @@ def test_lint_has_no_error_to_name_in_the_policy_of_the_page(examples):
 
 
 CONDITIONS = get_args(get_args(Condition)[0])
-MODELS = [PolicySnapshot, Rule, EvaluatorSpec, RateLimit, ApprovalRule, BudgetDefaults]
+MODELS = [PolicySnapshot, Rule, RunRisk, RiskPattern, EvaluatorSpec, RateLimit, ApprovalRule, BudgetDefaults]
 
 
 @pytest.mark.parametrize("model", [*MODELS, *CONDITIONS, *(kind.config_schema for kind in BUILT_IN)])

@@ -6,9 +6,10 @@ from datetime import UTC, datetime
 
 from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot
+from plm_engine_core.control_plane.policy.run_risk import MOST_STEPS, RunSoFar
 from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore
-from plm_engine_core.control_plane.vocabulary import AutonomyLevel
+from plm_engine_core.control_plane.vocabulary import AutonomyLevel, RiskLevel
 
 
 async def prepare(
@@ -34,4 +35,22 @@ async def prepare(
         agent=proposal.agent,
         claims=proposal.claims,
         at=datetime.now(UTC),
+        run=await _run_so_far(proposal, policy=policy, registry=registry, storage=storage),
     )
+
+
+async def _run_so_far(
+    proposal: Proposal, *, policy: PolicySnapshot, registry: CapabilityRegistry, storage: AdmissionStore
+) -> RunSoFar | None:
+    """The run's earlier steps, where the policy rates runs; read anew each time, so that it survives any restart."""
+    if policy.run_risk is None:
+        return None
+    earlier = await storage.history(
+        proposal.tenant_id, proposal.run_id, before_step=proposal.step_index, limit=MOST_STEPS
+    )
+
+    def risk_of(capability_id: str) -> RiskLevel:
+        capability = registry.get(capability_id)
+        return policy.plans.of(capability).risk if capability is not None else RiskLevel.HIGH
+
+    return policy.run_risk.project(earlier, risk_of)

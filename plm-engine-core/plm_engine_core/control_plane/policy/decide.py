@@ -107,6 +107,7 @@ def _priced(policy: PolicySnapshot, plan: Plan, way: RoutingDecision, stages: tu
         unblock=unblock,
         resolution_step=way.resolution_step,
         leaves=way.leaves,
+        raised_by=way.raised_by,
     )
 
 
@@ -134,6 +135,7 @@ def _not_routed(before: tuple[StageResult, ...], way: RoutingDecision) -> Decisi
         unblock=way.unblock,
         resolution_step=way.resolution_step,
         leaves=way.leaves,
+        raised_by=way.raised_by,
     )
 
 

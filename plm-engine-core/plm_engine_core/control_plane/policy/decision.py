@@ -55,6 +55,7 @@ class RoutingDecision:
     refusal: Reason | None = None
     unblock: str = ""
     leaves: tuple[LeafResult, ...] = ()
+    raised_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +70,8 @@ class Decision:
     """A verdict with its reasons.
 
     `tier` is the one the policy assigns; `rule` is the place in the policy that settled the verdict, `leaves` the
-    conditions that did, and `unblock` what would change it. `reserve` holds the amount per unit that an allowed call
+    conditions that did, `raised_by` the places that raised the risk above the capability's own, and `unblock` what
+    would change the verdict. `reserve` holds the amount per unit that an allowed call
     needs; the conditional reservation in the database is the last word of the cost stage.
     """
 
@@ -87,6 +89,7 @@ class Decision:
     unblock: str = ""
     resolution_step: RoutingResolutionStep | None = None
     leaves: tuple[LeafResult, ...] = ()
+    raised_by: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The stored form: JSON values only, empty ones left out."""
@@ -107,4 +110,6 @@ class Decision:
             record["reserve"] = {unit.value: str(amount) for unit, amount in self.reserve.items()}
         if self.leaves:
             record["leaves"] = [each.to_json() for each in self.leaves]
+        if self.raised_by:
+            record["raised_by"] = list(self.raised_by)
         return record

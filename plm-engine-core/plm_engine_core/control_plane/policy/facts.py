@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, Protocol
 from uuid import UUID
 
+from plm_engine_core.control_plane.policy.run_risk import RunSoFar
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus
 
@@ -59,7 +60,8 @@ class Facts:
     """Everything `decide` may look at beside proposal and policy; stored with the decision.
 
     `claims` is what the agent says of its proposal (`risk`, `weight`, `score`); it never lowers a risk. `at` is when
-    the facts were gathered, in UTC. `evaluations` is None until the evaluators were asked.
+    the facts were gathered, in UTC. `evaluations` is None until the evaluators were asked; `run` is what the policy's
+    `run_risk` needs of the run's earlier steps.
     """
 
     capability: CapabilityDescriptor | None
@@ -73,6 +75,7 @@ class Facts:
     claims: Mapping[str, Any] = field(default_factory=dict)
     at: datetime | None = None
     evaluations: tuple[Evaluation, ...] | None = None
+    run: RunSoFar | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The stored form, from which the decision can be made again."""
@@ -97,12 +100,15 @@ class Facts:
             record["at"] = self.at.isoformat()
         if self.evaluations is not None:
             record["evaluations"] = [each.to_json() for each in self.evaluations]
+        if self.run is not None:
+            record["run"] = self.run.to_json()
         return record
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], *, capability: CapabilityDescriptor | None = None) -> Facts:
         """Back from the stored form; `capability` spares reading the stored one again when the caller has it."""
         recorded, at, evaluations = stored["capability"], stored.get("at"), stored.get("evaluations")
+        run = stored.get("run")
         if capability is None and recorded is not None:
             capability = CapabilityDescriptor.model_validate(recorded)
         return cls(
@@ -117,4 +123,5 @@ class Facts:
             claims=stored.get("claims", {}),
             at=datetime.fromisoformat(at) if at is not None else None,
             evaluations=tuple(map(Evaluation.from_json, evaluations)) if evaluations is not None else None,
+            run=RunSoFar.from_json(run) if run is not None else None,
         )

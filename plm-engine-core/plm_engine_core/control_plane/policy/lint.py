@@ -86,11 +86,13 @@ def _unknown(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> I
 def _matching_nothing(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> Iterator[Remark]:
     places = {f"rules.{rule.id}": rule.capabilities for rule in policy.rules}
     places |= {f"evaluators.{spec.name}": spec.capabilities for spec in policy.evaluators}
+    patterns_of_runs = policy.run_risk.patterns if policy.run_risk is not None else ()
+    places |= {f"run_risk.patterns.{each.id}": each.sequence for each in patterns_of_runs}
     for place, patterns in places.items():
         for pattern in patterns:
             if pattern != "*" and not _covered((pattern,), known):
                 words = f"{pattern} matches no registered capability"
-                yield _error("matches-nothing", f"{place}.capabilities", words)
+                yield _error("matches-nothing", place, words)
 
 
 def _covered(patterns: tuple[str, ...], known: Iterable[CapabilityDescriptor]) -> frozenset[str]:

@@ -52,7 +52,7 @@ class Plan:
     rules: Mapping[Effect, tuple[CompiledRule, ...]]
     gates: tuple[str, ...]
     looks: bool
-    """Whether any condition has to be tested."""
+    """Whether any condition has to be tested, or the run looked at."""
     settled: dict[tuple[AutonomyLevel, str], Decision]
     """Without conditions and gates every proposal of a level and claimed risk gets the same decision: kept here."""
     autonomy: Mapping[AutonomyLevel, StageResult]
@@ -113,7 +113,8 @@ class Plans:
             if tier in (ActionTier.UNRESTRICTED, ActionTier.STEER, ActionTier.BLOCKED)
             else tuple(name for matches, name in self._gates if matches(capability.id)),
             looks=any(rule.test is not None for rule in rules)
-            or (tier is ActionTier.AUTO_APPROVE and self.auto_approve is not None),
+            or (tier is ActionTier.AUTO_APPROVE and self.auto_approve is not None)
+            or policy.run_risk is not None,
             autonomy={level: _autonomy(policy, capability, tier, level) for level in AutonomyLevel},
             classified={
                 risk: StageResult(stage=Stage.CLASSIFY, passed=True, detail=f"{risk.value} risk, {tier.value}")

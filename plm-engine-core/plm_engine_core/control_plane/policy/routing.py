@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from plm_engine_core.control_plane.policy.compiled import Finding, View
@@ -11,6 +11,7 @@ from plm_engine_core.control_plane.policy.decision import Needs, RoutingDecision
 from plm_engine_core.control_plane.policy.facts import Evaluation, Facts, Proposed
 from plm_engine_core.control_plane.policy.plan import CompiledRule, Plan
 from plm_engine_core.control_plane.policy.rules import Effect
+from plm_engine_core.control_plane.policy.run_risk import RunSoFar
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot
 from plm_engine_core.control_plane.vocabulary import (
     ActionTier,
@@ -40,7 +41,9 @@ def classify(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> RiskLe
         ValueError: the facts name no capability.
     """
     plan = _plan(policy, facts)
-    return _LEVELS[rated(plan, view_of(proposal, plan, facts))]
+    view = view_of(proposal, plan, facts)
+    rated(policy, plan, facts, view)
+    return _LEVELS[view.risk]
 
 
 def route(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> RoutingDecision | Needs:
@@ -82,17 +85,25 @@ def view_of(proposal: Proposed, plan: Plan, facts: Facts) -> View:
     )
 
 
-def rated(plan: Plan, view: View) -> int:
-    """The rank of the risk, left in the view for the conditions that look at it."""
-    rank = plan.rank
-    claims = view.fields["claims"]
-    if claims:
-        rank = max(rank, _BY_CLAIM.get(claimed_risk(claims), rank))
+def rated(policy: PolicySnapshot, plan: Plan, facts: Facts, view: View) -> tuple[str, ...]:
+    """Rate the risk into the view, for the conditions that look at it; answers what raised it above the plan's."""
+    raises: list[tuple[RiskLevel, str]] = []
+    if plan.looks or facts.claims or plan.rules[Effect.RAISE_RISK]:
+        raises.extend(_raises(policy, plan, facts, view))
+    view.risk = max([plan.rank, *(level.rank for level, _ in raises)])
+    return tuple(place for level, place in raises if level.rank > plan.rank)
+
+
+def _raises(policy: PolicySnapshot, plan: Plan, facts: Facts, view: View) -> Iterator[tuple[RiskLevel, str]]:
+    """Each reason for a risk of at least this level, with its place."""
+    claimed = claimed_risk(facts.claims)
+    if claimed:
+        yield RiskLevel(claimed), "claims.risk"
     for rule in plan.rules[Effect.RAISE_RISK]:
         if (rule.test is None or rule.test(view).holds is not False) and rule.rule.risk is not None:
-            rank = max(rank, rule.rule.risk.rank)
-    view.risk = rank
-    return rank
+            yield rule.rule.risk, rule.at
+    if policy.run_risk is not None:
+        yield from policy.run_risk.raised(facts.run or RunSoFar(), plan.capability.id, plan.risk)
 
 
 def claimed_risk(claims: Mapping[str, Any]) -> str:
@@ -102,8 +113,15 @@ def claimed_risk(claims: Mapping[str, Any]) -> str:
 
 
 def routed(policy: PolicySnapshot, plan: Plan, facts: Facts, view: View) -> RoutingDecision | Needs:
-    """Route over a view, from the strictest answer to the most permissive."""
-    risk = _LEVELS[rated(plan, view)]
+    """Route over a view, after its risk was rated."""
+    raised_by = rated(policy, plan, facts, view)
+    way = _routed(policy, plan, facts, view)
+    return replace(way, raised_by=raised_by) if raised_by and isinstance(way, RoutingDecision) else way
+
+
+def _routed(policy: PolicySnapshot, plan: Plan, facts: Facts, view: View) -> RoutingDecision | Needs:
+    """From the strictest answer to the most permissive."""
+    risk = _LEVELS[view.risk]
     if plan.tier is ActionTier.BLOCKED:
         return _blocked(plan, risk)
     asked = facts.evaluations is not None

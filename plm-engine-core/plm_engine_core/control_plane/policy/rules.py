@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from plm_engine_core.control_plane.policy.conditions import ConditionTree, EvaluatorSays, RiskLevelIs, leaves
+from plm_engine_core.control_plane.policy.frozen import Table
 from plm_engine_core.control_plane.vocabulary import RiskLevel
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=80)]
@@ -60,7 +61,7 @@ class EvaluatorSpec(BaseModel):
 
     name: Name
     kind: Name
-    config: Mapping[str, Any] = Field(default_factory=dict)
+    config: Table[str, Any] = Field(default_factory=lambda: MappingProxyType({}))
     capabilities: Globs = ("*",)
     gate: bool = True
     timeout_ms: int = Field(default=1000, gt=0, le=60_000)

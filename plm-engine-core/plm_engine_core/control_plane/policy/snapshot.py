@@ -8,16 +8,14 @@ from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Self
 
 from plm_shared.idempotency import compute_content_hash
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
-    PlainSerializer,
     WithJsonSchema,
     field_validator,
     model_validator,
@@ -26,16 +24,11 @@ from pydantic import (
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import load_document
 from plm_engine_core.control_plane.policy.conditions import Condition, ConditionTree, EvaluatorSays, leaves
+from plm_engine_core.control_plane.policy.frozen import Table
 from plm_engine_core.control_plane.policy.plan import Plans
 from plm_engine_core.control_plane.policy.rules import EvaluatorSpec, Rule
+from plm_engine_core.control_plane.policy.run_risk import RunRisk
 from plm_engine_core.control_plane.vocabulary import ActionTier, AutonomyLevel, BudgetUnit, CapabilityMode, RiskLevel
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-Table = Annotated[
-    Mapping[Key, Value], AfterValidator(lambda table: MappingProxyType(dict(table))), PlainSerializer(dict)
-]
-"""A mapping that nobody can change afterwards."""
 
 ADDED = frozenset(
     {
@@ -45,6 +38,7 @@ ADDED = frozenset(
         "risk_by_capability",
         "risk_floor",
         "rules",
+        "run_risk",
     }
 )
 """Members that the first form did not have: while they say nothing the digest leaves them out, and stays as it was."""
@@ -135,6 +129,7 @@ class PolicySnapshot(_Frozen):
     risk_by_mode: Table[CapabilityMode, RiskLevel]
     risk_by_capability: Table[str, RiskLevel] = Field(default_factory=lambda: MappingProxyType({}))
     risk_floor: Table[CapabilityMode, RiskLevel] = Field(default_factory=lambda: MappingProxyType({}))
+    run_risk: RunRisk | None = None
     rules: tuple[Rule, ...] = ()
     evaluators: tuple[EvaluatorSpec, ...] = ()
     autonomy_ceiling: AutonomyLevel = AutonomyLevel.L2

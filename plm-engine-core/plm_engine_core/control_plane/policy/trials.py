@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from plm_engine_core.control_plane.policy.decision import Decision, Verdict
 from plm_engine_core.control_plane.policy.facts import Evaluation, Facts
+from plm_engine_core.control_plane.policy.run_risk import RunSoFar
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus, Reason, RiskLevel
 
@@ -20,6 +21,13 @@ _A_MONDAY = datetime(2024, 1, 1, 12, tzinfo=UTC)
 
 class _Written(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EarlierSteps(_Written):
+    """What the run did before: the points of its steps, and the capabilities of the last ones, oldest first."""
+
+    points: int = 0
+    recent: tuple[str, ...] = ()
 
 
 class Trial(_Written):
@@ -40,6 +48,7 @@ class Trial(_Written):
     at: datetime = _A_MONDAY
     claims: Mapping[str, Any] = Field(default_factory=dict)
     evaluations: Mapping[str, EvaluationStatus] | None = None
+    run: EarlierSteps | None = None
 
     def facts(self, capability: CapabilityDescriptor | None) -> Facts:
         """The facts of this proposal for a capability, or for one that is not registered."""
@@ -57,6 +66,7 @@ class Trial(_Written):
             evaluations=None
             if self.evaluations is None
             else tuple(Evaluation(name=name, status=status) for name, status in self.evaluations.items()),
+            run=None if self.run is None else RunSoFar(points=self.run.points, recent=self.run.recent),
         )
 
 

@@ -105,6 +105,10 @@ class AdmissionStore(Protocol):
         """Take one token from a tenant's bucket."""
         ...
 
+    async def history(self, tenant_id: UUID, run_id: UUID, *, before_step: int, limit: int) -> Sequence[str]:
+        """The capabilities of the run's earlier steps that were granted, the newest `limit` of them, oldest first."""
+        ...
+
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book a decision; the answer has `status` granted, pending, steered or denied."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -40,6 +40,17 @@ class PostgresAdmission:
                 [tenant_id, dimension, per_second, burst],
             )
         return RateReading(allowed=answer["allowed"], retry_after_ms=answer["retry_after_ms"])
+
+    async def history(self, tenant_id: UUID, run_id: UUID, *, before_step: int, limit: int) -> Sequence[str]:
+        """The capabilities of the run's earlier steps that were granted, the newest `limit` of them, oldest first."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT DISTINCT ON (step_index) capability FROM run_steps WHERE tenant_id = %s AND run_id = %s "
+                "AND step_index < %s AND state NOT IN ('denied', 'steered', 'awaiting_approval', 'not_started') "
+                "ORDER BY step_index DESC, attempt DESC LIMIT %s",
+                [tenant_id, run_id, before_step, limit],
+            )
+            return [row["capability"] for row in await cursor.fetchall()][::-1]
 
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book a decision in one autocommit statement, or in the caller's transaction."""

@@ -1,0 +1,134 @@
+"""The risk of a run: points that add up, and sequences that are found whatever lies between them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import uuid
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plm_engine_core.control_plane import Pending
+from plm_engine_core.control_plane.policy import Facts, PolicySnapshot, Verdict, classify, decide
+from plm_engine_core.control_plane.policy.run_risk import RiskPattern, RunRisk, RunSoFar
+from plm_engine_core.control_plane.registry import CapabilityDescriptor
+from plm_engine_core.control_plane.vocabulary import AutonomyLevel, CapabilityMode, RiskLevel
+from pydantic import ValidationError
+
+READ = CapabilityDescriptor(id="mail.read", description="x", mode=CapabilityMode.READ, plugin="mail")
+
+
+@dataclass(frozen=True)
+class Proposed:
+    """One proposal."""
+
+    capability: str = "mail.read"
+    resource: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+def facts(run=None):
+    return Facts(
+        capability=READ,
+        principal_scopes=frozenset(),
+        requester=uuid.UUID(int=1),
+        autonomy=AutonomyLevel.L3,
+        rate_allowed=True,
+        run=run,
+    )
+
+
+PATTERN = {"id": "look-then-read", "sequence": ["crm.*", "mail.read"], "gap": 1, "risk": "high"}
+
+
+def test_points_add_up_with_the_proposal_s_own(make_policy):
+    policy = make_policy(run_risk={"points": {"low": 2, "medium": 5, "high": 9}, "raises": {"medium": 6, "high": 10}})
+    rated = {points: classify(Proposed(), policy, facts(RunSoFar(points=points))).value for points in (0, 3, 4, 7, 8)}
+    assert rated == {0: "low", 3: "low", 4: "medium", 7: "medium", 8: "high"}
+    assert classify(Proposed(), policy, facts()) is RiskLevel.LOW
+
+
+def test_the_decision_names_what_raised_the_risk(make_policy):
+    policy = make_policy(
+        run_risk={"raises": {"medium": 5}, "patterns": [PATTERN]},
+        rules=[{"id": "up", "then": "raise_risk", "risk": "low"}],
+    )
+    run = RunSoFar(points=9, recent=("crm.find", "x.y"))
+    decision = decide(Proposed(), policy, facts(run))
+    assert (decision.outcome, decision.rule) == (Verdict.ASK, "auto_approve_max_risk")
+    assert decision.raised_by == ("run_risk.raises.medium", "run_risk.patterns.look-then-read")
+    assert decision.to_json()["raised_by"] == list(decision.raised_by)
+    again = decide(Proposed(), policy, Facts.from_json(json.loads(json.dumps(facts(run).to_json()))))
+    assert again == decision
+
+
+NAMES = st.lists(st.sampled_from(["a.a", "a.b", "b.a", "b.b"]), min_size=1, max_size=10)
+SEQUENCES = st.lists(st.sampled_from(["a.*", "*.a", "b.b", "*"]), min_size=2, max_size=4)
+
+
+def slow(sequence, gap, names):
+    """Every choice of places in order is tried."""
+    for places in itertools.combinations(range(len(names)), len(sequence)):
+        near = all(later - earlier <= gap + 1 for earlier, later in itertools.pairwise(places))
+        fits = all(fnmatchcase(names[place], glob) for place, glob in zip(places, sequence, strict=True))
+        if near and fits and places[-1] == len(names) - 1:
+            return True
+    return False
+
+
+@given(SEQUENCES, st.integers(0, 3), NAMES)
+def test_a_sequence_is_found_exactly_where_trying_everything_finds_it(sequence, gap, names):
+    pattern = RiskPattern(id="p", sequence=sequence, gap=gap, risk="high")
+    assert pattern.ends_with(names) is slow(sequence, gap, names)
+
+
+@given(SEQUENCES, st.integers(0, 3), NAMES)
+def test_what_is_kept_of_a_run_is_enough_for_its_patterns(sequence, gap, names):
+    rating = RunRisk(patterns=[{"id": "p", "sequence": sequence, "gap": gap, "risk": "high"}])
+    *earlier, last = names
+    kept = rating.project(earlier, lambda _: RiskLevel.LOW)
+    assert len(kept.recent) <= (len(sequence) - 1) * (gap + 1)
+    assert bool([*rating.raised(kept, last, RiskLevel.LOW)]) is slow(sequence, gap, names)
+
+
+@pytest.mark.parametrize(
+    ("run_risk", "message"),
+    [
+        ({}, "give raises or patterns"),
+        ({"raises": {"medium": 5}, "points": {"low": 1}}, "points are missing for medium, high"),
+        ({"patterns": [PATTERN, PATTERN]}, "patterns has look-then-read twice"),
+        ({"patterns": [{**PATTERN, "sequence": ["a.*"]}]}, "at least 2 items"),
+        ({"patterns": [{**PATTERN, "gap": 51}]}, "less than or equal to 50"),
+        ({"raises": {"medium": -1}}, "greater than or equal to 0"),
+    ],
+)
+def test_a_rating_that_cannot_mean_anything_is_refused(make_policy, run_risk, message):
+    with pytest.raises(ValidationError, match=message):
+        make_policy(run_risk=run_risk)
+
+
+def test_it_is_part_of_the_digest_and_survives_json(make_policy):
+    rated = make_policy(run_risk={"raises": {"high": 3}, "patterns": [PATTERN]})
+    assert rated.digest != make_policy().digest
+    again = PolicySnapshot.model_validate_json(rated.model_dump_json())
+    assert (again, again.digest) == (rated, rated.digest)
+
+
+async def test_a_run_is_rated_from_its_record_and_refused_steps_do_not_count(bench):
+    pattern = {"id": "fire-then-read", "sequence": ["thing.fire", "thing.read"], "gap": 1, "risk": "high"}
+    strict = bench.with_policy(run_risk={"raises": {"medium": 100}, "patterns": [pattern]})
+    lease = await strict.lease()
+    await strict.grant(lease, step_index=0)
+    await strict.grant(lease, step_index=1, capability="thing.fire")
+    await strict.control_plane.admit(strict.proposal(lease, step_index=2, capability="thing.gone"))
+    asked = await strict.control_plane.admit(strict.proposal(lease, step_index=3))
+    assert isinstance(asked, Pending)
+    step = (await strict.storage.runs.steps(strict.tenant, lease.run.id))[-1]
+    assert step.decision["raised_by"] == ["run_risk.patterns.fire-then-read"]
+    assert step.decision["facts"]["run"] == {"points": 2, "recent": ["thing.read", "thing.fire"]}
+    fresh = await strict.lease()
+    assert await strict.grant(fresh, step_index=0)
