@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ from plugin_substrate.environments.upkeep import (
     regenerate_manifest,
     remove_plugin,
 )
-from plugin_substrate.environments.uv import find_uv
+from plugin_substrate.environments.uv import find_uv, install_libraries
 from plugin_substrate.errors import PluginConfigError, PluginError
 from plugin_substrate.manifest import load_manifest
 from plugin_substrate.platform import get_current_platform
@@ -120,6 +121,22 @@ def list_secrets(name: PluginName, scope: Scope = None, data_dir: DataDir = None
         typer.echo(key)
 
 
+def setup_host(plugins: PluginsFile = None, yes: Yes = False) -> None:
+    """Install into this environment what plugins and host both need: the interface_libs of all plugins."""
+    try:
+        specs = load_plugins_file(plugins_file(plugins))
+        libraries = sorted({library for spec in specs for library in spec.interface_libs})
+        if not libraries:
+            typer.echo("no plugin names interface_libs")
+            return
+        if not yes and not typer.confirm(f"Install {', '.join(libraries)} into {sys.prefix}?"):
+            return
+        install_libraries(Path(sys.executable), libraries)
+    except PluginError as error:
+        fail(error)
+    typer.echo(f"installed: {', '.join(libraries)}")
+
+
 def setup_runtime(
     force: Annotated[bool, typer.Option("--force", "-f", help="Kept for those who pass it; looking is free.")] = False,
 ) -> None:
@@ -164,5 +181,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "estimate-size": estimate_size,
     "set-secret": set_secret,
     "list-secrets": list_secrets,
+    "setup-host": setup_host,
     "setup-runtime": setup_runtime,
 }

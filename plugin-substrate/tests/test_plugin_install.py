@@ -118,6 +118,35 @@ async def test_an_installed_plugin_is_described_by_itself_and_can_be_called(work
         assert await manager.execute_plugin_async("tiny", action="tiny.answer") == 42
 
 
+def test_libraries_that_plugin_and_host_both_need_are_installed_in_both(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = workspace.folder / "common"
+    common.mkdir()
+    (common / "pyproject.toml").write_text(PYPROJECT.replace("tiny", "common_interface"))
+    (common / "common_interface").mkdir()
+    (common / "common_interface" / "__init__.py").touch()
+    plain = workspace.plugins.read_text()
+    workspace.plugins.write_text(plain + "    interface_libs: [./common]\n")
+    assert workspace.install().output == "tiny: installed\n"
+    assert list((workspace.data_dir / "envs" / "tiny").rglob("site-packages/common_interface"))
+    assert workspace.install().output == "tiny: unchanged\n"
+    host = workspace.folder / "host"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(host)], check=True)
+    monkeypatch.setattr(sys, "executable", str(host / "bin" / "python"))
+    command = ["setup-host", "--plugins", str(workspace.plugins)]
+    assert CliRunner().invoke(app, command, input="n\n").exit_code == 0
+    assert not list(host.rglob("common_interface"))
+    done = CliRunner().invoke(app, [*command, "--yes"])
+    assert (done.exit_code, done.output) == (0, f"installed: {common}\n")
+    assert list(host.rglob("site-packages/common_interface"))
+    workspace.plugins.write_text(plain)
+    assert CliRunner().invoke(app, command).output == "no plugin names interface_libs\n"
+    workspace.plugins.write_text(plain + "    interface_libs: common\n")
+    refused = CliRunner().invoke(app, command)
+    assert (refused.exit_code, "line 5: interface_libs must be a list" in refused.stderr) == (1, True)
+
+
 def test_a_folder_that_is_no_project_is_named_with_what_it_should_be(workspace: Workspace) -> None:
     (workspace.package.parent / "pyproject.toml").unlink()
     done = workspace.install()

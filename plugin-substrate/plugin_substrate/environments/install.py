@@ -22,6 +22,7 @@ from plugin_substrate.environments.uv import (
     create_environment,
     environment_python,
     find_interpreter,
+    install_libraries,
     install_package,
     installing,
 )
@@ -99,6 +100,8 @@ class Installer:
         distribution = distribution_name(spec)
         half_done = folder / _HALF_DONE
         half_done.touch()
+        if spec.interface_libs:
+            install_libraries(environment_python(folder), spec.interface_libs, lock=lock)
         install_package(folder, distribution, spec.requirement, lock=lock, editable=spec.editable)
         described = describe_distribution(environment_python(folder), distribution)
         if described.get("name") != spec.name:
@@ -240,7 +243,7 @@ def _digest(spec: PluginSpec) -> str:
     """Return a digest over everything an installation depends on that can be read here."""
     digest = hashlib.sha256()
     parts = [spec.requirement, spec.env_name, spec.python_version, str(spec.editable), INSTALLER_VERSION]
-    parts.append(str(find_interpreter(spec.python_version)))
+    parts += [str(find_interpreter(spec.python_version)), *spec.interface_libs]
     for part in parts:
         digest.update(f"{len(part)}:{part}".encode())
     for file in _sources(spec.folder) if spec.folder else ():

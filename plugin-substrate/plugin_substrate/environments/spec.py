@@ -14,7 +14,7 @@ from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.worker.isolation import IsolationTerms, parse_required_layers, parse_terms
 
 _REQUIRED = ("name", "env_name", "package")
-_OPTIONAL = ("python_version", "isolation", "require")
+_OPTIONAL = ("python_version", "isolation", "require", "interface_libs")
 _STRUCTURED = ("isolation", "require")
 _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^\]]*\])?\s*([=<>!~;@(].*)?")
 
@@ -23,7 +23,8 @@ _REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^\]]*\])?\s*([=<>
 class PluginSpec:
     """One wished plugin. ``package`` is as written; ``folder`` is where it lies when it is a local path.
 
-    ``isolation`` is what the operator grants it, ``require`` the layers it must not run without.
+    ``isolation`` is what the operator grants it, ``require`` the layers it must not run without. ``interface_libs`` are
+    packages that plugin and host both need, such as one with a common interface.
     """
 
     name: str
@@ -34,6 +35,7 @@ class PluginSpec:
     editable: bool = False
     isolation: IsolationTerms = field(default_factory=IsolationTerms)
     require: tuple[str, ...] = ()
+    interface_libs: tuple[str, ...] = ()
 
     @property
     def requirement(self) -> str:
@@ -77,6 +79,8 @@ def _spec(node: Any, base: Path, problems: list[str]) -> PluginSpec | None:
     for key, value in _mapping(node, "a plugin", (*_REQUIRED, *_OPTIONAL), problems).items():
         if key in _STRUCTURED:
             structured[key] = _isolation_value(key, value, problems)
+        elif key == "interface_libs":
+            structured[key] = _libraries(value, base, problems)
         elif isinstance(value, yaml.ScalarNode) and value.value.strip():
             values[key] = value.value.strip()
         else:
@@ -98,6 +102,21 @@ def _spec(node: Any, base: Path, problems: list[str]) -> PluginSpec | None:
         return None
     folder = (base / package).resolve() if local else None
     return PluginSpec(**{**values, "package": package}, **structured, folder=folder, editable=editable)
+
+
+def _libraries(node: Any, base: Path, problems: list[str]) -> tuple[str, ...]:
+    """Return requirements; those that are paths are made whole."""
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    libraries = []
+    for item in items:
+        text = item.value.strip() if isinstance(item, yaml.ScalarNode) else ""
+        if text.startswith((".", "/")):
+            libraries.append(str((base / text).resolve()))
+        elif isinstance(node, yaml.SequenceNode) and _REQUIREMENT.fullmatch(text):
+            libraries.append(text)
+        else:
+            problems.append(f"line {item.start_mark.line + 1}: interface_libs must be a list of requirements or paths")
+    return tuple(libraries)
 
 
 def _isolation_value(key: str, node: Any, problems: list[str]) -> Any:

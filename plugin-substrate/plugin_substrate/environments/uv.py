@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -99,12 +99,17 @@ def install_package(folder: Path, distribution: str, requirement: str, *, lock: 
     _run("pip", "install", "--quiet", "--compile-bytecode", *target, *source, lock=lock)
 
 
+def install_libraries(python: Path, requirements: Sequence[str], *, lock: int | None = None) -> None:
+    """Install packages into the environment of an interpreter, with what they need."""
+    _run("pip", "install", "--quiet", "--compile-bytecode", "--python", str(python), *requirements, lock=lock)
+
+
 def environment_python(folder: Path) -> Path:
     """Return an environment's interpreter."""
     return folder / "bin" / "python"
 
 
-def _run(*arguments: str, lock: int) -> None:
+def _run(*arguments: str, lock: int | None) -> None:
     """Run uv; its own words are the error's."""
     environment = {**_SETTINGS, **os.environ, "UV_PYTHON_DOWNLOADS": "never"}
     try:
@@ -117,7 +122,7 @@ def _run(*arguments: str, lock: int) -> None:
             errors="replace",
             timeout=_INSTALL_SECONDS,
             check=False,
-            pass_fds=[lock],
+            pass_fds=[] if lock is None else [lock],
         )
     except subprocess.TimeoutExpired as error:
         raise PluginFatalError(f"uv {arguments[0]} took longer than {_INSTALL_SECONDS:.0f} s") from error
