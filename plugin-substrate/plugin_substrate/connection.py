@@ -7,7 +7,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, takewhile
 
 from plugin_substrate.worker.frames import Frame
 from plugin_substrate.worker.messages import Inbox, Message
@@ -37,6 +37,7 @@ class WorkerConnection:
         self._writing = threading.Lock()
         self._waiting: deque[_Outgoing] = deque()
         self._closed = False
+        self._gathering = False
         connection.setblocking(False)
         self._loop.add_reader(connection, self._read)
 
@@ -48,17 +49,21 @@ class WorkerConnection:
     def write(self, message: Message) -> None:
         """Write a message, what does not fit now a little later; nothing when the connection is closed.
 
-        The frames of concurrent writers never mix. A failure shows as the end of the connection.
+        The frames of concurrent writers never mix. A failure shows as the end of the connection. What the loop itself
+        writes goes out at once the first time in a round, and then together at its end: each system call wakes the
+        worker.
         """
         with self._writing:
             if self._closed:
                 return
             self._waiting.append(_Outgoing(message))
-            if len(self._waiting) > 1 or self._push():
+            if len(self._waiting) > 1 or self._gathering:
                 return
+            done = self._push()
         if threading.get_ident() == self._owner:
-            self._await_room()
-        else:
+            self._gathering = done
+            self._loop.call_soon(self._end_round if done else self._await_room)
+        elif not done:
             self._loop.call_soon_threadsafe(self._await_room)
 
     def close(self) -> None:
@@ -78,19 +83,38 @@ class WorkerConnection:
         """Write until nothing waits; False when the socket has no room."""
         while self._waiting:
             try:
-                done = self._waiting[0].send(self._socket)
+                self._send_some()
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError:  # the worker is gone: the reader will hear of it
                 self._waiting.clear()
-                return True
-            if done:
-                self._waiting.popleft()
         return True
+
+    def _send_some(self) -> None:
+        """Send what fits of the messages at the front; one with descriptors goes alone, so that they arrive with it."""
+        first = self._waiting[0]
+        if first.descriptors:
+            sent = socket.send_fds(self._socket, first.pieces[:_MAX_PIECES], first.descriptors)
+            first.close_descriptors()
+        elif len(self._waiting) == 1:
+            sent = self._socket.sendmsg(first.pieces[:_MAX_PIECES])
+        else:
+            plain = takewhile(lambda outgoing: not outgoing.descriptors, self._waiting)
+            pieces = (piece for outgoing in plain for piece in outgoing.pieces)
+            sent = self._socket.sendmsg(list(islice(pieces, _MAX_PIECES)))
+        while self._waiting and (sent := self._waiting[0].take(sent)) >= 0:
+            self._waiting.popleft()
+
+    def _end_round(self) -> None:
+        with self._writing:
+            self._gathering = False
+            if self._closed or self._push():
+                return
+        self._await_room()
 
     def _await_room(self) -> None:
         with self._writing:
-            if not self._closed:
+            if not self._closed and self._waiting:
                 self._loop.add_writer(self._socket, self._write_on)
 
     def _write_on(self) -> None:
@@ -123,18 +147,22 @@ class _Outgoing:
 
     def __init__(self, message: Message) -> None:
         self._message = message
-        self._pieces = deque(memoryview(piece) for piece in message.pieces if piece)
+        self.pieces = [memoryview(piece) for piece in message.pieces if piece]
 
-    def send(self, connection: socket.socket) -> bool:
-        """Write what fits; True when it is the whole rest."""
-        pieces = list(islice(self._pieces, _MAX_PIECES))
-        if self._message.descriptors:
-            sent = socket.send_fds(connection, pieces, self._message.descriptors)
-            self._message.close()
-        else:
-            sent = connection.sendmsg(pieces)
-        while self._pieces and sent >= len(self._pieces[0]):
-            sent -= len(self._pieces.popleft())
-        if sent:
-            self._pieces[0] = self._pieces[0][sent:]
-        return not self._pieces
+    @property
+    def descriptors(self) -> list[int]:
+        """The descriptors that still have to go with the first byte."""
+        return self._message.descriptors
+
+    def close_descriptors(self) -> None:
+        """Give up the descriptors, as they were sent."""
+        self._message.close()
+
+    def take(self, sent: int) -> int:
+        """Take off what was sent; returns what is left of that for the next message, -1 when this one is not done."""
+        while self.pieces and sent >= len(self.pieces[0]):
+            sent -= len(self.pieces.pop(0))
+        if not self.pieces:
+            return sent
+        self.pieces[0] = self.pieces[0][sent:]
+        return -1

