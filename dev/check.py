@@ -199,7 +199,7 @@ def installed() -> str:
     record = Path(sys.prefix) / "plm-setup.json"
     size = json.loads(record.read_text(encoding="utf-8"))["bytes"] if record.exists() else "an unknown number of"
     plugins = sum((Path(folder) / name).lstat().st_size for folder, _, names in os.walk(PLUGINS_DIR) for name in names)
-    return f"installed: {size} bytes in {Path(sys.prefix).name}, {plugins} bytes of example plugins"
+    return f"installed: {size} bytes in {Path(sys.prefix).name}, {plugins} bytes of plugins"
 
 
 def say(text: str) -> None:
