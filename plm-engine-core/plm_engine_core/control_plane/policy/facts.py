@@ -55,6 +55,35 @@ class Evaluation:
         return cls(name=stored["name"], status=EvaluationStatus(stored["status"]), reason=stored["reason"])
 
 
+def described(capability: CapabilityDescriptor) -> dict[str, Any]:
+    """A capability as paths see it."""
+    return {
+        "id": capability.id,
+        "version": capability.version,
+        "mode": capability.mode.value,
+        "plugin": capability.plugin,
+        "certified": capability.certified,
+        "idempotent": capability.idempotent,
+    }
+
+
+def document_of(proposal: Proposed, facts: Facts, capability: Mapping[str, Any]) -> dict[str, Any]:
+    """The roots that paths start from, for conditions and evaluators alike."""
+    return {
+        "agent": facts.agent,
+        "arguments": proposal.arguments,
+        "autonomy": facts.autonomy.value,
+        "capability": capability,
+        "claims": facts.claims,
+        "principal": {
+            "user_id": str(facts.requester),
+            "actor_kind": facts.actor_kind,
+            "scopes": sorted(facts.principal_scopes),
+        },
+        "resource": proposal.resource,
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """Everything `decide` may look at beside proposal and policy; stored with the decision.

@@ -12,6 +12,7 @@ from plm_engine_core.control_plane.matching import Match, any_of
 from plm_engine_core.control_plane.policy.compiled import Test, compile_condition
 from plm_engine_core.control_plane.policy.conditions import EvaluatorSays, leaves
 from plm_engine_core.control_plane.policy.decision import Decision, StageResult
+from plm_engine_core.control_plane.policy.facts import described
 from plm_engine_core.control_plane.policy.rules import Effect, Rule
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import (
@@ -94,14 +95,7 @@ class Plans:
         risk = _risk(policy, capability)
         return Plan(
             capability=capability,
-            fields={
-                "id": capability.id,
-                "version": capability.version,
-                "mode": mode.value,
-                "plugin": capability.plugin,
-                "certified": capability.certified,
-                "idempotent": capability.idempotent,
-            },
+            fields=described(capability),
             tier=tier,
             tier_at=f"tiers.{capability.id}" if own else f"tier_by_mode.{mode.value}",
             tier_step=RoutingResolutionStep.POLICY_LIST_MATCH if own else RoutingResolutionStep.RISK_TIER_MATCH,

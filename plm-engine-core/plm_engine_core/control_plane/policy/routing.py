@@ -8,7 +8,7 @@ from typing import Any
 
 from plm_engine_core.control_plane.policy.compiled import Finding, View
 from plm_engine_core.control_plane.policy.decision import Needs, RoutingDecision
-from plm_engine_core.control_plane.policy.facts import Evaluation, Facts, Proposed
+from plm_engine_core.control_plane.policy.facts import Evaluation, Facts, Proposed, document_of
 from plm_engine_core.control_plane.policy.plan import CompiledRule, Plan
 from plm_engine_core.control_plane.policy.rules import Effect
 from plm_engine_core.control_plane.policy.run_risk import RunSoFar
@@ -67,19 +67,7 @@ def view_of(proposal: Proposed, plan: Plan, facts: Facts) -> View:
     if not plan.looks:
         return View({"claims": facts.claims}, evaluations={})
     return View(
-        {
-            "agent": facts.agent,
-            "arguments": proposal.arguments,
-            "autonomy": facts.autonomy.value,
-            "capability": plan.fields,
-            "claims": facts.claims,
-            "principal": {
-                "user_id": str(facts.requester),
-                "actor_kind": facts.actor_kind,
-                "scopes": facts.principal_scopes,
-            },
-            "resource": proposal.resource,
-        },
+        document_of(proposal, facts, plan.fields),
         at=facts.at,
         evaluations={each.name: each.allows for each in facts.evaluations or ()},
     )

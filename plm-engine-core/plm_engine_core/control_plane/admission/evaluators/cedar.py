@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult
-from plm_engine_core.control_plane.admission.evaluators.values import document_of
+from plm_engine_core.control_plane.admission.evaluators.values import seen_by_paths
 from plm_engine_core.control_plane.policy import Facts, Proposed
 
 
@@ -43,7 +43,7 @@ class CedarEvaluator:
 
     def evaluate(self, proposal: Proposed, facts: Facts) -> EvaluatorResult:
         """Allow what Cedar permits; a Cedar policy that could not be evaluated denies, Cedar itself would skip it."""
-        document = document_of(proposal, facts)
+        document = seen_by_paths(proposal, facts)
         principal = document.pop("principal")
         who = {"type": "User", "id": principal.pop("user_id")}
         request = {

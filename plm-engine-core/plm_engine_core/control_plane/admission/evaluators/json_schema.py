@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult
-from plm_engine_core.control_plane.admission.evaluators.values import document_of
+from plm_engine_core.control_plane.admission.evaluators.values import seen_by_paths
 from plm_engine_core.control_plane.matching import Match, Matcher, matcher
 from plm_engine_core.control_plane.policy import Facts, Proposed
 from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath, check_path, lookup, shown
@@ -41,7 +41,7 @@ class JsonSchemaEvaluator:
 
     def evaluate(self, proposal: Proposed, facts: Facts) -> EvaluatorResult:
         """Name the first entry that breaks the schema, without its value."""
-        value = self._find(document_of(proposal, facts))
+        value = self._find(seen_by_paths(proposal, facts))
         if value is MISSING:
             return EvaluatorResult(allow=False, reason=f"{self._name} is missing")
         error = next(self._validator.iter_errors(_plain(value)), None)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult
-from plm_engine_core.control_plane.admission.evaluators.values import document_of
+from plm_engine_core.control_plane.admission.evaluators.values import seen_by_paths
 from plm_engine_core.control_plane.policy import Facts, Proposed
 from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath, check_path, lookup, shown
 
@@ -44,7 +44,7 @@ class ListEvaluator:
 
     async def evaluate(self, proposal: Proposed, facts: Facts) -> EvaluatorResult:
         """Look the value up; each one, where the field is a list of them."""
-        value = self._find(document_of(proposal, facts))
+        value = self._find(seen_by_paths(proposal, facts))
         for each in value if isinstance(value, list | tuple) else [value]:
             refusal = self._refusal(each)
             if refusal:

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult
-from plm_engine_core.control_plane.admission.evaluators.values import TooLarge, document_of, texts_in
+from plm_engine_core.control_plane.admission.evaluators.values import TooLarge, seen_by_paths, texts_in
 from plm_engine_core.control_plane.matching import Match, matcher
 from plm_engine_core.control_plane.policy import Facts, Proposed
 from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath, check_path, lookup, shown
@@ -41,7 +41,7 @@ class RegexEvaluator:
 
     def evaluate(self, proposal: Proposed, facts: Facts) -> EvaluatorResult:
         """Search; a text that cannot be searched denies."""
-        value, name = self._find(document_of(proposal, facts)), shown(self._config.field)
+        value, name = self._find(seen_by_paths(proposal, facts)), shown(self._config.field)
         try:
             texts = [] if value is MISSING else list(texts_in(value))
         except TooLarge as error:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from plm_engine_core.control_plane.policy import Facts, Proposed
+from plm_engine_core.control_plane.policy.facts import described, document_of
 
 MOST_TEXTS = 10_000
 
@@ -14,28 +15,10 @@ class TooLarge(ValueError):
     """The field holds more texts than an evaluator looks at."""
 
 
-def document_of(proposal: Proposed, facts: Facts) -> dict[str, Any]:
-    """The roots that paths start from, as conditions know them."""
-    capability = facts.capability
-    return {
-        "agent": facts.agent,
-        "arguments": proposal.arguments,
-        "autonomy": facts.autonomy.value,
-        "capability": {
-            "id": proposal.capability,
-            **(capability.model_dump(mode="json", include=_SHOWN) if capability is not None else {}),
-        },
-        "claims": facts.claims,
-        "principal": {
-            "user_id": str(facts.requester),
-            "actor_kind": facts.actor_kind,
-            "scopes": sorted(facts.principal_scopes),
-        },
-        "resource": proposal.resource,
-    }
-
-
-_SHOWN = {"id", "version", "mode", "plugin", "certified", "idempotent"}
+def seen_by_paths(proposal: Proposed, facts: Facts) -> dict[str, Any]:
+    """The roots that paths start from; of a capability that is not registered, its id."""
+    known = facts.capability
+    return document_of(proposal, facts, described(known) if known is not None else {"id": proposal.capability})
 
 
 def texts_in(value: Any) -> Iterator[str]:
