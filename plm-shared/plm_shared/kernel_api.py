@@ -123,6 +123,13 @@ class EmitConnectorCallArgs(_CostedArgs):
     envelope: dict[str, Any] = Field(default_factory=dict)
     idempotency_key: IdempotencyKey
 
+    @model_validator(mode="after")
+    def _priced_name_is_indexable(self) -> EmitConnectorCallArgs:
+        length = len(f"{self.connector_id}:{self.capability}".encode())
+        if length > LONGEST_KEY:
+            raise ValueError(f"connector_id and capability must not be longer than {LONGEST_KEY - 1} bytes together")
+        return self
+
 
 class KernelEmitter(Protocol):
     """Writes to the ledger. Writing the same key again does nothing; what else may happen is the emitter's to say."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import pytest
 from plm_shared import db
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.canonical_json import JsonRefused
-from plm_shared.idempotency import IdempotencyKey, compute_content_hash
+from plm_shared.idempotency import LONGEST_KEY, IdempotencyKey, compute_content_hash
 from plm_shared.kernel_api import (
     EmitConnectorCallArgs,
     EmitGovernanceArgs,
@@ -34,6 +35,7 @@ from plm_shared.sqlalchemy_kernel_emitter import (
 )
 from psycopg import sql
 from psycopg.rows import dict_row
+from pydantic import ValidationError
 from sqlalchemy import create_engine
 from sqlalchemy.exc import OperationalError
 
@@ -259,6 +261,28 @@ def test_any_cost_that_the_model_takes_is_held_to_eight_decimals(
     SqlAlchemyKernelEmitter(tenant).record_llm_call(args)
     found = "SELECT cost_eur::text, input_rate_per_1k::text FROM llm_calls JOIN pricing_snapshots USING (model)"
     assert rows(kernel_database, found) == [(held, held)]
+
+
+@pytest.mark.parametrize(("connector_bytes", "capability_bytes"), [(1000, 999), (1000, 1000), (2000, 2000)])
+def test_names_that_the_model_takes_fit_the_indexes(
+    kernel_database: DatabaseUrls, tenant: str, connector_bytes: int, capability_bytes: int
+) -> None:
+    names = {"connector_id": incompressible(connector_bytes), "capability": incompressible(capability_bytes)}
+    priced = {"pricing_version": "overrides-static", "cost_status": "pending"}
+    given = {**connector(tenant, {}).model_dump(), **names, **priced}
+    if connector_bytes + capability_bytes >= LONGEST_KEY:
+        with pytest.raises(ValidationError, match="connector_id and capability"):
+            EmitConnectorCallArgs.model_validate(given)
+    else:
+        SqlAlchemyKernelEmitter(tenant).record_connector_call(EmitConnectorCallArgs.model_validate(given))
+        assert count(kernel_database, "connector_calls") == 1
+    SqlAlchemyKernelEmitter(tenant).record_llm_call(
+        EmitLlmCallArgs.model_validate({**llm(tenant).model_dump(), "model": incompressible(LONGEST_KEY)})
+    )
+
+
+def incompressible(length: int) -> str:
+    return secrets.token_urlsafe(length)[:length]
 
 
 def test_ids_sort_by_the_time_of_their_transaction(kernel_database: DatabaseUrls, tenant: str) -> None:
