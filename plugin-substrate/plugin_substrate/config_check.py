@@ -50,6 +50,7 @@ def effective_config(
     whole = with_defaults(schema, given)
     violations = [(key, checker.unknown_text()) for key in unknown]
     violations += [found for found in checker.violations(whole) if found[0] not in unknown]
+    violations.sort()
     if violations:
         raise PluginConfigError(
             f"the configuration of plugin {plugin_name!r} is wrong: "
@@ -103,7 +104,8 @@ class SchemaChecker:
         """Return the top-level keys that no property and no pattern of the schema names."""
         schema = self._schema
         properties = schema.get("properties")
-        if not isinstance(properties, dict) or "additionalProperties" in schema or "unevaluatedProperties" in schema:
+        open_end = schema.get("additionalProperties", schema.get("unevaluatedProperties", False))
+        if not isinstance(properties, dict) or open_end is not False:
             return []  # it says itself what else may stand there, and is believed
         patterns = schema.get("patternProperties", {})
         return sorted(

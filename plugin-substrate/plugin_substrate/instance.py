@@ -37,6 +37,10 @@ Pending = TypeVar("Pending", bound=PendingCall)
 T = TypeVar("T")
 
 
+#: A hook that takes longer is logged and left to itself.
+_HOOK_SECONDS = 30.0
+
+
 class CancelOutcome(StrEnum):
     """How a request to cancel ended."""
 
@@ -248,7 +252,8 @@ class LoadedInstance:
     async def _fire(self, hook: str) -> None:
         """Send a hook to the workers that are there; one that is not has nothing to be told."""
         for proxy in self._live_proxies():
-            await proxy.ask(hook)
+            async with asyncio.timeout(_HOOK_SECONDS):
+                await proxy.ask(hook)
 
     def _live_proxies(self) -> list[RemotePluginProxy]:
         return [worker.proxy for worker in self.workers if worker.proxy is not None and worker.proxy.alive]

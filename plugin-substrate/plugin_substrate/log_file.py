@@ -69,7 +69,7 @@ class LogFile:
                 self._open()
             if self._size and self._size + len(data) > self._max_bytes:
                 self._rotate()
-            self._size += os.write(self._descriptor, data[-self._max_bytes :])
+            self._size += os.write(self._descriptor, _last_whole_lines(data, self._max_bytes))
         except OSError as error:
             if not self._failed:
                 self._failed = True
@@ -87,6 +87,11 @@ class LogFile:
         self._descriptor = -1
         self._path.replace(_backup(self._path))
         self._open()
+
+
+def _last_whole_lines(data: bytes, limit: int) -> bytes:
+    """Return what fits of the end: a line that is cut would begin with what a plugin wrote."""
+    return data if len(data) <= limit else data[data.index(b"\n", len(data) - limit) + 1 :]
 
 
 def read_tail(path: Path, lines: int) -> str:

@@ -70,5 +70,5 @@ class Switch:
             hook = "on_enable" if self._enabled else "on_disable"
             try:
                 await self._fire(hook)
-            except PluginError:
+            except (PluginError, TimeoutError):
                 _logger.exception("%s of %r failed", hook, self._instance_id)

@@ -95,6 +95,7 @@ def test_a_schema_that_says_what_else_may_stand_there_is_believed() -> None:
     assert wrong({"b": "x"}, open_schema).fields_invalid == ("b",)
     closed = {"properties": {"a": {}}, "patternProperties": {"^x-": {"type": "string"}}, "additionalProperties": False}
     assert wrong({"x-one": 1, "y": 1}, closed).fields_invalid == ("x-one", "y")
+    assert effective_config("reader", closed, {"x-one": "1", "y": 1}, strict=False) == {"x-one": "1"}
     by_pattern = {"properties": {"a": {}}, "patternProperties": {"^x-": {"type": "string"}}}
     assert effective_config("reader", by_pattern, {"x-one": "1"}) == {"x-one": "1"}
 

@@ -25,6 +25,16 @@ async def test_a_full_file_is_put_aside_once_and_size_stays_bounded(tmp_path: Pa
     assert [line.rpartition(" ")[2] for line in tail] == [str(number) for number in range(460, 500)]
 
 
+async def test_a_flood_in_one_turn_of_the_loop_keeps_whole_lines(tmp_path: Path) -> None:
+    log = LogFile(tmp_path / "reader.log", max_bytes=2000)
+    for number in range(500):
+        log.line("call", f"--- Starting evil {number} ---")
+    log.close()
+    lines = (tmp_path / "reader.log").read_text().splitlines()
+    assert len(lines) > 20
+    assert all(" call | --- Starting evil " in line for line in lines)
+
+
 async def test_lines_are_in_the_file_before_the_loop_goes_on(tmp_path: Path) -> None:
     log = LogFile(tmp_path / "reader.log")
     log.line("", "outside of a call")

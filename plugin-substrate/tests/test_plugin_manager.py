@@ -426,6 +426,19 @@ async def test_without_drift_and_without_an_answer_there_is_no_drift(
     assert "regenerate-manifest" not in caplog.text
 
 
+async def test_a_plugin_that_never_answers_holds_up_neither_its_load_nor_its_calls(
+    manager: PluginManager, meta: MetaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plugin_substrate.managing.configuring._QUESTION_SECONDS", 0.2)
+    monkeypatch.setattr("plugin_substrate.instance._HOOK_SECONDS", 0.2)
+    await manager.load_plugin_async(meta("NeverAnswers"))
+    assert await manager.get_config_options_async(NAME) == {}
+    assert (await config_in_worker(manager))[0] == DEFAULTS
+    assert await manager.disable_plugin_async(NAME)
+    assert await manager.enable_plugin_async(NAME)
+    assert (await config_in_worker(manager))[0] == DEFAULTS
+
+
 async def test_the_recorded_hash_counts_and_the_check_can_be_switched_off(meta: MetaFactory, tmp_path: Path) -> None:
     plain = meta()
     stale = DriftSection(config_schema_hash=compute_config_schema_hash({"title": "older"}))

@@ -202,6 +202,9 @@ def test_reading_makes_no_file_and_writing_one_for_this_user_alone(tmp_path: Pat
     assert not file.parent.exists()
     store.set(PluginConfigRecord(plugin_name="reader"))
     assert mode(file) == 0o600
+    file.parent.chmod(0o755)  # a plugin that runs as another user has to pass through
+    store.set(PluginConfigRecord(plugin_name="reader"))
+    assert mode(file.parent) == 0o755
     with sqlite3.connect(file) as connection:
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
     connection.close()

@@ -17,6 +17,8 @@ from plugin_substrate.metadata import PluginInstance, PluginMeta
 from plugin_substrate.stores.config import PluginConfigRecord
 from plugin_substrate.worker.text import clean_line
 
+_QUESTION_SECONDS = 5.0
+
 _logger = logging.getLogger(__name__)
 
 
@@ -40,8 +42,10 @@ class ConfiguringVerbs(ManagerState):
         self._home.adopt()
         instance = self._instances.get(instance_id)
         try:
-            return _options_of(await instance.ask("config_options"))
-        except (PluginError, ValueError) as error:
+            async with asyncio.timeout(_QUESTION_SECONDS):
+                answer = await instance.ask("config_options")
+            return _options_of(answer)
+        except (PluginError, TimeoutError, ValueError) as error:
             _logger.warning("the live options of %s cannot be had: %s", instance_id, clean_line(str(error), 500))
             return {}
 
@@ -113,9 +117,10 @@ class ConfiguringVerbs(ManagerState):
         if not self._drift_detection:
             return
         try:
-            live = await instance.ask("config_schema", tenant_id=None)
+            async with asyncio.timeout(_QUESTION_SECONDS):
+                live = await instance.ask("config_schema")
             found = compute_config_schema_hash(live)
-        except (PluginError, TypeError, ValueError) as error:
+        except (PluginError, TimeoutError, TypeError, ValueError) as error:
             _logger.info("the live schema of %s cannot be had: %s", settings.meta.name, clean_line(str(error), 500))
             return
         written = manifest.drift_tracking.config_schema_hash or compute_config_schema_hash(manifest.code.config_schema)

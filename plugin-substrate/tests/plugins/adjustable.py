@@ -132,6 +132,17 @@ class Drifted(Adjustable):
         return {**SCHEMA, "title": "newer"}
 
 
+class NeverAnswers(Adjustable):
+    def get_config_schema(self):
+        time.sleep(1000)
+
+    def get_config_options(self):
+        time.sleep(1000)
+
+    def on_disable(self):
+        time.sleep(1000)
+
+
 class Undescribed(Adjustable):
     def get_config_schema(self):
         raise RuntimeError("I do not know")
