@@ -195,7 +195,11 @@ def _new_segment(folder: Path) -> _Segment:
     unlocked = path.with_suffix(".new")  # under its final name it is locked from the first moment
     file = _private(unlocked, os.O_EXCL)
     fcntl.flock(file, fcntl.LOCK_EX)
-    unlocked.rename(path)
+    try:
+        unlocked.rename(path)
+    except FileNotFoundError:  # another start came between making and locking it, and took it for an orphan
+        file.close()
+        return _new_segment(folder)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from plm_shared.ledger import LedgerRecord
@@ -30,6 +32,28 @@ def test_two_processes_share_a_spool_folder_and_only_the_dead_ones_segment_is_ad
     assert list(part.records) == records(2)
     for spool in (living, later):
         spool.release()
+
+
+def test_a_start_that_comes_while_a_segment_is_made_disturbs_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool, starts = Spool(tmp_path, max_bytes=10_000), []
+    lock = fcntl.flock
+
+    def another_start_first(file: Any, how: int) -> None:
+        monkeypatch.setattr("plm_shared.spool.fcntl.flock", lock)
+        starts.append(Spool(tmp_path, max_bytes=10_000))
+        lock(file, how)
+
+    monkeypatch.setattr("plm_shared.spool.fcntl.flock", another_start_first)
+    spool.append(records(1))
+    assert len(starts) == 1
+    spool.release()
+    later = Spool(tmp_path, max_bytes=10_000)
+    part = later.take(10, 10_000)
+    assert part is not None
+    assert list(part.records) == records(1)
+    later.release()
 
 
 def test_a_spool_at_its_limit_waits_until_the_database_has_caught_up(tmp_path: Path) -> None:
