@@ -85,9 +85,7 @@ class Spool:
         data = b"".join(_line(record) for record in records)
         segment = self._make_room(len(data))
         try:
-            segment.file.seek(segment.size)
-            segment.file.write(data)
-            segment.file.flush()
+            _write_at(segment.file.fileno(), data, segment.size)
             os.fdatasync(segment.file.fileno())
         except OSError:
             segment.full = True  # after a failed flush nobody knows what the disk holds: never write here again
@@ -183,6 +181,14 @@ class Spool:
             file.write(line)
             file.flush()
             os.fdatasync(file.fileno())
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Past any buffer: one would try again, when the file is closed, what the disk refused."""
+    left = memoryview(data)
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
 
 
 def _private(path: Path, flags: int) -> BinaryIO:

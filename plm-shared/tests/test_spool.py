@@ -102,13 +102,15 @@ from plm_shared.spool import Spool
 spool = Spool(Path(sys.argv[1]), max_bytes=1_000_000)
 good, refused, later = (LedgerRecord("telemetry_events", json.dumps({"n": n, "x": "x" * 600})) for n in range(3))
 spool.append([good])
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 try:
     spool.append([refused])
 except OSError as error:
     print(type(error).__name__)
 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 spool.append([later])
+spool.release()
+spool = Spool(Path(sys.argv[1]), max_bytes=1_000_000)
 while (part := spool.take(1, 10_000) if not spool.wait_until_empty(0) else None) is not None:
     print(*(record.columns["n"] for record in part.records))
     spool.done(part)
@@ -116,8 +118,9 @@ spool.release()
 """
 
 
-def test_what_the_disk_refused_is_not_in_the_spool_and_the_rest_goes_on(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", LIMITED_SPOOL, str(tmp_path)]
+@pytest.mark.parametrize("limit", [640, 1000])
+def test_what_the_disk_refused_is_not_in_the_spool_and_the_rest_goes_on(tmp_path: Path, limit: int) -> None:
+    words = [sys.executable, "-c", LIMITED_SPOOL, str(tmp_path), str(limit)]
     said = subprocess.run(words, capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["OSError", "0", "2"]
     assert said.stderr == ""
