@@ -355,6 +355,11 @@ def test_installed_packages_add_kinds_and_one_that_fails_prevents_the_start(monk
     monkeypatch.setattr(registry_module, "entry_points", lambda group: found if group == EVALUATORS_GROUP else [])
     monkeypatch.setattr(EntryPoint, "load", lambda self: Stub if self.name == "stub" else 1 / 0)
     assert EvaluatorRegistry.installed().kinds == ("cedar", "json_schema", "list", "regex", "stub")
+    for odd in ("odd", NoConfig, type("Odd", (), {"kind": "odd"})):
+        monkeypatch.setattr(EntryPoint, "load", lambda _, odd=odd: odd)
+        with pytest.raises(InvalidRequest, match=r"stub .* cannot be loaded: TypeError: it is no evaluator class"):
+            EvaluatorRegistry.installed()
+    monkeypatch.setattr(EntryPoint, "load", lambda self: Stub if self.name == "stub" else 1 / 0)
     found.append(entry("broken", "gone:Thing"))
     with pytest.raises(InvalidRequest, match=r"broken \(gone:Thing\) cannot be loaded: ZeroDivisionError"):
         EvaluatorRegistry.installed()

@@ -116,7 +116,11 @@ class ParallelPolicyEvaluator:
             except RuntimeError:
                 logger.warning("an evaluator ended after the event loop that had asked it")
 
-        threading.Thread(target=work, name=f"evaluator-{evaluator.kind}", daemon=True).start()
+        try:
+            threading.Thread(target=work, name=f"evaluator-{evaluator.kind}", daemon=True).start()
+        except RuntimeError:  # the machine has no thread left
+            self._threads.release()
+            raise
         await done.wait()
         if failure:
             raise RuntimeError(f"{type(failure[0]).__name__}: {failure[0]}") from failure[0]

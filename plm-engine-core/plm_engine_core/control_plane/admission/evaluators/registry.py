@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from importlib.metadata import entry_points
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from plm_engine_core.control_plane.admission.evaluators.cedar import CedarEvaluator
 from plm_engine_core.control_plane.admission.evaluators.evaluator import Evaluator
@@ -42,7 +43,7 @@ class EvaluatorRegistry:
         kinds = list(BUILT_IN)
         for entry in sorted(entry_points(group=EVALUATORS_GROUP), key=lambda found: found.name):
             try:
-                kinds.append(entry.load())
+                kinds.append(_evaluator_class(entry.load()))
             except Exception as error:
                 if entry.name not in optional:
                     words = (
@@ -81,3 +82,16 @@ class EvaluatorRegistry:
         except ValueError as error:
             raise InvalidRequest(f"{place}.config: {error}", field=f"{place}.config") from error
         return Configured(name=spec.name, evaluator=evaluator, gate=spec.gate, timeout_seconds=spec.timeout_ms / 1000)
+
+
+def _evaluator_class(loaded: Any) -> type[Evaluator]:
+    schema = getattr(loaded, "config_schema", None)
+    if not (
+        isinstance(loaded, type)
+        and isinstance(getattr(loaded, "kind", None), str)
+        and isinstance(schema, type)
+        and issubclass(schema, BaseModel)
+        and callable(getattr(loaded, "evaluate", None))
+    ):
+        raise TypeError("it is no evaluator class: those have kind, config_schema and evaluate")
+    return loaded
