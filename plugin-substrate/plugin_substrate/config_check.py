@@ -10,16 +10,15 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
 from plugin_substrate.errors import PluginConfigError
+from plugin_substrate.schema_keywords import Budget, TooMuchError, bounded_validator
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-MAX_STEPS = 100_000
 MAX_PATTERN_CHARACTERS = 1000
-PATTERN_SECONDS = 0.1
 MAX_VIOLATIONS = 100
 MAX_CONFIG_BYTES = 1 << 20
 
@@ -100,33 +99,17 @@ class SchemaChecker:
         except SchemaError as error:
             raise _RefusedError(f"{_place(error.absolute_path) or 'it'}: {error.message[:200]}") from error
 
-    def unknown_keys(self, config: Mapping[str, Any]) -> list[str]:
-        """Return the top-level keys that no property and no pattern of the schema names."""
-        schema = self._schema
-        properties = schema.get("properties")
-        open_end = schema.get("additionalProperties", schema.get("unevaluatedProperties", False))
-        if not isinstance(properties, dict) or open_end is not False:
-            return []  # it says itself what else may stand there, and is believed
-        patterns = schema.get("patternProperties", {})
-        return sorted(
-            key for key in config if key not in properties and not any(_found(pattern, key) for pattern in patterns)
-        )
-
-    def unknown_text(self) -> str:
-        """Return why an unknown key is wrong, naming those there are."""
-        return f"is no setting; there are: {', '.join(sorted(self._schema['properties'])) or 'none'}"
-
     def violations(self, config: Mapping[str, Any]) -> list[tuple[str, str]]:
         """Return every violation, as place and reason."""
         from referencing.exceptions import Unresolvable
 
         found: dict[tuple[str, str], None] = {}
         try:
-            for error in _validator(self._bounded, _Steps()).iter_errors(config):
+            for error in bounded_validator(self._bounded, Budget()).iter_errors(config):
                 found[_violation(error)] = None
                 if len(found) >= MAX_VIOLATIONS:
                     break
-        except _TooMuchError as error:
+        except TooMuchError as error:
             found["", str(error)] = None
         except RecursionError:
             found["", "the schema refers to itself without end"] = None
@@ -134,23 +117,30 @@ class SchemaChecker:
             found["", f"the schema refers to what it does not have: {error.ref!r:.80}"] = None
         return sorted(found)
 
+    def unknown_keys(self, config: Mapping[str, Any]) -> list[str]:
+        """Return the top-level keys that no property and no pattern of the schema names.
+
+        Those that no pattern can be asked about in time are not among them: `violations` says so.
+        """
+        schema, budget = self._schema, Budget()
+        properties = schema.get("properties")
+        open_end = schema.get("additionalProperties", schema.get("unevaluatedProperties", False))
+        if not isinstance(properties, dict) or open_end is not False:
+            return []  # it says itself what else may stand there, and is believed
+        patterns = schema.get("patternProperties", {})
+        others = [key for key in config if key not in properties]
+        try:
+            return sorted(key for key in others if not any(budget.found(pattern, key) for pattern in patterns))
+        except TooMuchError:
+            return []
+
+    def unknown_text(self) -> str:
+        """Return why an unknown key is wrong, naming those there are."""
+        return f"is no setting; there are: {', '.join(sorted(self._schema['properties'])) or 'none'}"
+
 
 class _RefusedError(Exception):
     """The schema cannot be used; the text says why."""
-
-
-class _TooMuchError(Exception):
-    """The check took too many steps, or a pattern too long."""
-
-
-class _Steps:
-    def __init__(self) -> None:
-        self.left = MAX_STEPS
-
-    def take(self) -> None:
-        self.left -= 1
-        if self.left < 0:
-            raise _TooMuchError(f"checking it takes more than {MAX_STEPS} steps; the schema is too involved")
 
 
 @lru_cache(maxsize=64)
@@ -220,95 +210,6 @@ def _objects(value: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield place, value
     for key, below in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield from _objects(below, f"{place}.{key}" if isinstance(key, str) else f"{place}[{key}]")
-
-
-def _validator(schema: Mapping[str, Any], steps: _Steps) -> Any:
-    """Return a validator whose every keyword costs a step, and whose patterns cost bounded time."""
-    from jsonschema import Draft202012Validator
-    from jsonschema.validators import extend
-    from referencing import Registry
-
-    own: dict[str, Callable[..., Iterator[Any]]] = {"pattern": _pattern, "patternProperties": _pattern_properties}
-    own |= {"additionalProperties": _additional_properties, "uniqueItems": _unique_items, "required": _required}
-    keywords = {**Draft202012Validator.VALIDATORS, **own}
-    counted = {name: _counted(function, steps) for name, function in keywords.items()}
-    return extend(Draft202012Validator, counted)(schema, registry=Registry())
-
-
-def _counted(function: Callable[..., Iterable[Any] | None], steps: _Steps) -> Callable[..., Iterable[Any] | None]:
-    def check(validator: Any, value: Any, instance: Any, schema: Any) -> Iterable[Any] | None:
-        steps.take()
-        return function(validator, value, instance, schema)
-
-    return check
-
-
-def _pattern(_validator: Any, pattern: str, instance: Any, _schema: Any) -> Iterator[Any]:
-    from jsonschema import ValidationError
-
-    if isinstance(instance, str) and not _found(pattern, instance):
-        yield ValidationError(f"{instance!r:.80} does not match {pattern!r}")
-
-
-def _pattern_properties(validator: Any, patterns: Any, instance: Any, _schema: Any) -> Iterator[Any]:
-    if not isinstance(instance, dict):
-        return
-    for pattern, below in patterns.items():
-        for key, value in instance.items():
-            if _found(pattern, key):
-                yield from validator.descend(value, below, path=key, schema_path=pattern)
-
-
-def _additional_properties(validator: Any, below: Any, instance: Any, schema: Any) -> Iterator[Any]:
-    from jsonschema import ValidationError
-
-    if not isinstance(instance, dict):
-        return
-    patterns, properties = schema.get("patternProperties", {}), schema.get("properties", {})
-    for key, value in instance.items():
-        if key in properties or any(_found(pattern, key) for pattern in patterns):
-            continue
-        if below is False:
-            yield ValidationError("is no setting", path=[key])
-        else:
-            yield from validator.descend(value, below, path=key)
-
-
-def _required(_validator: Any, names: Any, instance: Any, _schema: Any) -> Iterator[Any]:
-    from jsonschema import ValidationError
-
-    for name in names if isinstance(instance, dict) else ():
-        if name not in instance:
-            yield ValidationError("is missing", path=[name])
-
-
-def _unique_items(_validator: Any, wanted: Any, instance: Any, _schema: Any) -> Iterator[Any]:
-    from jsonschema import ValidationError
-
-    if wanted and isinstance(instance, list):
-        texts = {json.dumps(_numbers_alike(item), sort_keys=True) for item in instance}
-        if len(texts) < len(instance):
-            yield ValidationError("has the same item twice")
-
-
-def _numbers_alike(value: Any) -> Any:
-    """Return a value in which 1.0 is written 1, as JSON Schema holds them equal."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, list):
-        return [_numbers_alike(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _numbers_alike(item) for key, item in value.items()}
-    return value
-
-
-def _found(pattern: str, text: str) -> bool:
-    import regex
-
-    try:
-        return regex.search(pattern, text, timeout=PATTERN_SECONDS) is not None
-    except TimeoutError:
-        raise _TooMuchError(f"the pattern {pattern!r:.80} takes longer than {PATTERN_SECONDS} s") from None
 
 
 def _violation(error: Any) -> tuple[str, str]:

@@ -137,12 +137,28 @@ def doubling(levels: int) -> dict[str, Any]:
         ({"properties": {"a": {"pattern": "^(a|a)*$"}}}, {"a": "a" * 5000 + "!"}, "takes longer than"),
         ({"properties": {"a": {"pattern": "^(a+)+$"}}}, {"a": "a" * 5000 + "!"}, "takes longer than"),
         ({"patternProperties": {"^(a|a)*$": False}}, {"a" * 5000 + "!": 1}, "takes longer than"),
+        ({"properties": {"b": {}}, "patternProperties": {"^(a|a)*$": {}}}, {"a" * 5000 + "!": 1}, "takes longer than"),
+        (
+            {"properties": {"a": {"items": {"allOf": [{"pattern": f"^(a?){{{n}}}a*b|"} for n in range(90)]}}}},
+            {"a": ["a" * 400] * 400},
+            " longer than ",
+        ),
         ({"$ref": "#"}, {}, "without end"),
         ({"$schema": DIALECT, "$ref": "#"}, {}, "without end"),
         ({"$ref": "#/$defs/nothing"}, {}, "refers to what it does not have"),
         (doubling(40), {}, "too involved"),
     ],
-    ids=["alternation", "nesting", "keys", "loop", "loop by dialect", "dangling", "doubling"],
+    ids=[
+        "alternation",
+        "nesting",
+        "keys",
+        "unknown keys",
+        "many slow ones",
+        "loop",
+        "loop by dialect",
+        "dangling",
+        "doubling",
+    ],
 )
 def test_a_schema_that_would_never_end_ends(schema: dict[str, Any], config: dict[str, Any], reason: str) -> None:
     assert reason in str(wrong(config, schema))

@@ -65,7 +65,7 @@ class ConfiguringVerbs(ManagerState):
         self._home.adopt()
         instance = self._instances.get(instance_id)
         meta = instance.settings.meta
-        await instance.reconfigure(effective_config(meta.name, meta.config_schema, config, strict=strict))
+        await instance.reconfigure(await checked_config(meta, config, strict=strict))
         return instance.view()
 
     async def update_plugin_config_async(
@@ -101,7 +101,7 @@ class ConfiguringVerbs(ManagerState):
         kept = await asyncio.to_thread(self._config_store.get, meta.name) if default_instance else None
         if not config and kept is not None:
             config, strict = kept.config, False
-        whole = effective_config(meta.name, meta.config_schema, config or {}, strict=strict)
+        whole = await checked_config(meta, config or {}, strict=strict)
         return whole, kept.enabled if kept is not None else True
 
     async def _persist(self, instance: LoadedInstance, enabled: bool) -> None:
@@ -133,6 +133,13 @@ class ConfiguringVerbs(ManagerState):
             settings.meta.name,
             settings.meta.name,
         )
+
+
+async def checked_config(meta: PluginMeta, config: Mapping[str, Any], *, strict: bool) -> dict[str, Any]:
+    """Check a configuration beside the event loop: a schema that is foreign may take seconds."""
+    if not meta.config_schema:
+        return effective_config(meta.name, {}, config)
+    return await asyncio.to_thread(effective_config, meta.name, meta.config_schema, config, strict=strict)
 
 
 def _options_of(answer: object) -> dict[str, FieldOptions]:

@@ -10,9 +10,8 @@ from functools import partial
 from typing import Any
 
 from plugin_substrate.concurrent_loading import result_keys, run_concurrently
-from plugin_substrate.config_check import effective_config
 from plugin_substrate.errors import PluginError
-from plugin_substrate.managing.configuring import ConfiguringVerbs
+from plugin_substrate.managing.configuring import ConfiguringVerbs, checked_config
 from plugin_substrate.managing.finding import FindingVerbs
 from plugin_substrate.managing.secrets import SecretVerbs
 from plugin_substrate.manifest import NAME_PATTERN
@@ -143,8 +142,7 @@ class LoadingVerbs(FindingVerbs, ConfiguringVerbs, SecretVerbs):
         instance = self._instances.get(instance_id)
         settings = instance.settings
         if config is not None:
-            schema = settings.meta.config_schema
-            settings = replace(settings, config=effective_config(settings.meta.name, schema, config, strict=strict))
+            settings = replace(settings, config=await checked_config(settings.meta, config, strict=strict))
         await instance.restart(settings)
         return instance.view()
 
