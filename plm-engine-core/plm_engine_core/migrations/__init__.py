@@ -7,17 +7,14 @@ statement is sent, because the engine's tables refer to plm-shared's.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from plm_shared.addresses import sqlalchemy_url
 from plm_shared.migrations import stored_revision
-
-if TYPE_CHECKING:
-    from alembic.config import Config
+from plm_shared.migrations.chain import config_of, revisions_of
 
 __all__ = ["VERSION_TABLE", "KernelSchemaMissing", "current", "downgrade", "revisions", "upgrade"]
 
 VERSION_TABLE = "alembic_version_plm_engine_core"
+_FOLDER = Path(__file__).parent
 
 
 class KernelSchemaMissing(RuntimeError):
@@ -40,14 +37,14 @@ def upgrade(dsn: str, revision: str = "head") -> None:
     """
     from alembic import command
 
-    command.upgrade(_config(dsn), revision)
+    command.upgrade(config_of(_FOLDER, dsn), revision)
 
 
 def downgrade(dsn: str, revision: str = "base") -> None:
     """Take the engine's tables back to a revision; plm-shared's stay. Data of the tables that go is lost."""
     from alembic import command
 
-    command.downgrade(_config(dsn), revision)
+    command.downgrade(config_of(_FOLDER, dsn), revision)
 
 
 def current(dsn: str) -> str | None:
@@ -56,15 +53,5 @@ def current(dsn: str) -> str | None:
 
 
 def revisions() -> list[str]:
-    """Every revision there is here, oldest first: each file of ``versions/`` begins with its number."""
-    return sorted(path.name.partition("_")[0] for path in (Path(__file__).parent / "versions").glob("[0-9]*_*.py"))
-
-
-def _config(dsn: str) -> Config:
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["url"] = sqlalchemy_url(dsn)
-    return config
+    """Every revision there is here, oldest first."""
+    return revisions_of(_FOLDER)

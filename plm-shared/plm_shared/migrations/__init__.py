@@ -7,30 +7,28 @@ change is a new revision, and the engine's own revisions live in its own chain w
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from plm_shared.addresses import driver_dsn, sqlalchemy_url
-
-if TYPE_CHECKING:
-    from alembic.config import Config
+from plm_shared.addresses import driver_dsn
+from plm_shared.migrations.chain import config_of, revisions_of
 
 __all__ = ["VERSION_TABLE", "current", "downgrade", "revisions", "sql_for", "stored_revision", "upgrade"]
 
 VERSION_TABLE = "alembic_version_plm_shared"
+_FOLDER = Path(__file__).parent
 
 
 def upgrade(dsn: str, revision: str = "head") -> None:
     """Bring the database up to a revision; does nothing when it is there. All steps are one transaction."""
     from alembic import command
 
-    command.upgrade(_config(dsn), revision)
+    command.upgrade(config_of(_FOLDER, dsn), revision)
 
 
 def downgrade(dsn: str, revision: str = "base") -> None:
     """Take the database back to a revision. Data of the tables that go is lost; roles of the cluster may stay."""
     from alembic import command
 
-    command.downgrade(_config(dsn), revision)
+    command.downgrade(config_of(_FOLDER, dsn), revision)
 
 
 def current(dsn: str) -> str | None:
@@ -39,8 +37,8 @@ def current(dsn: str) -> str | None:
 
 
 def revisions() -> list[str]:
-    """Every revision there is here, oldest first: each file of ``versions/`` begins with its number."""
-    return sorted(path.name.partition("_")[0] for path in (Path(__file__).parent / "versions").glob("[0-9]*_*.py"))
+    """Every revision there is here, oldest first."""
+    return revisions_of(_FOLDER)
 
 
 def stored_revision(dsn: str, version_table: str) -> str | None:
@@ -68,17 +66,7 @@ def sql_for(revision: str = "head") -> str:
     from alembic import command
 
     script = io.StringIO()
-    config = _config("postgresql://")
+    config = config_of(_FOLDER, "postgresql://")
     config.output_buffer = script
     command.upgrade(config, revision, sql=True)
     return script.getvalue()
-
-
-def _config(dsn: str) -> Config:
-    from alembic.config import Config
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent).replace("%", "%%"))
-    config.set_main_option("path_separator", "os")
-    config.attributes["url"] = sqlalchemy_url(dsn)
-    return config

@@ -1,50 +1,8 @@
-"""Alembic's entry: connects, takes the migration lock, runs the revisions in one transaction."""
+"""Alembic's entry."""
 
 from __future__ import annotations
 
-import os
-
-from alembic import context
-from sqlalchemy import create_engine, pool, text
-
-from plm_shared.addresses import sqlalchemy_url
 from plm_shared.migrations import VERSION_TABLE
+from plm_shared.migrations.chain import run
 
-_LOCK = 0x706C6D02  # two upgrades at once wait for each other
-
-
-def _url() -> str:
-    url = context.config.attributes.get("url")
-    if url:
-        return str(url)
-    address = os.environ.get("PG_DSN")
-    if not address:
-        raise RuntimeError("PG_DSN is not set; set it to postgresql+psycopg://user:password@host:5432/database")
-    return sqlalchemy_url(address)
-
-
-def _run_offline() -> None:
-    # The default parameter style would print every % of a function body twice.
-    context.configure(
-        dialect_name="postgresql",
-        dialect_opts={"paramstyle": "named"},
-        version_table=VERSION_TABLE,
-        literal_binds=True,
-    )
-    with context.begin_transaction():
-        context.run_migrations()
-
-
-def _run_online() -> None:
-    engine = create_engine(_url(), poolclass=pool.NullPool)
-    with engine.begin() as connection:
-        connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-        context.configure(connection=connection, version_table=VERSION_TABLE)
-        with context.begin_transaction():
-            context.run_migrations()
-
-
-if context.is_offline_mode():
-    _run_offline()
-else:
-    _run_online()
+run(version_table=VERSION_TABLE, lock=0x706C6D02)
