@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -131,9 +131,9 @@ def _written(folder: Path) -> Iterator[tuple[BinaryIO, Path]]:
     """A file of our own in the folder, locked; whatever is not renamed in the block is removed."""
     with _locked(folder):
         _remove_orphans(folder)
-        descriptor, name = tempfile.mkstemp(dir=folder, prefix=_PARTIAL)
+        partial = folder / f"{_PARTIAL}{uuid.uuid4().hex}"
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-    partial = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file, partial
