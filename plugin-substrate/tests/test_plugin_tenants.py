@@ -23,7 +23,7 @@ from plugin_substrate import (
     PluginTimeoutError,
     WorkerDiedError,
 )
-from plugin_substrate.manifest import manifest_to_dict, parse_manifest
+from plugin_substrate.manifest import DriftSection, compute_config_schema_hash, manifest_to_dict, parse_manifest
 from plugin_substrate.worker_folder import NO_TENANT_FOLDER, SHARED_FOLDER, tenant_folder
 
 PLACES = 3
@@ -164,6 +164,15 @@ async def test_knowing_the_path_of_anothers_folder_or_log_is_of_no_use(keeper: P
         assert {attempt for attempt, outcome in seen.items() if outcome == "done"} <= {"link"}
     logs = await ask(keeper, "look_into", B, folder=str(tmp_path / "logs"))
     assert logs["list"] == "PermissionError"
+
+
+async def test_loading_for_a_tenant_starts_that_tenants_worker_alone(manager: PluginManager, probe_meta: Any) -> None:
+    meta = probe_meta("Keeper", "keeper", "keeper")
+    checked = DriftSection(config_schema_hash=compute_config_schema_hash({}))  # so that it is asked for its schema
+    await manager.load_plugin_async(replace(meta, manifest=replace(meta.manifest, drift_tracking=checked)), tenant_id=A)
+    (worker,) = manager.get_instance("keeper").workers
+    assert (worker.tenant_id, worker.alive) == (A, True)
+    assert await ask(manager, "pid", A) == worker.pid
 
 
 # -- confidential runs
