@@ -30,8 +30,8 @@ def journal(plugins_dir: Path) -> Callable[[str], list[str]]:
     """The lines written for a step key."""
 
     def lines(step_key: str) -> list[str]:
-        folder = plugins_dir / "data" / "report-writer" / "blocking-lists"
-        written = [line for file in folder.iterdir() for line in file.read_text().splitlines()]
+        files = plugins_dir.glob("data/report-writer/*/blocking-lists/*")
+        written = [line for file in files for line in file.read_text().splitlines()]
         return [line for line in written if json.loads(line)["step_key"] == step_key]
 
     return lines
