@@ -99,7 +99,7 @@ def machine_layers(seen: set[str] | None = None) -> list[LayerReport]:
 
 
 def _detail(name: str, abi: int, stops: str) -> str:
-    if name == "pid_namespace":
+    if name in ("pid_namespace", "descendants_swept"):
         return f"{stops}; for plugins that may have processes"
     missing = [what for since, what in _LANDLOCK_ADDS.items() if abi < since] if name == "landlock" else []
     return f"{stops}; this kernel's does not cover {', '.join(missing)}" if missing else stops

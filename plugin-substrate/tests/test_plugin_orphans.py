@@ -77,6 +77,7 @@ def test_what_a_killed_supervisor_leaves_behind_without_namespaces_is_swept(
 ) -> None:
     host = doomed("no namespaces")
     assert "pid_namespace" not in host.layers
+    assert "descendants_swept" in host.layers, "and the record says so"
     signal.pidfd_send_signal(host.supervisor, signal.SIGKILL)
     wait_for_the_end(host.descriptors)
 

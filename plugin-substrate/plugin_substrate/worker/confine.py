@@ -102,7 +102,7 @@ def _confine_on_linux(confinement: Confinement) -> list[str]:
     profile = confinement.profile
     if not confinement.apart:  # there, nobody can see the parent
         die_with_parent(signal.SIGKILL, confinement.parent)
-    layers = ["memory_sampled", "parent_death_signal", *(["pid_namespace"] if confinement.apart else [])]
+    layers = ["memory_sampled", "parent_death_signal", *_end_of_descendants(confinement)]
     if confinement.own_uid is not None and os.getresuid() == (confinement.own_uid,) * 3:
         layers.append(f"own_uid:{confinement.own_uid}")
     if privileges.drop_capabilities(platform.machine()):
@@ -119,6 +119,13 @@ def _confine_on_linux(confinement: Confinement) -> list[str]:
     if seccomp.install(rules):
         layers.append("seccomp")
     return layers
+
+
+def _end_of_descendants(confinement: Confinement) -> list[str]:
+    """Return what ends the processes that a plugin may have: the kernel, or who of us finds them."""
+    if confinement.apart:
+        return ["pid_namespace"]
+    return ["descendants_swept"] if confinement.profile.processes else []
 
 
 def _file_rules(confinement: Confinement) -> Iterator[tuple[str, Access]]:

@@ -14,6 +14,7 @@ from plugin_substrate.worker.isolation import IsolationProfile
 
 _FILLED_PER_SECOND = 4 << 30  # bytes that a few threads can touch for the first time
 _SHORTEST, _LONGEST, _LONGEST_OF_TREE = 0.01, 0.5, 0.1  # seconds between samples
+_UNREAPED = 1000  # ended processes that nobody has waited for yet; they take nothing but numbers
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -36,13 +37,15 @@ class Sample:
 
 def look_at(pid: int, profile: IsolationProfile) -> Sample:
     """Sample the tree below a worker; what ends meanwhile counts for nothing."""
-    pids = [pid] if not profile.processes else _tree(pid, profile.processes + 2)
-    resident = sum(map(_resident_bytes, pids))
+    most = profile.processes + _UNREAPED
+    pids = [pid] if not profile.processes else _tree(pid, most + 2)
+    sizes = [size for size in map(_resident_bytes, pids) if size]  # the dead have none
+    resident, living = sum(sizes), max(0, len(sizes) - 1)
     excess = None
     if resident > profile.memory_bytes:
         excess = Excess("memory", resident, profile.memory_bytes)
-    elif len(pids) - 1 > profile.processes:
-        excess = Excess("processes", len(pids) - 1, profile.processes)
+    elif living > profile.processes or len(pids) - 1 > most:
+        excess = Excess("processes", max(living, len(pids) - 1 - _UNREAPED), profile.processes)
     longest = _LONGEST_OF_TREE if profile.processes else _LONGEST
     room = (profile.memory_bytes - resident) / _FILLED_PER_SECOND
     return Sample(excess, min(max(room, _SHORTEST), longest))

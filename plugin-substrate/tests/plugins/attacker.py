@@ -312,6 +312,15 @@ class Attacker(PluginInterface):
         done = subprocess.run([sys.executable, "-c", "print(6 * 7)"], capture_output=True, text=True, check=False)
         return done.stdout.strip() or done.stderr
 
+    @plugin_action("attacker.honest_zombies")
+    def honest_zombies(self, count):
+        """End children without waiting for them, and stay long enough to be looked at more than once."""
+        for _ in range(count):
+            if os.fork() == 0:
+                os._exit(0)
+        time.sleep(0.3)
+        return count
+
     @plugin_action("attacker.honest_library_use")
     def honest_library_use(self):
         """Use what ordinary code uses without thinking about it."""
