@@ -16,9 +16,22 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plugin_substrate import InputFile, PluginManager, PluginMeta, ProtocolError, WireValueError, WorkerDiedError
+from plugin_substrate import (
+    CallContext,
+    InputFile,
+    PluginError,
+    PluginManager,
+    PluginMeta,
+    ProtocolError,
+    WireValueError,
+    WorkerDiedError,
+)
+from plugin_substrate.deaths import WorkerExit
 from plugin_substrate.lifecycle import Supervisor, WorkerProcess
-from plugin_substrate.worker.frames import Frame, encode_frame
+from plugin_substrate.pending_call import PendingCall
+from plugin_substrate.pending_stream import PendingStream
+from plugin_substrate.proxy import RemotePluginProxy
+from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, encode_frame
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.messages import Inbox, encode_message
 from plugin_substrate.worker.parked import MAX_PARKED, PARK_BYTES
@@ -272,3 +285,70 @@ async def test_a_worker_that_hears_what_it_cannot_understand_ends_and_says_why(
     assert (await asyncio.wait_for(worker.exit, 30)).returncode == 1
     assert select.select([worker.log_descriptor], [], [], 0)[0]
     assert b"Traceback" in os.read(worker.log_descriptor, 1 << 16)
+
+
+# -- the host, whatever a worker says
+
+frame_types = st.sampled_from(
+    [
+        "hello",
+        "ready",
+        "load_failed",
+        "loading",
+        "log",
+        "progress",
+        "usage",
+        "chunks",
+        "result",
+        "error",
+        "unloaded",
+        "no-such-thing",
+    ]
+)
+said = st.fixed_dictionaries(
+    {"type": frame_types | json_values},
+    optional={
+        "id": st.sampled_from(["call", "stream", "nobody"]) | json_values,
+        "protocol": st.just(PROTOCOL_VERSION) | json_values,
+        "python": st.just("3.11.7") | json_values,
+        "layers": st.lists(st.text(), max_size=2) | json_values,
+        **dict.fromkeys(("line", "message", "phase"), st.text() | json_values),
+        **dict.fromkeys(("progress", "usage", "error", "seconds", "spent", "counts"), json_values),
+    },
+)
+sent_segments = st.lists(st.sampled_from([b"1", b"{}", b'{"$":"bytes","segment":0}', b"", b"\xff"]), max_size=3)
+
+
+@given(st.lists(st.tuples(said, sent_segments), max_size=5), st.binary(max_size=20))
+def test_whatever_a_worker_says_ends_its_calls_typed_and_never_harms_the_host(
+    frames: list[tuple[dict[str, Any], list[bytes]]], rest: bytes
+) -> None:
+    """The worker is a process that only sleeps; the test speaks in its place, then its end of the socket is closed."""
+    asyncio.run(hear(b"".join(piece for frame in frames for piece in encode_frame(*frame)) + rest))
+
+
+async def hear(data: bytes) -> None:
+    faults: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda _, context: faults.append(context))
+    sleeper = await asyncio.create_subprocess_exec("sleep", "1000")
+    here, there = socket.socketpair()
+    reading, writing = os.pipe()
+    exit_: asyncio.Future[WorkerExit] = loop.create_future()
+    process = WorkerProcess(
+        connection=here, log_descriptor=reading, pid=sleeper.pid, pidfd=os.pidfd_open(sleeper.pid), exit=exit_
+    )
+    proxy = RemotePluginProxy(process)
+    calls = [PendingCall(CallContext("call")), PendingStream(CallContext("stream"))]
+    for call in calls:
+        proxy.send_call(call, proxy.encode_call(call.context, (), {}))
+    with there:
+        there.sendall(data)
+    os.close(writing)
+    await sleeper.wait()
+    exit_.set_result(WorkerExit(-9))
+    await proxy.kill()
+    for call in calls:
+        error = call.value.exception()
+        assert error is None or isinstance(error, PluginError)
+    assert faults == []
