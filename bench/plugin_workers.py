@@ -22,13 +22,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import plugin_substrate
 from figures import Figure, command_line, percentile, report
 from plugin_substrate import PluginCancelledError, PluginManager, PluginMeta, WorkerDiedError
+from plugin_substrate.environments.install import compile_our_files
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manifest import CodeSection, InstallSection, ManifestV2
 
-PACKAGE = Path(plugin_substrate.__file__).parent
 HERE = Path(__file__).resolve().parent
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "20"))
 CALLS = 100 * ROUNDS
@@ -45,8 +44,8 @@ def make_environment(folder: Path) -> PluginMeta:
     (site_packages,) = (folder / "lib").glob("python*/site-packages")
     source = HERE / "plugins" / "worker_bench" / "worker_bench_plugin.py"
     (site_packages / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    compile_all = [str(folder / "bin/python"), "-m", "compileall", "-q", str(site_packages), str(PACKAGE)]
-    subprocess.run(compile_all, check=True, env={})  # as installing does
+    subprocess.run([str(folder / "bin/python"), "-m", "compileall", "-q", str(site_packages)], check=True)
+    compile_our_files(folder / "bin/python")
     return make_meta(str(folder / "bin/python"))
 
 

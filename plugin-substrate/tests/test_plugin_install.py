@@ -5,13 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import cache_from_source
 from pathlib import Path
 
 import pytest
 from plugin_substrate import PluginConfigError, PluginFatalError, PluginManager, load_manifest
 from plugin_substrate.cli import app
+from plugin_substrate.environments.install import compile_our_files
 from plugin_substrate.environments.spec import load_plugins_file
 from plugin_substrate.environments.uv import find_interpreter
+from plugin_substrate.worker import runtime
 from typer.testing import CliRunner, Result
 
 PYPROJECT = """
@@ -377,3 +380,10 @@ def test_an_installation_that_was_ended_in_its_middle_is_made_anew_by_the_next(
     assert (again.returncode, said) == (0, "tiny: installed\n")
     assert not workspace.mark.exists(), "nothing of the half-made environment is used"
     assert workspace.install().output == "tiny: unchanged\n"
+
+
+def test_what_a_supervisor_imports_is_compiled_for_its_interpreter() -> None:
+    compiled = Path(cache_from_source(runtime.__file__))
+    compiled.unlink(missing_ok=True)
+    compile_our_files(Path(sys.executable))
+    assert compiled.is_file()

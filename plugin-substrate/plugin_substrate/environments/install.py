@@ -11,6 +11,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ from plugin_substrate.environments.uv import (
     installing,
 )
 from plugin_substrate.errors import ManifestError, PluginConfigError, PluginError, PluginFatalError
-from plugin_substrate.lifecycle import interpreter_command
+from plugin_substrate.lifecycle import WORKER_MAIN, interpreter_command
 from plugin_substrate.manifest import (
     FORMAT_VERSION,
     ManifestV2,
@@ -106,6 +107,7 @@ class Installer:
         described = describe_distribution(environment_python(folder), distribution)
         if described.get("name") != spec.name:
             raise PluginConfigError(f"the plugin calls itself {described.get('name')!r}, plugins.yaml {spec.name!r}")
+        compile_our_files(environment_python(folder))
         half_done.unlink()
         write_manifest(self._manifest(spec), _manifest(described, environment_python(folder), spec))
 
@@ -151,6 +153,23 @@ class Installer:
 
     def _stamp(self, spec: PluginSpec) -> Path:
         return self._data_dir / "envs" / spec.env_name / ".cjm" / f"{spec.name}.stamp"
+
+
+def compile_our_files(python: Path) -> None:
+    """Have an interpreter compile what its supervisors will import, as they never do that themselves.
+
+    It saves them half of their start. Where our files cannot be written beside, each start compiles them anew.
+    """
+    package = WORKER_MAIN.parent.parent
+    files = [str(WORKER_MAIN.parent), str(package / "interface.py"), str(package / "errors.py")]
+    with suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [str(python), "-I", "-S", "-m", "compileall", "-q", *files],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=_DESCRIBE_SECONDS,
+            check=False,
+        )
 
 
 def describe_distribution(python: Path, distribution: str) -> dict[str, Any]:
