@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from plugin_substrate.declarations import PluginTaxonomy
 from plugin_substrate.errors import (
     CallNotStartedError,
     ErrorCategory,
@@ -40,7 +41,8 @@ from plugin_substrate.interface import (
     collect_plugin_actions,
     plugin_action,
 )
-from plugin_substrate.manager import PluginManager
+from plugin_substrate.manager import PluginBinding, PluginManager
+from plugin_substrate.managing.secrets import WorkerEnvStatus
 from plugin_substrate.manifest import ManifestV2, load_manifest, write_manifest
 from plugin_substrate.metadata import (
     CallResult,
@@ -88,6 +90,7 @@ __all__ = [
     "ManifestV2",
     "OutputFile",
     "PermissiveScheduler",
+    "PluginBinding",
     "PluginCancelledError",
     "PluginConfigError",
     "PluginConfinementError",
@@ -104,6 +107,7 @@ __all__ = [
     "PluginNotLoadedError",
     "PluginResourceError",
     "PluginStats",
+    "PluginTaxonomy",
     "PluginTimeoutError",
     "PluginTransientError",
     "ProtocolError",
@@ -121,6 +125,7 @@ __all__ = [
     "TracebackPolicy",
     "WireValueError",
     "WorkerDiedError",
+    "WorkerEnvStatus",
     "WorkerOOMError",
     "WorkerStats",
     "WorkerView",
