@@ -49,7 +49,7 @@ def _kill_all(left_behind: Callable[[int], bool]) -> int:
             with suppress(ProcessLookupError, PermissionError):
                 descriptor = os.pidfd_open(pid)
                 try:
-                    if left_behind(pid) and _gained_nothing(pid):
+                    if left_behind(pid) and _may_be_ours(pid):
                         signal.pidfd_send_signal(descriptor, signal.SIGKILL)
                 finally:
                     os.close(descriptor)
@@ -78,9 +78,15 @@ def _host_is_dead(mark: str) -> bool:
     return pid.isdecimal() and start.isdecimal() and _start_of(int(pid)) != start
 
 
-def _gained_nothing(pid: int) -> bool:
+def _may_be_ours(pid: int) -> bool:
+    """Whether a process has no new privileges, and lives in the namespace where its mark's numbers mean what they say.
+
+    Below us there may be containers with hosts of their own: to us their marks would all seem to be of dead ones.
+    """
     with suppress(OSError):
-        return "\nNoNewPrivs:\t1\n" in (_PROC / str(pid) / "status").read_text(encoding="utf-8", errors="replace")
+        lines = (_PROC / str(pid) / "status").read_text(encoding="utf-8", errors="replace").splitlines()
+        numbers = next((line.split()[1:] for line in lines if line.startswith("NSpid:")), [])
+        return len(numbers) == 1 and "NoNewPrivs:\t1" in lines
     return False
 
 

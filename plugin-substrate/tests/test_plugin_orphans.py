@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from plugin_substrate import PluginManager, PluginMeta, write_manifest
 from plugin_substrate.sweep import MARK_VARIABLE, sweep_dead_hosts, sweep_supervisor
+from plugin_substrate.testing.leftovers import descendants
 
 DOOMED_HOST = Path(__file__).parent / "plugins" / "doomed_host.py"
 
@@ -109,6 +111,33 @@ def test_a_stranger_is_never_swept() -> None:
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_what_lives_in_a_container_is_not_taken_for_what_a_dead_host_left() -> None:
+    """There the host that a mark names is alive under a number that means nobody here."""
+    command = ["unshare", "--user", "--pid", "--fork", "setpriv", "--no-new-privs", "sleep", "1000"]
+    container = subprocess.Popen(command, env={MARK_VARIABLE: "1.1.container", "PATH": os.environ["PATH"]})
+    try:
+        inside = inside_of(container)
+        sweep_dead_hosts()
+        assert not ended(inside)
+    finally:
+        signal.pidfd_send_signal(inside, signal.SIGKILL)
+        os.close(inside)
+        container.kill()
+        container.wait()
+
+
+def inside_of(container: subprocess.Popen[bytes]) -> int:
+    """Return a descriptor of what a container runs, once it runs with no new privileges."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        for process in descendants(container.pid):
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            if "Name:\tsleep\n" in status and "NoNewPrivs:\t1\n" in status:
+                return os.pidfd_open(process.pid)
+        time.sleep(0.005)
+    raise AssertionError("nothing came up")
 
 
 def ended(descriptor: int) -> bool:
