@@ -168,7 +168,11 @@ def _check_capabilities(registry: CapabilityRegistry, manager: PluginManager) ->
     for capability in registry:
         meta = manager.get_discovered_meta(capability.plugin)
         if meta is None:
-            logger.warning("plugin %s of %s is not installed on this node", capability.plugin, capability.id)
+            logger.warning(
+                "plugin %s of %s is not installed on this node; install it with `cjm-ctl install-all`",
+                capability.plugin,
+                capability.id,
+            )
         elif capability.idempotent and not meta.idempotent:
             raise SetupError(
                 f"capability {capability.id} is registered as idempotent, but plugin {meta.name} does not "
