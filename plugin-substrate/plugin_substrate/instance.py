@@ -76,6 +76,7 @@ class LoadedInstance:
         )
         self.switch = Switch(settings.instance_id, settings.meta.name, enabled=settings.enabled, fire=self._fire)
         self.live_config_schema: Mapping[str, Any] | None = None
+        self.keeping = asyncio.Lock()  # held while its state is kept, so that the last state is kept last
         self._created_at = datetime.now(UTC)
         self._last_executed: datetime | None = None
         self._gate = Gate()

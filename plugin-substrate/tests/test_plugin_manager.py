@@ -324,6 +324,18 @@ async def test_a_stream_counts_as_running_and_finds_a_disabled_instance_closed(
             await asyncio.sleep(0.002)
 
 
+async def test_of_many_changes_at_once_the_last_is_the_one_that_is_kept(meta: MetaFactory, tmp_path: Path) -> None:
+    store = InMemoryPluginConfigStore()
+    async with PluginManager(data_dir=tmp_path, config_store=store, grace_seconds=0.3) as manager:
+        await manager.load_plugin_async(meta("Applying"))
+        updates = [manager.update_plugin_config_async(NAME, {"threshold": number / 10}) for number in range(10)]
+        switches = [manager.disable_plugin_async(NAME), manager.enable_plugin_async(NAME)]
+        await asyncio.gather(*updates, *switches)
+        view, kept = manager.get_instance(NAME), store.get(NAME)
+        assert kept is not None
+        assert (kept.config, kept.enabled) == (view.config, view.enabled)
+
+
 # -- prefetch
 
 

@@ -73,7 +73,9 @@ class ConfiguringVerbs(ManagerState):
     ) -> PluginInstance:
         """Like `reconfigure_async`, and keep it for later loads when this is the plugin's default instance."""
         view = await self.reconfigure_async(instance_id, config, strict=strict)
-        await self._persist(self._instances.get(instance_id), view.enabled)
+        instance = self._instances.get(instance_id)
+        async with instance.keeping:
+            await self._persist(instance, instance.switch.enabled)
         return view
 
     def update_plugin_config(self, instance_id: str, config: Mapping[str, Any], *, strict: bool = True) -> bool:
@@ -105,6 +107,7 @@ class ConfiguringVerbs(ManagerState):
         return whole, kept.enabled if kept is not None else True
 
     async def _persist(self, instance: LoadedInstance, enabled: bool) -> None:
+        """Keep how a default instance is configured, and whether enabled, while its ``keeping`` is held."""
         settings = instance.settings
         if settings.instance_id == settings.meta.name:
             record = PluginConfigRecord(plugin_name=settings.meta.name, config=settings.config, enabled=enabled)

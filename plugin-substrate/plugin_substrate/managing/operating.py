@@ -113,8 +113,9 @@ class OperatingVerbs(ConfiguringVerbs):
     async def _switch(self, instance_id: str, *, enabled: bool) -> bool:
         self._home.adopt()
         instance = self._instances.get(instance_id)
-        await self._persist(instance, enabled)
-        return await instance.switch.set(enabled=enabled)
+        async with instance.keeping:
+            await self._persist(instance, enabled)
+            return await instance.switch.set(enabled=enabled)
 
     def _switched(self, instance_id: str, *, enabled: bool) -> bool:
         try:
