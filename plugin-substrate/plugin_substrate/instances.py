@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 from plugin_substrate.allocation import ResourceAllocator
 from plugin_substrate.call_books import CallBooks
@@ -17,10 +18,11 @@ from plugin_substrate.tenant_worker import InstanceSettings
 from plugin_substrate.worker_pool import WorkerPool
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Loading:
-    instance: LoadedInstance
-    task: asyncio.Task[None]
+    task: asyncio.Task[None] = field(init=False)
+    instance: LoadedInstance | None = None  # none before it is known what it is loaded with
+    given_up: bool = False
 
 
 class InstanceTable:
@@ -51,9 +53,14 @@ class InstanceTable:
         """Return the loaded instances."""
         return list(self._instances.values())
 
-    async def load(self, settings: InstanceSettings, tenant_id: str = "") -> None:
-        """Load an instance and start a tenant's worker, or wait for the load of its id that is already going on."""
-        loading = self._loading.get(settings.instance_id) or self._begin_load(settings, tenant_id)
+    async def load(
+        self, instance_id: str, prepare: Callable[[], Awaitable[InstanceSettings]], tenant_id: str = ""
+    ) -> None:
+        """Load an instance and start a tenant's worker, or wait for the load of its id that is already going on.
+
+        ``prepare`` says what it is loaded with; while that takes time, it can be given up already.
+        """
+        loading = self._loading.get(instance_id) or self._begin_load(instance_id, prepare, tenant_id)
         await asyncio.shield(loading.task)
 
     async def unload(self, instance_id: str) -> bool:
@@ -70,23 +77,34 @@ class InstanceTable:
     def _pools(self) -> list[tuple[str, WorkerPool]]:
         return [(instance_id, instance.workers) for instance_id, instance in self._instances.items()]
 
-    def _begin_load(self, settings: InstanceSettings, tenant_id: str) -> _Loading:
-        key = _supervisor_key(settings.meta)
-        instance = LoadedInstance(settings, lambda: self._supervisors.get(key), self._books)
-        task = asyncio.get_running_loop().create_task(self._load(instance, tenant_id))
-        task.add_done_callback(_read_exception)
-        loading = self._loading[settings.instance_id] = _Loading(instance, task)
+    def _begin_load(
+        self, instance_id: str, prepare: Callable[[], Awaitable[InstanceSettings]], tenant_id: str
+    ) -> _Loading:
+        loading = self._loading[instance_id] = _Loading()
+        loading.task = asyncio.get_running_loop().create_task(self._load(loading, instance_id, prepare, tenant_id))
+        loading.task.add_done_callback(_read_exception)
         return loading
 
-    async def _load(self, instance: LoadedInstance, tenant_id: str) -> None:
-        instance_id, key = instance.settings.instance_id, _supervisor_key(instance.settings.meta)
-        self._supervisors.join(key)
+    async def _load(
+        self,
+        loading: _Loading,
+        instance_id: str,
+        prepare: Callable[[], Awaitable[InstanceSettings]],
+        tenant_id: str,
+    ) -> None:
         try:
-            await instance.load(tenant_id)
-            self._instances[instance_id] = instance
-        except BaseException:
-            await self._supervisors.leave(key)
-            raise
+            settings = await prepare()
+            if loading.given_up:
+                raise PluginNotLoadedError(f"{instance_id!r} was unloaded while it was being loaded")
+            key = _supervisor_key(settings.meta)
+            self._supervisors.join(key)
+            try:
+                loading.instance = LoadedInstance(settings, lambda: self._supervisors.get(key), self._books)
+                await loading.instance.load(tenant_id)
+                self._instances[instance_id] = loading.instance
+            except BaseException:
+                await self._supervisors.leave(key)
+                raise
         finally:
             del self._loading[instance_id]
 
@@ -99,7 +117,9 @@ class InstanceTable:
     async def _unload(self, instance_id: str) -> bool:
         loading = self._loading.get(instance_id)
         if loading is not None:
-            await loading.instance.close()
+            loading.given_up = True
+            if loading.instance is not None:
+                await loading.instance.close()
             await asyncio.wait({loading.task})
         instance = self._instances.pop(instance_id, None)
         if instance is not None:

@@ -57,12 +57,15 @@ class LoadingVerbs(FindingVerbs, ConfiguringVerbs, SecretVerbs):
             raise ValueError(f"max_concurrent_requests must be at least 1, not {max_concurrent_requests}")
         if chosen in self._instances:
             return self.get_instance(chosen)
-        whole, enabled = await self._first_config(meta, config, strict=strict, default_instance=chosen == meta.name)
-        self._warn_of_missing_env(meta)
-        settings = self._settings(chosen, meta, whole, enabled=enabled, max_concurrent_requests=max_concurrent_requests)
-        if chosen not in self._instances:  # it may have come while the kept configuration was read
-            await self._instances.load(settings, tenant_id)
-            await self._note_drift(self._instances.get(chosen))
+
+        async def prepare() -> InstanceSettings:
+            default_instance = chosen == meta.name
+            whole, enabled = await self._first_config(meta, config, strict=strict, default_instance=default_instance)
+            self._warn_of_missing_env(meta)
+            return self._settings(chosen, meta, whole, enabled=enabled, max_concurrent_requests=max_concurrent_requests)
+
+        await self._instances.load(chosen, prepare, tenant_id)
+        await self._note_drift(self._instances.get(chosen))
         return self.get_instance(chosen)
 
     def load_plugin(
