@@ -160,6 +160,12 @@ def test_explain_names_the_rule_its_leaves_and_what_would_unblock_it(files):
     assert (answer["outcome"], answer["rule"]) == ("ask", "rules.big")
 
 
+def test_explain_names_what_raised_the_risk(files):
+    proposal = files.write("proposal", {"capability": "thing.read", "claims": {"risk": "high"}, "run": {"points": 9}})
+    result = files.run("explain", files.policy(run_risk={"raises": {"medium": 10}}), proposal)
+    assert "  risk: high\n  risk raised by claims.risk\n  risk raised by run_risk.raises.medium\n" in result.stdout
+
+
 def test_explain_asks_the_evaluators_unless_the_proposal_says_what_they_answer(files):
     gate = {"name": "short", "kind": "list", "config": {"field": "arguments.name", "allowlist": ["a"]}}
     policy = files.policy(evaluators=[gate], rules=[])

@@ -100,6 +100,7 @@ def _explained(decision: Decision) -> str:
     lines = [f"{decision.outcome.value}: {decision.message}" if decision.message else decision.outcome.value]
     named = {"reason": decision.reason, "rule": decision.rule, "tier": decision.tier, "risk": decision.risk}
     lines += [f"  {name}: {value}" for name, value in named.items() if value]
+    lines += [f"  risk raised by {place}" for place in decision.raised_by]
     for stage in decision.stages:
         detail = f": {stage.detail}" if stage.detail else ""
         lines.append(f"  {'passed ' if stage.passed else 'refused'} {stage.stage.value}{detail}")
