@@ -7,7 +7,6 @@ cannot take back, so this is as strong as an outer launcher. Outside Linux the l
 from __future__ import annotations
 
 import os
-import platform
 import resource
 import signal
 import sys
@@ -105,7 +104,7 @@ def _confine_on_linux(confinement: Confinement) -> list[str]:
     layers = ["memory_sampled", "parent_death_signal", *_end_of_descendants(confinement)]
     if confinement.own_uid is not None and os.getresuid() == (confinement.own_uid,) * 3:
         layers.append(f"own_uid:{confinement.own_uid}")
-    if privileges.drop_capabilities(platform.machine()):
+    if privileges.drop_capabilities(os.uname().machine):
         layers.append("capabilities_dropped")
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)

@@ -6,7 +6,6 @@ interpreter, the environment or the folder lies behind a closed door, the plugin
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import sys
@@ -20,6 +19,8 @@ _FIRST, _COUNT = 0x70000000, 1 << 24  # far above what people, systems and conta
 
 def uid_of(plugin_name: str) -> int:
     """Return the id of a plugin's user: the same on every start, and no other plugin's, as far as a hash can tell."""
+    import hashlib  # only the host asks, and it takes as long to import as everything else here
+
     return _FIRST + int.from_bytes(hashlib.sha256(plugin_name.encode()).digest()[:8], "big") % _COUNT
 
 

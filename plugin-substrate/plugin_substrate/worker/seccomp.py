@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import platform
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class FilterRules:
 
 def supported() -> bool:
     """Whether this machine's architecture has a filter."""
-    return platform.machine() in _AUDIT_ARCHITECTURE
+    return os.uname().machine in _AUDIT_ARCHITECTURE
 
 
 def install(rules: FilterRules) -> bool:
@@ -84,7 +84,7 @@ def install(rules: FilterRules) -> bool:
     """
     if not supported():
         return False
-    program = assemble(platform.machine(), rules)
+    program = assemble(os.uname().machine, rules)
     held = ctypes.create_string_buffer(program, len(program))
     # struct sock_fprog: the number of instructions, padding, their address
     prctl(PR_SET_SECCOMP, _MODE_FILTER, struct.pack("@HP", len(program) // 8, ctypes.addressof(held)))
