@@ -42,10 +42,10 @@ def look_at(pid: int, profile: IsolationProfile) -> Sample:
     sizes = [size for size in map(_resident_bytes, pids) if size]  # the dead have none
     resident, living = sum(sizes), max(0, len(sizes) - 1)
     excess = None
-    if resident > profile.memory_bytes:
-        excess = Excess("memory", resident, profile.memory_bytes)
-    elif living > profile.processes or len(pids) - 1 > most:
+    if living > profile.processes or len(pids) - 1 > most:  # first: too many of them take too much memory as well
         excess = Excess("processes", max(living, len(pids) - 1 - _UNREAPED), profile.processes)
+    elif resident > profile.memory_bytes:
+        excess = Excess("memory", resident, profile.memory_bytes)
     longest = _LONGEST_OF_TREE if profile.processes else _LONGEST
     room = (profile.memory_bytes - resident) / _FILLED_PER_SECOND
     return Sample(excess, min(max(room, _SHORTEST), longest))
