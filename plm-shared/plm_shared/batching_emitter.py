@@ -41,7 +41,8 @@ class BatchingKernelEmitter:
     ``submit`` checks an event, queues it and answers a handle; the four methods wait for it. A full queue makes
     either wait: nothing is dropped. An event that the database refuses is refused alone. Events of one thread are
     committed in their order. While the database is away events wait; after ``patience`` seconds of it, those that
-    wait for an acknowledgement get the database's error, and may be emitted again.
+    wait for an acknowledgement get the database's error, and may be emitted again. Close it, or use it as a context
+    manager: an event whose acknowledgement nobody waited for may end with the process.
 
     After a fork the child has an empty queue, a connection and a spool segment of its own.
 
