@@ -184,7 +184,7 @@ CASES = {
         {
             "name": "a big one asks",
             "given": {"capability": "thing.read", "arguments": {"amount": 101}},
-            "expect": {"outcome": "ask", "rule": "rules.big", "risk": "low"},
+            "expect": {"risk": "low", "rule": "rules.big", "outcome": "ask"},
         },
         {
             "name": "without its scope nothing is read",
@@ -208,6 +208,7 @@ def test_cases_that_are_decided_as_expected_end_with_0_and_others_are_named(file
     assert result.exit_code == 1
     assert "a big one asks: outcome is allow, expected ask" in result.stdout
     failed = json.loads(files.run("test", files.policy(rules=[]), cases, "--json").stdout)["failed"]
+    assert [each["member"] for each in failed] == ["outcome", "rule"], "in the order of the form"
     assert failed[1] == {
         "case": "a big one asks",
         "member": "rule",

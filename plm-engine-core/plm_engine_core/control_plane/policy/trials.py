@@ -80,7 +80,8 @@ class Expected(_Written):
 
     def mismatches(self, decision: Decision) -> dict[str, tuple[Any, Any]]:
         """By member: what was expected and what was decided."""
-        pairs = {name: (getattr(self, name), getattr(decision, name)) for name in self.model_fields_set}
+        given = [name for name in type(self).model_fields if name in self.model_fields_set]
+        pairs = {name: (getattr(self, name), getattr(decision, name)) for name in given}
         return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
