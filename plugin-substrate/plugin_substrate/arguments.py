@@ -15,7 +15,7 @@ async def with_paths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tu
 
     Writing happens in another thread. Whether the plugin may read the path is a matter of its isolation profile.
     """
-    if not any(isinstance(value, FileBackedDTO) for value in (*args, *kwargs.values())):
+    if not any(hasattr(value, "to_temp_file") for value in (*args, *kwargs.values())):  # the protocol asks slowly
         return tuple(args), dict(kwargs)
     return await asyncio.to_thread(_replaced, args, kwargs)
 

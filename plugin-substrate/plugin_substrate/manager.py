@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -117,7 +117,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         """
         self._home.adopt()
         instance = self._instances.get(instance_id)
-        context = call or CallContext(call_id=uuid.uuid4().hex)
+        context = call or CallContext(call_id=secrets.token_hex(16))
         args, kwargs = await with_paths(args, kwargs)
         listeners = CallListeners(
             before_start=before_start,
@@ -196,7 +196,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         self._home.adopt()
         instance = self._instances.get(instance_id)
         args, kwargs = await with_paths(args, kwargs)
-        context = call or CallContext(call_id=uuid.uuid4().hex)
+        context = call or CallContext(call_id=secrets.token_hex(16))
         async with aclosing(instance.stream(args, kwargs, context, listeners)) as batches:
             async for batch in batches:
                 yield batch

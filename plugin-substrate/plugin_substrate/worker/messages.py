@@ -13,7 +13,9 @@ from plugin_substrate.worker.parked import MAX_PARKED, close_all, park, unpark
 
 _ITEM_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_PARKED * _ITEM_BYTES)
-_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+# As plain numbers: operators of enumerations cost more than the system call.
+_FLAGS = int(getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+_TRUNCATED = int(socket.MSG_CTRUNC)
 
 
 class Message:
@@ -61,7 +63,7 @@ class Inbox:
         """Receive once and return how many bytes came, 0 at the end; then take `frames`."""
         room = self._decoder.room()
         count, ancillary, flags, _ = self._connection.recvmsg_into([room], _ANCILLARY_BYTES, _FLAGS)
-        if ancillary or flags & socket.MSG_CTRUNC:
+        if ancillary or flags & _TRUNCATED:
             self._keep_descriptors(ancillary, flags)
         return count
 
@@ -87,6 +89,6 @@ class Inbox:
                 received = array.array("i")
                 received.frombytes(data[: len(data) - len(data) % _ITEM_BYTES])
                 self._descriptors.extend(received)
-        if flags & socket.MSG_CTRUNC or len(self._descriptors) > MAX_PARKED:
+        if flags & _TRUNCATED or len(self._descriptors) > MAX_PARKED:
             self.close()
             raise ProtocolError(f"more descriptors than the {MAX_PARKED} that may come with one frame")
