@@ -201,7 +201,8 @@ class RemotePluginProxy:
     # -- what the worker says
 
     def _hear_last_words(self) -> None:
-        self._last_words = self._loop.call_later(_LAST_WORDS_SECONDS, self._connection.close)
+        if not self._connection.closed:
+            self._last_words = self._loop.call_later(_LAST_WORDS_SECONDS, self._connection.close)
 
     def _on_end_of_connection(self) -> None:
         """Find out how the worker ended, then tell everyone who waits."""

@@ -68,7 +68,7 @@ async def test_loads_calls_and_kills_leave_nothing_in_the_host(
 
     tracemalloc.start()  # resident memory goes up and down by more than any leak
     request.addfinalizer(tracemalloc.stop)
-    for number in range(1, CYCLES // 5 // 10 * 10 + 1):
+    for number in range(1, CYCLES // 10 // 10 * 10 + 1):
         await cycle(number)
     before = held(tmp_path)
     for number in range(1, CYCLES // 10 * 10 + 1):
