@@ -15,6 +15,7 @@ import pytest
 from plugin_substrate import PluginManager, PluginMeta, write_manifest
 from plugin_substrate.sweep import MARK_VARIABLE, sweep_dead_hosts, sweep_supervisor
 from plugin_substrate.testing.leftovers import descendants
+from plugin_substrate.worker import namespaces
 
 DOOMED_HOST = Path(__file__).parent / "plugins" / "doomed_host.py"
 
@@ -67,6 +68,7 @@ def test_a_host_killed_outright_takes_every_process_of_its_plugins_along(
     wait_for_the_end(host.descriptors)
 
 
+@pytest.mark.skipif(not namespaces.available(), reason="this system lets nobody make a process id namespace")
 def test_a_killed_supervisor_takes_all_along_where_there_are_namespaces(doomed: Callable[[str], DoomedHost]) -> None:
     host = doomed("none")
     assert "pid_namespace" in host.layers
