@@ -8,9 +8,12 @@ import sys
 import psycopg
 import structlog
 from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.identity.audit import AuditUnavailable
 from procrastinate.exceptions import ConnectorException
 
 from plm_backend.settings import Settings
+
+_LOST = (ConnectorException, StorageUnavailable, psycopg.InterfaceError, psycopg.OperationalError)
 
 
 def configure_logging(settings: Settings, *, level: int = logging.INFO) -> None:
@@ -52,12 +55,18 @@ def _without_colours(_: object, __: str, event: structlog.typing.EventDict) -> s
 def _lost_database_in_one_line(_: object, __: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Where the program stood when the database went away tells nobody anything."""
     match event.get("exc_info"):
-        case (_, (psycopg.OperationalError() | psycopg.InterfaceError() | StorageUnavailable()) as error, _):
-            reason = str(error)
-        case (_, ConnectorException() as error, _):
-            reason = str(error.__cause__ or error)
-        case _:
-            return event
-    del event["exc_info"]
-    event["reason"] = " ".join(reason.split())
+        case (_, BaseException() as error, _) if reason := _reason_of_loss(error):
+            del event["exc_info"]
+            event["reason"] = reason
     return event
+
+
+def _reason_of_loss(error: BaseException) -> str:
+    """The last words of the causes of an error, when one of them is a lost database; else nothing."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    unanswered = isinstance(error, AuditUnavailable) and isinstance(chain[-1], TimeoutError)
+    if not unanswered and not any(isinstance(each, _LOST) for each in chain):
+        return ""
+    return next((words for each in reversed(chain) if (words := " ".join(str(each).split()))), type(error).__name__)

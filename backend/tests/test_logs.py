@@ -12,10 +12,12 @@ import pytest
 
 PROGRAM = """
 import logging
+import uuid
 import psycopg, psycopg_pool
 from plm_backend.logs import configure_logging
 from plm_backend.settings import Settings
 from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.identity.audit import AuditUnavailable
 from procrastinate.exceptions import ConnectorException
 
 def unreachable():
@@ -23,6 +25,12 @@ def unreachable():
 
 def unanswered():
     raise StorageUnavailable("the database gave no answer") from TimeoutError()
+
+def unaudited(cause):
+    def fail():
+        raise AuditUnavailable("not written", tenant_id=uuid.uuid4()) from cause
+
+    return fail
 
 def fail(error):
     raise error() if callable(error) else error
@@ -35,6 +43,9 @@ for name, error in {
     "crowded": psycopg_pool.PoolTimeout("none after 3.00 sec"),
     "unreachable": unreachable,
     "unanswered": unanswered,
+    "unaudited": unaudited(psycopg.OperationalError("the server is away")),
+    "unaudited in time": unaudited(TimeoutError()),
+    "audit defect": unaudited(psycopg.errors.UndefinedTable("no such table")),
     "defect": psycopg.errors.UndefinedTable("no such table"),
 }.items():
     try:
@@ -63,6 +74,8 @@ def logged() -> dict[str, dict[str, Any]]:
         ("crowded", "none after 3.00 sec"),
         ("unreachable", "no route to host"),
         ("unanswered", "the database gave no answer"),
+        ("unaudited", "the server is away"),
+        ("unaudited in time", "not written"),
     ],
 )
 def test_a_lost_database_is_one_line_with_its_reason_and_without_a_traceback(
@@ -72,6 +85,7 @@ def test_a_lost_database_is_one_line_with_its_reason_and_without_a_traceback(
     assert logged[error]["reason"] == reason
 
 
-def test_a_defect_is_logged_with_where_it_happened(logged: dict[str, dict[str, Any]]) -> None:
-    assert "in fail" in logged["defect"]["exception"]
-    assert "no such table" in logged["defect"]["exception"]
+@pytest.mark.parametrize("error", ["defect", "audit defect"])
+def test_a_defect_is_logged_with_where_it_happened(logged: dict[str, dict[str, Any]], error: str) -> None:
+    assert "in fail" in logged[error]["exception"]
+    assert "no such table" in logged[error]["exception"]
