@@ -66,7 +66,7 @@ def _reason_of_loss(error: BaseException) -> str:
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
-    unanswered = isinstance(error, AuditUnavailable) and isinstance(chain[-1], TimeoutError)
-    if not unanswered and not any(isinstance(each, _LOST) for each in chain):
+    lost = (*_LOST, TimeoutError) if isinstance(error, AuditUnavailable) else _LOST
+    if not any(isinstance(each, lost) for each in chain):
         return ""
     return next((words for each in reversed(chain) if (words := " ".join(str(each).split()))), type(error).__name__)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 PROGRAM = """
+import asyncio
 import logging
 import uuid
 import psycopg, psycopg_pool
@@ -26,8 +27,9 @@ def unreachable():
 def unanswered():
     raise StorageUnavailable("the database gave no answer") from TimeoutError()
 
-def unaudited(cause):
+def unaudited(cause, below=None):
     def fail():
+        cause.__cause__ = below
         raise AuditUnavailable("not written", tenant_id=uuid.uuid4()) from cause
 
     return fail
@@ -44,7 +46,7 @@ for name, error in {
     "unreachable": unreachable,
     "unanswered": unanswered,
     "unaudited": unaudited(psycopg.OperationalError("the server is away")),
-    "unaudited in time": unaudited(TimeoutError()),
+    "unaudited in time": unaudited(TimeoutError(), asyncio.CancelledError()),
     "audit defect": unaudited(psycopg.errors.UndefinedTable("no such table")),
     "defect": psycopg.errors.UndefinedTable("no such table"),
 }.items():

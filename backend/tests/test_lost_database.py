@@ -87,6 +87,7 @@ def test_an_embedded_server_that_is_killed_is_started_again_and_no_run_is_lost(
         log = server.log.read_text(encoding="utf-8")
         assert "the embedded database has died" in log
         assert "the embedded database runs again" in log
+        assert "Traceback" not in log
 
         strict = {**server.environment, **addresses, "ENVIRONMENT": "staging"}
         refused = cli("serve", environment=strict)
@@ -164,6 +165,7 @@ def test_any_other_database_is_waited_for_and_a_run_worker_gives_up_in_the_end(
                 said = log.read_text(encoding="utf-8")
                 assert said.count("the database cannot be reached; it is tried again until it is back") == 1
                 assert said.count("the database is back") == 1
+                assert "Traceback" not in said
         finally:
             for process in (hasty, patient):
                 end(process)
