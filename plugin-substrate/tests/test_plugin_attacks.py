@@ -30,8 +30,6 @@ from plugin_substrate import (
     PluginResourceError,
     WorkerOOMError,
 )
-from plugin_substrate.stores.config import LocalPluginConfigStore
-from plugin_substrate.stores.secret import LocalSecretStore
 from plugin_substrate.testing import PluginWorkers
 from plugin_substrate.testing.leftovers import descendants
 from plugin_substrate.worker import namespaces
@@ -339,20 +337,14 @@ async def test_a_plugin_of_roots_has_a_user_of_its_own_where_that_user_can_reach
 ) -> None:
     meta = with_interpreter(attacker_meta(), environment_for_everybody(open_folder / "environment"))
     profile = IsolationProfile(processes=processes)
-    stores = open_folder / "stores"
-    async with PluginManager(
-        data_dir=open_folder / "data",
-        config_store=LocalPluginConfigStore(stores / "configs.db"),
-        secret_store=LocalSecretStore(stores / "secrets.json"),
-        empirical_tracking=False,
-        require=["own_uid"],
-        isolation=profile,
-    ) as manager:
+    data_dir = open_folder / "data"
+    async with PluginManager(data_dir=data_dir, require=["own_uid"], isolation=profile) as manager:
         view = await manager.load_plugin_async(meta)
         (uid,) = (int(layer.partition(":")[2]) for layer in view.layers if layer.startswith("own_uid:"))
         assert uid == uid_of("attacker") != uid_of("another")
         assert f"Uid:\t{uid}\t{uid}\t{uid}\t{uid}\n" in status_of(view.pid)
         assert (await tried(manager, "honest_library_use"))["copied"] == "x"
+        assert data_dir.stat().st_mode & 0o777 == 0o711, "its user passes through, and sees nothing on its way"
         worker = os.pidfd_open(view.pid or 0)
         os.kill(view.supervisor_pid or 0, signal.SIGKILL)
         assert select.select([worker], [], [], 20)[0], "its end is still tied to its supervisor's"

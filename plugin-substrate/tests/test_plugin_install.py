@@ -106,7 +106,7 @@ def workspace(tmp_path: Path) -> Workspace:
 async def test_an_installed_plugin_is_described_by_itself_and_can_be_called(workspace: Workspace) -> None:
     done = workspace.install()
     assert (done.exit_code, done.output) == (0, "tiny: installed\n")
-    assert workspace.data_dir.stat().st_mode & 0o777 == 0o700
+    assert workspace.data_dir.stat().st_mode & 0o777 == 0o711
     manifest = load_manifest(workspace.data_dir / "manifests/tiny.json")
     assert (manifest.code.capabilities, manifest.code.idempotent, manifest.code.stateless) == (
         ("tiny.answer",),

@@ -38,6 +38,7 @@ from plugin_substrate.manifest import (
     parse_strict_json,
     write_manifest,
 )
+from plugin_substrate.stores.files import PASSAGE
 from plugin_substrate.worker.isolation import IsolationProfile, profile_to_json, resolve_profile
 from plugin_substrate.worker.text import clean_text
 
@@ -79,7 +80,7 @@ class Installer:
         """Bring one plugin up to date; when it cannot be, the reason is the outcome."""
         try:
             digest = _digest(spec)
-            self._data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._data_dir.mkdir(parents=True, exist_ok=True, mode=PASSAGE)
             with installing(self._data_dir / "envs") as lock:
                 if not self._force and self._is_current(spec, digest):
                     status = self._grant(spec)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from plugin_substrate.errors import PluginFatalError
+from plugin_substrate.stores.files import PASSAGE
 
 _INSTALL_SECONDS = 1800.0
 _ANSWER_SECONDS = 20.0
@@ -78,7 +79,7 @@ def installing(folder: Path) -> Iterator[int]:
 
     A killed installer lets go by dying, but not before an uv that outlives it has ended.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.mkdir(parents=True, exist_ok=True, mode=PASSAGE)
     descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -16,7 +16,7 @@ from plugin_substrate.managing.finding import FindingVerbs
 from plugin_substrate.managing.secrets import SecretVerbs
 from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.metadata import PluginInstance, PluginLoadSpec, PluginMeta
-from plugin_substrate.stores.files import private_folder
+from plugin_substrate.stores.files import PASSAGE, private_folder
 from plugin_substrate.tenant_worker import InstanceSettings
 
 _logger = logging.getLogger(__name__)
@@ -192,7 +192,9 @@ class LoadingVerbs(FindingVerbs, ConfiguringVerbs, SecretVerbs):
     ) -> InstanceSettings:
         isolation = meta.manifest.isolation_profile(self._isolation)
         if self._keeps_files:
-            private_folder(self._data_dir)  # before a worker starts, so that its user does not lose its way in later
+            private_folder(
+                self._data_dir, PASSAGE
+            )  # before a worker starts, so that its user does not lose its way in later
         return InstanceSettings(
             instance_id=instance_id,
             meta=meta,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plugin_substrate.errors import StoreError
-from plugin_substrate.stores.files import make_private
+from plugin_substrate.stores.files import PASSAGE, make_private
 
 _BUSY_SECONDS = 10.0
 _TABLE = """
@@ -99,7 +99,7 @@ class LocalPluginConfigStore:
         """Keep a record in the place of the one before it."""
         row = _row(record)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=PASSAGE)
         except OSError as error:
             raise self._error(error) from error
         with self._connection() as connection:

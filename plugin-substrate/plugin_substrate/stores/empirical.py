@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from plugin_substrate.errors import StoreError
 from plugin_substrate.hashing import hash_dict_canonical
 from plugin_substrate.interface import is_amount
-from plugin_substrate.stores.files import locked, make_private, private_folder
+from plugin_substrate.stores.files import PASSAGE, locked, make_private, private_folder
 
 _BUSY_SECONDS = 10.0
 
@@ -183,7 +183,7 @@ class LocalEmpiricalResourceStore:
         if not records:
             return
         try:
-            private_folder(self._path.parent)
+            private_folder(self._path.parent, PASSAGE)
         except OSError as error:
             raise self._error(error) from error
         with self._connection() as connection:

@@ -16,13 +16,17 @@ from plugin_substrate.errors import StoreError
 _logger = logging.getLogger(__name__)
 
 
-def private_folder(folder: Path) -> None:
-    """Make a folder of mode 0700, or close one of ours that others could enter, with a warning."""
+PASSAGE = 0o711
+"""The mode of a folder through which plugins that run as users of their own reach what is theirs, and see no more."""
+
+
+def private_folder(folder: Path, mode: int = 0o700) -> None:
+    """Make a folder, or close one of ours that is more open than ``mode``, with a warning."""
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        folder.mkdir(mode=0o700)
+        folder.mkdir(mode=mode)
     except FileExistsError:
-        make_private(folder, 0o700)
+        make_private(folder, mode)
 
 
 def make_private(path: Path, mode: int) -> None:
