@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ async def first_loads(meta: PluginMeta, folder: Path) -> list[float]:
     samples = []
     for _ in range(ROUNDS):
         async with PluginManager(data_dir=folder) as manager:
-            samples.append(await timed(lambda manager=manager: manager.load_plugin_async(meta)))
+            samples.append(await timed(partial(manager.load_plugin_async, meta)))
     return samples
 
 
