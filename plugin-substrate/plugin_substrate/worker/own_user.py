@@ -10,6 +10,7 @@ import os
 import stat
 import sys
 from collections.abc import Iterable
+from enum import IntEnum
 from pathlib import Path
 
 from plugin_substrate.worker.privileges import become
@@ -29,29 +30,38 @@ def may_change_user() -> bool:
     return os.geteuid() == 0
 
 
-def prepare(uid: int, folder: str, needed: Iterable[str]) -> bool:
-    """Give a worker's folder to the user, and return True, if it can reach the folder and read what is ``needed``.
+class Reach(IntEnum):
+    """What a user can get at of what a worker needs."""
 
-    Otherwise the folder is ours, or becomes ours again. Only root can do either.
-    """
-    if not may_change_user():
-        return False
-    usable = _reaches(uid, folder, tuple(needed))
-    _give(folder, uid if usable else 0)
-    return usable
+    EVERYTHING = 0
+    NOT_ITS_FOLDER = 1
+    NOT_ITS_ENVIRONMENT = 2  # which is the same for every worker of a supervisor
 
 
-def _reaches(uid: int, folder: str, needed: tuple[str, ...]) -> bool:
-    """Try it as that user, in a process that ends at once."""
+def reach_of(uid: int, folder: str, needed: Iterable[str]) -> Reach:
+    """Try, in a process that ends at once, whether the user can reach the folder and read what is ``needed``."""
     child = os.fork()
     if child == 0:
+        found = Reach.NOT_ITS_ENVIRONMENT
         try:
-            found = become(uid) and all(map(_readable, needed)) and os.access(sys.executable, os.X_OK)
-            Path(folder).stat()
-            os._exit(0 if found else 1)
+            if become(uid) and all(map(_readable, needed)) and os.access(sys.executable, os.X_OK):
+                found = Reach.NOT_ITS_FOLDER
+                Path(folder).stat()
+                found = Reach.EVERYTHING
         finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            os._exit(found)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return Reach(ended) if ended >= 0 else Reach.NOT_ITS_FOLDER  # somebody killed it; another load asks again
+
+
+def give(folder: str, uid: int) -> None:
+    """Change the owner of a folder and all in it, never following a link; nothing to do where it is the owner."""
+    if Path(folder).lstat().st_uid == uid:
+        return
+    for _, folders, files, place in os.fwalk(folder, follow_symlinks=False):
+        for name in (*folders, *files):
+            os.chown(name, uid, uid, dir_fd=place, follow_symlinks=False)
+        os.fchown(place, uid, uid)
 
 
 def _readable(path: str) -> bool:
@@ -63,13 +73,3 @@ def _readable(path: str) -> bool:
     except OSError:
         return False
     return os.access(path, os.R_OK | os.X_OK if is_folder else os.R_OK)
-
-
-def _give(folder: str, uid: int) -> None:
-    """Change the owner of a folder and all in it, never following a link; nothing to do where it is the owner."""
-    if Path(folder).lstat().st_uid == uid:
-        return
-    for _, folders, files, place in os.fwalk(folder, follow_symlinks=False):
-        for name in (*folders, *files):
-            os.chown(name, uid, uid, dir_fd=place, follow_symlinks=False)
-        os.fchown(place, uid, uid)

@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from plugin_substrate.errors import PluginConfigError
 from plugin_substrate.worker import confine, namespaces, own_user, privileges, runtime, watch
 from plugin_substrate.worker.isolation import IsolationProfile
+from plugin_substrate.worker.own_user import Reach
 from plugin_substrate.worker.usage import process_stats
 
 MAX_MESSAGE_BYTES = 1 << 16
@@ -61,6 +62,7 @@ class _Supervisor:
         self._control = control
         self._host = host
         self._workers: dict[int, _Worker] = {}  # by pid
+        self._closed_to_others: set[tuple[str, ...]] = set()  # what a plugin's own user was found not to reach
         self._look_at = math.inf
         self._wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in _WAKING:
@@ -105,7 +107,7 @@ class _Supervisor:
         number, me = request["spawn"], os.getpid()
         try:
             profile = IsolationProfile.from_json(request["isolation"])
-            uid = _own_uid(request, profile)
+            uid = self._own_uid(request, profile)
             pid, apart = _fork(profile, uid)
         except (OSError, PluginConfigError) as error:
             self._send({"refused": number, "reason": str(error)})
@@ -149,6 +151,21 @@ class _Supervisor:
             return None
         return max(0.0, self._look_at - time.monotonic()) * 1000
 
+    def _own_uid(self, request: dict[str, Any], profile: IsolationProfile) -> int | None:
+        """Return the user that the worker is to run as, None for our own, and see that its folder is that user's."""
+        uid, folder = request.get("uid"), request["cwd"]
+        if uid is None or not own_user.may_change_user():
+            return None
+        needed = (*confine.environment_paths(), *confine.OUR_FILES, *profile.read_paths)
+        reach = Reach.NOT_ITS_ENVIRONMENT
+        if needed not in self._closed_to_others:  # to try costs a process, which no load should wait for twice
+            reach = own_user.reach_of(uid, folder, needed)
+            if reach is Reach.NOT_ITS_ENVIRONMENT:
+                self._closed_to_others.add(needed)
+        usable = reach is Reach.EVERYTHING
+        own_user.give(folder, uid if usable else 0)
+        return uid if usable else None
+
     def _look(self) -> None:
         """Kill what has grown over a bound that the kernel does not keep."""
         if not self._workers or time.monotonic() < self._look_at:
@@ -183,13 +200,6 @@ class _Supervisor:
 
     def _send(self, message: dict[str, Any], descriptors: list[int] | None = None) -> None:
         socket.send_fds(self._control, [json.dumps(message).encode()], descriptors or [])
-
-
-def _own_uid(request: dict[str, Any], profile: IsolationProfile) -> int | None:
-    """Return the user that the worker is to run as, None for our own."""
-    needed = (*confine.environment_paths(), *confine.OUR_FILES, *profile.read_paths)
-    uid = request.get("uid")
-    return uid if uid is not None and own_user.prepare(uid, request["cwd"], needed) else None
 
 
 def _fork(profile: IsolationProfile, uid: int | None) -> tuple[int, bool]:
