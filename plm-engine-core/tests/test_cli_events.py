@@ -125,6 +125,8 @@ def test_wrong_arguments_are_told_before_anything_is_tried(terminal: Terminal, f
     assert "--public-key" in terminal.run(*ours, "--export", file, status=2).stderr
     assert "--public-key" in terminal.run(*ours, "--since-checkpoint", status=2).stderr
     assert "--public-key" in terminal.run("verify-export", file, status=2).stderr
+    both = (*ours, "--export", file, "--since-checkpoint", "--public-key", terminal.public)
+    assert "leave out --since-checkpoint" in terminal.run(*both, status=2).stderr
     other = ("verify", "--tenant-id", str(UUID(int=1)), "--export", file, "--public-key", terminal.public)
     assert "is of tenant" in terminal.run(*other, status=2).stderr
     assert "cannot be read" in terminal.run("verify-export", "absent", "--public-key", terminal.public, status=2).stderr

@@ -265,6 +265,15 @@ async def test_only_what_no_checkpoint_covers_is_walked_when_the_checkpoint_is_t
     assert [(each.stream, each.first_bad_seq) for each in results if not each.consistent] == [("b", 3)]
 
 
+async def test_a_stream_that_the_trusted_checkpoint_covers_may_not_be_missing(history):
+    superuser(history, *REMOVED)
+    results = await verify_tenant(history.storage, history.tenant, trusted=BELIEVED)
+    bad = [(each.stream, each.first_bad_seq) for each in results if not each.consistent]
+    assert bad == [("b", 1)]
+    others = await verify_tenant(history.storage, history.tenant, stream="a", trusted=BELIEVED)
+    assert [(each.stream, each.consistent) for each in others] == [("a", True)]
+
+
 @pytest.mark.parametrize(
     "statement",
     [

@@ -59,6 +59,8 @@ def verify(
     """
     if (exports or since_checkpoint) and not public_key:
         fail(ExitCode.USAGE, "signatures need a key to be checked with: name it with --public-key")
+    if exports and since_checkpoint:
+        fail(ExitCode.USAGE, "against an export everything is checked; leave out --since-checkpoint")
     keys = _believed(public_key)
     exported = _read(exports, keys) if exports else None
     if exported is not None and exported.tenant_id != tenant_id:

@@ -57,8 +57,8 @@ def verify_streams(
     """Walk the streams of a tenant in order up to their heads, and check every link and every head.
 
     `links` are ordered by stream and sequence. With `since`, each stream is only checked from there on, and what comes
-    before is taken as good. With `exported`, streams must also agree with those heads, and none of them may be missing.
-    What is appended after the heads were read is left to the next time.
+    before is taken as good. With `exported`, streams must also agree with those heads. No stream of either may be
+    missing. What is appended after the heads were read is left to the next time.
     """
     walks = {
         head.stream: _Walk(tenant_id, head, since=(since or {}).get(head.stream), exported=(exported or {}))
@@ -72,7 +72,8 @@ def verify_streams(
             walk = walks.get(name)  # a stream that has begun since the heads were read is left to the next time
         if walk is not None:
             walk.step(link)
-    missing = [_removed(head) for stream, head in (exported or {}).items() if stream not in walks]
+    known = {**(since or {}), **(exported or {})}
+    missing = [_removed(head) for stream, head in known.items() if stream not in walks]
     return [walk.result() for walk in walks.values()] + missing
 
 
@@ -119,7 +120,7 @@ class _Walk:
 
 def _removed(head: Head) -> Verification:
     return Verification(
-        stream=head.stream, events=0, first_bad_seq=1, problem=f"the stream is gone; {head.seq} events were exported"
+        stream=head.stream, events=0, first_bad_seq=1, problem=f"the stream is gone; {head.seq} events were signed"
     )
 
 
@@ -140,8 +141,9 @@ async def verify_tenant(
     """
     since, number = await _signed_heads(storage.checkpoints, tenant_id, trusted) if trusted else ({}, 0)
     heads = [head for head in await storage.events.heads(tenant_id) if stream in (None, head.stream)]
-    if stream is not None and exported is not None:
-        exported = {name: head for name, head in exported.items() if name == stream}
+    if stream is not None:
+        since = {name: head for name, head in since.items() if name == stream}
+        exported = {name: head for name, head in (exported or {}).items() if name == stream}
     links = storage.checkpoints.links(tenant_id, stream=stream, after=number)
     return await asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=exported)
 
