@@ -44,14 +44,15 @@ class WorkerProcess:
     pidfd: int
     exit: asyncio.Future[WorkerExit]
 
-    def __post_init__(self) -> None:
-        self._poll = select.poll()
-        self._poll.register(self.pidfd, select.POLLIN)
-
     @property
     def ended(self) -> bool:
-        """Whether the process is dead already, even if nobody has heard of it yet."""
-        return self.pidfd < 0 or bool(self._poll.poll(0))
+        """Whether the process is dead already, even if nobody has heard of it yet. Any thread may ask."""
+        pidfd = self.pidfd
+        if pidfd < 0:
+            return True
+        readable = select.poll()  # one for each question: an object shared between threads refuses the second
+        readable.register(pidfd, select.POLLIN)
+        return bool(readable.poll(0))
 
     def kill(self) -> None:
         """Kill it through its pidfd, which never means another process."""

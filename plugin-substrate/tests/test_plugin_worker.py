@@ -4,6 +4,7 @@ import asyncio
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -199,6 +200,37 @@ def test_an_interrupted_synchronous_call_is_cancelled(tmp_path: Path, probe_meta
     thread.join()
     assert manager.execute_plugin("probe", action="probe.echo", x=1) == {"x": 1}
     manager.unload_all()
+
+
+def test_any_thread_may_look_at_an_instance_while_calls_run(tmp_path: Path, probe_meta: MetaFactory) -> None:
+    manager = PluginManager(data_dir=tmp_path)
+    done = threading.Event()
+    failed: list[BaseException] = []
+
+    def look() -> None:
+        try:
+            while not done.is_set():
+                view = manager.get_instance("probe")
+                assert view.alive
+        except BaseException as error:
+            failed.append(error)
+
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads take turns as often as they can
+    try:
+        assert manager.load_plugin(probe_meta())
+        threads = [threading.Thread(target=look) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            assert manager.execute_plugin("probe", action="probe.echo", x=1) == {"x": 1}
+    finally:
+        done.set()
+        sys.setswitchinterval(usual)
+        manager.unload_all()
+    for thread in threads:
+        thread.join()
+    assert failed == []
 
 
 async def test_a_synchronous_call_inside_the_event_loop_is_refused_instead_of_blocking_it(probe: PluginManager) -> None:
