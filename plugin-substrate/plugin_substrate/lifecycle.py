@@ -36,13 +36,17 @@ def interpreter_command(python: str, *arguments: str) -> list[str]:
 
 @dataclass(kw_only=True)
 class WorkerProcess:
-    """A forked worker: its socket, its log pipe's read end, and a future of its end."""
+    """A forked worker: its socket, its log pipe's read end, and a future of its end.
+
+    ``wake_reaper`` is called when it is dead: who has to reap it, and to kill what it left, may have been stopped.
+    """
 
     connection: socket.socket
     log_descriptor: int
     pid: int
     pidfd: int
     exit: asyncio.Future[WorkerExit]
+    wake_reaper: Callable[[], object] = lambda: None
 
     @property
     def ended(self) -> bool:
@@ -68,6 +72,7 @@ class WorkerProcess:
 
         def on_end() -> None:
             loop.remove_reader(self.pidfd)
+            self.wake_reaper()
             callback()
 
         loop = self.exit.get_loop()
@@ -132,8 +137,12 @@ class Supervisor:
 
     @property
     def alive(self) -> bool:
-        """Whether the control socket still stands."""
-        return self._control.fileno() >= 0
+        """Whether it can be spoken to: a dead one cannot, even if nobody has heard of its end yet."""
+        if self._control.fileno() < 0:
+            return False
+        hung_up = select.poll()
+        hung_up.register(self._control, 0)
+        return not hung_up.poll(0)
 
     @property
     def ended(self) -> bool:
@@ -182,7 +191,14 @@ class Supervisor:
         finally:
             remote.close()
             os.close(log_write)
-        return WorkerProcess(connection=connection, log_descriptor=log_read, pid=pid, pidfd=pidfd, exit=exited)
+        return WorkerProcess(
+            connection=connection,
+            log_descriptor=log_read,
+            pid=pid,
+            pidfd=pidfd,
+            exit=exited,
+            wake_reaper=self._wake,
+        )
 
     async def stats(self) -> dict[str, float | None]:
         """Return what it says of itself, see `worker.usage.process_stats`; a `PluginFatalError` when it is gone."""
@@ -249,7 +265,7 @@ class Supervisor:
 
     def _lose_control(self) -> None:
         """Close our end; whoever waits for a message learns that none will come."""
-        if not self.alive:
+        if self._control.fileno() < 0:
             return
         self._loop.remove_reader(self._control)
         self._control.close()

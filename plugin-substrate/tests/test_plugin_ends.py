@@ -16,7 +16,7 @@ from pathlib import Path
 
 import plugin_substrate
 import pytest
-from plugin_substrate import CallContext, PluginError, PluginManager, PluginMeta
+from plugin_substrate import CallContext, PluginError, PluginManager, PluginMeta, WorkerDiedError
 from plugin_substrate.lifecycle import WorkerProcess
 
 MetaFactory = Callable[..., PluginMeta]
@@ -101,12 +101,31 @@ async def stop_the_supervisor_and_unload(manager: PluginManager) -> None:
     await unload(manager)
 
 
+async def reload(manager: PluginManager) -> None:
+    await manager.reload_plugin_async("family")
+
+
+async def stop_and_reload(manager: PluginManager) -> None:
+    os.kill(manager.get_instance("family").pid or 0, signal.SIGSTOP)
+    await reload(manager)
+
+
+async def kill_the_supervisor(manager: PluginManager) -> None:
+    os.kill(manager.get_instance("family").supervisor_pid or 0, signal.SIGKILL)
+
+
 async def cancel(manager: PluginManager) -> None:
     assert await manager.cancel_call("family", "the call") == "forced"
 
 
+ENDS = [
+    kill, stop_and_kill, kill_the_supervisor, unload, stop_and_unload, stop_the_supervisor_and_unload,
+    reload, stop_and_reload, cancel,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("afterwards", ["hold the interpreter", "compute", "sleep"])
-@pytest.mark.parametrize("end", [kill, stop_and_kill, unload, stop_and_unload, stop_the_supervisor_and_unload, cancel])
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
 async def test_descendants_end_with_their_worker_however_it_ends(
     family: PluginManager, token: str, end: Callable[[PluginManager], AsyncIterator[None]], afterwards: str
 ) -> None:
@@ -115,6 +134,16 @@ async def test_descendants_end_with_their_worker_however_it_ends(
     await all_gone(token)
     with pytest.raises(PluginError):
         await task
+
+
+async def test_a_stopped_supervisor_is_woken_to_reap_and_to_sweep(family: PluginManager, token: str) -> None:
+    task = await begun(family, token, "sleep")
+    os.kill(family.get_instance("family").supervisor_pid or 0, signal.SIGSTOP)
+    await kill(family)
+    with pytest.raises(WorkerDiedError) as caught:
+        await task
+    assert caught.value.signal_name == "SIGKILL", "only the supervisor can have told"
+    await all_gone(token)
 
 
 async def test_descendants_of_a_finished_call_end_with_their_worker(family: PluginManager, token: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -54,6 +55,17 @@ async def test_a_call_does_not_wait_for_the_pause_before_a_revival(eager: Plugin
             await eager.execute_plugin_async("probe", action="probe.leave", status=3)
     async with asyncio.timeout(10):  # the pause is 12.8 s by now
         assert await eager.execute_plugin_async("probe", action="probe.echo") == {}
+
+
+async def test_a_supervisor_that_died_unheard_is_replaced_by_the_next_call(probe: PluginManager) -> None:
+    """Both are dead before the event loop could be told."""
+    instance = probe.get_instance("probe")
+    descriptors = [os.pidfd_open(pid or 0) for pid in (instance.supervisor_pid, instance.pid)]
+    signal.pidfd_send_signal(descriptors[0], signal.SIGKILL)
+    for descriptor in descriptors:
+        assert select.select([descriptor], [], [], 10)[0]
+        os.close(descriptor)
+    assert await probe.execute_plugin_async("probe", action="probe.echo") == {}
 
 
 async def test_unloading_ends_a_revival_that_waits(eager: PluginManager) -> None:
