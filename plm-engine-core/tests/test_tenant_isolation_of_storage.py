@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from plm_engine_core.control_plane import ArtifactRecord
 from plm_engine_core.control_plane.errors import FencingLost, NotFound
-from plm_engine_core.control_plane.events import run_stream
+from plm_engine_core.control_plane.events import BEGINNING, FeedPage, run_stream
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.events.signing import Signer
 from plm_engine_core.control_plane.ids import new_id
@@ -46,6 +46,7 @@ ABSENT = {
     "halts.lift": NotFound,
     "events.read": [],
     "events.heads": [],
+    "events.feed": FeedPage(events=[], cursor=BEGINNING),
     "checkpoints.take": None,
     "checkpoints.read": [],
     "checkpoints.newest": None,
@@ -118,6 +119,7 @@ async def foreign(bench):
         "halts.lift": lambda: storage.halts.lift(other, halt, by=by.user_id, actor=by.actor),
         "events.read": lambda: storage.events.read(other, run_stream(run.id)),
         "events.heads": lambda: storage.events.heads(other),
+        "events.feed": lambda: storage.events.feed(other),
         "checkpoints.take": lambda: checkpointer.take(other),
         "checkpoints.read": lambda: storage.checkpoints.read(other),
         "checkpoints.newest": lambda: storage.checkpoints.newest(other),

@@ -3,15 +3,20 @@
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, Event, event_hash, run_stream
 from plm_engine_core.control_plane.events.export import Exported, export, read_exports
+from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage, HeldBack
 from plm_engine_core.control_plane.events.signing import PublicKeys, Signer, load_public_keys, load_signer
 from plm_engine_core.control_plane.events.verify import StreamHead, Verification, verify_streams, verify_tenant
 
 __all__ = [
+    "BEGINNING",
     "TENANT_STREAM",
     "Checkpoint",
     "Event",
     "Exported",
+    "FeedCursor",
+    "FeedPage",
     "Head",
+    "HeldBack",
     "PublicKeys",
     "Signer",
     "StreamHead",

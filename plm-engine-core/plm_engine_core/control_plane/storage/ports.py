@@ -27,6 +27,7 @@ from plm_engine_core.control_plane.vocabulary import (
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.events import Checkpoint, Event, Head, StreamHead
     from plm_engine_core.control_plane.events.chain import Link
+    from plm_engine_core.control_plane.events.feed import FeedCursor, FeedPage
     from plm_engine_core.control_plane.halts import Halt
     from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
     from plm_engine_core.control_plane.policy.replay import Attempt
@@ -251,6 +252,15 @@ class EventStore(Protocol):
 
     async def read(self, tenant_id: UUID, stream: str, *, after: int = 0, limit: int = 500) -> Sequence[Event]:
         """Events of one stream in order, from sequence `after` + 1."""
+        ...
+
+    async def feed(self, tenant_id: UUID, *, after: FeedCursor = ..., limit: int = 500) -> FeedPage:
+        """Events of all streams after a cursor, none left out, as far as nothing can come before them any more.
+
+        Raises:
+            InvalidRequest: the cursor is of another database.
+            Conflict: the events are of another server, whose transactions had higher ids.
+        """
         ...
 
     async def heads(self, tenant_id: UUID) -> Sequence[StreamHead]:

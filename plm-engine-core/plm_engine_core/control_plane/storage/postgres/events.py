@@ -3,14 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 from uuid import UUID
 
+from plm_engine_core.control_plane.errors import Conflict, InvalidRequest
 from plm_engine_core.control_plane.events.event import Event
+from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage, HeldBack
 from plm_engine_core.control_plane.events.verify import StreamHead
-from plm_engine_core.control_plane.storage.postgres.gateway import Gateway
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
 from plm_engine_core.control_plane.storage.postgres.rows import event_row
 
 _COLUMNS = "tenant_id, stream, seq, prev_hash, hash, kind, actor, occurred_at, payload"
+
+# Below the horizon every transaction has ended. A visible event at or above `next` was written on another server.
+_HORIZON = (
+    "SELECT pg_snapshot_xmin(s.now)::text AS horizon, pg_snapshot_xmax(s.now)::text AS next, "
+    "EXISTS (SELECT FROM events AS e WHERE e.tenant_id = %s AND e.feed_position >= pg_snapshot_xmax(s.now)) AS foreign "
+    "FROM (SELECT pg_current_snapshot() AS now) AS s"
+)
+_FEED = (
+    f"SELECT {_COLUMNS}, feed_position::text AS feed_position FROM events "  # noqa: S608  # literal
+    "WHERE tenant_id = %(tenant)s AND feed_position >= %(after)s::xid8 AND feed_position < %(horizon)s::xid8 "
+    'AND (feed_position > %(after)s::xid8 OR (stream COLLATE "C", seq) > (%(stream)s COLLATE "C", %(seq)s)) '
+    'ORDER BY events.feed_position, stream COLLATE "C", seq LIMIT %(limit)s'
+)
+_COUNTED = 1000  # of the events that are held back
+_HELD_BACK = (
+    "SELECT count(*) AS events, min(h.occurred_at) AS since FROM (SELECT occurred_at FROM events "
+    "WHERE tenant_id = %s AND feed_position >= %s::xid8 ORDER BY feed_position LIMIT %s) AS h"
+)
+_BLOCKING = (
+    "SELECT pid FROM pg_locks WHERE locktype = 'transactionid' AND granted AND mode = 'ExclusiveLock' "
+    "AND transactionid::text::bigint = %s"
+)
+_XIDS = 2**32  # a lock names the lower half of a transaction's id
 
 
 class PostgresEvents:
@@ -29,6 +55,27 @@ class PostgresEvents:
             )
             return [event_row(row) for row in await cursor.fetchall()]
 
+    async def feed(self, tenant_id: UUID, *, after: FeedCursor = BEGINNING, limit: int = 500) -> FeedPage:
+        """Events of all streams after a cursor, as far as nothing can come before them any more."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            horizon = await _horizon(connection, tenant_id, after)
+            cursor = await connection.execute(
+                _FEED.encode(),
+                {
+                    "tenant": tenant_id,
+                    "after": str(after.position),
+                    "stream": after.stream,
+                    "seq": after.seq,
+                    "horizon": horizon,
+                    "limit": limit,
+                },
+            )
+            rows = await cursor.fetchall()
+            held_back = await _held_back(connection, tenant_id, horizon) if len(rows) < limit else None
+            for row in rows:
+                after = FeedCursor(int(row.pop("feed_position")), row["stream"], row["seq"])
+            return FeedPage(events=[event_row(row) for row in rows], cursor=after, held_back=held_back)
+
     async def heads(self, tenant_id: UUID) -> Sequence[StreamHead]:
         """Every stream of the tenant with its head."""
         async with self._gateway.transaction(tenant_id) as connection:
@@ -39,3 +86,29 @@ class PostgresEvents:
                 [tenant_id],
             )
             return [StreamHead(**row) for row in await cursor.fetchall()]
+
+
+async def _horizon(connection: Session, tenant_id: UUID, after: FeedCursor) -> str:
+    cursor = await connection.execute(_HORIZON, [tenant_id])
+    row: Any = await cursor.fetchone()
+    if row["foreign"]:
+        raise Conflict(
+            f"events carry transaction ids that this server has not reached ({row['next']}): they were restored from "
+            "another server; raise this one's above them with `pg_resetwal --epoch` while it is stopped",
+            reason="feed_restored",
+        )
+    if after.position >= int(row["next"]):
+        raise InvalidRequest("this cursor was given by another database; leave it out to begin anew", field="cursor")
+    return str(row["horizon"])
+
+
+async def _held_back(connection: Session, tenant_id: UUID, horizon: str) -> HeldBack | None:
+    cursor = await connection.execute(_HELD_BACK, [tenant_id, horizon, _COUNTED])
+    row: Any = await cursor.fetchone()
+    if not row["events"]:
+        return None
+    cursor = await connection.execute(_BLOCKING, [int(horizon) % _XIDS])
+    blocking = await cursor.fetchone()
+    return HeldBack(
+        events=row["events"], since=row["since"], blocking_pid=blocking["pid"] if blocking is not None else None
+    )

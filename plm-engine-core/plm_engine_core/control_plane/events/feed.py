@@ -1,0 +1,84 @@
+"""The feed: every event of a tenant, across its streams, so that a reader who keeps its cursor misses none.
+
+Sequences are dense within a stream only, and transactions commit in another order than they began. So the feed is in
+the order of transaction ids, which each event carries as its position, and ends below the oldest transaction that still
+runs: what is not yet shown can only come after what is. Within a stream events keep their order.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from plm_engine_core.control_plane.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from plm_engine_core.control_plane.events.event import Event
+
+_GREATEST = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class FeedCursor:
+    """Where a reader stands: after this event. Its text is opaque to readers."""
+
+    position: int
+    stream: str
+    seq: int
+
+    def encode(self) -> str:
+        """The text that a reader keeps."""
+        return base64.urlsafe_b64encode(json.dumps([self.position, self.stream, self.seq]).encode()).decode()
+
+    @classmethod
+    def decode(cls, text: str) -> FeedCursor:
+        """Back from the text.
+
+        Raises:
+            InvalidRequest: no feed has given this text.
+        """
+        try:
+            position, stream, seq = json.loads(base64.urlsafe_b64decode(text.encode("ascii")))
+        except (ValueError, TypeError, RecursionError, binascii.Error) as error:
+            raise _not_ours() from error
+        numbers = type(position) is int and type(seq) is int
+        if not numbers or type(stream) is not str or "\x00" in stream or not stream.isprintable():
+            raise _not_ours()
+        if not (0 <= position <= _GREATEST and 0 <= seq <= _GREATEST):
+            raise _not_ours()
+        return cls(position, stream, seq)
+
+
+BEGINNING = FeedCursor(0, "", 0)
+"""Before the first event."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldBack:
+    """Committed events that the feed does not show yet, because an older transaction still runs somewhere.
+
+    `events` is how many, at most 1000 are counted; `since` is when the oldest of them happened. `blocking_pid` is the
+    server process of that transaction, None where it has none any more or is only prepared.
+    """
+
+    events: int
+    since: datetime
+    blocking_pid: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedPage:
+    """Some events in the feed's order. `cursor` goes on after them, and is there even when there are none."""
+
+    events: Sequence[Event]
+    cursor: FeedCursor
+    held_back: HeldBack | None = None
+
+
+def _not_ours() -> InvalidRequest:
+    return InvalidRequest("this is not a cursor of the feed; leave it out to begin anew", field="cursor")
