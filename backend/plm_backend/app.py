@@ -14,7 +14,7 @@ from plm_backend import problems
 from plm_backend.body_limit import BodyLimitMiddleware
 from plm_backend.dependencies import each_once
 from plm_backend.openapi import describe
-from plm_backend.routers import approvals, artifacts, halts, health, runs
+from plm_backend.routers import approvals, artifacts, events, halts, health, runs
 from plm_backend.wiring import Platform
 
 
@@ -30,7 +30,7 @@ def create_app(platform: Platform) -> FastAPI:
     )
     app.openapi = partial(describe, app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     app.state.platform = platform
-    for router in (runs.router, approvals.router, halts.router, artifacts.router):
+    for router in (runs.router, approvals.router, halts.router, events.router, artifacts.router):
         app.include_router(router, dependencies=[Depends(each_once)])
     app.include_router(health.router)
     problems.install(app)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from uuid import UUID
 
 from plm_engine_core.control_plane.amounts import Amount
+from plm_engine_core.control_plane.events import Event
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl import ApprovalTicket
 from plm_engine_core.control_plane.limits import Budget
@@ -176,6 +177,34 @@ class HaltDocument(BaseModel):
     lifted_at: datetime | None
 
 
+class EventDocument(BaseModel):
+    """One event, as its stream has it; `hash` and `prev_hash` are hexadecimal."""
+
+    stream: str
+    seq: int
+    kind: str
+    actor: str
+    occurred_at: datetime
+    prev_hash: str
+    hash: str
+    payload: dict[str, Any]
+
+
+class HeldBackDocument(BaseModel):
+    """Events that are committed but not shown yet: how many (at most 1000 are counted), and when the oldest was."""
+
+    events: int
+    since: datetime
+
+
+class EventPage(BaseModel):
+    """Events of all streams; `next` is the cursor to go on with, now or later."""
+
+    items: list[EventDocument]
+    next: str
+    held_back: HeldBackDocument | None
+
+
 class Health(BaseModel):
     """Whether the process lives, or can serve."""
 
@@ -271,6 +300,20 @@ def halt_document(halt: Halt) -> HaltDocument:
         lifted_by=halt.lifted_by,
         lifted_at=halt.lifted_at,
     )
+
+
+def event_document(event: Event) -> dict[str, Any]:
+    """The public form of an event."""
+    return {
+        "stream": event.stream,
+        "seq": event.seq,
+        "kind": event.kind,
+        "actor": event.actor,
+        "occurred_at": event.occurred_at,
+        "prev_hash": event.prev_hash.hex(),
+        "hash": event.hash.hex(),
+        "payload": event.data,
+    }
 
 
 def jsonable(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run's event stream: every event once, in order, resumable; going away changes nothing."""
+"""Events: a run's own stream, every event once, in order, resumable; and the feed over all of a tenant's."""
 
 from __future__ import annotations
 
@@ -65,3 +65,20 @@ def test_a_client_that_goes_away_does_not_cancel_the_run(client: Any, gate: Any)
     client.wait(run_id, "step_started")  # leaves the stream in the middle
     gate.open()
     assert client.finished(run_id)["state"] == "succeeded"
+
+
+def test_the_feed_shows_every_event_of_every_run_in_pages_of_any_size(client: Any, finished_run: str) -> None:
+    other = client.run("echo")["run_id"]
+    client.finished(other)
+    for limit in (1, 200):
+        seen, cursor = [], None
+        while True:
+            page = client.get("/v1/events", params={"limit": limit, **({"cursor": cursor} if cursor else {})}).json()
+            cursor = page["next"]
+            seen += page["items"]
+            if not page["items"] and page["held_back"] is None:
+                break
+        for run_id in (finished_run, other):
+            fed = [(each["seq"], each["kind"], each["hash"]) for each in seen if each["stream"] == f"run/{run_id}"]
+            streamed = [json.loads(message.data) for message in client.events(run_id)]
+            assert fed == [(each["seq"], each["kind"], each["hash"]) for each in streamed]

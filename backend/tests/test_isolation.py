@@ -106,7 +106,7 @@ def _household(server: Any, tenant: uuid.UUID) -> Household:
         ticket=next(ticket["ticket_id"] for ticket in tickets if ticket["run_id"] == waiting[0]),
         halt=halt["halt_id"],
         artifact=done["result"]["file"]["$artifact"],
-        cursors={name: client.get(f"/v1/{name}?limit=1").json()["next"] for name in ("runs", "approvals")},
+        cursors={name: client.get(f"/v1/{name}?limit=1").json()["next"] for name in ("runs", "approvals", "events")},
     )
 
 
@@ -207,10 +207,21 @@ def _created(spy: Household, other: Household) -> tuple[bool, str]:
     return answer.json().get("run_id") != spy.finished, answer.text
 
 
+def _fed(spy: Household, other: Household) -> tuple[bool, str]:
+    """Whether the feed, begun anywhere, holds anything but the spy's own."""
+    texts = ""
+    for cursor in (None, other.cursors["events"]):
+        answer = spy.client.get("/v1/events", params={"limit": 200, **({"cursor": cursor} if cursor else {})})
+        assert answer.status_code == 200
+        texts += answer.text
+    return any(each in texts for each in other.runs), texts
+
+
 SCENARIOS: dict[str, Callable[[Household, Household], tuple[bool, str]]] = {
     **{operation: lambda *two, operation=operation: _by_id(operation, *two) for operation in BY_ID},
     "listRuns": lambda *two: _listed("runs", *two),
     "listApprovals": lambda *two: _listed("approvals", *two),
+    "listEvents": _fed,
     "createRun": _created,
 }
 WITHOUT_TENANT = {"live": "/v1/health/live", "ready": "/v1/health/ready"}

@@ -107,6 +107,24 @@ def test_a_changed_export_and_a_strangers_key_are_refused_in_one_sentence(termin
     assert "a, event 1: its content does not match its hash" in said.stderr
 
 
+def test_the_feed_goes_on_after_its_cursor_and_tells_who_holds_it_back(terminal: Terminal) -> None:
+    ours = ("feed", "--tenant-id", str(terminal.tenant))
+    for stream in ("a", "b", "a"):
+        terminal.append(stream)
+    first = terminal.json(*ours, "--limit", "2")
+    rest = terminal.json(*ours, "--after", first["cursor"])
+    shown = [(event["stream"], event["seq"]) for event in (*first["events"], *rest["events"])]
+    assert shown == [("a", 1), ("b", 1), ("a", 2)]
+    with psycopg.connect(terminal.database.app) as holder:
+        holder.execute("SELECT pg_current_xact_id()")
+        terminal.append("c")
+        held = terminal.json(*ours, "--after", rest["cursor"])
+        assert (held["events"], held["cursor"], held["held_back"]["events"]) == ([], rest["cursor"], 1)
+        said = terminal.run(*ours, "--after", rest["cursor"]).stderr
+        assert f"1 more since {held['held_back']['since']} wait for server process" in said
+    assert "not a cursor" in terminal.run(*ours, "--after", "nonsense", status=2).stderr
+
+
 def test_an_export_is_written_whole_or_not_at_all(terminal: Terminal, file: Path) -> None:
     before = file.read_bytes()
     assert (

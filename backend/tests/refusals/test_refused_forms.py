@@ -185,8 +185,8 @@ class Cases:
         return self._client.get("/v1/runs?limit=-1"), "query.limit", "greater than or equal to 1", "not '-1'"
 
     def cursor_of_nobody(self) -> Refusal:
-        for cursor in ("", "W10=", "e30=", "%00", "%ff", "a" * 300, "WyIyMDI2LTAxLTAxIiwgMV0="):
-            for path in ("/v1/runs", "/v1/approvals"):
+        for cursor in ("", "W10=", "e30=", "%00", "%ff", "a" * 600, "WyIyMDI2LTAxLTAxIiwgMV0="):
+            for path in ("/v1/runs", "/v1/approvals", "/v1/events"):
                 assert self._client.get(f"{path}?cursor={cursor}").status_code == 422
         return self._client.get("/v1/runs?cursor=junk"), "cursor", "leave it out"
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 from uuid import UUID
@@ -13,11 +15,14 @@ import typer
 
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
-from plm_engine_core.cli.storage import with_books
+from plm_engine_core.cli.storage import Books, with_books
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events import (
+    BEGINNING,
     Checkpoint,
     Exported,
+    FeedCursor,
+    FeedPage,
     PublicKeys,
     Signer,
     Verification,
@@ -31,6 +36,8 @@ from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.events.signing import new_private_pem
 
 app = typer.Typer(help="Check, sign and export the record of what happened.", no_args_is_help=True)
+
+_FOLLOW_SECONDS = 1.0
 
 TenantId = Annotated[UUID, typer.Option(help="Whose streams.")]
 Exports = Annotated[list[Path] | None, typer.Option("--export", help="An export of this tenant; repeat, in order.")]
@@ -136,6 +143,39 @@ def export_command(
     show(answer, f"{to} holds everything after checkpoint {after} up to checkpoint {newest}", as_json=as_json)
 
 
+@app.command("feed")
+def feed(
+    tenant_id: TenantId,
+    after: Annotated[str, typer.Option(help="Go on after this cursor, where a page ended.")] = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Events a page.")] = 100,
+    follow: Annotated[bool, typer.Option(help="Go on with page after page, and wait for more.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show the events of all streams of a tenant, none left out, with the cursor to go on after them.
+
+    With --json each page is one line. Status 0: shown, 1: the database refused; 2: wrong arguments; 3: no address.
+    """
+    try:
+        cursor = FeedCursor.decode(after) if after else BEGINNING
+    except InvalidRequest as error:
+        fail(ExitCode.USAGE, str(error))
+
+    async def pages(books: Books) -> None:
+        nonlocal cursor
+        while True:
+            page = await books.storage.events.feed(tenant_id, after=cursor, limit=limit)
+            if page.events or not follow:
+                _show_page(page, as_json=as_json)
+            cursor = page.cursor
+            if not follow:
+                return
+            if len(page.events) < limit:
+                await asyncio.sleep(_FOLLOW_SECONDS)
+
+    with suppress(KeyboardInterrupt):
+        with_books(pages)
+
+
 @app.command("checkpoint")
 def checkpoint(tenant_id: TenantId, key: Key, as_json: AsJson = False) -> None:
     """Sign the heads of a tenant's streams now, as `serve` and `worker` do every minute.
@@ -207,6 +247,45 @@ def _signer(path: Path) -> Signer:
         return load_signer(path)
     except InvalidRequest as error:
         fail(ExitCode.NOT_CONFIGURED, str(error))
+
+
+def _show_page(page: FeedPage, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(_page_document(page)))
+        return
+    for event in page.events:
+        typer.echo(f"{event.occurred_at.isoformat()}  {event.stream}  {event.seq}  {event.kind}  {event.actor}")
+    if page.held_back is not None:
+        by = f"server process {page.held_back.blocking_pid}" if page.held_back.blocking_pid else "a transaction"
+        typer.echo(
+            f"{page.held_back.events} more since {page.held_back.since.isoformat()} wait for {by} to end", err=True
+        )
+    typer.echo(f"cursor {page.cursor.encode()}", err=True)
+
+
+def _page_document(page: FeedPage) -> dict[str, Any]:
+    held_back = page.held_back
+    return {
+        "events": [
+            {
+                "stream": event.stream,
+                "seq": event.seq,
+                "kind": event.kind,
+                "actor": event.actor,
+                "occurred_at": event.occurred_at.isoformat(),
+                "hash": event.hash.hex(),
+                "payload": event.data,
+            }
+            for event in page.events
+        ],
+        "cursor": page.cursor.encode(),
+        "held_back": held_back
+        and {
+            "events": held_back.events,
+            "since": held_back.since.isoformat(),
+            "blocking_pid": held_back.blocking_pid,
+        },
+    }
 
 
 def _document(result: Verification) -> dict[str, Any]:
