@@ -123,7 +123,7 @@ STORIES: dict[str, Story] = {
             "admission.admit",
             "admission.begin",
             "admission.settle",
-            "admission.take_rate",
+            "admission.prepare",
             "approvals.decide",
             "artifacts.store",
             "audit.write",

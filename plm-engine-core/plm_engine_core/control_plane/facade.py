@@ -20,6 +20,7 @@ from plm_engine_core.control_plane.events import Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import Halt, KillSwitch
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket
+from plm_engine_core.control_plane.limits import Subjects
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run
@@ -44,6 +45,7 @@ class RunRequest:
     trace_id: str
     root_span_id: str = field(default_factory=lambda: secrets.token_hex(8))
     budget: Mapping[BudgetUnit, Decimal] = field(default_factory=dict)
+    run_group_id: UUID | None = None
     artifacts: Sequence[ArtifactRow] = ()
     idempotency_key: str | None = None
     request_digest: str = ""
@@ -113,6 +115,11 @@ class ControlPlane:
                 root_span_id=request.root_span_id,
                 budget=self._limits(request.budget, principal),
                 tenant_budget=self.policy.budgets.tenant,
+                subjects=Subjects(
+                    agent_id=str(request.agent.get("name") or "") or None,
+                    run_group_id=request.run_group_id,
+                    user_id=principal.user_id,
+                ),
                 artifacts=request.artifacts,
                 idempotency_key=request.idempotency_key,
                 request_digest=request.request_digest,

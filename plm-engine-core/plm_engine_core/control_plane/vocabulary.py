@@ -183,6 +183,11 @@ class BudgetScope(StrEnum):
     """Whose budget it is, from narrow to wide; budgets are locked in this order."""
 
     RUN = "run"
+    RUN_GROUP = "run_group"
+    AGENT = "agent"
+    USER = "user"
+    TEAM = "team"
+    MODEL = "model"
     TENANT = "tenant"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from plm_engine_core.control_plane.admission.proposal import Proposal
+from plm_engine_core.control_plane.limits import Bucket, Dimension
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot
 from plm_engine_core.control_plane.policy.run_risk import MOST_STEPS, RunSoFar
 from plm_engine_core.control_plane.registry import CapabilityRegistry
@@ -20,8 +21,12 @@ async def prepare(
     Raises:
         StorageUnavailable: a fact could not be had; nothing was decided.
     """
-    reading = await storage.take_rate(
-        proposal.tenant_id, "tenant", per_second=policy.rate_limit.per_second, burst=policy.rate_limit.burst
+    prepared = await storage.prepare(
+        proposal.tenant_id,
+        proposal.run_id,
+        buckets=[
+            Bucket(dimension=Dimension.TENANT, per_second=policy.rate_limit.per_second, burst=policy.rate_limit.burst)
+        ],
     )
     return Facts(
         capability=registry.get(proposal.capability),
@@ -29,8 +34,8 @@ async def prepare(
         requester=proposal.principal.user_id,
         # The level an agent may ask for is a ceiling of its registration; until then everyone gets the policy's.
         autonomy=AutonomyLevel.L3,
-        rate_allowed=reading.allowed,
-        retry_after_ms=reading.retry_after_ms,
+        rate_allowed=prepared.rate.allowed,
+        retry_after_ms=prepared.rate.retry_after_ms,
         actor_kind=proposal.principal.actor_kind,
         agent=proposal.agent,
         claims=proposal.claims,

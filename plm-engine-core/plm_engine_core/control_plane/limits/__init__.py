@@ -1,6 +1,7 @@
 """Budgets and rates: what may be spent, and how fast."""
 
 from plm_engine_core.control_plane.limits.budgets import Budget, Reserve, demand
-from plm_engine_core.control_plane.limits.rate_limit import RateReading
+from plm_engine_core.control_plane.limits.rate_limit import Bucket, Dimension, Prepared, RateReading
+from plm_engine_core.control_plane.limits.subjects import Subjects
 
-__all__ = ["Budget", "RateReading", "Reserve", "demand"]
+__all__ = ["Bucket", "Budget", "Dimension", "Prepared", "RateReading", "Reserve", "Subjects", "demand"]

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.admission.proposal import Principal
+from plm_engine_core.control_plane.limits.subjects import Subjects
 from plm_engine_core.control_plane.vocabulary import (
     TERMINAL_RUN_STATES,
     BudgetUnit,
@@ -48,6 +49,7 @@ class NewRun:
     root_span_id: str
     budget: Mapping[BudgetUnit, Decimal]
     tenant_budget: Mapping[BudgetUnit, Decimal]
+    subjects: Subjects = field(default_factory=Subjects)
     artifacts: Sequence[ArtifactRow] = ()
     idempotency_key: str | None = None
     request_digest: str = ""
@@ -71,6 +73,7 @@ class Run:
     cancel_requested: bool
     created_at: datetime
     updated_at: datetime
+    subjects: Subjects = field(default_factory=Subjects)
     finished_at: datetime | None = None
     reason: str | None = None
     message: str | None = None

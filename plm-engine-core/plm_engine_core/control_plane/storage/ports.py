@@ -14,7 +14,7 @@ from uuid import UUID
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitLlmCallArgs, EmitTelemetryArgs
 
 from plm_engine_core.control_plane.limits.budgets import Budget, Reserve
-from plm_engine_core.control_plane.limits.rate_limit import RateReading
+from plm_engine_core.control_plane.limits.rate_limit import Bucket, Prepared
 from plm_engine_core.control_plane.vocabulary import (
     Evidence,
     ExecutorKind,
@@ -102,8 +102,8 @@ class Delivery(Protocol):
 class AdmissionStore(Protocol):
     """The books of admission and settlement."""
 
-    async def take_rate(self, tenant_id: UUID, dimension: str, *, per_second: float, burst: float) -> RateReading:
-        """Take one token from a tenant's bucket."""
+    async def prepare(self, tenant_id: UUID, run_id: UUID, *, buckets: Sequence[Bucket]) -> Prepared:
+        """Take one token of every bucket or of none, and read for whom the run works."""
         ...
 
     async def history(self, tenant_id: UUID, run_id: UUID, *, before_step: int, limit: int) -> Sequence[str]:

@@ -11,7 +11,7 @@ from plm_shared.sqlalchemy_kernel_emitter import ledger_statements
 from psycopg.rows import dict_row
 
 from plm_engine_core.control_plane.errors import StorageUnavailable
-from plm_engine_core.control_plane.limits.rate_limit import RateReading
+from plm_engine_core.control_plane.limits import Bucket, Dimension, Prepared, RateReading, Subjects
 from plm_engine_core.control_plane.storage.ports import AdmitCommand, Connection, SettleCommand
 from plm_engine_core.control_plane.storage.postgres.gateway import (
     Gateway,
@@ -21,8 +21,8 @@ from plm_engine_core.control_plane.storage.postgres.gateway import (
     translated,
 )
 
-_ADMIT = "SELECT engine_admit_v1(%s) AS answer"
-_SETTLE = "SELECT engine_settle_v1(%s) AS answer"
+_ADMIT = "SELECT engine_admit_v2(%s) AS answer"
+_SETTLE = "SELECT engine_settle_v2(%s) AS answer"
 
 
 class PostgresAdmission:
@@ -31,15 +31,25 @@ class PostgresAdmission:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def take_rate(self, tenant_id: UUID, dimension: str, *, per_second: float, burst: float) -> RateReading:
-        """Take one token from a tenant's bucket."""
+    async def prepare(self, tenant_id: UUID, run_id: UUID, *, buckets: Sequence[Bucket]) -> Prepared:
+        """Take one token of every bucket or of none, and read for whom the run works."""
+        wanted = [
+            {"dimension": each.dimension.value, "per_second": each.per_second, "burst": each.burst} for each in buckets
+        ]
         async with self._gateway.connection() as connection:
             answer = await _scalar(
                 connection,
-                "SELECT engine_take_rate_v1(%s, %s, %s, %s) AS answer",
-                [tenant_id, dimension, per_second, burst],
+                "SELECT engine_prepare_v2(%s, %s, %s) AS answer",
+                [tenant_id, run_id, jsonb(wanted, root="buckets")],
             )
-        return RateReading(allowed=answer["allowed"], retry_after_ms=answer["retry_after_ms"])
+        return Prepared(
+            rate=RateReading(
+                allowed=answer["allowed"],
+                retry_after_ms=answer["retry_after_ms"],
+                dimension=Dimension(answer["dimension"]) if answer["dimension"] else None,
+            ),
+            subjects=Subjects.from_json(answer["run"]) if answer["run"] else None,
+        )
 
     async def history(self, tenant_id: UUID, run_id: UUID, *, before_step: int, limit: int) -> Sequence[str]:
         """The capabilities of the run's earlier steps that were granted, the newest `limit` of them, oldest first."""
@@ -69,7 +79,7 @@ class PostgresAdmission:
         async with self._gateway.connection() as connection:
             return await _scalar(
                 connection,
-                "SELECT engine_begin_v1(%s, %s, %s, %s, %s) AS answer",
+                "SELECT engine_begin_v2(%s, %s, %s, %s, %s) AS answer",
                 [tenant_id, run_id, grant_id, fencing_token, actor],
             )
 

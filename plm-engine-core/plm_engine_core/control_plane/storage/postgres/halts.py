@@ -97,7 +97,8 @@ class PostgresHalts:
                 parked = await connection.execute(
                     "UPDATE run_states SET state = 'queued', reason = NULL, message = NULL, "
                     "updated_at = clock_timestamp() WHERE tenant_id = %(tenant)s AND state = 'halted' "
-                    "AND engine_standing_halt_v1(tenant_id, run_id) IS NULL RETURNING run_id",
+                    "AND engine_standing_halt_v2(tenant_id, run_id, run_group_id, agent_id, NULL) IS NULL "
+                    "RETURNING run_id",
                     {"tenant": tenant_id},
                 )
                 for each in await parked.fetchall():

@@ -86,7 +86,7 @@ class PostgresLeases:
                 "UPDATE run_states SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s) "
                 "WHERE tenant_id = %(tenant)s AND run_id = %(run)s AND fencing_token = %(token)s AND state = 'running' "
                 "RETURNING cancel_requested_at IS NOT NULL AS cancel, "
-                "engine_standing_halt_v1(tenant_id, run_id) AS halt",
+                "engine_standing_halt_v2(tenant_id, run_id, run_group_id, agent_id, NULL) AS halt",
                 {"tenant": tenant_id, "run": run_id, "token": fencing_token, "seconds": seconds},
             )
             row = await cursor.fetchone()
@@ -218,9 +218,15 @@ async def close_books(connection: Session, tenant_id: UUID, run_id: UUID) -> Non
 
 async def _halt_stands(connection: Session, tenant_id: UUID, run_id: UUID) -> bool:
     """Whether a halt stands, under a lock that keeps it so until the transaction ends."""
-    await connection.execute("SELECT engine_lock_halts_v1(%s, %s)", [tenant_id, run_id])
+    await connection.execute(
+        "SELECT engine_lock_halts_v2(tenant_id, run_id, run_group_id, agent_id, NULL) FROM run_states "
+        "WHERE tenant_id = %s AND run_id = %s",
+        [tenant_id, run_id],
+    )
     cursor = await connection.execute(
-        "SELECT engine_standing_halt_v1(%s, %s) IS NOT NULL AS stands", [tenant_id, run_id]
+        "SELECT engine_standing_halt_v2(tenant_id, run_id, run_group_id, agent_id, NULL) IS NOT NULL AS stands "
+        "FROM run_states WHERE tenant_id = %s AND run_id = %s",
+        [tenant_id, run_id],
     )
     row = await cursor.fetchone()
     return row is not None and bool(row["stands"])

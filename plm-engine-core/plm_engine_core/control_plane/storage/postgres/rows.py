@@ -11,6 +11,7 @@ from plm_engine_core.control_plane.events.event import Event
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
 from plm_engine_core.control_plane.limits.budgets import Budget
+from plm_engine_core.control_plane.limits.subjects import Subjects
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
@@ -38,6 +39,9 @@ def run_row(row: Mapping[str, Any]) -> Run:
         trace_id=row["trace_id"],
         root_span_id=row["root_span_id"],
         fencing_token=row["fencing_token"],
+        subjects=Subjects(
+            agent_id=row["agent_id"], run_group_id=row["run_group_id"], user_id=row["user_id"], team=row["team"]
+        ),
         cancel_requested=row["cancel_requested_at"] is not None,
         created_at=row["created_at"],
         updated_at=row["updated_at"],

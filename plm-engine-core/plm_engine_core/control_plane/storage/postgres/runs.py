@@ -84,7 +84,8 @@ class PostgresRuns(PostgresLeases):
         )
         await connection.execute(
             "INSERT INTO run_states (tenant_id, run_id, kind, state, agent, input, principal, policy_digest, trace_id, "
-            "root_span_id) VALUES (%s, %s, %s, 'queued', %s, %s, %s, %s, %s, %s)",
+            "root_span_id, agent_id, run_group_id, user_id, team) "
+            "VALUES (%s, %s, %s, 'queued', %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
             [
                 new.tenant_id,
                 new.run_id,
@@ -95,6 +96,10 @@ class PostgresRuns(PostgresLeases):
                 new.policy_digest,
                 new.trace_id,
                 new.root_span_id,
+                new.subjects.agent_id,
+                new.subjects.run_group_id,
+                new.subjects.user_id,
+                new.subjects.team,
             ],
         )
         for scope, scope_id, limits in (
