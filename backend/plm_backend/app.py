@@ -36,7 +36,12 @@ def create_app(platform: Platform) -> FastAPI:
     problems.install(app)
     app.add_middleware(BodyLimitMiddleware, max_bytes=platform.settings.max_body_bytes)
     app.add_middleware(PlmTenantMiddleware, identity_tenant=_identity_tenant)
-    app.add_middleware(IdentityMiddleware, provider=platform.identity, audit=platform.audit)
+    app.add_middleware(
+        IdentityMiddleware,
+        provider=platform.identity,
+        audit=platform.audit,
+        audit_required=platform.settings.audit_required,
+    )
     app.add_middleware(
         CORSMiddleware,
         allow_origins=list(platform.settings.cors_allowed_origins),

@@ -32,6 +32,9 @@ class Settings(BaseSettings):
     events_key: Path | None = None
     """The private key that signs the event streams' checkpoints (PEM, mode 0600); in development one is made."""
 
+    audit_required: bool = True
+    """Whether a request whose audit record cannot be written is refused (503) rather than served and logged."""
+
     host: str = "127.0.0.1"
     port: int | None = Field(default=None, ge=0, le=65535)
     """0 takes a free port; when none is named, 8000, or a free one when that is in use."""

@@ -9,7 +9,12 @@ from contextlib import contextmanager
 
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.control_plane.errors import ControlPlaneError
-from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider, IdentityProviderConfigError
+from plm_engine_core.control_plane.identity import (
+    Hs256JwtIdentityProvider,
+    IdentityProviderConfigError,
+    identity_mode,
+    provider_from_environment,
+)
 from plm_shared.embedded_postgres import PostgresUnavailable
 from pydantic import ValidationError
 
@@ -58,13 +63,14 @@ def setup_errors() -> Iterator[None]:
 def load_settings() -> Settings:
     """The settings of this process, and proof that it will know who is calling.
 
-    In development, tokens are signed with a secret this installation made itself, unless one is given.
+    In development, tokens are signed with a secret this installation made itself, unless one or an issuer is given.
 
     Raises:
         IdentityProviderConfigError: no identity provider is configured, or not a good one; there is no way around.
     """
     settings = Settings()
-    if settings.development and not (os.environ.get(SECRET) or os.environ.get(OLDER_SECRET)):
+    shared = identity_mode() == Hs256JwtIdentityProvider.name
+    if shared and settings.development and not (os.environ.get(SECRET) or os.environ.get(OLDER_SECRET)):
         os.environ[SECRET] = LocalState(settings.state_dir).secret("identity_hs256")
-    Hs256JwtIdentityProvider.from_environment()
+    provider_from_environment()
     return settings

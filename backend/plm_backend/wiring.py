@@ -17,7 +17,7 @@ from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events import Signer, load_signer
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
-from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider, IdentityProvider, PostgresAuditSink
+from plm_engine_core.control_plane.identity import IdentityProvider, PostgresAuditSink, provider_from_environment
 from plm_engine_core.control_plane.policy import load_policy
 from plm_engine_core.control_plane.policy.lint import require_known_names
 from plm_engine_core.control_plane.recovery import Recovery
@@ -74,7 +74,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
     policy = load_policy(settings.policy)
     require_known_names(policy, registry, source=str(settings.policy))
     agents = load_catalog(settings.agents, registry)
-    identity = Hs256JwtIdentityProvider.from_environment()
+    identity = provider_from_environment()
     pool = open_pool(dsn, max_size=settings.run_concurrency + 8)
     database = Reachability(on_return=pool.check)  # or each idle connection would fail one request
     hub = SignalHub(dsn, database=database)

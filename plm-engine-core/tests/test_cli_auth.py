@@ -1,4 +1,4 @@
-"""`plm-cli auth issue-token`: what it prints where, and how it ends."""
+"""`plm-cli auth`: what it prints where, and how it ends."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from plm_engine_core.cli import build_app
 from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider
+from plm_engine_core.testing.issuer import local_issuer
 from typer.testing import CliRunner
 
 SECRET = "a-secret-for-tests-of-forty-characters!!"
@@ -27,6 +28,9 @@ UNSET = dict.fromkeys(
         "IDENTITY_PROVIDER_MODE",
         "PLM_IDENTITY_ISSUER",
         "PLM_IDENTITY_AUDIENCE",
+        "PLM_IDENTITY_LEEWAY_SECONDS",
+        "PLM_OIDC_ISSUER",
+        "PLM_OIDC_AUDIENCE",
     ]
 )
 
@@ -106,3 +110,56 @@ def test_the_installed_command_works_as_a_process() -> None:
     done = subprocess.run(command, env={**clean, ACTIVE: SECRET}, capture_output=True, text=True, check=True)
     assert Hs256JwtIdentityProvider(active_secret=SECRET).validate(done.stdout.strip()).tenant_id == TENANT
     assert SECRET not in done.stderr
+
+
+def inspect(given: str, *arguments: str, **environment: str) -> Any:
+    command = ["auth", "inspect", *arguments]
+    return CliRunner().invoke(build_app(), command, input=given, env={**UNSET, ACTIVE: SECRET, **environment})
+
+
+def test_a_good_token_is_inspected_and_its_text_is_not_repeated() -> None:
+    token = issue("--user-id", str(USER), "--scope", "plm.halt", "--session-id", "s-1").stdout.strip()
+    for given in (token, f"Bearer {token}\n"):
+        result = inspect(given)
+        assert result.exit_code == 0
+        assert str(USER) in result.stdout
+        assert "plm.halt" in result.stdout
+        assert token not in result.stdout
+    answer = json.loads(inspect(token, "--json").stdout)
+    assert (answer["provider"], answer["user_id"], answer["tenant_id"]) == ("hs256", str(USER), str(TENANT))
+    assert (answer["scopes"], answer["session_id"], answer["actor_kind"]) == (["plm.halt"], "s-1", "human")
+
+
+def test_a_token_that_is_refused_is_one_sentence_with_its_code_and_status_1() -> None:
+    token = issue().stdout.strip()
+    for given, environment, word in (
+        ("garbage", {}, "IDENTITY_MALFORMED (malformed_token)"),
+        (token, {ACTIVE: OLDER}, "IDENTITY_INVALID_SIGNATURE (bad_signature)"),
+        (token, {"PLM_IDENTITY_ISSUER": "https://issuer"}, "IDENTITY_MALFORMED (missing_claim)"),
+    ):
+        result = inspect(given, **environment)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert word in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert token not in result.stderr
+
+
+def test_inspecting_nothing_or_without_a_provider_is_told_apart() -> None:
+    assert inspect("").exit_code == 2
+    assert inspect("x", **{ACTIVE: ""}).exit_code == 3
+    assert inspect("x", IDENTITY_PROVIDER_MODE="off").exit_code == 3
+
+
+def test_with_an_issuer_tokens_are_inspected_by_its_keys_and_never_issued_here(tmp_path: Path) -> None:
+    with local_issuer(tmp_path / "issuer") as issuer:
+        key = issuer.make_key()
+        issuer.publish(key)
+        settings = {"PLM_OIDC_ISSUER": issuer.url, "PLM_OIDC_AUDIENCE": issuer.audience}
+        answer = json.loads(inspect(issuer.token(key), "--json", **settings).stdout)
+        assert (answer["provider"], answer["scopes"]) == ("oidc", ["plm.halt", "plm.runs.create"])
+        refused = issue(**settings)
+        assert (refused.exit_code, refused.stdout) == (3, "")
+        issuer.end()
+        unreachable = inspect(issuer.token(key), **settings)
+        assert (unreachable.exit_code, unreachable.stdout) == (1, "")
+        assert "IDENTITY_PROVIDER_UNAVAILABLE" in unreachable.stderr

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
 import uuid
 from collections.abc import MutableMapping
+from types import SimpleNamespace
 from typing import Any
 
 import jwt
 import pytest
+from opentelemetry.metrics import NoOpMeter
 from plm_engine_core.control_plane.identity import (
     AuditRecord,
     AuditTenantUnknown,
     AuditUnavailable,
     Hs256JwtIdentityProvider,
     IdentityContext,
+    IdentityMetrics,
     IdentityMiddleware,
     InMemoryAuditSink,
     get_current_identity,
@@ -218,3 +222,78 @@ async def test_the_binding_ends_when_the_application_raises() -> None:
     with pytest.raises(ZeroDivisionError):
         await door.call(f"Bearer {token()}")
     assert get_current_identity() is None
+
+
+async def test_a_websocket_is_closed_when_its_token_expires() -> None:
+    heard: list[Any] = []
+
+    async def listening(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] != "websocket.disconnect":
+            heard.append(message["type"])
+        await send({"type": "websocket.send", "text": "too late"})
+        heard.append(message)
+
+    door = Door()
+    door.middleware = IdentityMiddleware(listening, provider=PROVIDER, audit=door.audit)
+    messages = iter(["websocket.connect", "websocket.receive"])
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        kind = next(messages, None)
+        if kind is None:
+            await asyncio.Event().wait()
+        return {"type": kind}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    now = int(time.time())
+    bearer = f"Bearer {token(iat=now, exp=now + 3)}".encode()
+    await door.middleware(
+        {"type": "websocket", "path": "/v1/x", "headers": [(b"authorization", bearer)]}, receive, send
+    )
+    assert (heard[-1]["type"], heard[-1]["code"]) == ("websocket.disconnect", 4401)
+    assert [(message["type"], message.get("code")) for message in sent] == [("websocket.close", 4401)]
+
+
+class Meter(NoOpMeter):
+    """Remembers what was counted, by instrument."""
+
+    def __init__(self) -> None:
+        super().__init__("test")
+        self.seen: list[tuple[str, float, dict[str, Any]]] = []
+
+    def _instrument(self, name: str) -> Any:
+        def note(amount: float, attributes: Any = None, **_: Any) -> None:
+            self.seen.append((name, amount, attributes))
+
+        return SimpleNamespace(add=note, record=note)
+
+    def create_counter(self, name: str, *_: Any, **__: Any) -> Any:
+        return self._instrument(name)
+
+    def create_histogram(self, name: str, *_: Any, **__: Any) -> Any:
+        return self._instrument(name)
+
+
+async def test_every_attempt_is_counted_by_its_outcome_and_every_token_timed() -> None:
+    meter = Meter()
+    door = Door(metrics=IdentityMetrics("hs256", meter=meter))
+    forged = jwt.encode({"sub": "x"}, "another-secret-of-more-than-32-bytes", "HS256")
+    expired = token(iat=1_000_000, exp=1_000_600)
+    for authorization in ([f"Bearer {token()}"], [], [f"Bearer {expired}"], [f"Bearer {forged}"], ["Bearer x"]):
+        await door.call(*authorization)
+    counted = [labels for name, amount, labels in meter.seen if name == "identity_bind_total" and amount == 1]
+    assert [each["outcome"] for each in counted] == ["success", "missing", "expired", "bad_signature", "malformed"]
+    assert [each["actor_kind"] for each in counted] == ["human", *["unknown"] * 4]
+    assert {each["provider"] for each in counted} == {"hs256"}
+    timed = [amount for name, amount, _ in meter.seen if name == "identity_validation_latency_seconds"]
+    assert len(timed) == 4  # a request without a token has none to look at
+    assert min(timed) >= 0
+
+
+async def test_nobody_let_in_for_want_of_an_audit_record_is_counted_as_other() -> None:
+    meter = Meter()
+    door = Door(FailingSink(AuditUnavailable), metrics=IdentityMetrics("hs256", meter=meter))
+    await door.call(f"Bearer {token()}")
+    assert [labels["outcome"] for name, _, labels in meter.seen if name == "identity_bind_total"] == ["other"]

@@ -10,7 +10,12 @@ from plm_engine_core.control_plane.identity import errors as identity
 from plm_engine_core.control_plane.vocabulary import Reason
 
 PAGE = (Path(__file__).parents[3] / "docs" / "api.md").read_text(encoding="utf-8")
-OF_THE_DOORS = {"AUDIT_UNAVAILABLE", "INVALID_CORE_CALLER", "CORE_CALLER_MISMATCH"}
+OF_THE_DOORS = {
+    "AUDIT_UNAVAILABLE",
+    "INVALID_CORE_CALLER",
+    "CORE_CALLER_MISMATCH",
+    identity.IdentityProviderUnavailable.code,
+}
 
 
 def _codes() -> set[str]:

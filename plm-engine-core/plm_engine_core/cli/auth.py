@@ -1,8 +1,10 @@
-"""``plm-cli auth``: tokens for development and closed networks."""
+"""``plm-cli auth``: tokens for development and closed networks, and what any token is worth here."""
 
 from __future__ import annotations
 
+import asyncio
 import re
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
@@ -15,14 +17,18 @@ from plm_engine_core.cli.output import AsJson, show
 from plm_engine_core.control_plane.identity import (
     ActorKind,
     Hs256JwtIdentityProvider,
+    IdentityProvider,
     IdentityProviderConfigError,
+    IdentityProviderUnavailable,
     IdentityValidationError,
+    provider_from_environment,
 )
 
-app = typer.Typer(help="Issue identity tokens.", no_args_is_help=True)
+app = typer.Typer(help="Issue and inspect identity tokens.", no_args_is_help=True)
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _LONGEST = timedelta(days=1)
+_MOST_READ = 65_536
 
 
 @app.command("issue-token")
@@ -55,10 +61,11 @@ def issue_token(
     }
     if session_id is not None:
         claims["session_id"] = session_id
+    provider = _provider()
+    if not isinstance(provider, Hs256JwtIdentityProvider):
+        fail(ExitCode.NOT_CONFIGURED, f"tokens of the {provider.name} provider come from its issuer; get one there")
     try:
-        token = Hs256JwtIdentityProvider.from_environment().issue_token(claims)
-    except IdentityProviderConfigError as error:
-        fail(ExitCode.NOT_CONFIGURED, str(error))
+        token = provider.issue_token(claims)
     except IdentityValidationError as error:
         fail(ExitCode.USAGE, f"no token was issued: {error}")
     expires_at = datetime.fromtimestamp(now, UTC) + lifetime
@@ -66,6 +73,41 @@ def issue_token(
         f"{actor_kind} {claims['sub']} in tenant {tenant_id}, until {expires_at:%Y-%m-%d %H:%M:%S} UTC", err=True
     )
     show({"token": token, "claims": claims, "expires_at": expires_at.isoformat()}, token, as_json=as_json)
+
+
+@app.command("inspect")
+def inspect(as_json: AsJson = False) -> None:
+    """Read a bearer token from standard input and say who it is, by the identity provider of this environment.
+
+    A token is never an argument, where every process could read it. Status 0: the platform would let it in, 1: it would
+    not, or its issuer cannot be reached, 2: no token was given, 3: no usable provider.
+    """
+    if sys.stdin.isatty():
+        typer.echo("paste the token, then press Enter and Ctrl-D", err=True)
+    token = sys.stdin.read(_MOST_READ).strip().removeprefix("Bearer ").strip()
+    if not token:
+        fail(ExitCode.USAGE, "give the token on standard input: plm-cli auth inspect < token.txt")
+    provider = _provider()
+    try:
+        identity = asyncio.run(provider.identify(token))
+    except IdentityValidationError as error:
+        fail(ExitCode.FAILED, f"{error.code} ({error.reason}): {error}; {error.remedy}")
+    except IdentityProviderUnavailable as error:
+        fail(ExitCode.FAILED, f"{error.code}: {error}; check that this machine reaches the issuer")
+    answer = {"provider": provider.name, **identity.model_dump(mode="json"), "scopes": sorted(identity.scopes)}
+    lines = [f"{identity.actor_kind} {identity.user_id} in tenant {identity.tenant_id}, known by {provider.name}"]
+    lines.append(
+        f"until {identity.expires_at:%Y-%m-%d %H:%M:%S} UTC, issued {identity.issued_at:%Y-%m-%d %H:%M:%S} UTC"
+    )
+    lines.append(f"OAuth scopes: {' '.join(sorted(identity.scopes)) or 'none'}")
+    show(answer, "\n".join(lines), as_json=as_json)
+
+
+def _provider() -> IdentityProvider:
+    try:
+        return provider_from_environment()
+    except IdentityProviderConfigError as error:
+        fail(ExitCode.NOT_CONFIGURED, str(error))
 
 
 def parse_ttl(text: str) -> timedelta:

@@ -12,6 +12,7 @@ from plm_engine_core.control_plane.identity.audit import (
     InMemoryAuditSink,
     PostgresAuditSink,
 )
+from plm_engine_core.control_plane.identity.choice import identity_mode, provider_from_environment
 from plm_engine_core.control_plane.identity.context import (
     ActorKind,
     IdentityContext,
@@ -27,10 +28,14 @@ from plm_engine_core.control_plane.identity.errors import (
     IdentityMalformedError,
     IdentityMissingError,
     IdentityProviderConfigError,
+    IdentityProviderUnavailable,
     IdentityValidationError,
     RejectReason,
 )
+from plm_engine_core.control_plane.identity.issuer_keys import IssuerKeys
+from plm_engine_core.control_plane.identity.metrics import IdentityMetrics
 from plm_engine_core.control_plane.identity.middleware import IdentityMiddleware
+from plm_engine_core.control_plane.identity.oidc import ClaimNames, OidcIdentityProvider
 from plm_engine_core.control_plane.identity.provider import Hs256JwtIdentityProvider, IdentityProvider
 from plm_engine_core.control_plane.identity.system import with_system_identity
 
@@ -42,23 +47,30 @@ __all__ = [
     "AuditSink",
     "AuditTenantUnknown",
     "AuditUnavailable",
+    "ClaimNames",
     "Hs256JwtIdentityProvider",
     "IdentityContext",
     "IdentityExpiredError",
     "IdentityInvalidSignatureError",
     "IdentityMalformedError",
+    "IdentityMetrics",
     "IdentityMiddleware",
     "IdentityMissingError",
     "IdentityProvider",
     "IdentityProviderConfigError",
+    "IdentityProviderUnavailable",
     "IdentityValidationError",
     "InMemoryAuditSink",
+    "IssuerKeys",
+    "OidcIdentityProvider",
     "PostgresAuditSink",
     "RejectReason",
     "current_identity",
     "get_current_identity",
     "identity_bound",
+    "identity_mode",
     "make_test_identity",
+    "provider_from_environment",
     "require_identity",
     "with_system_identity",
 ]

@@ -5,6 +5,7 @@ IdentityValidationError             the request is answered 401
 ├── IdentityInvalidSignatureError   the token is not ours, or its secret was retired
 ├── IdentityExpiredError            get a new token
 └── IdentityMalformedError          the token was made wrongly: change its issuer
+IdentityProviderUnavailable         the request is answered 503: the issuer's keys cannot be had, try again
 IdentityProviderConfigError         the process must not start: change its settings
 """
 
@@ -31,6 +32,7 @@ class RejectReason(StrEnum):
     WRONG_ISSUER = "wrong_issuer"
     WRONG_AUDIENCE = "wrong_audience"  # RFC 7519, section 4.1.3: a token for somebody else must be refused
     UNKNOWN_TENANT = "unknown_tenant"
+    UNKNOWN_KEY = "unknown_key"  # the issuer publishes no such key (any more)
 
 
 class IdentityValidationError(Exception):
@@ -64,8 +66,13 @@ class IdentityInvalidSignatureError(IdentityValidationError):
 
     code = "IDENTITY_INVALID_SIGNATURE"
 
-    def __init__(self, message: str = "the token's signature does not match") -> None:
-        super().__init__(message, reason=RejectReason.BAD_SIGNATURE)
+    def __init__(
+        self,
+        message: str = "the token's signature does not match",
+        *,
+        reason: RejectReason = RejectReason.BAD_SIGNATURE,
+    ) -> None:
+        super().__init__(message, reason=reason)
 
 
 class IdentityExpiredError(IdentityValidationError):
@@ -84,6 +91,19 @@ class IdentityMalformedError(IdentityValidationError):
 
     code = "IDENTITY_MALFORMED"
     remedy = "get one that is right from your identity provider, and send only that"
+
+
+class IdentityProviderUnavailable(Exception):
+    """Whether the token is good cannot be said now: the issuer's keys could not be fetched, or are too old.
+
+    `retry_after_seconds` is when asking again makes sense. The text names our settings, never the token.
+    """
+
+    code: ClassVar[str] = "IDENTITY_PROVIDER_UNAVAILABLE"
+
+    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class IdentityProviderConfigError(RuntimeError):

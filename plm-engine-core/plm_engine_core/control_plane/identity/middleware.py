@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final
 
@@ -17,16 +18,16 @@ from plm_engine_core.control_plane.identity.context import IdentityContext, iden
 from plm_engine_core.control_plane.identity.errors import (
     IdentityMalformedError,
     IdentityMissingError,
+    IdentityProviderUnavailable,
     IdentityValidationError,
     RejectReason,
 )
+from plm_engine_core.control_plane.identity.metrics import IdentityMetrics
 from plm_engine_core.control_plane.identity.problems import Problem, refuse
 from plm_engine_core.control_plane.identity.provider import IdentityProvider
+from plm_engine_core.control_plane.identity.websockets import Receive, Send, closing_at
 
-Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 EXEMPT_PATHS: Final = frozenset({"/v1/health", "/v1/health/live", "/v1/health/ready"})
@@ -40,16 +41,24 @@ class IdentityMiddleware:
 
     A refusal is 401 with problem details (RFC 9457) and never reaches the application. When the audit record cannot
     be written the answer is 503, unless `audit_required` is false; then the failure is logged and the request goes on.
+    It is 503 as well while the provider cannot be asked. A WebSocket is closed with 4401 when its token expires.
     Stands inside CORS (so that refusals carry its headers) and outside everything that needs a tenant.
     """
 
     def __init__(
-        self, app: AsgiApp, *, provider: IdentityProvider, audit: AuditSink, audit_required: bool = True
+        self,
+        app: AsgiApp,
+        *,
+        provider: IdentityProvider,
+        audit: AuditSink,
+        audit_required: bool = True,
+        metrics: IdentityMetrics | None = None,
     ) -> None:
         self._app = app
         self._provider = provider
         self._audit = audit
         self._audit_required = audit_required
+        self._metrics = metrics or IdentityMetrics(provider.name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection."""
@@ -60,34 +69,49 @@ class IdentityMiddleware:
         if isinstance(answer, Problem):
             await refuse(answer, scope, receive, send)
             return
+        if scope["type"] == "websocket":
+            receive, send = closing_at(answer.expires_at, receive, send)
         with identity_bound(answer):
             await self._app(scope, receive, send)
 
     async def _identify(self, scope: Scope) -> IdentityContext | Problem:
         try:
-            identity = self._provider.validate(_bearer_token(scope.get("headers", ())))
+            identity = await self._validated(_bearer_token(scope.get("headers", ())))
         except IdentityValidationError as error:
-            await self._record_refusal(error)
-            return Problem.unauthenticated(error)
+            return await self._refused(error)
+        except IdentityProviderUnavailable as error:
+            self._metrics.refused(None)
+            return Problem.provider_unavailable(error)
         try:
             await self._audit.write(bind_record(identity, provider=self._provider.name))
         except AuditTenantUnknown:
-            return Problem.unauthenticated(
+            return await self._refused(
                 IdentityMalformedError("the token's tenant does not exist", reason=RejectReason.UNKNOWN_TENANT)
             )
         except AuditError:
             _log.exception("identity.bind of tenant %s is not in the audit log", identity.tenant_id)
             if self._audit_required:
+                self._metrics.refused(None)
                 return Problem.audit_unavailable()
+        self._metrics.bound(identity)
         return identity
 
-    async def _record_refusal(self, error: IdentityValidationError) -> None:
-        if error.tenant_id is None:
-            return
+    async def _validated(self, token: str) -> IdentityContext:
+        started = time.perf_counter()
         try:
-            await self._audit.write(reject_record(error.tenant_id, error, provider=self._provider.name))
-        except AuditError:
-            _log.exception("identity.reject of tenant %s is not in the audit log", error.tenant_id)
+            return await self._provider.identify(token)
+        finally:
+            self._metrics.validated(time.perf_counter() - started)
+
+    async def _refused(self, error: IdentityValidationError) -> Problem:
+        """The refusal, recorded where a signature proved whose it is: a forger must not write into anybody's log."""
+        self._metrics.refused(error)
+        if error.tenant_id is not None:
+            try:
+                await self._audit.write(reject_record(error.tenant_id, error, provider=self._provider.name))
+            except AuditError:
+                _log.exception("identity.reject of tenant %s is not in the audit log", error.tenant_id)
+        return Problem.unauthenticated(error)
 
 
 def _exempt(scope: Scope) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
-from plm_engine_core.control_plane.identity.errors import IdentityValidationError
+from plm_engine_core.control_plane.identity.errors import IdentityProviderUnavailable, IdentityValidationError
 
 _POLICY_VIOLATION: Final = 1008  # RFC 6455, section 7.4.1
 
@@ -31,6 +31,17 @@ class Problem:
             code=error.code,
             detail=f"{error}; {error.remedy}",
             headers=((b"www-authenticate", b'Bearer realm="plm"'),),
+        )
+
+    @classmethod
+    def provider_unavailable(cls, error: IdentityProviderUnavailable) -> Self:
+        """503: whether the token is good cannot be said, so it is not."""
+        return cls(
+            status=503,
+            title="Identity provider unavailable",
+            code=error.code,
+            detail=f"{error}; try again",
+            headers=((b"retry-after", str(error.retry_after_seconds).encode()),),
         )
 
     @classmethod

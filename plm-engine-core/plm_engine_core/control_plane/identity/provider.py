@@ -8,29 +8,20 @@ from typing import Any, Final, Protocol, Self
 
 import jwt
 
-from plm_engine_core.control_plane.identity.claims import read_claims, verified_tenant
+from plm_engine_core.control_plane.identity.claims import read_claims
 from plm_engine_core.control_plane.identity.context import IdentityContext
-from plm_engine_core.control_plane.identity.errors import (
-    IdentityExpiredError,
-    IdentityInvalidSignatureError,
-    IdentityMalformedError,
-    IdentityProviderConfigError,
-    RejectReason,
-)
+from plm_engine_core.control_plane.identity.errors import IdentityInvalidSignatureError, IdentityProviderConfigError
 from plm_engine_core.control_plane.identity.secret_strength import MIN_SECRET_BYTES, weakness
-
-MAX_TOKEN_CHARS: Final = 8_192
+from plm_engine_core.control_plane.identity.tokens import (
+    check_standing,
+    checked_leeway,
+    leeway_of,
+    read_header,
+    signed_payload,
+)
 
 _ALGORITHM: Final = "HS256"
 _SECRET: Final = "PLM_IDENTITY_HS256_SECRET"  # noqa: S105 - a variable's name
-_SIGNATURE_ONLY: Final = {f"verify_{part}": False for part in ("exp", "nbf", "iat", "aud", "iss", "sub", "jti")}
-_REASONS: Final = (
-    (jwt.InvalidAlgorithmError, RejectReason.UNSUPPORTED_ALGORITHM),
-    (jwt.ImmatureSignatureError, RejectReason.NOT_YET_VALID),
-    (jwt.InvalidAudienceError, RejectReason.WRONG_AUDIENCE),
-    (jwt.InvalidIssuerError, RejectReason.WRONG_ISSUER),
-    (jwt.MissingRequiredClaimError, RejectReason.MISSING_CLAIM),
-)
 
 
 class IdentityProvider(Protocol):
@@ -41,10 +32,19 @@ class IdentityProvider(Protocol):
         """What the audit log calls this provider."""
 
     def validate(self, token: str) -> IdentityContext:
-        """The identity that a token establishes; it never answers None and raises nothing else.
+        """The identity that a token establishes, by the keys at hand; it never answers None and raises nothing else.
 
         Raises:
             IdentityValidationError: the token is refused; the subclass and its `reason` say why.
+            IdentityProviderUnavailable: no keys are at hand.
+        """
+
+    async def identify(self, token: str) -> IdentityContext:
+        """Like `validate`, after fetching the keys that it needs, in bounded time; what the middleware calls.
+
+        Raises:
+            IdentityValidationError: the token is refused.
+            IdentityProviderUnavailable: the keys could not be fetched.
         """
 
 
@@ -53,12 +53,12 @@ class Hs256JwtIdentityProvider:
 
     Signs with the active secret; validates with the active and the previous one, so that a secret can be replaced
     without a moment in which good tokens fail. `iss` is compared when an issuer is configured; a token with `aud` is
-    accepted only when that audience is.
+    accepted only when that audience is. The clocks may be `leeway_seconds` apart.
 
     Raises:
-        IdentityProviderConfigError: a secret is shorter than 32 bytes or plainly not random (RFC 8725, section 3.5),
-            the mode is not ``hs256``, or the environment is production: whoever may validate a shared secret may also
-            forge.
+        IdentityProviderConfigError: the leeway is out of bounds, a secret is shorter than 32 bytes or plainly not
+            random (RFC 8725, section 3.5), the mode is not ``hs256``, or the environment is production: whoever may
+            validate a shared secret may also forge.
     """
 
     name = "hs256"
@@ -72,10 +72,11 @@ class Hs256JwtIdentityProvider:
         environment: str = "development",
         issuer: str | None = None,
         audience: str | None = None,
+        leeway_seconds: float = 0.0,
     ) -> None:
         if identity_provider_mode.strip().casefold() != self.name:
             raise IdentityProviderConfigError(
-                f"IDENTITY_PROVIDER_MODE is {identity_provider_mode!r}; the one provider so far is 'hs256'"
+                f"IDENTITY_PROVIDER_MODE is {identity_provider_mode!r}; the providers are 'hs256' and 'oidc'"
             )
         if environment.strip().casefold() in {"production", "prod"}:
             raise IdentityProviderConfigError(
@@ -87,13 +88,15 @@ class Hs256JwtIdentityProvider:
             self._secrets.append(_checked(previous_secret, "PREVIOUS"))
         self._issuer = issuer
         self._audience = audience
+        self._leeway = checked_leeway(leeway_seconds, given=leeway_seconds)
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Self:
         """The provider that the environment describes; an empty variable counts as unset.
 
         ``PLM_IDENTITY_HS256_SECRET_ACTIVE`` (or the older ``PLM_IDENTITY_HS256_SECRET``), ``…_PREVIOUS``,
-        ``IDENTITY_PROVIDER_MODE``, ``ENVIRONMENT``, ``PLM_IDENTITY_ISSUER``, ``PLM_IDENTITY_AUDIENCE``.
+        ``IDENTITY_PROVIDER_MODE``, ``ENVIRONMENT``, ``PLM_IDENTITY_ISSUER``, ``PLM_IDENTITY_AUDIENCE``,
+        ``PLM_IDENTITY_LEEWAY_SECONDS`` (0).
 
         Raises:
             IdentityProviderConfigError: no secret is set, or a setting is refused; no secret is ever repeated.
@@ -110,23 +113,27 @@ class Hs256JwtIdentityProvider:
             environment=environ.get("ENVIRONMENT") or "development",
             issuer=environ.get("PLM_IDENTITY_ISSUER") or None,
             audience=environ.get("PLM_IDENTITY_AUDIENCE") or None,
+            leeway_seconds=leeway_of(environ, default=0.0),
         )
 
     def validate(self, token: str) -> IdentityContext:
         """See `IdentityProvider.validate`; beyond a few kilobytes a token is refused unread."""
-        secret, payload = self._verify_signature(token)
+        secret, payload = self._verified(token)
         claims = read_claims(payload)
-        tenant = verified_tenant(payload)
-        try:
-            # PyJWT compares the clock, issuer and audience; it reads `exp` as int() would, so it comes after our check.
-            jwt.decode(token, secret, [_ALGORITHM], issuer=self._issuer, audience=self._audience)
-        except jwt.ExpiredSignatureError:
-            raise IdentityExpiredError(tenant_id=tenant) from None
-        except (jwt.PyJWTError, TypeError, ValueError) as error:
-            raise IdentityMalformedError(
-                f"the token is refused: {_plain(error)}", reason=_reason(error), tenant_id=tenant
-            ) from None
+        check_standing(
+            token,
+            secret,
+            _ALGORITHM,
+            issuer=self._issuer,
+            audience=self._audience,
+            leeway_seconds=self._leeway,
+            tenant_id=claims.tenant_id,
+        )
         return claims.identity()
+
+    async def identify(self, token: str) -> IdentityContext:
+        """See `IdentityProvider.identify`; nothing has to be fetched."""
+        return self.validate(token)
 
     def issue_token(self, claims: Mapping[str, Any]) -> str:
         """Sign claims with the active secret; `iss` and `aud` are added when configured and absent.
@@ -140,55 +147,13 @@ class Hs256JwtIdentityProvider:
         self.validate(token)
         return token
 
-    def _verify_signature(self, token: str) -> tuple[bytes, dict[str, Any]]:
-        _check_header(token)
+    def _verified(self, token: str) -> tuple[bytes, dict[str, Any]]:
+        read_header(token, algorithms=(_ALGORITHM,))
         for secret in self._secrets:
-            try:
-                return secret, jwt.decode(token, secret, [_ALGORITHM], options=_SIGNATURE_ONLY)  # type: ignore[arg-type]
-            except jwt.InvalidSignatureError:
-                continue
-            except (jwt.PyJWTError, ValueError, TypeError, RecursionError) as error:
-                raise IdentityMalformedError(
-                    "the token cannot be read as a signed JSON Web Token", reason=_reason(error)
-                ) from None
+            payload = signed_payload(token, secret, _ALGORITHM)
+            if payload is not None:
+                return secret, payload
         raise IdentityInvalidSignatureError
-
-
-def _check_header(token: str) -> None:
-    """Refuse what no key could make good, before a signature is computed.
-
-    The algorithm is ours to choose, never the token's (RFC 8725, section 3.1); we understand no critical extension
-    (RFC 7515, section 4.1.11); a token of another type is not an identity (RFC 8725, section 3.11).
-    """
-    if len(token) > MAX_TOKEN_CHARS:
-        raise IdentityMalformedError(
-            f"the token is longer than {MAX_TOKEN_CHARS} characters", reason=RejectReason.MALFORMED_TOKEN
-        )
-    try:
-        header = jwt.get_unverified_header(token)
-    except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
-        raise IdentityMalformedError(
-            "the token cannot be read as a JSON Web Token", reason=RejectReason.MALFORMED_TOKEN
-        ) from None
-    if header.get("alg") != _ALGORITHM:
-        raise IdentityMalformedError(
-            f"the token's algorithm is not {_ALGORITHM}", reason=RejectReason.UNSUPPORTED_ALGORITHM
-        )
-    kind = header.get("typ", "JWT")
-    if "crit" in header or not (isinstance(kind, str) and kind.upper() == "JWT"):
-        raise IdentityMalformedError("the token's header is not that of a JWT", reason=RejectReason.MALFORMED_TOKEN)
-
-
-def _reason(error: Exception) -> RejectReason:
-    for kind, reason in _REASONS:
-        if isinstance(error, kind):
-            return reason
-    return RejectReason.MALFORMED_TOKEN
-
-
-def _plain(error: Exception) -> str:
-    """A reason in words; PyJWT's own texts may repeat claims."""
-    return _reason(error).value.replace("_", " ")
 
 
 def _checked(secret: str, which: str) -> bytes:
