@@ -152,7 +152,7 @@ async def test_an_export_is_checked_without_a_database_and_agrees_with_it(histor
     found = read_exports([await exported(history)], BELIEVED)
     assert (found.problem, found.unforged, found.events, found.newest.number) == ("", True, 9, 3)
     assert {name: head.seq for name, head in found.heads.items()} == {"a": 4, "b": 2, "c": 3}
-    results = await verify_tenant(history.storage, history.tenant, exported=found.heads)
+    results = await verify_tenant(history.storage, history.tenant, exported=found)
     assert all(each.consistent for each in results)
 
 
@@ -211,10 +211,10 @@ def test_nothing_that_is_no_export_passes_or_breaks_the_reader(lines):
 
 async def test_a_rewritten_chain_is_consistent_and_yet_not_what_was_exported(history):
     """One who owns the database can make a new chain that holds; only the copy elsewhere tells."""
-    heads = read_exports([await exported(history)], BELIEVED).heads
+    copy = read_exports([await exported(history)], BELIEVED)
     superuser(history, "UPDATE events SET actor = 'human:forged' WHERE stream = 'b' AND seq = 1", REHASH)
     assert all(each.consistent for each in await history.control_plane.verify_events(history.tenant))
-    bad = [each for each in await verify_tenant(history.storage, history.tenant, exported=heads) if not each.consistent]
+    bad = [each for each in await verify_tenant(history.storage, history.tenant, exported=copy) if not each.consistent]
     assert [(each.stream, each.first_bad_seq) for each in bad] == [("b", 2)]
     assert "rewritten" in bad[0].problem
 
@@ -246,10 +246,10 @@ REMOVED = ("DELETE FROM events WHERE stream = 'b'", "DELETE FROM event_streams W
     ("statements", "first_bad", "said"), [(REMOVED, 1, "is gone"), (CUT_OFF, 2, "its export at 2")]
 )
 async def test_what_was_cut_off_cleanly_is_missing_from_its_export(history, statements, first_bad, said):
-    heads = read_exports([await exported(history)], BELIEVED).heads
+    copy = read_exports([await exported(history)], BELIEVED)
     superuser(history, *statements)
     assert all(each.consistent for each in await history.control_plane.verify_events(history.tenant))
-    bad = [each for each in await verify_tenant(history.storage, history.tenant, exported=heads) if not each.consistent]
+    bad = [each for each in await verify_tenant(history.storage, history.tenant, exported=copy) if not each.consistent]
     assert [(each.stream, each.first_bad_seq) for each in bad] == [("b", first_bad)]
     assert said in bad[0].problem
 

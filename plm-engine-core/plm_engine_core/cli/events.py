@@ -77,7 +77,7 @@ def verify(
             books.storage,
             tenant_id,
             stream=stream,
-            exported=exported.heads if exported else None,
+            exported=exported,
             trusted=keys if since_checkpoint else None,
         )
     )

@@ -10,11 +10,15 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events.chain import Chain, Link
-from plm_engine_core.control_plane.events.checkpoint import Head, root_problem
+from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head, root_problem
+from plm_engine_core.control_plane.events.export import Exported
 from plm_engine_core.control_plane.events.signing import PublicKeys
 
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.storage.ports import CheckpointStore, Storage
+
+CHECKPOINTS = "checkpoints"
+"""Stands for the chain of checkpoints among the results for streams; no stream has this name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,23 +133,38 @@ async def verify_tenant(
     tenant_id: UUID,
     *,
     stream: str | None = None,
-    exported: Mapping[str, Head] | None = None,
+    exported: Exported | None = None,
     trusted: PublicKeys | None = None,
 ) -> list[Verification]:
     """Check the streams of a tenant, or one of them, from the first event to the head; see `verify_streams`.
 
-    With `trusted` keys, only what the newest checkpoint does not cover is walked.
+    With an export, its newest checkpoint must also be stored as it was exported; where it is not, the first result is
+    of the stream that `CHECKPOINTS` names. With `trusted` keys, only what the newest checkpoint does not cover is
+    walked.
 
     Raises:
         InvalidRequest: the newest checkpoint is not signed with a trusted key, or not what was signed.
     """
     since, number = await _signed_heads(storage.checkpoints, tenant_id, trusted) if trusted else ({}, 0)
     heads = [head for head in await storage.events.heads(tenant_id) if stream in (None, head.stream)]
+    copied = exported.heads if exported is not None else {}
     if stream is not None:
         since = {name: head for name, head in since.items() if name == stream}
-        exported = {name: head for name, head in (exported or {}).items() if name == stream}
+        copied = {name: head for name, head in copied.items() if name == stream}
     links = storage.checkpoints.links(tenant_id, stream=stream, after=number)
-    return await asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=exported)
+    results = await asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=copied)
+    changed = await _changed_checkpoint(storage.checkpoints, tenant_id, exported.newest) if exported else None
+    return [changed, *results] if changed is not None else results
+
+
+async def _changed_checkpoint(store: CheckpointStore, tenant_id: UUID, copy: Checkpoint | None) -> Verification | None:
+    if copy is None:
+        return None
+    found = await store.read(tenant_id, after=copy.number - 1, limit=1)
+    if list(found) == [copy]:
+        return None
+    problem = "it was changed since it was exported" if found and found[0].number == copy.number else "it is gone"
+    return Verification(stream=CHECKPOINTS, events=0, first_bad_seq=copy.number, problem=problem)
 
 
 async def _signed_heads(store: CheckpointStore, tenant_id: UUID, trusted: PublicKeys) -> tuple[Mapping[str, Head], int]:
