@@ -3,8 +3,8 @@
 The functions of version 2 keep these books, one function for each; those of version 1 stay for nodes that are not
 upgraded yet. A node of version 1 knows only the budgets of a run and its tenant, and halts of run, tenant and system.
 
-Revision ID: 0020
-Revises: 0019
+Revision ID: 0021
+Revises: 0020
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from importlib.resources import files
 
 from alembic import op
 
-revision = "0020"
-down_revision = "0019"
+revision = "0021"
+down_revision = "0020"
 branch_labels = None
 depends_on = None
 
