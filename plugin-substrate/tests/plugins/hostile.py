@@ -79,10 +79,12 @@ class Hostile(PluginInterface):
         return os.getpid()
 
     @plugin_action("hostile.write")
-    def write(self, raw):
+    def write(self, raw, leave=False):
         """Write to the worker's socket past the worker, and never answer."""
         while raw:
             raw = raw[os.write(3, raw) :]
+        if leave:
+            os._exit(0)
         signal.pause()
 
     @plugin_action("hostile.flood")
