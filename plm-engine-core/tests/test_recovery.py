@@ -7,6 +7,8 @@ import asyncio
 import pytest
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.recovery import Recovery
+from plm_engine_core.control_plane.storage.postgres import open_pool
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway
 from plm_engine_core.control_plane.vocabulary import HaltScope, OutcomeStatus, RunState, TicketState
 from plm_shared.testing.databases import create_tenants
 
@@ -30,6 +32,23 @@ async def test_a_dead_workers_run_comes_back_once_until_somebody_had_time_to_tak
     bench.sql(LONG_AGO, lease.run.id)
     assert await swept(bench, lease.run) == 1
     assert (await bench.lease(lease.run)).fencing_token == lease.fencing_token + 1
+
+
+async def test_a_process_that_is_paused_inside_a_transaction_does_not_keep_its_run(bench, engine_database):
+    lease = await bench.lease()
+    bench.let_lease_expire(lease.run)
+    taken = []
+
+    async def pause(pool):
+        async with Gateway(pool).transaction(bench.tenant) as connection:
+            await connection.execute("SELECT FROM run_states WHERE run_id = %s FOR UPDATE", [lease.run.id])
+            taken.append(await bench.lease(lease.run))
+            await connection.execute("SELECT 1")
+
+    async with open_pool(engine_database.app, longest_idle=0.2) as pool:
+        with pytest.raises(StorageUnavailable):
+            await pause(pool)
+    assert [found.fencing_token for found in taken] == [lease.fencing_token + 1]
 
 
 async def test_a_lost_job_is_enqueued_again(bench):

@@ -28,7 +28,7 @@ from plm_engine_core.control_plane.errors import (
 Pool = AsyncConnectionPool[psycopg.AsyncConnection[DictRow]]
 Session = psycopg.AsyncConnection[DictRow]
 
-_BUSY = {"55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
+_BUSY = {"25P03", "55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
 _LONGEST_WAIT = "5s"
 _LONGEST_ANSWER_SECONDS = 15.0  # a server that is frozen closes no connection and ends no wait
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from psycopg import AsyncConnection
-from psycopg.rows import dict_row
+from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool
 
 from plm_engine_core.control_plane.storage.ports import Delivery
@@ -16,15 +16,25 @@ from plm_engine_core.control_plane.storage.postgres.halts import PostgresHalts
 from plm_engine_core.control_plane.storage.postgres.runs import PostgresRuns
 
 
-def open_pool(dsn: str, *, min_size: int = 1, max_size: int = 10, timeout: float = 10.0) -> Pool:
+def open_pool(
+    dsn: str, *, min_size: int = 1, max_size: int = 10, timeout: float = 10.0, longest_idle: float = 10.0
+) -> Pool:
     """A pool of autocommit connections that answer rows as dictionaries; open it with `await pool.open()`.
 
     `dsn` is a libpq connection string of the application role. A caller waits `timeout` seconds for a connection.
+    What a process has locked when it is paused inside a transaction, it keeps from others for `longest_idle` seconds.
     """
+
+    async def bound_pauses(connection: AsyncConnection[DictRow]) -> None:
+        await connection.execute(
+            "SELECT set_config('idle_in_transaction_session_timeout', %s, false)", [f"{longest_idle * 1000:.0f}ms"]
+        )
+
     return AsyncConnectionPool(
         dsn,
         connection_class=AsyncConnection,
         kwargs={"autocommit": True, "row_factory": dict_row},
+        configure=bound_pauses,
         min_size=min_size,
         max_size=max_size,
         timeout=timeout,
