@@ -6,11 +6,16 @@ import struct
 from hashlib import sha256
 from uuid import UUID
 
-Link = tuple[str, int, bytes, bytes, bytes, bytes, int, bytes]
-"""An event: stream, sequence, previous hash, hash, kind, actor, microseconds since 1970 UTC, payload; UTF-8 texts."""
+Link = tuple[str, int, bytes, bytes, bytes, int, bytes]
+"""An event as it is hashed: stream, sequence, previous hash, hash, `framed` kind and actor, microseconds since 1970 UTC
+and `framed` payload.
+
+They are made by the hundred thousand, and what is framed comes from the database in one piece; hence a tuple.
+"""
 
 _LENGTH = struct.Struct(">i")
 _SEQ_AND_LENGTH = struct.Struct(">qi")
+_MICROS = struct.Struct(">q")
 
 
 class Chain:
@@ -23,18 +28,14 @@ class Chain:
         self.hash = hash
         self._prefix = chain_prefix(tenant_id, stream)
 
-    def problem(
-        self, seq: int, prev_hash: bytes, claimed: bytes, kind: bytes, actor: bytes, micros: int, payload: bytes
-    ) -> str:
-        """Go one event further; or say, in one sentence, why it does not continue the chain, and stay where it is.
-
-        `claimed` is the hash the event carries, `micros` its time in microseconds since 1970 UTC; texts are UTF-8.
-        """
+    def problem(self, link: Link) -> str:
+        """Go one event further; or say, in one sentence, why it does not continue the chain, and stay where it is."""
+        _, seq, prev_hash, claimed, kind_and_actor, micros, payload = link
         if seq != self.seq + 1:
             return f"event {self.seq + 1} is missing; the next one is {seq}"
         if prev_hash != self.hash:
             return "it does not continue the event before it"
-        if link_hash(self._prefix, seq, prev_hash, kind, actor, micros, payload) != claimed:
+        if _hash(self._prefix, seq, prev_hash, kind_and_actor, micros, payload) != claimed:
             return "its content does not match its hash"
         self.seq = seq
         self.hash = claimed
@@ -42,34 +43,48 @@ class Chain:
 
 
 def link_hash(
-    prefix: bytes, seq: int, prev_hash: bytes, kind: bytes, actor: bytes, micros: int, payload: bytes
+    tenant_id: UUID, stream: str, seq: int, prev_hash: bytes, kind: str, actor: str, micros: int, payload: str
 ) -> bytes:
-    """SHA-256 over `prefix` (tenant and stream, each after its length) and the fields of one event.
+    """SHA-256 over tenant, stream and the fields of one event.
 
-    Fields, in order: sequence (8 bytes), previous hash, kind, actor, time (8 bytes), payload; all but the numbers are
-    preceded by their length in 4 bytes, integers are big-endian. `storage/sql/common_v1.sql` computes the same.
+    Fields, in order: tenant, stream, sequence (8 bytes), previous hash, kind, actor, time (8 bytes), payload; all but
+    the numbers are preceded by their length in 4 bytes, integers are big-endian, texts UTF-8.
+    `storage/sql/common_v1.sql` computes the same.
     """
+    return _hash(chain_prefix(tenant_id, stream), seq, prev_hash, framed(kind) + framed(actor), micros, framed(payload))
+
+
+def chain_prefix(tenant_id: UUID, stream: str) -> bytes:
+    """What every hash of a stream starts with."""
+    return framed(str(tenant_id)) + framed(stream)
+
+
+def framed(text: str) -> bytes:
+    """A text in UTF-8 after its length in 4 bytes."""
+    value = text.encode()
+    return _LENGTH.pack(len(value)) + value
+
+
+def unframed(frames: bytes) -> list[str]:
+    """The texts of frames that follow each other."""
+    texts, at = [], 0
+    while at < len(frames):
+        start = at + _LENGTH.size
+        at = start + _LENGTH.unpack_from(frames, at)[0]
+        texts.append(frames[start:at].decode())
+    return texts
+
+
+def _hash(prefix: bytes, seq: int, prev_hash: bytes, kind_and_actor: bytes, micros: int, payload: bytes) -> bytes:
     return sha256(
         b"".join(
             (
                 prefix,
                 _SEQ_AND_LENGTH.pack(seq, len(prev_hash)),
                 prev_hash,
-                _LENGTH.pack(len(kind)),
-                kind,
-                _LENGTH.pack(len(actor)),
-                actor,
-                _SEQ_AND_LENGTH.pack(micros, len(payload)),
+                kind_and_actor,
+                _MICROS.pack(micros),
                 payload,
             )
         )
     ).digest()
-
-
-def chain_prefix(tenant_id: UUID, stream: str) -> bytes:
-    """What every hash of a stream starts with."""
-    return _text(str(tenant_id).encode()) + _text(stream.encode())
-
-
-def _text(value: bytes) -> bytes:
-    return _LENGTH.pack(len(value)) + value

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.events.chain import chain_prefix, link_hash
+from plm_engine_core.control_plane.events.chain import Link, framed, link_hash
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -46,11 +46,29 @@ TENANT_STREAM = "tenant"
 def event_hash(event: Event) -> bytes:
     """What the hash of an event has to be; see `events.chain.link_hash`."""
     return link_hash(
-        chain_prefix(event.tenant_id, event.stream),
+        event.tenant_id,
+        event.stream,
         event.seq,
         event.prev_hash,
-        event.kind.encode(),
-        event.actor.encode(),
-        (event.occurred_at - _EPOCH) // datetime.resolution,
-        event.payload.encode(),
+        event.kind,
+        event.actor,
+        _micros(event),
+        event.payload,
     )
+
+
+def link_of(event: Event) -> Link:
+    """The event as a link of its chain."""
+    return (
+        event.stream,
+        event.seq,
+        event.prev_hash,
+        event.hash,
+        framed(event.kind) + framed(event.actor),
+        _micros(event),
+        framed(event.payload),
+    )
+
+
+def _micros(event: Event) -> int:
+    return (event.occurred_at - _EPOCH) // datetime.resolution

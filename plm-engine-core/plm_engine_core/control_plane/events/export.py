@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, BinaryIO, Protocol
 from uuid import UUID
 
-from plm_engine_core.control_plane.events.chain import Chain, Link
+from plm_engine_core.control_plane.events.chain import Chain, Link, framed, unframed
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head, checkpoint_problem
 from plm_engine_core.control_plane.events.signing import PublicKeys
 
@@ -128,18 +128,19 @@ class _Reader:
 
     def _event(self, number: int, value: list[Any]) -> None:
         stream, seq, prev_hash, claimed, kind, actor, micros, payload = value
-        chain = self._chains.get(stream)
-        if chain is None:
-            chain = self._chains[stream] = Chain(self._tenant_id, stream)
-        problem = chain.problem(
+        link = (
+            stream,
             seq,
             bytes.fromhex(prev_hash),
             bytes.fromhex(claimed),
-            kind.encode(),
-            actor.encode(),
+            framed(kind) + framed(actor),
             micros,
-            payload.encode(),
+            framed(payload),
         )
+        chain = self._chains.get(stream)
+        if chain is None:
+            chain = self._chains[stream] = Chain(self._tenant_id, stream)
+        problem = chain.problem(link)
         if problem:
             raise _WrongError(f"line {number}: {stream}, event {chain.seq + 1}: {problem}")
         self._uncovered.add(stream)
@@ -175,8 +176,9 @@ def _line(value: object) -> bytes:
 
 
 def _link_to_json(link: Link) -> list[Any]:
-    stream, seq, prev_hash, claimed, kind, actor, micros, payload = link
-    return [stream, seq, prev_hash.hex(), claimed.hex(), kind.decode(), actor.decode(), micros, payload.decode()]
+    stream, seq, prev_hash, claimed, kind_and_actor, micros, payload = link
+    kind, actor, text = unframed(kind_and_actor + payload)
+    return [stream, seq, prev_hash.hex(), claimed.hex(), kind, actor, micros, text]
 
 
 def _checkpoint_to_json(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class _Walk:
     def step(self, link: Link) -> None:
         if self._bad is not None or link[1] > self._head.last_seq:
             return
-        problem = self._chain.problem(*link[1:])
+        problem = self._chain.problem(link)
         if problem:
             self._fail(self._chain.seq + 1, problem)
         elif self._exported is not None and link[1] == self._exported.seq and link[3] != self._exported.hash:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -24,21 +24,24 @@ _HEADS = (
     "WHERE s.tenant_id = %s AND s.last_seq > 0"
 )
 
+# In the order in which `parse_rows` reads them.
+_LINK = "e.seq, e.occurred_at, e.hash, e.prev_hash, e.stream, e.kind, e.actor, e.payload"
+
 # What the checkpoint `number` added to each stream: from the head before it, not included, to its own.
 _COVERED = (
-    "SELECT e.stream, e.seq, e.prev_hash, e.hash, e.kind, e.actor, e.occurred_at, e.payload FROM events AS e "
+    f"SELECT {_LINK} FROM events AS e "  # noqa: S608  # literal
     "JOIN event_checkpoint_heads AS h ON h.tenant_id = e.tenant_id AND h.stream = e.stream "
     "AND e.seq <= h.last_seq AND e.seq > COALESCE((SELECT max(p.last_seq) FROM event_checkpoint_heads AS p "
     "WHERE p.tenant_id = h.tenant_id AND p.stream = h.stream AND p.number < h.number), 0) "
     'WHERE e.tenant_id = %(tenant)s AND h.number = %(number)s ORDER BY e.stream COLLATE "C", e.seq'
 )
 _WHOLE = (
-    "SELECT e.stream, e.seq, e.prev_hash, e.hash, e.kind, e.actor, e.occurred_at, e.payload FROM events AS e "
+    f"SELECT {_LINK} FROM events AS e "  # noqa: S608  # literal
     'WHERE e.tenant_id = %(tenant)s ORDER BY e.stream COLLATE "C", e.seq'
 )
 # What no checkpoint up to `after` covers.
 _NEWER = (
-    "SELECT e.stream, e.seq, e.prev_hash, e.hash, e.kind, e.actor, e.occurred_at, e.payload FROM events AS e "
+    f"SELECT {_LINK} FROM events AS e "  # noqa: S608  # literal
     "LEFT JOIN LATERAL (SELECT h.last_seq FROM event_checkpoint_heads AS h WHERE h.tenant_id = e.tenant_id "
     "AND h.stream = e.stream AND h.number <= %(after)s ORDER BY h.number DESC LIMIT 1) AS c ON true "
     "WHERE e.tenant_id = %(tenant)s AND (%(stream)s::text IS NULL OR e.stream = %(stream)s) "
@@ -46,10 +49,10 @@ _NEWER = (
 )
 
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\x00" + bytes(8)
-_FIELDS = 8
-_SHORT = struct.Struct(">h")
+_COPY_TRAILER = b"\xff\xff"
+_ROW = struct.Struct(">hiqiqi")  # up to the length of the hash; each field comes after its length
+_LENGTHS = (8, 8, 8)  # number of fields, then the lengths of the first two
 _INT = struct.Struct(">i")
-_END = -1
 _MICROS_TO_2000 = 946_684_800_000_000  # where PostgreSQL's binary time stamps start, after 1970
 
 
@@ -124,8 +127,7 @@ class PostgresCheckpoints:
         with self._gateway.reading(tenant_id) as connection:
             statement = f"COPY ({query}) TO STDOUT (FORMAT binary)".encode()
             with connection.cursor().copy(statement, parameters) as copy:
-                for block in copy:
-                    yield from parse_rows(block)
+                yield from parse_rows(copy)
 
     async def _newest(self, connection: Session, tenant_id: UUID) -> Checkpoint | None:
         cursor = await connection.execute(
@@ -163,26 +165,32 @@ class PostgresCheckpoints:
         )
 
 
-def parse_rows(block: bytes | bytearray | memoryview) -> Iterator[Link]:
-    """The events of a piece of binary COPY, which holds whole rows: the server sends each in one message.
+def parse_rows(blocks: Iterable[bytes | bytearray | memoryview]) -> Iterator[Link]:
+    """The events of a binary COPY of `_LINK`, whose blocks hold whole rows: the server sends each in one message.
 
     Raises:
         ValueError: it is not what the query asked for.
     """
-    data = bytes(block)
-    at = len(_COPY_HEADER) if data.startswith(_COPY_HEADER) else 0
-    while at < len(data):
-        (count,) = _SHORT.unpack_from(data, at)
-        at += 2
-        if count == _END:
-            return
-        if count != _FIELDS:
-            raise ValueError(f"a row has {count} fields, not {_FIELDS}")
-        fields = []
-        for _ in range(_FIELDS):
-            start = at + 4
-            at = start + _INT.unpack_from(data, at)[0]
-            fields.append(data[start:at])
-        stream, seq, prev_hash, claimed, kind, actor, time, payload = fields
-        micros = int.from_bytes(time, "big", signed=True) + _MICROS_TO_2000
-        yield stream.decode(), int.from_bytes(seq, "big", signed=True), prev_hash, claimed, kind, actor, micros, payload
+    last_stream, name = b"", ""
+    for block in blocks:
+        data = bytes(block)
+        at = len(_COPY_HEADER) if data.startswith(_COPY_HEADER) else 0
+        while at < len(data) and not data.startswith(_COPY_TRAILER, at):
+            fields, seq_length, seq, time_length, time, length = _ROW.unpack_from(data, at)
+            if (fields, seq_length, time_length) != _LENGTHS:
+                raise ValueError("a row has other fields than were asked for")
+            start = at + _ROW.size
+            end = start + length
+            claimed = data[start:end]
+            start = end + 4
+            end = start + _INT.unpack_from(data, end)[0]
+            prev_hash = data[start:end]
+            start = end + 4
+            end = start + _INT.unpack_from(data, end)[0]
+            stream = data[start:end]
+            if stream != last_stream:
+                last_stream, name = stream, stream.decode()
+            actor = end + 4 + _INT.unpack_from(data, end)[0]
+            payload = actor + 4 + _INT.unpack_from(data, actor)[0]
+            at = payload + 4 + _INT.unpack_from(data, payload)[0]
+            yield name, seq, prev_hash, claimed, data[end:payload], time + _MICROS_TO_2000, data[payload:at]
