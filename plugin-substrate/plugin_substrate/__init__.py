@@ -52,7 +52,27 @@ from plugin_substrate.metadata import (
     RejectedManifest,
     WorkerView,
 )
-from plugin_substrate.queue import Job, JobEvent, JobEventType, JobQueue, JobStatus, QueueStats
+from plugin_substrate.queue import (
+    BlockReason,
+    CancelPhase,
+    FromStep,
+    InMemoryJobStore,
+    Job,
+    JobEvent,
+    JobEventType,
+    JobQueue,
+    JobRequest,
+    JobSequence,
+    JobStatus,
+    JobStore,
+    MachineResources,
+    QueueStats,
+    ResultFile,
+    RetryPolicy,
+    SequenceStatus,
+    SequenceStep,
+    StepResult,
+)
 from plugin_substrate.requirements import ResourceRequirements
 from plugin_substrate.revival import Revival
 from plugin_substrate.scheduling import (
@@ -63,20 +83,25 @@ from plugin_substrate.scheduling import (
     SafetyScheduler,
     SystemFigures,
 )
+from plugin_substrate.stores.jobs import LocalJobStore
 from plugin_substrate.telemetry import PluginStats, ResourceSnapshot, WorkerStats
 from plugin_substrate.worker.isolation import IsolationProfile, IsolationTerms
 
 __all__ = [
     "Allocation",
+    "BlockReason",
     "CallContext",
     "CallNotStartedError",
     "CallResult",
     "CancelOutcome",
+    "CancelPhase",
     "ConfigOption",
     "EnvVarSpec",
     "ErrorCategory",
     "FieldOptions",
     "FileBackedDTO",
+    "FromStep",
+    "InMemoryJobStore",
     "InputFile",
     "IsolationProfile",
     "IsolationTerms",
@@ -85,7 +110,12 @@ __all__ = [
     "JobEvent",
     "JobEventType",
     "JobQueue",
+    "JobRequest",
+    "JobSequence",
     "JobStatus",
+    "JobStore",
+    "LocalJobStore",
+    "MachineResources",
     "ManifestError",
     "ManifestV2",
     "OutputFile",
@@ -118,8 +148,13 @@ __all__ = [
     "ResourceScheduler",
     "ResourceShortfall",
     "ResourceSnapshot",
+    "ResultFile",
+    "RetryPolicy",
     "Revival",
     "SafetyScheduler",
+    "SequenceStatus",
+    "SequenceStep",
+    "StepResult",
     "StoreError",
     "SystemFigures",
     "TracebackPolicy",

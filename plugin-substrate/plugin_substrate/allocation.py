@@ -91,6 +91,14 @@ class ResourceAllocator:
             if not await self._evict_one(reading, answer.shortfall.resource, worker):
                 return answer
 
+    async def make_room(self, resource: str, pool: WorkerPool, worker: TenantWorker | None) -> None:
+        """End every idle worker that holds some of a resource, and ``worker`` itself if it is idle."""
+        reading = await self.read()
+        while worker is not None and await self._evict_one(reading, resource, worker):
+            pass
+        if worker is not None and not worker.holders and not worker.closed:
+            await pool.retire(worker)
+
     async def _evict_one(self, reading: MonitorReading, resource: str, needy: TenantWorker) -> bool:
         candidates = [
             self._candidate(reading, pool, worker)

@@ -106,6 +106,8 @@ class LoadedInstance:
             python_version=latest.python_version if latest else "",
             layers=latest.layers if latest else (),
             stateless=settings.meta.stateless,
+            idempotent=settings.meta.idempotent,
+            resources=settings.meta.resources,
             workers=views,
         )
 
@@ -201,9 +203,13 @@ class LoadedInstance:
 
     async def kill_worker(self, tenant_id: str = "") -> None:
         """End the worker of a tenant at once; the next call starts another."""
-        worker = self.workers.find(self._seat(tenant_id))
+        worker = self.worker_of(tenant_id)
         if worker is not None and worker.proxy is not None:
             await worker.proxy.kill()
+
+    def worker_of(self, tenant_id: str) -> TenantWorker | None:
+        """Return the worker that serves a tenant, if there is one."""
+        return self.workers.find(self._seat(tenant_id))
 
     async def restart(self, settings: InstanceSettings | None = None) -> None:
         """Replace the workers, taking over other settings; the number of slots stays.
@@ -259,8 +265,8 @@ class LoadedInstance:
     def _live_proxies(self) -> list[RemotePluginProxy]:
         return [worker.proxy for worker in self.workers if worker.proxy is not None and worker.proxy.alive]
 
-    async def cancel(self, call_id: str) -> CancelOutcome:
-        """Ask a call to end and kill the worker when it has not within the grace."""
+    async def cancel(self, call_id: str, on_force: Callable[[], object] | None = None) -> CancelOutcome:
+        """Ask a call to end and kill the worker when it has not within the grace; ``on_force`` hears of that before."""
         proxy = self._calls.get(call_id)
         call = proxy.calls.get(call_id) if proxy is not None else None
         if proxy is None or call is None:
@@ -271,6 +277,8 @@ class LoadedInstance:
         if call.value.done():
             return CancelOutcome.COOPERATIVE
         call.forced = True
+        if on_force is not None:
+            on_force()
         await proxy.kill()
         return CancelOutcome.FORCED
 

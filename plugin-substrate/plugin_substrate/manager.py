@@ -22,7 +22,7 @@ from plugin_substrate.managing.operating import OperatingVerbs
 from plugin_substrate.metadata import CallResult, PluginMeta, RejectedManifest
 from plugin_substrate.recorder import EmpiricalRecorder
 from plugin_substrate.revival import Revival
-from plugin_substrate.scheduling import PermissiveScheduler, ResourceScheduler
+from plugin_substrate.scheduling import GPU_MEMORY, SYSTEM_MEMORY, PermissiveScheduler, ResourceScheduler
 from plugin_substrate.stores.config import LocalPluginConfigStore, PluginConfigStore
 from plugin_substrate.stores.empirical import (
     EmpiricalResourceStore,
@@ -201,10 +201,26 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
             async for batch in batches:
                 yield batch
 
-    async def cancel_call(self, instance_id: str, call_id: str) -> CancelOutcome:
-        """Ask a call to end; after the grace its worker is killed, and with it every other call in that worker."""
+    async def cancel_call(
+        self, instance_id: str, call_id: str, on_force: Callable[[], object] | None = None
+    ) -> CancelOutcome:
+        """Ask a call to end; after the grace its worker is killed, and with it every other call in that worker.
+
+        ``on_force`` is called before it is killed.
+        """
         self._home.adopt()
-        return await self._instances.get(instance_id).cancel(call_id)
+        return await self._instances.get(instance_id).cancel(call_id, on_force)
+
+    async def make_room(self, instance_id: str, resource: str = "", *, tenant_id: str = "") -> None:
+        """End idle workers that hold memory, and the tenant's own worker of an instance if it is idle.
+
+        The next call starts another. ``resource`` tells which memory, `GPU_MEMORY` or else the machine's. No running
+        call is touched.
+        """
+        self._home.adopt()
+        instance = self._instances.get(instance_id)
+        wanted = resource if resource == GPU_MEMORY else SYSTEM_MEMORY
+        await self._instances.allocator.make_room(wanted, instance.workers, instance.worker_of(tenant_id))
 
     # -- around
 

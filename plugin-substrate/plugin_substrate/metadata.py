@@ -157,6 +157,8 @@ class PluginInstance:
     python_version: str
     layers: tuple[str, ...]
     stateless: bool = False
+    idempotent: bool = False
+    resources: ResourceRequirements = field(default_factory=ResourceRequirements)
     workers: tuple[WorkerView, ...] = ()
 
     @property

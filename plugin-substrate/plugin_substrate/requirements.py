@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from plugin_substrate.interface import is_amount
@@ -11,9 +11,10 @@ from plugin_substrate.interface import is_amount
 
 @dataclass(frozen=True, kw_only=True)
 class ResourceRequirements:
-    """Amounts are in MB of 2**20 bytes, 0 for none; that of GPU memory counts only with ``requires_gpu``.
+    """Amounts of memory are in MB of 2**20 bytes, 0 for none; that of GPU memory counts only with ``requires_gpu``.
 
-    Empty ``platforms`` mean any.
+    Empty ``platforms`` mean any. The queue counts ``cpu_slots`` and ``tokens`` for each call, and gives each of
+    ``devices`` to one worker at a time.
     """
 
     requires_gpu: bool = False
@@ -21,6 +22,9 @@ class ResourceRequirements:
     min_system_ram_mb: float = 0.0
     platforms: tuple[str, ...] = ()
     accelerators: tuple[str, ...] = ()
+    cpu_slots: float = 0.0
+    devices: tuple[str, ...] = ()
+    tokens: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def any_amount(self) -> bool:
@@ -46,5 +50,10 @@ def _check(name: str, value: object) -> tuple[str, Any]:
         return ("" if isinstance(value, bool) else "must be true or false"), value
     if name.startswith("min_"):
         return ("" if is_amount(value) else "must be a number of MB, 0 or more"), value
+    if name == "cpu_slots":
+        return ("" if is_amount(value) else "must be a number, 0 or more"), value
+    if name == "tokens":
+        fits = isinstance(value, Mapping) and all(isinstance(key, str) and is_amount(value[key]) for key in value)
+        return ("" if fits else "must be an object of numbers, 0 or more"), value
     fits = isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value)
     return ("" if fits else "must be a list of texts"), tuple(value) if isinstance(value, list | tuple) else value

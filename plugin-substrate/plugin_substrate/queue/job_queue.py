@@ -1,87 +1,124 @@
-"""Orders calls: by priority, then by submission, in parallel up to the slots of each instance. In memory only."""
+"""Orders calls and starts them as slots and resources allow: the public verbs."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import heapq
-import itertools
+import logging
 import uuid
-from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any
 
-from plugin_substrate.errors import CallNotStartedError, JobError, PluginCancelledError, PluginNotLoadedError
+from plugin_substrate.arguments import with_paths
+from plugin_substrate.errors import (
+    PluginCancelledError,
+    PluginInputError,
+)
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manager import PluginManager
-from plugin_substrate.metadata import CallResult
-from plugin_substrate.queue.events import EventLog
-from plugin_substrate.queue.job import Job, JobEvent, JobEventType, JobStatus, QueueStats
+from plugin_substrate.queue.dispatcher import Dispatcher
+from plugin_substrate.queue.job import Job, JobEvent, JobStatus, QueueStats
+from plugin_substrate.queue.journal import Journal
+from plugin_substrate.queue.memory_store import InMemoryJobStore
+from plugin_substrate.queue.request import BeforeStart, JobRequest, OnProgress, RetryPolicy
+from plugin_substrate.queue.resources import MachineResources
+from plugin_substrate.queue.sequences import JobSequence, SequenceStep
+from plugin_substrate.queue.store import JobFilter, JobStore, KeptJob
+from plugin_substrate.telemetry import ResourceSnapshot
 
-BeforeStart = Callable[[], Awaitable[bool]]
+_logger = logging.getLogger(__name__)
 
-_LaneKey = tuple[str, str]  # instance, and the tenant when it has a worker of its own
-
-
-@dataclass(kw_only=True)
-class _Record:
-    """A job with what only the queue needs to know of it."""
-
-    job: Job
-    plugin_name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    call: CallContext
-    lane: _LaneKey
-    before_start: BeforeStart | None
-    on_progress: Callable[[float, str], object] | None
-    events: EventLog = field(default_factory=EventLog)
-    done: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-
-
-@dataclass
-class _Lane:
-    """The jobs of one worker: those that wait, as a heap, and those that hold a slot."""
-
-    waiting: list[tuple[int, int, str]] = field(default_factory=list)
-    holding: set[str] = field(default_factory=set)
+#: A job under which so many hosts died is not tried again: it may be what killed them.
+_MAX_RECOVERIES = 3
 
 
 class JobQueue:
-    """Starts jobs as soon as their tenant's worker has a free slot. Belongs to the manager's event loop; nothing polls.
+    """Starts jobs as soon as their tenant's worker has a free slot and the machine what they need.
 
-    Jobs are never repeated, and nothing survives the process. The last ``max_history`` ended jobs can be asked for.
+    Belongs to the manager's event loop. The last ``max_history`` ended jobs, none older than ``max_age_seconds``, can
+    be asked for; what happens is kept in ``store``, which is in memory unless another is given. A level of priority
+    counts as much as ``ageing_seconds`` of waiting. ``retry`` is for jobs that bring no policy of their own: without
+    one no job is ever sent twice. With ``snapshot_seconds`` running jobs are measured that often.
     """
 
-    def __init__(self, manager: PluginManager, *, max_history: int = 100) -> None:
+    def __init__(
+        self,
+        manager: PluginManager,
+        *,
+        store: JobStore | None = None,
+        resources: MachineResources | None = None,
+        retry: RetryPolicy | None = None,
+        max_history: int = 100,
+        max_age_seconds: float | None = None,
+        max_log_events: int = 1000,
+        ageing_seconds: float = 60.0,
+        patience_seconds: float = 30.0,
+        snapshot_seconds: float | None = None,
+    ) -> None:
+        if ageing_seconds <= 0 or max_history < 0:
+            raise ValueError(
+                f"ageing_seconds {ageing_seconds} must be over 0, and max_history {max_history} at least 0"
+            )
         self._manager = manager
         self._max_history = max_history
-        self._order = itertools.count()
-        self._records: dict[str, _Record] = {}
-        self._history: OrderedDict[str, None] = OrderedDict()
-        self._lanes: dict[_LaneKey, _Lane] = {}
-        self._running = False
+        self._journal = Journal(
+            store or InMemoryJobStore(),
+            max_history=max_history,
+            max_age_seconds=max_age_seconds,
+            max_log_events=max_log_events,
+        )
+        self._jobs = Dispatcher(
+            manager,
+            self._journal,
+            resources=resources or MachineResources.of_this_machine(),
+            retry=retry,
+            ageing_seconds=ageing_seconds,
+            patience_seconds=patience_seconds,
+            snapshot_seconds=snapshot_seconds,
+        )
+
+    # -- from start to stop
 
     async def start(self) -> None:
-        """Begin to start jobs; those submitted before wait until now."""
-        self._running = True
-        for key in list(self._lanes):
-            self._dispatch(key)
+        """Begin to start jobs; those submitted before, or left by an earlier host, wait until now.
+
+        What that host was running is tried again where its plugin declares itself ``idempotent``, and ``interrupted``
+        where not. Jobs of instances that are not loaded wait until one is submitted for them, or for the next `start`.
+        """
+        self._jobs.begin()
 
     async def stop(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - how long to be patient, not how long to take
         """Start no more jobs, wait for those that run, then cancel them. Pending jobs wait for a new `start`."""
-        self._running = False
-        tasks = [record.task for record in self._records.values() if record.task is not None]
+        self._jobs.running = False
+        tasks = {live.task: live for live in self._journal.live.values() if live.task is not None}
         if not tasks:
             return
         _, late = await asyncio.wait(tasks, timeout=timeout)
         if late:
-            await asyncio.gather(*(self.cancel(record.job.id) for record in self._unfinished(late)))
+            await asyncio.gather(*(self.cancel(tasks[task].job.id) for task in late))
             await asyncio.wait(late)
+
+    async def close(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - as above
+        """Stop, and give the store up. Pending jobs stay pending in it, if it outlives this process."""
+        await self.stop(timeout)
+        for live in self._journal.live.values():
+            live.stop_all()
+        self._journal.stop()
+        await self._journal.store.close()
+
+    async def __aenter__(self) -> JobQueue:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    # -- asking for work
 
     async def submit(
         self,
@@ -92,200 +129,254 @@ class JobQueue:
         owner: str = "",
         call: CallContext | None = None,
         before_start: BeforeStart | None = None,
-        on_progress: Callable[[float, str], object] | None = None,
+        on_progress: OnProgress | None = None,
         **kwargs: Any,
     ) -> str:
-        """Queue a call of ``execute(*args, **kwargs)`` and return the job's id; higher priorities go first.
-
-        An instance that is not loaded is a `PluginNotLoadedError` here. ``before_start`` is awaited when a slot is free
-        and the call would be sent next: a false answer or an exception ends the job as ``not_started``.
-        """
-        instance = self._manager.get_instance(plugin_instance_id)
-        job = Job(id=uuid.uuid4().hex, plugin_instance_id=plugin_instance_id, owner=owner, priority=priority)
-        context = call or CallContext(call_id=job.id)
-        key = (plugin_instance_id, "" if instance.stateless else context.tenant_id)
-        self._records[job.id] = _Record(
-            job=job,
-            plugin_name=instance.plugin_name,
+        """Queue a call of ``execute(*args, **kwargs)`` and return the job's id, see `submit_request`."""
+        request = JobRequest(
+            plugin_instance_id=plugin_instance_id,
             args=args,
             kwargs=kwargs,
-            call=context,
-            lane=key,
+            priority=priority,
+            owner=owner,
+            call=call,
             before_start=before_start,
             on_progress=on_progress,
         )
-        lane = self._lanes.setdefault(key, _Lane())
-        heapq.heappush(lane.waiting, (-priority, next(self._order), job.id))
-        self._dispatch(key)
-        return job.id
+        return await self.submit_request(request)
 
-    async def wait_for_job(self, job_id: str, timeout: float | None = None) -> Job:  # noqa: ASYNC109 - a promised name
-        """Return the job when it has ended; a TimeoutError when it takes longer, a ValueError when it is unknown."""
-        record = self._record(job_id)
-        async with asyncio.timeout(timeout):
-            await record.done.wait()
-        return record.job
+    async def submit_request(self, request: JobRequest) -> str:
+        """Queue a call and return the job's id, once the job is kept.
 
-    def get_job(self, job_id: str) -> Job:
-        """Return the job as it stands, with the reason why it waits; a ValueError when it is unknown."""
-        job = self._record(job_id).job
-        return replace(job, block_reason=self._block_reason(job)) if job.status is JobStatus.PENDING else job
+        Refused are an instance that is not loaded (`PluginNotLoadedError`) or is disabled (`PluginDisabledError`), a
+        job that is too big for this machine (`PluginResourceError`, with the numbers), and arguments that the store
+        cannot keep (`WireValueError`).
+
+        ``before_start`` is awaited when a slot is free and the call would be sent next: a false answer or an exception
+        ends the job as ``not_started``. A permission cannot be asked for after a restart, so a store that outlives the
+        process takes no such job (`PluginInputError`).
+        """
+        self._jobs.open()
+        if self._journal.store.durable:
+            if request.before_start is not None:
+                raise PluginInputError("before_start needs a store in memory", fields_invalid=["before_start"])
+            args, kwargs = await with_paths(request.args, request.kwargs)
+            request = replace(request, args=args, kwargs=kwargs)
+        await self._jobs.learn(request.plugin_instance_id)
+        live, new = self._jobs.make(request)
+        await self._jobs.submitted(live, [new])
+        return live.job.id
+
+    async def submit_sequence(
+        self, steps: Sequence[SequenceStep], *, priority: int = 0, owner: str = "", fail_fast: bool = True
+    ) -> str:
+        """Queue calls that go one after another, and return the sequence's id.
+
+        A step may use what earlier ones gave, see `FromStep`. With ``fail_fast`` none follows one that failed, else all
+        are tried; none ever follows one that was cancelled. Every step is checked now as `submit_request` does, and a
+        step that cannot be submitted when its turn comes has failed. No step is a completed sequence.
+        """
+        self._jobs.open()
+        for step in steps:
+            self._jobs.check(step.plugin_instance_id)
+        sequence, live, changes = self._jobs.sequencer.begin(
+            tuple(steps), priority=priority, owner=owner, fail_fast=fail_fast
+        )
+        if live is not None:
+            await self._jobs.submitted(live, changes)
+        elif (kept := self._journal.write(changes)) is not None:
+            await asyncio.shield(kept)
+        return sequence.id
+
+    async def submit_uniform_sequence(
+        self,
+        plugin_instance_id: str,
+        args_list: Sequence[Sequence[Any]] | None = None,
+        kwargs_list: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        priority: int = 0,
+        owner: str = "",
+        fail_fast: bool = True,
+    ) -> str:
+        """Queue calls of one instance, one after another; a ValueError when the lists differ in length."""
+        count = len(args_list if args_list is not None else kwargs_list or ())
+        all_args = [()] * count if args_list is None else args_list
+        all_kwargs: Sequence[Mapping[str, Any]] = [{}] * count if kwargs_list is None else kwargs_list
+        if len(all_args) != len(all_kwargs):
+            raise ValueError(f"args_list has {len(all_args)} entries, and kwargs_list {len(all_kwargs)}")
+        steps = [
+            SequenceStep(plugin_instance_id=plugin_instance_id, args=tuple(args), kwargs=kwargs)
+            for args, kwargs in zip(all_args, all_kwargs, strict=True)
+        ]
+        return await self.submit_sequence(steps, priority=priority, owner=owner, fail_fast=fail_fast)
+
+    async def reorder(self, job_id: str, priority: int) -> bool:
+        """Give a job another priority; False when it waits no longer."""
+        live = self._journal.live.get(job_id)
+        if live is None:
+            self._kept(job_id)
+            return False
+        if job_id not in self._jobs.waiting:
+            return False
+        live.job = replace(live.job, priority=priority)
+        self._jobs.waiting.reorder(job_id, self._jobs.rank(live))
+        kept = self._journal.write([self._journal.changed(live)])
+        if kept is not None:
+            await asyncio.shield(kept)
+        return True
+
+    async def retry(self, job_id: str) -> str:
+        """Submit an ended job again, as a new one whose id is returned.
+
+        A ValueError when it is unknown, has not ended, or its arguments are kept no longer.
+        """
+        kept = self._kept(job_id)
+        if not kept.job.status.terminal:
+            raise ValueError(f"job {job_id!r} has not ended: it is {kept.job.status.value}")
+        if not self._journal.store.keeps_arguments:
+            raise ValueError(f"the arguments of job {job_id!r} are no longer kept; submit it anew")
+        call = kept.request.call
+        if call is not None:
+            call = replace(call, call_id=uuid.uuid4().hex)
+        return await self.submit_request(replace(kept.request, call=call, priority=kept.job.priority))
 
     async def cancel(self, job_id: str) -> bool:
         """End a job: at once when it waits, through the plugin and then by force when it runs; False when it has ended.
 
         Returns when the job has ended. A result that arrives after the request is kept, but the job is ``cancelled``.
         """
-        record = self._record(job_id)
-        if record.job.status.terminal:
+        live = self._journal.live.get(job_id)
+        if live is None or live.job.status.terminal:
+            self._kept(job_id)
             return False
-        if record.job.cancel_requested_at is None:
-            record.job = replace(record.job, cancel_requested_at=datetime.now(UTC))
-        if record.job.status is JobStatus.RUNNING:
-            with suppress(PluginNotLoadedError):  # it is being unloaded, which ends the job too
-                await self._manager.cancel_call(record.job.plugin_instance_id, record.call.call_id)
-        elif record.task is not None:
-            record.task.cancel()
+        if live.job.cancel_requested_at is None:
+            live.job = replace(live.job, cancel_requested_at=datetime.now(UTC))
+        if live.sent and live.task is not None:
+            await self._jobs.runner.cancel(live)
+        elif live.task is not None:
+            live.task.cancel()
         else:
-            self._end(
-                record, JobStatus.CANCELLED, error=_error(record, PluginCancelledError("cancelled while waiting"))
-            )
-            self._dispatch(record.lane)
-        await record.done.wait()
-        return record.job.status is JobStatus.CANCELLED
+            self._jobs.take_out(live)
+            error = PluginCancelledError("cancelled while waiting")
+            self._jobs.end(live, JobStatus.CANCELLED, error=self._jobs.runner.error_of(live, error))
+        await live.done.wait()
+        return live.job.status is JobStatus.CANCELLED
 
-    def events(self, job_id: str, after: int = 0) -> AsyncIterator[JobEvent]:
-        """Yield the job's events numbered above ``after`` and those to come; ends after the terminal one."""
-        return self._record(job_id).events.follow(after)
+    async def cancel_sequence(self, sequence_id: str) -> bool:
+        """End a sequence with its current step; False when it has ended."""
+        if sequence_id not in self._jobs.sequencer.running:
+            self.get_sequence(sequence_id)
+            return False
+        current = self._jobs.sequencer.ask_to_cancel(sequence_id)
+        if current in self._journal.live:
+            await self.cancel(current)
+        return True
+
+    # -- asking what happens
+
+    async def wait_for_job(self, job_id: str, timeout: float | None = None) -> Job:  # noqa: ASYNC109 - a promised name
+        """Return the job when it has ended; a TimeoutError when it takes longer, a ValueError when it is unknown."""
+        live = self._journal.live.get(job_id)
+        if live is None:
+            return self._kept(job_id).job
+        async with asyncio.timeout(timeout):
+            await live.done.wait()
+        if self._journal.failure is not None:
+            raise self._journal.failure
+        kept = self._journal.store.job(job_id)
+        return live.job if kept is None else kept.job
+
+    async def wait_for_sequence(self, sequence_id: str, timeout: float | None = None) -> JobSequence:  # noqa: ASYNC109
+        """Return the sequence when it has ended; errors as of `wait_for_job`."""
+        async with asyncio.timeout(timeout):
+            while not (sequence := self.get_sequence(sequence_id)).status.terminal:
+                await self.wait_for_job(sequence.current_job_id or "")
+        return sequence
+
+    def get_job(self, job_id: str) -> Job:
+        """Return the job as it stands, with the reason why it waits; a ValueError when it is unknown."""
+        live = self._journal.live.get(job_id)
+        if live is None:
+            return self._kept(job_id).job
+        if live.job.status is JobStatus.PENDING:
+            return replace(live.job, block_reason=self._jobs.why(live))
+        return live.job
+
+    def get_sequence(self, sequence_id: str) -> JobSequence:
+        """Return the sequence as it stands; a ValueError when it is unknown."""
+        sequence = self._jobs.sequencer.running.get(sequence_id) or self._journal.store.sequence(sequence_id)
+        if sequence is None:
+            raise ValueError(f"there is no sequence {sequence_id!r}")
+        return sequence
+
+    def get_pending(self) -> list[Job]:
+        """Return the jobs that wait, the order of their ranks; between owners the shares decide."""
+        pending = [live for live in self._journal.live.values() if live.job.status is JobStatus.PENDING]
+        return [live.job for live in sorted(pending, key=self._jobs.rank)]
+
+    def get_running(self) -> list[Job]:
+        """Return the jobs whose calls are in a worker."""
+        return [live.job for live in self._journal.live.values() if live.job.status is JobStatus.RUNNING]
+
+    def get_history(self, limit: int | None = None) -> list[Job]:
+        """Return ended jobs, those submitted last first."""
+        ended = [status for status in JobStatus if status.terminal]
+        return self._journal.store.jobs(JobFilter(statuses=ended), self._max_history if limit is None else limit)
 
     def get_stats(self) -> QueueStats:
         """Count the jobs that wait and run, and the retained ones by how they ended."""
-        counts = Counter(record.job.status for record in self._records.values())
+        counts = self._journal.ended_counts() + Counter(
+            live.job.status for live in self._journal.live.values() if not live.job.status.terminal
+        )
         return QueueStats(**{f"total_{status.value}": counts[status] for status in JobStatus})
 
-    # -- how a job goes
+    def get_state(self) -> dict[str, Any]:
+        """Return what a user interface shows: running and pending jobs, the last 20 that ended, and the counts."""
+        return {
+            "running": self.get_running(),
+            "pending": self.get_pending(),
+            "history": self.get_history(20),
+            "stats": self.get_stats(),
+        }
 
-    def _dispatch(self, key: _LaneKey) -> None:
-        """Give every free slot of a worker to the job that comes first."""
-        lane = self._lanes[key]
-        while self._running and lane.waiting and len(lane.holding) < self._slots(key[0]):
-            job_id = heapq.heappop(lane.waiting)[2]
-            record = self._records.get(job_id)
-            if record is None or record.job.status is not JobStatus.PENDING:
-                continue
-            lane.holding.add(job_id)
-            record.task = asyncio.get_running_loop().create_task(self._run(record))
-            # A callback, not a finally: a task that is cancelled before its first step never enters its body.
-            record.task.add_done_callback(functools.partial(self._release, record))
-        if not lane.waiting and not lane.holding:
-            del self._lanes[key]
+    def get_job_logs(self, job_id: str, lines: int = 100) -> str:
+        """Return the last lines that the plugin wrote in a job, as far as its instance's log still has them."""
+        kept = self._kept(job_id)
+        call_id, tenant = kept.job.id, ""
+        if kept.request.call is not None:
+            call_id, tenant = kept.request.call.call_id, kept.request.call.tenant_id
+        text = self._manager.get_plugin_logs(kept.job.plugin_instance_id, 100_000, tenant_id=tenant)
+        found = [line for line in text.splitlines() if line.partition(" | ")[0].endswith(f" {call_id}")]
+        return "\n".join(found[-lines:])
 
-    def _slots(self, instance_id: str) -> int:
-        """How many jobs a worker takes; one where the instance is gone, so that its jobs fail in their turn."""
-        with suppress(PluginNotLoadedError):
-            return self._manager.get_instance(instance_id).max_concurrent_requests
-        return 1
+    def get_resource_snapshot(self, job_id: str) -> ResourceSnapshot | None:
+        """Return what the job's instance took when it was measured last, None when it was not."""
+        return self.get_job(job_id).last_resource_snapshot
 
-    async def _run(self, record: _Record) -> None:
-        job = record.job
-        try:
-            result = await self._manager.execute_call(
-                job.plugin_instance_id,
-                *record.args,
-                call=record.call,
-                before_start=record.before_start,
-                on_started=lambda: self._on_started(record),
-                on_progress=lambda progress, message: self._on_progress(record, progress, message),
-                on_usage=lambda usage: self._on_usage(record, usage),
-                on_log=lambda line: record.events.append(record.job, JobEventType.LOG_APPENDED, {"line": line}),
-                **record.kwargs,
-            )
-        except CallNotStartedError as error:
-            cause = error.__cause__
-            self._end(record, JobStatus.NOT_STARTED, error=_error(record, cause) if cause else None)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is this job's end
-            cancelled = isinstance(error, PluginCancelledError) or record.job.cancel_requested_at is not None
-            self._end(record, JobStatus.CANCELLED if cancelled else JobStatus.FAILED, error=_error(record, error))
-        else:
-            self._complete(record, result)
+    def events(self, job_id: str, after: int = 0) -> AsyncIterator[JobEvent]:
+        """Yield the job's events numbered above ``after`` and those to come; ends after the terminal one.
 
-    def _release(self, record: _Record, task: asyncio.Task[None]) -> None:
-        """Free the slot of a job whose task is over, and end the job if the task was cancelled."""
-        record.task = None
-        if task.cancelled() and not record.job.status.terminal:
-            sent = record.job.started_at is not None
-            text = "given up while it was running" if sent else "cancelled before it was sent"
-            error = PluginCancelledError(text, outcome_known=not sent)
-            self._end(record, JobStatus.CANCELLED, error=_error(record, error))
-        self._lanes[record.lane].holding.discard(record.job.id)
-        self._dispatch(record.lane)
+        They are read from the store: who is slow loses none. A ValueError when the job is unknown.
+        """
+        self._kept(job_id)
+        return self._journal.follow_job(job_id, after)
 
-    def _complete(self, record: _Record, result: CallResult) -> None:
-        record.job = replace(record.job, result=result.value, usage=dict(result.usage))
-        if record.job.cancel_requested_at is None:
-            record.job = replace(record.job, progress=1.0)
-            self._end(record, JobStatus.COMPLETED)
-        else:
-            late = PluginCancelledError("the plugin finished before it noticed the request; its result is kept")
-            self._end(record, JobStatus.CANCELLED, error=_error(record, late))
+    def events_for_sequence(self, sequence_id: str, after: int = 0) -> AsyncIterator[JobEvent]:
+        """Yield the events of a sequence's jobs whose position is above ``after``; ends with the sequence."""
+        self.get_sequence(sequence_id)
+        return self._journal.follow_sequence(sequence_id, after)
 
-    def _on_started(self, record: _Record) -> None:
-        record.job = replace(record.job, started_at=datetime.now(UTC))
-        self._move(record, JobStatus.RUNNING)
+    def all_events(self, after: int | None = None) -> AsyncIterator[JobEvent]:
+        """Yield the events of all jobs whose position is above ``after``, or those to come; never ends."""
+        self._jobs.open()
+        return self._journal.follow_all(after)
 
-    def _on_progress(self, record: _Record, progress: float, message: str) -> None:
-        record.job = replace(record.job, progress=progress, status_message=message)
-        payload = {"progress": progress, "status_message": message}
-        record.events.append(record.job, JobEventType.PROGRESS_CHANGED, payload)
-        if record.on_progress is not None:
-            record.on_progress(progress, message)
+    # -- within
 
-    def _on_usage(self, record: _Record, usage: dict[str, float]) -> None:
-        record.job = replace(record.job, usage=usage)
-
-    def _move(self, record: _Record, status: JobStatus) -> None:
-        before = record.job.status
-        record.job = replace(record.job, status=status)
-        record.events.append(record.job, JobEventType.STATE_TRANSITION, {"from": before.value, "to": status.value})
-
-    def _end(self, record: _Record, status: JobStatus, *, error: JobError | None = None) -> None:
-        record.job = replace(record.job, completed_at=datetime.now(UTC), error=error)
-        record.args, record.kwargs = (), {}
-        self._move(record, status)
-        record.done.set()
-        self._history[record.job.id] = None
-        while len(self._history) > self._max_history:
-            forgotten, _ = self._history.popitem(last=False)
-            del self._records[forgotten]
-
-    def _block_reason(self, job: Job) -> str:
-        lane = self._lanes[self._record(job.id).lane]
-        if not self._running:
-            return "the queue is not started"
-        if job.id in lane.holding:
-            return f"{job.plugin_instance_id!r} is being made ready, or the call waits to be allowed"
-        slots = self._slots(job.plugin_instance_id)
-        mine = next(entry for entry in lane.waiting if entry[2] == job.id)
-        ahead = sum(1 for entry in lane.waiting if entry < mine and self._is_pending(entry[2]))
-        holders = ", ".join(sorted(lane.holding))
-        return f"all {slots} slots of {job.plugin_instance_id!r} are held by {holders}; {ahead} jobs go first"
-
-    def _is_pending(self, job_id: str) -> bool:
-        return job_id in self._records and self._records[job_id].job.status is JobStatus.PENDING
-
-    def _record(self, job_id: str) -> _Record:
-        try:
-            return self._records[job_id]
-        except KeyError:
-            raise ValueError(
-                f"there is no job {job_id!r}; of ended jobs the last {self._max_history} are kept"
-            ) from None
-
-    def _unfinished(self, tasks: set[asyncio.Task[None]]) -> list[_Record]:
-        return [record for record in self._records.values() if record.task in tasks]
-
-
-def _error(record: _Record, error: BaseException) -> JobError:
-    return JobError.from_exception(
-        error, plugin_name=record.plugin_name, plugin_instance_id=record.job.plugin_instance_id
-    )
+    def _kept(self, job_id: str) -> KeptJob:
+        """Return a job from the store; a ValueError when there is none."""
+        self._jobs.open()
+        kept = self._journal.store.job(job_id)
+        if kept is None:
+            raise ValueError(f"there is no job {job_id!r}; of ended jobs the last {self._max_history} are kept")
+        return kept

@@ -1,0 +1,111 @@
+"""Moves sequences on: what comes after a step has ended is written together with its end."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from plugin_substrate.errors import JobError, PluginError
+from plugin_substrate.queue.job import Job, JobEventType, JobStatus
+from plugin_substrate.queue.journal import Journal, LiveJob
+from plugin_substrate.queue.request import JobRequest
+from plugin_substrate.queue.results import loaded
+from plugin_substrate.queue.sequences import (
+    JobSequence,
+    SequenceStatus,
+    SequenceStep,
+    StepResult,
+    check_references,
+    with_results,
+)
+from plugin_substrate.queue.store import Change, NewJob, PutSequence
+
+Make = Callable[..., tuple[LiveJob, NewJob]]
+
+
+class Sequencer:
+    """The running sequences. ``make(request, sequence_id=…, sequence_index=…)`` makes a job of a step."""
+
+    def __init__(self, journal: Journal, make: Make) -> None:
+        self._journal = journal
+        self._make = make
+        self.running: dict[str, JobSequence] = {}
+
+    def begin(
+        self, steps: tuple[SequenceStep, ...], *, priority: int, owner: str, fail_fast: bool
+    ) -> tuple[JobSequence, LiveJob | None, list[Change]]:
+        """Return a new sequence, its first job and the changes to write."""
+        check_references(steps)
+        sequence = JobSequence(id=uuid.uuid4().hex, steps=steps, priority=priority, owner=owner, fail_fast=fail_fast)
+        return self._go_on(sequence, None)
+
+    def after(self, job: Job) -> tuple[LiveJob | None, list[Change]]:
+        """Return what follows the end of a step: the next job, if there is one, and the changes to write."""
+        sequence = self.running[job.sequence_id or ""]
+        success = job.status is JobStatus.COMPLETED
+        step = StepResult(job_id=job.id, success=success, result=job.result if success else None, error=job.error)
+        sequence = replace(sequence, results=(*sequence.results, step))
+        if job.status is JobStatus.CANCELLED or sequence.cancel_requested:
+            return None, self._end(sequence, SequenceStatus.CANCELLED)
+        _, live, changes = self._go_on(sequence, job)
+        return live, changes
+
+    def take_up(self, sequence: JobSequence) -> None:
+        """Go on with a sequence that an earlier host began."""
+        self.running[sequence.id] = sequence
+
+    def ask_to_cancel(self, sequence_id: str) -> str:
+        """Have no step come after the current one, whose job id is returned; a ValueError when it has ended."""
+        sequence = self.running[sequence_id] = replace(self.running[sequence_id], cancel_requested=True)
+        self._journal.write([PutSequence(sequence)])
+        return sequence.current_job_id or ""
+
+    def _go_on(self, sequence: JobSequence, prior: Job | None) -> tuple[JobSequence, LiveJob | None, list[Change]]:
+        """Make a job of the next step; one that cannot be made has failed."""
+        while True:
+            failed = bool(sequence.results) and not sequence.results[-1].success
+            if failed and sequence.fail_fast:
+                return sequence, None, self._end(sequence, SequenceStatus.FAILED)
+            index = len(sequence.results)
+            if index == len(sequence.steps):
+                return sequence, None, self._end(sequence, SequenceStatus.COMPLETED)
+            step = sequence.steps[index]
+            try:
+                live, new = self._make(self._request(sequence, step), sequence_id=sequence.id, sequence_index=index)
+            except PluginError as error:
+                record = JobError.from_exception(error, plugin_instance_id=step.plugin_instance_id)
+                sequence = replace(
+                    sequence, results=(*sequence.results, StepResult(job_id="", success=False, error=record))
+                )
+                continue
+            sequence = self.running[sequence.id] = replace(sequence, current_job_id=live.job.id)
+            changes: list[Change] = [new, PutSequence(sequence)]
+            if prior is not None:
+                changes.append(self._advanced(live, prior))
+            return sequence, live, changes
+
+    def _request(self, sequence: JobSequence, step: SequenceStep) -> JobRequest:
+        results = tuple(replace(each, result=loaded(each.result)) for each in sequence.results)
+        return JobRequest(
+            plugin_instance_id=step.plugin_instance_id,
+            args=with_results(step.args, results),
+            kwargs=with_results(dict(step.kwargs), results),
+            priority=step.priority or sequence.priority,
+            owner=sequence.owner,
+        )
+
+    def _advanced(self, live: LiveJob, prior: Job) -> Change:
+        payload: dict[str, Any] = {
+            "prior_job_id": prior.id,
+            "prior_step_index": prior.sequence_index,
+            "prior_success": prior.status is JobStatus.COMPLETED,
+        }
+        return self._journal.event(live, JobEventType.SEQUENCE_ADVANCED, payload)
+
+    def _end(self, sequence: JobSequence, status: SequenceStatus) -> list[Change]:
+        self.running.pop(sequence.id, None)
+        ended = replace(sequence, status=status, completed_at=datetime.now(UTC), current_job_id=None)
+        return [PutSequence(ended)]
