@@ -108,7 +108,7 @@ def _detail(name: str, abi: int, stops: str) -> str:
 def _namespace_reason() -> str:
     if platform.system() == "Linux" and namespaces.available():
         return ""
-    return "this system does not let us make one; what a plugin's processes leave behind is swept as far as it is found"
+    return "this system does not let us make one; what a plugin's processes leave behind is swept at the next contact"
 
 
 def _own_uid_reason(seen: set[str]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 from plugin_substrate.deaths import WorkerExit
 from plugin_substrate.errors import PluginFatalError, ResourceShortfall
 from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
-from plugin_substrate.sweep import MARK_VARIABLE, new_mark, sweep_dead_hosts, sweep_supervisor
+from plugin_substrate.sweep import new_mark, put_mark, sweep_dead_hosts, sweep_supervisor
 from plugin_substrate.worker.isolation import IsolationProfile, profile_to_json
 from plugin_substrate.worker.own_user import uid_of
 from plugin_substrate.worker.supervisor import MAX_MESSAGE_BYTES
@@ -99,7 +99,7 @@ class Supervisor:
         self._loop = asyncio.get_running_loop()
         self._counter = 0
         self._mark = new_mark()
-        self._sessions: set[int] = set()  # of workers that may leave processes behind
+        self._may_leave_processes = False  # when it is killed, as far as its workers could have any
         self._turn = asyncio.Lock()
         self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
         self._asked: dict[int, asyncio.Future[dict[str, float | None]]] = {}
@@ -113,7 +113,7 @@ class Supervisor:
                 stdin=subprocess.DEVNULL,
                 stdout=log_write,
                 stderr=log_write,
-                env={"PATH": os.defpath, "LANG": "C.UTF-8", MARK_VARIABLE: self._mark},
+                env={"PATH": os.defpath, "LANG": "C.UTF-8"},
                 cwd="/",
                 pass_fds=(remote.fileno(),),
                 start_new_session=True,
@@ -125,6 +125,7 @@ class Supervisor:
         finally:
             remote.close()
             os.close(log_write)
+        put_mark(self._process.pid, self._mark)  # it forks nothing before it is asked to
         self._log = LogPipe(log_read, self._lines.append)
         self._ended = self._watch_end()
         self._control.setblocking(False)
@@ -159,10 +160,9 @@ class Supervisor:
             raise PluginFatalError(f"the supervisor is gone: {' | '.join(self._lines) or 'no last words'}")
         self._counter += 1
         number = self._counter
-        if isolation.processes:
-            env = {**env, MARK_VARIABLE: self._mark}
-            if not self._sessions:
-                await asyncio.to_thread(sweep_dead_hosts)
+        if isolation.processes and not self._may_leave_processes:
+            self._may_leave_processes = True
+            await asyncio.to_thread(sweep_dead_hosts)
         spawned = self._spawning[number] = self._loop.create_future()
         exited = self._exits[number] = self._loop.create_future()
         connection, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -180,8 +180,6 @@ class Supervisor:
             self._send(request, [remote.fileno(), log_write])
             self._wake()
             pid, pidfd = await spawned
-            if isolation.processes:
-                self._sessions.add(pid)
         except BaseException:
             connection.close()
             os.close(log_read)
@@ -290,10 +288,10 @@ class Supervisor:
             killed = self._process.wait() != 0
             self._lose_control()
             self._log.close()
-            if not (killed and self._sessions):
+            if not (killed and self._may_leave_processes):
                 _resolve(ended, None)
                 return
-            swept = self._loop.run_in_executor(None, sweep_supervisor, self._mark, frozenset(self._sessions))
+            swept = self._loop.run_in_executor(None, sweep_supervisor, self._mark)
             swept.add_done_callback(lambda _: _resolve(ended, None))
 
         self._loop.add_reader(pidfd, reap)

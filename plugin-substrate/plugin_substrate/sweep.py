@@ -1,41 +1,50 @@
 """Finds what a killed supervisor left behind where no process id namespace could be made, and kills it.
 
-Best effort: a descendant is known by a mark in the environment it was started with, or by its worker's session. One
-that gave up both is missed, and so is one of another user, or one whose environment this host may not read.
+Every supervisor is marked by a number in a resource limit that the kernel has no use for. All below it inherit it,
+through forks, new programs, sessions and parents; without privileges nobody can raise it, and the filter of workers
+lets nobody lower it. Where there is no filter for the architecture, a plugin that knows of the mark can give it
+up, and is missed; and so is everything where this host may not see other processes in /proc.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
-import secrets
+import resource
 import signal
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-#: The variable that marks a supervisor and all below it: ``<host's pid>.<host's start>.<random>``.
-MARK_VARIABLE = "CJM_SUPERVISOR"
+from plugin_substrate.worker.seccomp import MARK_LIMIT
 
+# A mark is a sign of ours, the host's pid, when the host started and which supervisor of that host it is.
+_SIGN, _PID_BITS, _START_BITS, _COUNT_BITS = 0b101101, 22, 14, 20
 _PROC = Path("/proc")
-_STAT_STATE, _STAT_SESSION, _STAT_START = 0, 3, 19  # fields of /proc/PID/stat after the command
+_STAT_STATE, _STAT_START = 0, 19  # fields of /proc/PID/stat after the command
+_count = itertools.count()
 
 
-def new_mark() -> str:
+def new_mark() -> int:
     """Return a mark for a supervisor of this process."""
-    return f"{os.getpid()}.{_start_of(os.getpid())}.{secrets.token_hex(8)}"
+    pid = os.getpid()
+    mark = _SIGN << _PID_BITS | pid
+    mark = mark << _START_BITS | _bits(int(_start_of(pid) or 0), _START_BITS)
+    return mark << _COUNT_BITS | _bits(next(_count), _COUNT_BITS)
 
 
-def sweep_supervisor(mark: str, sessions: Collection[int]) -> int:
-    """Kill what a dead supervisor of this host left behind, ``sessions`` being its workers' pids; returns how many.
+def put_mark(pid: int, mark: int) -> None:
+    """Mark a child of ours, and with it whatever it will fork from now on."""
+    resource.prlimit(pid, MARK_LIMIT, (mark, mark))
 
-    A session keeps its number for as long as anyone is in it, and only processes without new privileges are meant, as
-    all below a supervisor are: nobody else is taken for one of them.
-    """
-    return _kill_all(lambda pid: _mark_of(pid) == mark or _session_of(pid) in sessions)
+
+def sweep_supervisor(mark: int) -> int:
+    """Kill what a dead supervisor of this host left behind; returns how many."""
+    return _kill_all(lambda pid: _mark_of(pid) == mark)
 
 
 def sweep_dead_hosts() -> int:
-    """Kill what is marked by a host that no longer lives; returns how many. Its supervisors end by themselves."""
+    """Kill what is marked by a host that no longer lives, its supervisors included; returns how many."""
     return _kill_all(lambda pid: _host_is_dead(_mark_of(pid)))
 
 
@@ -62,20 +71,31 @@ def _pids() -> Iterator[int]:
     return (int(entry.name) for entry in _PROC.glob("[0-9]*") if int(entry.name) != own)
 
 
-def _mark_of(pid: int) -> str:
-    """Return the mark in the environment a process was started with, empty when there is none or it is not ours."""
-    wanted = f"{MARK_VARIABLE}=".encode()
+def _mark_of(pid: int) -> int:
+    """Return the mark of a process, 0 when it has none. Everybody may read the limits of everybody."""
     with suppress(OSError):
-        for variable in (_PROC / str(pid) / "environ").read_bytes().split(b"\0"):
-            if variable.startswith(wanted):
-                return variable[len(wanted) :].decode(errors="replace")
-    return ""
+        for line in (_PROC / str(pid) / "limits").read_text(encoding="ascii", errors="replace").splitlines():
+            if line.startswith("Max file locks"):
+                hard = line.split()[-2]
+                return int(hard) if hard.isdecimal() and _sign_of(int(hard)) == _SIGN else 0
+    return 0
 
 
-def _host_is_dead(mark: str) -> bool:
-    pid, _, rest = mark.partition(".")
-    start = rest.partition(".")[0]
-    return pid.isdecimal() and start.isdecimal() and _start_of(int(pid)) != start
+def _sign_of(mark: int) -> int:
+    return mark >> (_PID_BITS + _START_BITS + _COUNT_BITS)
+
+
+def _host_is_dead(mark: int) -> bool:
+    if not mark:
+        return False
+    host, start = _bits(mark >> (_START_BITS + _COUNT_BITS), _PID_BITS), _bits(mark >> _COUNT_BITS, _START_BITS)
+    living = _start_of(host)
+    return not living or _bits(int(living), _START_BITS) != start
+
+
+def _bits(number: int, count: int) -> int:
+    """Return the lowest bits of a number."""
+    return number & ((1 << count) - 1)
 
 
 def _may_be_ours(pid: int) -> bool:
@@ -88,11 +108,6 @@ def _may_be_ours(pid: int) -> bool:
         numbers = next((line.split()[1:] for line in lines if line.startswith("NSpid:")), [])
         return len(numbers) == 1 and "NoNewPrivs:\t1" in lines
     return False
-
-
-def _session_of(pid: int) -> int:
-    fields = _stat(pid)
-    return int(fields[_STAT_SESSION]) if fields else 0
 
 
 def _start_of(pid: int) -> str:

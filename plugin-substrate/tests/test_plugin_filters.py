@@ -75,6 +75,12 @@ def test_the_filter_answers_as_it_should_on_either_architecture(machine: str) ->
         ("prctl", 15): "",
         ("prlimit64", 0): "",
         ("prlimit64", 1): "EPERM",
+        ("prlimit64", 0, 10, 0): "",  # reading the limit that supervisors are marked by
+        ("prlimit64", 0, 10, 0x7F00): "EPERM",
+        ("prlimit64", 0, 10, 1 << 32): "EPERM",
+        ("prlimit64", 0, 7, 0x7F00): "",
+        ("setrlimit", 10, 0x7F00): "EPERM",
+        ("setrlimit", 7, 0x7F00): "",
         ("setpriority", 0, 0, 5): "",
         ("setpriority", 2, 0, 5): "EPERM",
         ("fchmodat", 0, 0, 0o755): "done",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from plugin_substrate import PluginManager, PluginMeta, write_manifest
-from plugin_substrate.sweep import MARK_VARIABLE, sweep_dead_hosts, sweep_supervisor
+from plugin_substrate.sweep import new_mark, put_mark, sweep_dead_hosts
 from plugin_substrate.testing.leftovers import descendants
 from plugin_substrate.worker import namespaces
 
@@ -57,7 +57,15 @@ def doomed(tmp_path: Path, probe_meta: Callable[..., PluginMeta]) -> Iterator[Ca
 
 
 @pytest.mark.parametrize(
-    "complication", ["none", "no namespaces", "stopped supervisor", "stopped supervisor, no namespaces", "forked host"]
+    "complication",
+    [
+        "none",
+        "no namespaces",
+        "stopped supervisor",
+        "stopped supervisor, no namespaces",
+        "forked host",
+        "no namespaces, bare",
+    ],
 )
 def test_a_host_killed_outright_takes_every_process_of_its_plugins_along(
     doomed: Callable[[str], DoomedHost], complication: str
@@ -76,10 +84,12 @@ def test_a_killed_supervisor_takes_all_along_where_there_are_namespaces(doomed: 
     wait_for_the_end(host.descriptors)
 
 
+@pytest.mark.parametrize("daemon", ["a program", "bare"])
 def test_what_a_killed_supervisor_leaves_behind_without_namespaces_is_swept(
-    doomed: Callable[[str], DoomedHost],
+    doomed: Callable[[str], DoomedHost], daemon: str
 ) -> None:
-    host = doomed("no namespaces")
+    """The bare one gave up its session, its parent and its environment, and tried to give up its mark."""
+    host = doomed(f"no namespaces, {daemon}")
     assert "pid_namespace" not in host.layers
     assert "descendants_swept" in host.layers, "and the record says so"
     signal.pidfd_send_signal(host.supervisor, signal.SIGKILL)
@@ -101,13 +111,14 @@ async def test_what_a_dead_host_and_its_dead_supervisor_left_is_swept_by_the_nex
     wait_for_the_end([daemon])
 
 
+DEAD_HOST = new_mark() ^ 1 << 20  # of another process, which had our number before us
+
+
 def test_a_stranger_is_never_swept() -> None:
-    """Neither a mark nor a session alone is enough: what may gain privileges was not below a supervisor."""
-    stranger = subprocess.Popen(
-        ["sleep", "1000"], env={MARK_VARIABLE: "1.1.stranger", "PATH": os.defpath}, start_new_session=True
-    )
+    """A mark alone is not enough: what may gain privileges was not below a supervisor."""
+    stranger = subprocess.Popen(["sleep", "1000"])
+    put_mark(stranger.pid, DEAD_HOST)
     try:
-        assert sweep_supervisor("1.1.stranger", {stranger.pid}) >= 0
         sweep_dead_hosts()
         assert stranger.poll() is None
     finally:
@@ -118,9 +129,11 @@ def test_a_stranger_is_never_swept() -> None:
 def test_what_lives_in_a_container_is_not_taken_for_what_a_dead_host_left() -> None:
     """There the host that a mark names is alive under a number that means nobody here."""
     command = ["unshare", "--user", "--pid", "--fork", "setpriv", "--no-new-privs", "sleep", "1000"]
-    container = subprocess.Popen(command, env={MARK_VARIABLE: "1.1.container", "PATH": os.environ["PATH"]})
+    container = subprocess.Popen(command)
+    put_mark(container.pid, DEAD_HOST)
     try:
-        inside = inside_of(container)
+        inside, pid = inside_of(container)
+        put_mark(pid, DEAD_HOST)  # it may have been there before its parent was marked
         sweep_dead_hosts()
         assert not ended(inside)
     finally:
@@ -130,14 +143,14 @@ def test_what_lives_in_a_container_is_not_taken_for_what_a_dead_host_left() -> N
         container.wait()
 
 
-def inside_of(container: subprocess.Popen[bytes]) -> int:
-    """Return a descriptor of what a container runs, once it runs with no new privileges."""
+def inside_of(container: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """Return a descriptor and the pid of what a container runs, once it runs with no new privileges."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         for process in descendants(container.pid):
             status = Path(f"/proc/{process.pid}/status").read_text()
             if "Name:\tsleep\n" in status and "NoNewPrivs:\t1\n" in status:
-                return os.pidfd_open(process.pid)
+                return os.pidfd_open(process.pid), process.pid
         time.sleep(0.005)
     raise AssertionError("nothing came up")
 

@@ -24,7 +24,7 @@ LAYERS: Mapping[str, str] = {
     "capabilities_dropped": "using Linux capabilities, though the host may run as root",
     "clean_environment": "reading the host's environment variables in its own",
     "closed_descriptors": "using files and sockets that the host has open",
-    "descendants_swept": "leaving processes behind, as far as they are found: instead of pid_namespace, at best effort",
+    "descendants_swept": "leaving processes behind for long: instead of pid_namespace, at best effort",
     "landlock": "reading and writing files that are not listed; from version 4 TCP, from version 6 signals too",
     "memory_sampled": "keeping more resident memory than granted, all its processes together, for long",
     "new_session": "sharing a terminal or a process group with the host",

@@ -25,6 +25,7 @@ _NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32_BIT = 0x40000000
+_ALL_BITS = 0xFFFFFFFF
 
 _CLONE_THREAD = 0x00010000
 _CLONE_NEW_NAMESPACES = 0x7E020000
@@ -57,6 +58,9 @@ _NEVER = (  # noqa: SIM905 - as a list it would be a page
 _NOT_THERE = ("clone3", "openat2")  # their arguments lie in memory; the C library falls back to what can be checked
 _NEW_PROCESS = ("fork", "vfork", "execve", "execveat")
 _OF_OTHERS = ("sched_setaffinity", "sched_setparam", "sched_setscheduler", "sched_setattr", "prlimit64")
+
+#: RLIMIT_LOCKS, which the kernel keeps and no longer uses: supervisors are marked by it, see `plugin_substrate.sweep`.
+MARK_LIMIT = 10
 
 _Instruction = tuple[int, int, int, int]
 _Block = list[_Instruction]
@@ -115,6 +119,8 @@ def _blocks(rules: FilterRules) -> Mapping[str, _Block]:
     blocks |= dict.fromkeys(_OF_OTHERS, _only(0, (0, rules.pid)))
     for name, a_process in {"setpriority": _PRIO_PROCESS, "ioprio_set": _IOPRIO_WHO_PROCESS}.items():
         blocks[name] = [_argument(0), *_when(_EQUAL, a_process, _only(1, (0, rules.pid))), *_refuse()]
+    blocks["prlimit64"] = _unless_it_sets(MARK_LIMIT, blocks["prlimit64"])
+    blocks["setrlimit"] = _not_any(0, (MARK_LIMIT,))
     blocks["prctl"] = _not_any(0, (PR_SET_PDEATHSIG, PR_SET_DUMPABLE))
     blocks["fcntl"] = _not_any(1, (_F_SETOWN, _F_SETOWN_EX))
     blocks["ioctl"] = _not_any(1, (_TIOCSTI, _TIOCLINUX))
@@ -124,6 +130,16 @@ def _blocks(rules: FilterRules) -> Mapping[str, _Block]:
     if rules.landlock_abi < 3:
         blocks["truncate"] = _refuse()
     return blocks
+
+
+def _unless_it_sets(limit: int, otherwise: _Block) -> _Block:
+    """Refuse a new value for a limit; its address is a whole pointer, so both halves count."""
+    not_null = [
+        instruction
+        for half in (_argument(2), _upper_half(2))
+        for instruction in (half, *_when(_ANY_BIT, _ALL_BITS, _refuse()))
+    ]
+    return [_argument(1), *_when(_EQUAL, limit, not_null), *otherwise]
 
 
 def _file_modes() -> dict[str, _Block]:
@@ -180,6 +196,10 @@ def _network(allowed: bool) -> dict[str, _Block]:
 def _argument(position: int) -> _Instruction:
     """Load the low half of an argument; those that are checked are ints or small flags to the kernel."""
     return (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * position)
+
+
+def _upper_half(position: int) -> _Instruction:
+    return (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * position + 4)
 
 
 def _pass() -> _Block:

@@ -42,7 +42,9 @@ async def main(manifest: str, data_dir: str, complication: str) -> None:
     manager = PluginManager(data_dir=Path(data_dir), isolation=IsolationProfile(processes=8))
     meta = PluginMeta(manifest=load_manifest(Path(manifest)))
     instances = [await manager.load_plugin_async(meta, instance_id=name) for name in ("busy", "sleeping", "stopped")]
-    inner = await manager.execute_plugin_async("stopped", action="probe.daemon")
+    inner = await manager.execute_plugin_async(
+        "stopped", action="probe.bare_daemon" if "bare" in complication else "probe.daemon"
+    )
     orphan = seen_from_here(inner, os.getpid())
     calls = []
     for name, action in (("busy", "probe.busy"), ("sleeping", "probe.stubborn")):

@@ -3,7 +3,9 @@
 # ruff: noqa: T201 - printing is what is tested
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -166,6 +168,26 @@ class Probe(PluginInterface):
         )
         done = subprocess.run([sys.executable, "-I", "-S", "-c", script], stdout=subprocess.PIPE, check=True)
         return int(done.stdout)
+
+    @plugin_action("probe.bare_daemon")
+    def bare_daemon(self):
+        """Leaves a grandchild behind that has a session of its own and never started a program; tells its pid."""
+        reading, writing = os.pipe()
+        between = os.fork()
+        if between == 0:
+            os.setsid()
+            if os.fork():
+                os._exit(0)
+            for limit in (resource.RLIMIT_NOFILE, 10):  # and it would like to look like nobody's
+                with contextlib.suppress(OSError, ValueError):
+                    resource.setrlimit(limit, (1, 1))
+            os.environ.clear()
+            os.write(writing, str(os.getpid()).encode())
+            while True:
+                time.sleep(1000)
+        os.close(writing)
+        os.waitpid(between, 0)
+        return int(os.read(reading, 20))
 
     @plugin_action("probe.meet")
     def meet(self):
