@@ -30,7 +30,15 @@ def create_app(platform: Platform) -> FastAPI:
     )
     app.openapi = partial(describe, app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     app.state.platform = platform
-    for router in (runs.router, approvals.router, halts.router, events.router, artifacts.router):
+    routers = (
+        runs.router,
+        approvals.router,
+        approvals.scopes_router,
+        halts.router,
+        events.router,
+        artifacts.router,
+    )
+    for router in routers:
         app.include_router(router, dependencies=[Depends(each_once)])
     app.include_router(health.router)
     problems.install(app)

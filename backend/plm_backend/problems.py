@@ -44,7 +44,9 @@ _TITLES = {
 }
 _CONFLICT_CODES = {
     "already_decided": "validation/hitl_decision_conflict",
+    "already_voted": "validation/hitl_decision_conflict",
     "approval_expired": "timeout/hitl_timeout",
+    "escalated": "validation/hitl_decision_conflict",
     "idempotency_conflict": "validation/idempotency_conflict",
 }
 _STATUS_CODES = {
@@ -56,12 +58,15 @@ _STATUS_CODES = {
 }
 _REMEDIES = {
     "already_decided": "read the ticket, nothing is left to decide",
+    "already_voted": "have somebody else say otherwise",
     "approval_expired": "start a new run to ask again",
+    "escalated": "have somebody decide who holds the scope that the ticket now needs",
     "idempotency_conflict": "send the first request again, or choose another key",
     "impossible_transition": "read the run, nothing is left to change",
     "missing_scopes": "get a token that holds it",
     "not_human": "have a person decide",
     "outcome_unknown": "an operator does that with `plm-cli run reconcile`",
+    "scope_not_allowed": "approve this call only, or offer less",
     "separation_of_duties": "have somebody else decide",
 }
 """What to do about a reason; the reason itself is the engine's word."""

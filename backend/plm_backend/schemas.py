@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from decimal import Decimal
 from typing import Any, Literal
@@ -11,8 +12,9 @@ from uuid import UUID
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.events import Event
 from plm_engine_core.control_plane.halts import Halt
-from plm_engine_core.control_plane.hitl import ApprovalTicket
+from plm_engine_core.control_plane.hitl import ApprovalScope, ApprovalTicket, Comment, Vote
 from plm_engine_core.control_plane.limits import Budget
+from plm_engine_core.control_plane.policy import Demand
 from plm_engine_core.control_plane.runs import Run, Step
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, RunState, TicketDecision, TicketState
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -51,11 +53,26 @@ class RunCreate(_Body):
     budget: dict[BudgetUnit, Amount] = Field(default_factory=dict)
 
 
+class ScopeOffer(_Body):
+    """The approval scope that an approver offers with an approval: so many further calls, for so long."""
+
+    uses: int = Field(ge=1, le=10_000)
+    seconds: float = Field(gt=0, le=30 * 86400, allow_inf_nan=False)
+    any_resource: bool = False
+
+
 class DecisionBody(_Body):
-    """An approver's word."""
+    """An approver's word. Without `scope` it is about this exact call only."""
 
     decision: TicketDecision
     comment: StorableText = Field(default="", max_length=10_000)
+    scope: ScopeOffer | None = None
+
+
+class CommentBody(_Body):
+    """A remark on a ticket."""
+
+    body: StorableText = Field(min_length=1, max_length=10_000)
 
 
 class HaltCreate(_Body):
@@ -154,6 +171,72 @@ class TicketDocument(BaseModel):
     decided_at: datetime | None
     decided_by: UUID | None
     comment: str | None
+    escalated_at: datetime | None
+    supersedes: UUID | None
+    superseded_by: UUID | None
+
+
+class VoteDocument(BaseModel):
+    """One person's word on a ticket; `authority` are the OAuth scopes that it was held against."""
+
+    voter: UUID
+    vote: TicketDecision
+    comment: str
+    authority: list[str]
+    scope: ScopeOffer | None
+    voted_at: datetime
+
+
+class CommentDocument(BaseModel):
+    """One remark on a ticket."""
+
+    comment_id: UUID
+    author: UUID
+    body: str
+    created_at: datetime
+
+
+class DemandDocument(BaseModel):
+    """What the ticket needs under the policy in force: so many approvals by people who each hold all of `scopes`."""
+
+    scopes: list[str]
+    quorum: int
+
+
+class TicketDetail(TicketDocument):
+    """One ticket with what it needs and what was said about it."""
+
+    needs: DemandDocument
+    votes: list[VoteDocument]
+    comments: list[CommentDocument]
+
+
+class ApprovalScopeDocument(BaseModel):
+    """A standing approval; `resource` is null where any is covered."""
+
+    scope_id: UUID
+    ticket_id: UUID
+    capability: str
+    resource: str | None
+    agent: str
+    requested_by: UUID
+    policy_digest: str
+    tier: str
+    risk: str
+    max_uses: int
+    used: int
+    expires_at: datetime
+    granted_by: UUID
+    created_at: datetime
+    revoked_at: datetime | None
+    revoked_by: UUID | None
+
+
+class ApprovalScopePage(BaseModel):
+    """Approval scopes, oldest first."""
+
+    items: list[ApprovalScopeDocument]
+    next: str | None
 
 
 class TicketPage(BaseModel):
@@ -284,6 +367,45 @@ def ticket_document(ticket: ApprovalTicket) -> TicketDocument:
         decided_at=ticket.decided_at,
         decided_by=ticket.decided_by,
         comment=ticket.comment,
+        escalated_at=ticket.escalated_at,
+        supersedes=ticket.supersedes,
+        superseded_by=ticket.superseded_by,
+    )
+
+
+def ticket_detail(
+    ticket: ApprovalTicket, demand: Demand, votes: Sequence[Vote], comments: Sequence[Comment]
+) -> TicketDetail:
+    """The public form of a ticket with everything around it."""
+    return TicketDetail(
+        **ticket_document(ticket).model_dump(),
+        needs=DemandDocument(scopes=list(demand.scopes), quorum=demand.quorum),
+        votes=[
+            VoteDocument(
+                voter=vote.voter,
+                vote=vote.vote,
+                comment=vote.comment,
+                authority=list(vote.authority),
+                scope=ScopeOffer(**asdict(vote.scope)) if vote.scope is not None else None,
+                voted_at=vote.voted_at,
+            )
+            for vote in votes
+        ],
+        comments=[comment_document(comment) for comment in comments],
+    )
+
+
+def comment_document(comment: Comment) -> CommentDocument:
+    """The public form of a comment."""
+    return CommentDocument(
+        comment_id=comment.id, author=comment.author, body=comment.body, created_at=comment.created_at
+    )
+
+
+def approval_scope_document(scope: ApprovalScope) -> ApprovalScopeDocument:
+    """The public form of an approval scope."""
+    return ApprovalScopeDocument(
+        scope_id=scope.id, **{key: value for key, value in asdict(scope).items() if key not in ("id", "tenant_id")}
     )
 
 

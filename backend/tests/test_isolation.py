@@ -58,10 +58,11 @@ class Household:
     ticket: str
     halt: str
     artifact: str
+    scope: str
     cursors: dict[str, str]
 
     def ids(self) -> tuple[str, ...]:
-        return (*self.runs, self.ticket, self.halt, self.artifact)
+        return (*self.runs, self.ticket, self.halt, self.artifact, self.scope)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,10 @@ def _household(server: Any, tenant: uuid.UUID) -> Household:
     waiting = [client.run("write", value=secret)["run_id"] for _ in range(2)]
     for run_id in waiting:
         client.wait(run_id, "approval_requested")
+    approved = client.run("write", value=secret)["run_id"]
+    client.wait(approved, "approval_requested")
+    scope = _approved(server.client(tenant=tenant, scopes=("plm.hitl.resolve",)), approved, secret)
+    client.finished(approved)
     done = client.finished(finished)
     halt = client.post("/v1/halts", json={"scope": "run", "scope_id": waiting[1], "reason": secret}).json()
     tickets = client.get("/v1/approvals").json()["items"]
@@ -100,14 +105,26 @@ def _household(server: Any, tenant: uuid.UUID) -> Household:
         tenant=tenant,
         client=client,
         secret=secret,
-        runs=(finished, *waiting),
+        runs=(finished, *waiting, approved),
         finished=finished,
         waiting=waiting[0],
         ticket=next(ticket["ticket_id"] for ticket in tickets if ticket["run_id"] == waiting[0]),
         halt=halt["halt_id"],
         artifact=done["result"]["file"]["$artifact"],
+        scope=scope,
         cursors={name: client.get(f"/v1/{name}?limit=1").json()["next"] for name in ("runs", "approvals", "events")},
     )
+
+
+def _approved(approver: Any, run_id: str, secret: str) -> str:
+    """Approve the ticket of a run with a comment and an approval scope, of which the id is answered."""
+    tickets = approver.get("/v1/approvals?limit=200").json()["items"]
+    path = "/v1/approvals/" + next(ticket["ticket_id"] for ticket in tickets if ticket["run_id"] == run_id)
+    assert approver.post(f"{path}/comments", json={"body": secret}).status_code == 201
+    offer = {"decision": "approve", "comment": secret, "scope": {"uses": 2, "seconds": 600}}
+    assert approver.post(f"{path}/decision", json=offer).status_code == 200
+    (scope,) = approver.get("/v1/approval-scopes").json()["items"]
+    return str(scope["scope_id"])
 
 
 Offered = tuple[Unfiltered, Household, Household]
@@ -153,10 +170,13 @@ class Target:
     ticket: str
     halt: str
     artifact: str
+    scope: str
 
 
 def _foreign(of: Household) -> Target:
-    return Target(run=of.finished, waiting=of.waiting, ticket=of.ticket, halt=of.halt, artifact=of.artifact)
+    return Target(
+        run=of.finished, waiting=of.waiting, ticket=of.ticket, halt=of.halt, artifact=of.artifact, scope=of.scope
+    )
 
 
 def _absent() -> Target:
@@ -170,6 +190,9 @@ BY_ID: dict[str, Callable[[Target], tuple[str, str, Any]]] = {
     "followRun": lambda ids: ("GET", f"/v1/runs/{ids.run}/events", None),
     "getArtifact": lambda ids: ("GET", f"/v1/artifacts/{ids.artifact}", None),
     "cancelRun": lambda ids: ("POST", f"/v1/runs/{ids.waiting}/cancel", None),
+    "getApproval": lambda ids: ("GET", f"/v1/approvals/{ids.ticket}", None),
+    "commentApproval": lambda ids: ("POST", f"/v1/approvals/{ids.ticket}/comments", {"body": "spying"}),
+    "revokeApprovalScope": lambda ids: ("DELETE", f"/v1/approval-scopes/{ids.scope}", None),
     "decideApproval": lambda ids: ("POST", f"/v1/approvals/{ids.ticket}/decision", {"decision": "approve"}),
     "triggerHalt": lambda ids: ("POST", "/v1/halts", {"scope": "run", "scope_id": ids.waiting, "reason": "spying"}),
     "liftHalt": lambda ids: ("DELETE", f"/v1/halts/{ids.halt}", None),
@@ -217,11 +240,18 @@ def _fed(spy: Household, other: Household) -> tuple[bool, str]:
     return any(each in texts for each in other.runs), texts
 
 
+def _standing(spy: Household, other: Household) -> tuple[bool, str]:
+    """Whether the approval scopes hold another's."""
+    answer = spy.client.get("/v1/approval-scopes?limit=200")
+    return other.scope in answer.text, answer.text
+
+
 SCENARIOS: dict[str, Callable[[Household, Household], tuple[bool, str]]] = {
     **{operation: lambda *two, operation=operation: _by_id(operation, *two) for operation in BY_ID},
     "listRuns": lambda *two: _listed("runs", *two),
     "listApprovals": lambda *two: _listed("approvals", *two),
     "listEvents": _fed,
+    "listApprovalScopes": _standing,
     "createRun": _created,
 }
 WITHOUT_TENANT = {"live": "/v1/health/live", "ready": "/v1/health/ready"}

@@ -13,6 +13,7 @@ from plm_engine_core.control_plane.errors import FencingLost, NotFound
 from plm_engine_core.control_plane.events import BEGINNING, FeedPage, run_stream
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.events.signing import Signer
+from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.storage.ports import (
     ApprovalStore,
@@ -20,8 +21,9 @@ from plm_engine_core.control_plane.storage.ports import (
     EventStore,
     HaltStore,
     RunStore,
+    VoteCommand,
 )
-from plm_engine_core.control_plane.vocabulary import HaltScope, RunState, StepState, TicketState
+from plm_engine_core.control_plane.vocabulary import HaltScope, RunState, StepState, TicketDecision
 from plm_shared.testing.databases import create_tenants
 
 ABSENT = {
@@ -40,7 +42,12 @@ ABSENT = {
     "runs.artifact": NotFound,
     "approvals.get": NotFound,
     "approvals.list": [],
+    "approvals.votes": [],
     "approvals.decide": NotFound,
+    "approvals.comments": [],
+    "approvals.comment": NotFound,
+    "approvals.scopes": [],
+    "approvals.revoke_scope": NotFound,
     "halts.trigger": NotFound,
     "halts.get": NotFound,
     "halts.lift": NotFound,
@@ -86,6 +93,11 @@ async def foreign(bench):
         id=new_id(), name="a", mime_type="x/y", size_bytes=1, sha256="0", backend="local", storage_uri="local://a"
     )
     await bench.settle(grant, holder, artifacts=(record,))
+    standing = bench.with_policy(approval={"standing": {"max_uses": 9, "max_seconds": 99, "max_risk": "high"}})
+    _, approved = await standing.ask()
+    await standing.decide(approved, TicketDecision.APPROVE, scope=ScopeTerms(uses=2, seconds=60))
+    (scope,) = await bench.storage.approvals.scopes(bench.tenant, limit=9, after=None)
+    await bench.control_plane.approvals.comment(bench.tenant, approved.ticket_id, "why?", author=bench.approver)
     halt = await bench.halt(HaltScope.RUN, run.id)
     checkpointer = Checkpointer(bench.storage.checkpoints, Signer(Ed25519PrivateKey.generate()))
     checkpoint = await checkpointer.take(bench.tenant)
@@ -109,8 +121,29 @@ async def foreign(bench):
         "runs.artifact": lambda: storage.runs.artifact(other, record.id),
         "approvals.get": lambda: storage.approvals.get(other, pending.ticket_id),
         "approvals.list": lambda: storage.approvals.list(other, limit=9, after=None, state=None),
+        "approvals.votes": lambda: storage.approvals.votes(other, approved.ticket_id),
         "approvals.decide": lambda: storage.approvals.decide(
-            other, pending.ticket_id, TicketState.APPROVED, decided_by=by.user_id, comment="", actor=by.actor
+            VoteCommand(
+                tenant_id=other,
+                ticket_id=pending.ticket_id,
+                vote=TicketDecision.APPROVE,
+                voter=by.user_id,
+                actor=by.actor,
+                comment="",
+                quorum=1,
+                authority=(),
+                escalated=False,
+                scope=None,
+                scope_id=new_id(),
+            )
+        ),
+        "approvals.comments": lambda: storage.approvals.comments(other, approved.ticket_id),
+        "approvals.comment": lambda: storage.approvals.comment(
+            other, approved.ticket_id, new_id(), body="x", author=by.user_id, actor=by.actor
+        ),
+        "approvals.scopes": lambda: storage.approvals.scopes(other, limit=9, after=None),
+        "approvals.revoke_scope": lambda: storage.approvals.revoke_scope(
+            other, scope.id, by=by.user_id, actor=by.actor
         ),
         "halts.trigger": lambda: storage.halts.trigger(
             other, HaltScope.RUN, run.id, reason="x", by=by.user_id, actor=by.actor
@@ -141,7 +174,7 @@ async def walked(batches):
 def everything(bench):
     """Every row of the engine."""
     tables = ["run_states", "run_steps", "approval_tickets", "grants", "budgets", "halts", "events", "event_streams"]
-    tables += ["event_checkpoints", "event_checkpoint_heads"]
+    tables += ["event_checkpoints", "event_checkpoint_heads", "approval_votes", "approval_comments", "approval_scopes"]
     return {table: sorted(map(str, bench.sql(f"TABLE {table}"))) for table in tables}
 
 

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
+from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.vocabulary import TicketState
 
 from plm_backend.dependencies import TheCaller, ThePlatform, TheWindow
 from plm_backend.json_body import JsonRoute
 from plm_backend.problems import BODIES, DOORS, documented
-from plm_backend.schemas import DecisionBody, TicketDocument, TicketPage, ticket_document
+from plm_backend.schemas import (
+    ApprovalScopeDocument,
+    ApprovalScopePage,
+    CommentBody,
+    CommentDocument,
+    DecisionBody,
+    TicketDetail,
+    TicketDocument,
+    TicketPage,
+    approval_scope_document,
+    comment_document,
+    ticket_detail,
+    ticket_document,
+)
 
 router = APIRouter(prefix="/v1/approvals", tags=["approvals"], route_class=JsonRoute)
 
@@ -27,6 +41,23 @@ async def list_approvals(
     return window.page(tickets, ticket_document)
 
 
+@router.get("/{ticket_id}", operation_id="getApproval", response_model=TicketDetail, responses=documented(*DOORS, 404))
+async def get_approval(
+    ticket_id: UUID,
+    platform: ThePlatform,
+    caller: TheCaller,
+    wait: Annotated[
+        float, Query(ge=0, le=60, description="Answer when it is decided, at the latest after so long.")
+    ] = 0,
+) -> Any:
+    """One ticket with its votes and comments. Waiting for it changes nothing of it."""
+    plane, store = platform.control_plane, platform.control_plane.storage.approvals
+    ticket = await plane.approvals.wait(caller.tenant_id, ticket_id, seconds=wait)
+    votes = await store.votes(caller.tenant_id, ticket_id)
+    comments = await store.comments(caller.tenant_id, ticket_id)
+    return ticket_detail(ticket, plane.approvals.demand(ticket), votes, comments)
+
+
 @router.post(
     "/{ticket_id}/decision",
     operation_id="decideApproval",
@@ -34,8 +65,53 @@ async def list_approvals(
     responses=documented(*DOORS, *BODIES, 404, 409),
 )
 async def decide(ticket_id: UUID, body: DecisionBody, platform: ThePlatform, caller: TheCaller) -> Any:
-    """Approve or deny. The decider is the caller; it needs `plm.hitl.resolve` and cannot be the requester."""
+    """Approve or deny. The decider is the caller, a human who did not ask for the call, with the scopes it needs.
+
+    A denial ends the ticket; so does the approval that completes its quorum, until when it stays pending.
+    """
+    offer = ScopeTerms(**body.scope.model_dump()) if body.scope is not None else None
     ticket = await platform.control_plane.decide(
-        caller.tenant_id, ticket_id, body.decision, approver=caller.principal, comment=body.comment
+        caller.tenant_id, ticket_id, body.decision, approver=caller.principal, comment=body.comment, scope=offer
     )
     return ticket_document(ticket)
+
+
+@router.post(
+    "/{ticket_id}/comments",
+    status_code=201,
+    operation_id="commentApproval",
+    response_model=CommentDocument,
+    responses=documented(*DOORS, *BODIES, 404),
+)
+async def comment(ticket_id: UUID, body: CommentBody, platform: ThePlatform, caller: TheCaller) -> Any:
+    """Say something about a ticket: who may decide it, and who asked for it. It decides nothing and stays."""
+    return comment_document(
+        await platform.control_plane.approvals.comment(caller.tenant_id, ticket_id, body.body, author=caller.principal)
+    )
+
+
+scopes_router = APIRouter(prefix="/v1/approval-scopes", tags=["approvals"], route_class=JsonRoute)
+
+
+@scopes_router.get(
+    "", operation_id="listApprovalScopes", response_model=ApprovalScopePage, responses=documented(*DOORS)
+)
+async def list_scopes(platform: ThePlatform, caller: TheCaller, window: TheWindow) -> Any:
+    """The standing approvals of the tenant, oldest first, also those that are over."""
+    scopes = await platform.control_plane.storage.approvals.scopes(
+        caller.tenant_id, limit=window.wanted, after=window.after
+    )
+    return window.page(scopes, approval_scope_document)
+
+
+@scopes_router.delete(
+    "/{scope_id}",
+    operation_id="revokeApprovalScope",
+    response_model=ApprovalScopeDocument,
+    responses=documented(*DOORS, 404),
+)
+async def revoke_scope(scope_id: UUID, platform: ThePlatform, caller: TheCaller) -> Any:
+    """End a standing approval before its time. Twice answers the same."""
+    return approval_scope_document(
+        await platform.control_plane.approvals.revoke_scope(caller.tenant_id, scope_id, by=caller.principal)
+    )

@@ -69,6 +69,41 @@ class Cases:
         machine = self._platform.client(scopes=RESOLVE, actor_kind="agent")
         return self._decide(machine, self._pending(self._client)), "only a human", "have a person decide"
 
+    def voting_the_other_way(self) -> Refusal:
+        with self._own_server(PLM_POLICY=self._altered_policy(approval={"quorum": 2})) as server:
+            approver, ticket = server.client(scopes=RESOLVE), self._pending(server.client())
+            assert self._decide(approver, ticket).json()["state"] == "pending"
+            assert self._decide(approver, ticket).json()["state"] == "pending", "the same word again"
+            answer = self._decide(approver, ticket, "deny")
+            assert answer.json()["reason"] == "already_voted"
+            return answer, "a vote is given once", "somebody else"
+
+    def deciding_what_was_handed_on(self) -> Refusal:
+        rule = {"timeout_seconds": 0.2, "escalation": {"required_scope": "plm.hitl.duty"}}
+        with self._own_server(PLM_POLICY=self._altered_policy(approval=rule)) as server:
+            client, approver = server.client(), server.client(scopes=RESOLVE)
+            ticket = self._pending(client)
+            self._until(
+                lambda: approver.get(f"/v1/approvals/{ticket}").json()["escalated_at"], "the ticket is handed on"
+            )
+            answer = self._decide(approver, ticket)
+            assert answer.json()["missing_scopes"] == ["plm.hitl.duty"]
+            duty = server.client(scopes=("plm.hitl.duty",))
+            assert self._decide(duty, ticket).json()["state"] == "approved"
+            return answer, "plm.hitl.duty", "get a token"
+
+    def approval_scope_wider_than_the_policy(self) -> Refusal:
+        ticket = self._pending(self._client)
+        offer = {"decision": "approve", "scope": {"uses": 6, "seconds": 60}}
+        answer = self._approver.post(f"/v1/approvals/{ticket}/decision", json=offer)
+        assert answer.json()["reason"] == "scope_not_allowed"
+        return answer, "at most 5 uses", "offer less"
+
+    def commenting_without_the_scope(self) -> Refusal:
+        somebody = self._platform.client(scopes=("plm.runs.create",))
+        path = f"/v1/approvals/{self._pending(self._client)}/comments"
+        return somebody.post(path, json={"body": "me too"}), "plm.hitl.resolve", "get a token"
+
     def deciding_what_was_decided(self) -> Refusal:
         ticket = self._pending(self._client)
         assert self._decide(self._approver, ticket).status_code == 200

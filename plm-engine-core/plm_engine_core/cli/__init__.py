@@ -14,13 +14,14 @@ from importlib.metadata import EntryPoint, entry_points
 
 import typer
 
-from plm_engine_core.cli import auth, db, doctor, events, policy, run
+from plm_engine_core.cli import approvals, auth, db, doctor, events, policy, run
 
 __all__ = ["COMMANDS_GROUP", "GROUPS", "build_app", "main"]
 
 COMMANDS_GROUP = "plm_cli.commands"
 
 GROUPS: dict[str, typer.Typer] = {
+    "approvals": approvals.app,
     "auth": auth.app,
     "db": db.app,
     "doctor": doctor.app,

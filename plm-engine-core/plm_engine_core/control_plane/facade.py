@@ -19,7 +19,7 @@ from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest
 from plm_engine_core.control_plane.events import Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import Halt, KillSwitch
-from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket
+from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
 from plm_engine_core.control_plane.limits import Subjects
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry
@@ -74,7 +74,7 @@ class ControlPlane:
         self.registry = registry
         self.storage = storage
         self.signals: Signals = signals or NoSignals()
-        self._gate = ApprovalGate(store=storage.approvals, policy=policy)
+        self.approvals = ApprovalGate(store=storage.approvals, policy=policy)
         self._kill_switch = KillSwitch(storage.halts)
 
     def capability(self, capability_id: str) -> CapabilityDescriptor:
@@ -241,10 +241,19 @@ class ControlPlane:
         return run
 
     async def decide(
-        self, tenant_id: UUID, ticket_id: UUID, decision: TicketDecision, *, approver: Principal, comment: str = ""
+        self,
+        tenant_id: UUID,
+        ticket_id: UUID,
+        decision: TicketDecision,
+        *,
+        approver: Principal,
+        comment: str = "",
+        scope: ScopeTerms | None = None,
     ) -> ApprovalTicket:
         """Approve or deny a ticket; see `ApprovalGate.decide`."""
-        ticket = await self._gate.decide(tenant_id, ticket_id, decision, approver=approver, comment=comment)
+        ticket = await self.approvals.decide(
+            tenant_id, ticket_id, decision, approver=approver, comment=comment, scope=scope
+        )
         await self.signals.changed(tenant_id, ticket.run_id)
         return ticket
 

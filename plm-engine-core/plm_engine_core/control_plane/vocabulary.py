@@ -243,8 +243,12 @@ class EventKind(StrEnum):
     STEP_SETTLED = "step_settled"
     STEP_RECONCILED = "step_reconciled"
     APPROVAL_REQUESTED = "approval_requested"
+    APPROVAL_VOTED = "approval_voted"
     APPROVAL_DECIDED = "approval_decided"
+    APPROVAL_COMMENTED = "approval_commented"
+    APPROVAL_ESCALATED = "approval_escalated"
     APPROVAL_EXPIRED = "approval_expired"
+    APPROVAL_SCOPE_REVOKED = "approval_scope_revoked"
     HALT_TRIGGERED = "halt_triggered"
     HALT_LIFTED = "halt_lifted"
 

@@ -17,11 +17,15 @@ from plm_engine_core.control_plane.vocabulary import ExecutorKind
 
 @dataclass(frozen=True, kw_only=True)
 class Principal:
-    """On whose behalf a run acts; a run worker never has more than this."""
+    """On whose behalf a run acts; a run worker never has more than this.
+
+    `delegated_by` are those who had this principal ask, the first of them first: they decide none of its approvals.
+    """
 
     user_id: UUID
     actor_kind: str
     scopes: frozenset[str]
+    delegated_by: tuple[UUID, ...] = ()
 
     @property
     def actor(self) -> str:
@@ -30,12 +34,22 @@ class Principal:
 
     def to_json(self) -> dict[str, Any]:
         """The stored form."""
-        return {"user_id": str(self.user_id), "actor_kind": self.actor_kind, "scopes": sorted(self.scopes)}
+        stored: dict[str, Any] = {
+            "user_id": str(self.user_id),
+            "actor_kind": self.actor_kind,
+            "scopes": sorted(self.scopes),
+        }
+        return {**stored, "delegated_by": [str(each) for each in self.delegated_by]} if self.delegated_by else stored
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Principal:
         """Back from the stored form."""
-        return cls(user_id=UUID(stored["user_id"]), actor_kind=stored["actor_kind"], scopes=frozenset(stored["scopes"]))
+        return cls(
+            user_id=UUID(stored["user_id"]),
+            actor_kind=stored["actor_kind"],
+            scopes=frozenset(stored["scopes"]),
+            delegated_by=tuple(UUID(each) for each in stored.get("delegated_by", ())),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

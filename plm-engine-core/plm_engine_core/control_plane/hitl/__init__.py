@@ -1,6 +1,6 @@
-"""Humans in the loop: tickets and the gate that decides them."""
+"""Humans in the loop: tickets, votes, comments, approval scopes, and the gate that all of them pass."""
 
 from plm_engine_core.control_plane.hitl.gate import ApprovalGate
-from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
+from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
 
-__all__ = ["ApprovalGate", "ApprovalTicket"]
+__all__ = ["ApprovalGate", "ApprovalScope", "ApprovalTicket", "Comment", "ScopeTerms", "Vote"]

@@ -2,54 +2,170 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from uuid import UUID
 
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.errors import Conflict, Forbidden, InvalidRequest
-from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
-from plm_engine_core.control_plane.policy import PolicySnapshot
-from plm_engine_core.control_plane.storage.ports import ApprovalStore
-from plm_engine_core.control_plane.vocabulary import TicketDecision, TicketState
+from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms
+from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.policy import Demand, PolicySnapshot
+from plm_engine_core.control_plane.storage.ports import ApprovalStore, VoteCommand
+from plm_engine_core.control_plane.vocabulary import ActionTier, RiskLevel, TicketDecision, TicketState
 
 MAX_COMMENT = 10_000
+MAX_WAIT_SECONDS = 3600.0
+
+_LOOK_EVERY_SECONDS = 0.5
 
 
 class ApprovalGate:
-    """Decides tickets: once each, before their deadline, by an authorised somebody who is not the requester."""
+    """Counts votes on tickets: by authorised people who did not ask for the call, before the deadline."""
 
     def __init__(self, *, store: ApprovalStore, policy: PolicySnapshot) -> None:
         self._store = store
         self._policy = policy
 
-    async def decide(
-        self, tenant_id: UUID, ticket_id: UUID, decision: TicketDecision, *, approver: Principal, comment: str = ""
-    ) -> ApprovalTicket:
-        """Approve or deny one ticket; the parked run continues in the same commit.
+    def demand(self, ticket: ApprovalTicket) -> Demand:
+        """What a ticket needs under the policy in force."""
+        escalated = ticket.escalated_at is not None
+        return self._policy.approval.demand(ActionTier(ticket.tier), RiskLevel(ticket.risk), escalated=escalated)
 
-        The same decision by the same person again answers the same.
+    async def decide(
+        self,
+        tenant_id: UUID,
+        ticket_id: UUID,
+        decision: TicketDecision,
+        *,
+        approver: Principal,
+        comment: str = "",
+        scope: ScopeTerms | None = None,
+    ) -> ApprovalTicket:
+        """Approve or deny one ticket: a denial ends it, and so does the approval that completes the quorum.
+
+        The parked run continues in the same commit. The approver's OAuth scopes are held against the ticket's tier and
+        risk under the policy in force. The same vote by the same person again answers the same. `scope` offers an
+        approval scope: it comes to be when every approver of the ticket offered one, on the narrowest of their terms.
 
         Raises:
-            Forbidden: the approver lacks the OAuth scope, is not a human, or asked for the call
-            (`separation_of_duties`). Conflict: `already_decided` or `approval_expired`.
+            Forbidden: the approver lacks an OAuth scope, is not a human, or asked for the call
+            (`separation_of_duties`); or the policy allows no such approval scope (`scope_not_allowed`).
+            Conflict: `already_decided`, `already_voted` the other way, `approval_expired`, or `escalated` meanwhile.
+            InvalidRequest: the comment is too long, or the terms of the scope are no positive numbers.
             NotFound: no such ticket in this tenant.
         """
-        required = self._policy.approval.required_scope
-        if approver.actor_kind != "human":
-            raise Forbidden("only a human may decide an approval", reason="not_human")
-        if required not in approver.scopes:
-            raise Forbidden(
-                f"deciding approvals needs the OAuth scope {required}",
-                reason="missing_scopes",
-                missing_scopes=(required,),
-            )
-        if len(comment) > MAX_COMMENT:
-            raise InvalidRequest(f"the comment has {len(comment)} characters, at most {MAX_COMMENT}", field="comment")
-        state = TicketState.APPROVED if decision is TicketDecision.APPROVE else TicketState.DENIED
+        require_human(approver)
+        _check_comment(comment)
+        ticket = await self._store.get(tenant_id, ticket_id)
+        demand = self.demand(ticket)
+        _require_scopes(approver, demand.scopes)
+        if scope is not None:
+            self._check_terms(ticket, decision, scope)
         answer = await self._store.decide(
-            tenant_id, ticket_id, state, decided_by=approver.user_id, comment=comment, actor=approver.actor
+            VoteCommand(
+                tenant_id=tenant_id,
+                ticket_id=ticket_id,
+                vote=decision,
+                voter=approver.user_id,
+                actor=approver.actor,
+                comment=comment,
+                quorum=demand.quorum,
+                authority=demand.scopes,
+                escalated=ticket.escalated_at is not None,
+                scope=scope,
+                scope_id=new_id(),
+            )
         )
         if answer["status"] == "refused":
             if answer["reason"] == "separation_of_duties":
                 raise Forbidden(answer["message"], reason=answer["reason"])
             raise Conflict(answer["message"], reason=answer["reason"])
         return await self._store.get(tenant_id, ticket_id)
+
+    def _check_terms(self, ticket: ApprovalTicket, decision: TicketDecision, terms: ScopeTerms) -> None:
+        """Refuse an approval scope wider than the policy allows; what it allows none of is refused, never narrowed."""
+        if decision is not TicketDecision.APPROVE:
+            raise InvalidRequest("an approval scope goes with an approval", field="scope")
+        if terms.uses < 1 or not 0 < terms.seconds < float("inf"):
+            raise InvalidRequest("an approval scope needs at least one use and a time from 0 up", field="scope")
+        widest = self._policy.approval.standing
+        if widest is None:
+            problem = "the policy allows no approval scopes"
+        elif RiskLevel(ticket.risk).rank > widest.max_risk.rank:
+            problem = f"the policy allows approval scopes up to {widest.max_risk.value} risk, this is {ticket.risk}"
+        elif terms.uses > widest.max_uses or terms.seconds > widest.max_seconds:
+            problem = f"the policy allows at most {widest.max_uses} uses in {widest.max_seconds:g} s"
+        elif terms.any_resource and not widest.any_resource:
+            problem = "the policy allows approval scopes for the ticket's own resource only"
+        else:
+            return
+        raise Forbidden(problem, reason="scope_not_allowed")
+
+    async def comment(self, tenant_id: UUID, ticket_id: UUID, body: str, *, author: Principal) -> Comment:
+        """Add a comment to a ticket; who may decide it may comment, and so may who asked for the call.
+
+        Raises:
+            Forbidden: the author may do neither. InvalidRequest: the comment is empty or too long.
+            NotFound: no such ticket in this tenant.
+        """
+        if not body.strip():
+            raise InvalidRequest("a comment needs some text", field="body")
+        _check_comment(body, field="body")
+        ticket = await self._store.get(tenant_id, ticket_id)
+        if author.user_id != ticket.requested_by:
+            _require_scopes(author, self.demand(ticket).scopes)
+        return await self._store.comment(
+            tenant_id, ticket_id, new_id(), body=body, author=author.user_id, actor=author.actor
+        )
+
+    async def wait(self, tenant_id: UUID, ticket_id: UUID, *, seconds: float) -> ApprovalTicket:
+        """The ticket once it is decided, or as it stands when `seconds` are over: a waiter never changes a ticket.
+
+        Raises:
+            InvalidRequest: `seconds` is not between 0 and an hour. NotFound: no such ticket in this tenant.
+        """
+        if not 0 <= seconds <= MAX_WAIT_SECONDS:
+            raise InvalidRequest(f"the time to wait must be from 0 to {MAX_WAIT_SECONDS:g} s", field="seconds")
+        until = time.monotonic() + seconds
+        while True:
+            ticket = await self._store.get(tenant_id, ticket_id)
+            left = until - time.monotonic()
+            if ticket.state is not TicketState.PENDING or left <= 0:
+                return ticket
+            await asyncio.sleep(min(left, _LOOK_EVERY_SECONDS))
+
+    async def revoke_scope(self, tenant_id: UUID, scope_id: UUID, *, by: Principal) -> ApprovalScope:
+        """End an approval scope before its time; twice answers the same.
+
+        Raises:
+            Forbidden: the caller lacks the OAuth scope of approvers. NotFound: no such approval scope in this tenant.
+        """
+        require_human(by)
+        _require_scopes(by, (self._policy.approval.required_scope,))
+        return await self._store.revoke_scope(tenant_id, scope_id, by=by.user_id, actor=by.actor)
+
+
+def require_human(principal: Principal) -> None:
+    """Refuse whoever is no human.
+
+    Raises:
+        Forbidden: `not_human`.
+    """
+    if principal.actor_kind != "human":
+        raise Forbidden("only a human may decide an approval", reason="not_human")
+
+
+def _require_scopes(principal: Principal, required: tuple[str, ...]) -> None:
+    missing = tuple(scope for scope in required if scope not in principal.scopes)
+    if missing:
+        raise Forbidden(
+            f"deciding this approval needs the OAuth scope {' and '.join(missing)}",
+            reason="missing_scopes",
+            missing_scopes=missing,
+        )
+
+
+def _check_comment(comment: str, field: str = "comment") -> None:
+    if len(comment) > MAX_COMMENT:
+        raise InvalidRequest(f"the comment has {len(comment)} characters, at most {MAX_COMMENT}", field=field)

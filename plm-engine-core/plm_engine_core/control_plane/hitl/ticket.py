@@ -1,4 +1,4 @@
-"""An approval ticket: exactly what would be done, until when it may be decided, and what was decided."""
+"""An approval ticket: exactly what would be done, until when it may be decided, and what was said about it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.vocabulary import TicketState
+from plm_engine_core.control_plane.vocabulary import TicketDecision, TicketState
 
 
 @dataclass(frozen=True, kw_only=True)
 class ApprovalTicket:
-    """One request to a human; its approval authorises one call of this digest and policy, before the deadline."""
+    """One request to humans; its approval authorises one call of this digest and policy, before the deadline.
+
+    `escalate_seconds` is set where the policy hands it on, once, when nobody decided in time. `supersedes` is the
+    ticket of the same step whose call was proposed before, with other arguments.
+    """
 
     id: UUID
     tenant_id: UUID
@@ -35,3 +39,70 @@ class ApprovalTicket:
     decided_by: UUID | None = None
     comment: str | None = None
     consumed_at: datetime | None = None
+    escalate_seconds: float | None = None
+    escalated_at: datetime | None = None
+    supersedes: UUID | None = None
+    superseded_by: UUID | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScopeTerms:
+    """The approval scope that an approver offers with an approval: so many further calls, for so long.
+
+    It covers the ticket's own resource, or any where `any_resource` says so.
+    """
+
+    uses: int
+    seconds: float
+    any_resource: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """One person's word on a ticket; `authority` are the OAuth scopes that were asked of it when it was given."""
+
+    ticket_id: UUID
+    voter: UUID
+    vote: TicketDecision
+    comment: str
+    authority: tuple[str, ...]
+    voted_at: datetime
+    scope: ScopeTerms | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comment:
+    """One remark on a ticket; it decides nothing and is never changed."""
+
+    id: UUID
+    ticket_id: UUID
+    author: UUID
+    body: str
+    created_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApprovalScope:
+    """A standing approval: calls of one capability by one agent for one requester, under one policy, so many times.
+
+    `resource` is None where any is covered. It never covers another tier or a higher risk than those of the ticket it
+    came from, and it ends with its time, its uses, its revocation or the policy.
+    """
+
+    id: UUID
+    tenant_id: UUID
+    ticket_id: UUID
+    capability: str
+    resource: str | None
+    agent: str
+    requested_by: UUID
+    policy_digest: str
+    tier: str
+    risk: str
+    max_uses: int
+    used: int
+    expires_at: datetime
+    granted_by: UUID
+    created_at: datetime
+    revoked_at: datetime | None = None
+    revoked_by: UUID | None = None

@@ -1,5 +1,12 @@
 """Deciding: pure functions of a proposal, a policy snapshot and gathered facts. No I/O, no clock."""
 
+from plm_engine_core.control_plane.policy.approval import (
+    ApprovalDemand,
+    ApprovalRule,
+    Demand,
+    Escalation,
+    StandingApproval,
+)
 from plm_engine_core.control_plane.policy.decide import decide
 from plm_engine_core.control_plane.policy.decision import Decision, Needs, RoutingDecision, StageResult, Verdict
 from plm_engine_core.control_plane.policy.facts import Evaluation, Facts, Proposed
@@ -8,9 +15,13 @@ from plm_engine_core.control_plane.policy.rules import Effect, EvaluatorSpec, Ru
 from plm_engine_core.control_plane.policy.snapshot import BudgetDefaults, PolicySnapshot, RateLimit, load_policy
 
 __all__ = [
+    "ApprovalDemand",
+    "ApprovalRule",
     "BudgetDefaults",
     "Decision",
+    "Demand",
     "Effect",
+    "Escalation",
     "Evaluation",
     "EvaluatorSpec",
     "Facts",
@@ -21,6 +32,7 @@ __all__ = [
     "RoutingDecision",
     "Rule",
     "StageResult",
+    "StandingApproval",
     "Verdict",
     "classify",
     "decide",

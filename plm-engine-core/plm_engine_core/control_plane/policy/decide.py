@@ -88,9 +88,10 @@ def _priced(policy: PolicySnapshot, plan: Plan, way: RoutingDecision, stages: tu
     if outcome is Verdict.STEER:
         reason, unblock = Reason.STEERED, "what the guidance says instead"
     elif outcome is Verdict.ASK:
-        approval = policy.approval
+        demand = policy.approval.demand(plan.tier, way.risk_level)
+        people = "a person" if demand.quorum == 1 else f"{demand.quorum} people"
         reason = Reason.APPROVAL_REQUIRED
-        unblock = f"approval by a person with {approval.required_scope} within {approval.timeout_seconds:g} s"
+        unblock = f"approval by {people} with {' and '.join(demand.scopes)} within {demand.timeout_seconds:g} s"
     else:
         reason, unblock = None, ""
     return Decision(

@@ -23,6 +23,7 @@ from pydantic import (
 
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import load_document
+from plm_engine_core.control_plane.policy.approval import ApprovalRule
 from plm_engine_core.control_plane.policy.conditions import Condition, ConditionTree, EvaluatorSays, leaves
 from plm_engine_core.control_plane.policy.frozen import Table
 from plm_engine_core.control_plane.policy.plan import Plans
@@ -68,13 +69,6 @@ class BudgetDefaults(_Frozen):
         if missing:
             raise ValueError(f"a limit is missing for {', '.join(missing)}; a unit without a limit cannot be spent")
         return limits
-
-
-class ApprovalRule(_Frozen):
-    """Who may approve, and how long there is to do it."""
-
-    timeout_seconds: float = Field(default=3600.0, gt=0, le=30 * 86400)
-    required_scope: str = Field(default="plm.hitl.resolve", min_length=1)
 
 
 def _by_capability(written: Any) -> Any:
@@ -135,7 +129,7 @@ class PolicySnapshot(_Frozen):
     autonomy_ceiling: AutonomyLevel = AutonomyLevel.L2
     autonomy_ceiling_by_capability: Table[str, AutonomyLevel] = Field(default_factory=lambda: MappingProxyType({}))
     rate_limit: RateLimit = RateLimit()
-    approval: ApprovalRule = ApprovalRule()
+    approval: ApprovalRule = Field(default_factory=ApprovalRule)
     budgets: BudgetDefaults
     max_eur_per_call: Amount | None = None
     grant_seconds: float = Field(default=300.0, gt=0, le=86400)
@@ -172,8 +166,9 @@ class PolicySnapshot(_Frozen):
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the canonical content, lower-case hex."""
-        unsaid = {name for name in ADDED if not getattr(self, name)}
-        return compute_content_hash(self.model_dump(mode="json", exclude=unsaid))
+        unsaid: dict[str, Any] = {name: True for name in ADDED if not getattr(self, name)}
+        exclude = {**unsaid, "approval": self.approval.unsaid()}
+        return compute_content_hash(self.model_dump(mode="json", exclude=exclude))
 
     @cached_property
     def plans(self) -> Plans:

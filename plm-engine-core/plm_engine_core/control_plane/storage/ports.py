@@ -21,6 +21,7 @@ from plm_engine_core.control_plane.vocabulary import (
     HaltScope,
     OutcomeStatus,
     RunState,
+    TicketDecision,
     TicketState,
 )
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.events.chain import Link
     from plm_engine_core.control_plane.events.feed import FeedCursor, FeedPage
     from plm_engine_core.control_plane.halts import Halt
-    from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
+    from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
     from plm_engine_core.control_plane.policy.replay import Attempt
     from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Run, Step
 
@@ -64,6 +65,7 @@ class AdmitCommand:
     ticket_id: UUID | None
     new_ticket_id: UUID
     ticket_seconds: float
+    escalate_seconds: float | None
     grant_id: UUID
     grant_seconds: float
     span_id: str
@@ -89,6 +91,23 @@ class SettleCommand:
     trace_id: str
     actor: str
     ledger: Sequence[LedgerEntry]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VoteCommand:
+    """One vote on a ticket, with what the ticket demands; `escalated` is how the voter's authority was checked."""
+
+    tenant_id: UUID
+    ticket_id: UUID
+    vote: TicketDecision
+    voter: UUID
+    actor: str
+    comment: str
+    quorum: int
+    authority: Sequence[str]
+    escalated: bool
+    scope: ScopeTerms | None
+    scope_id: UUID
 
 
 class Delivery(Protocol):
@@ -210,7 +229,7 @@ class RunStore(Protocol):
 
 
 class ApprovalStore(Protocol):
-    """Approval tickets."""
+    """Approval tickets, what was said about them, and the approval scopes that came of them."""
 
     async def get(self, tenant_id: UUID, ticket_id: UUID) -> ApprovalTicket:
         """One ticket."""
@@ -222,10 +241,32 @@ class ApprovalStore(Protocol):
         """Oldest first, at most `limit`, strictly younger than `after`."""
         ...
 
-    async def decide(
-        self, tenant_id: UUID, ticket_id: UUID, state: TicketState, *, decided_by: UUID, comment: str, actor: str
-    ) -> Mapping[str, Any]:
-        """Decide once; the answer has `status` decided or refused."""
+    async def votes(self, tenant_id: UUID, ticket_id: UUID) -> Sequence[Vote]:
+        """The votes on a ticket, the first one first."""
+        ...
+
+    async def decide(self, command: VoteCommand) -> Mapping[str, Any]:
+        """Count one vote; the answer has `status` decided, counted or refused."""
+        ...
+
+    async def comments(self, tenant_id: UUID, ticket_id: UUID) -> Sequence[Comment]:
+        """The comments on a ticket, the first one first."""
+        ...
+
+    async def comment(
+        self, tenant_id: UUID, ticket_id: UUID, comment_id: UUID, *, body: str, author: UUID, actor: str
+    ) -> Comment:
+        """Add a comment."""
+        ...
+
+    async def scopes(
+        self, tenant_id: UUID, *, limit: int, after: tuple[datetime, UUID] | None
+    ) -> Sequence[ApprovalScope]:
+        """The approval scopes of the tenant, whatever became of them; in the order of `list`."""
+        ...
+
+    async def revoke_scope(self, tenant_id: UUID, scope_id: UUID, *, by: UUID, actor: str) -> ApprovalScope:
+        """End an approval scope; it then covers nothing more."""
         ...
 
 

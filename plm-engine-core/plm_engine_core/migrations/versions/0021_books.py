@@ -18,7 +18,8 @@ down_revision = "0020"
 branch_labels = None
 depends_on = None
 
-FILES = ("halts_v2", "tickets_v2", "budgets_v2", "admit_v2", "begin_v2", "settle_v2", "prepare_v2")
+# The tickets that an admission asks for come with the next revision.
+FILES = ("halts_v2", "budgets_v2", "admit_v2", "begin_v2", "settle_v2", "prepare_v2")
 
 SIGNATURES = (
     "engine_prepare_v2(uuid, uuid, jsonb)",
@@ -38,9 +39,6 @@ SIGNATURES = (
     "engine_reserve_v2(uuid, jsonb)",
     "engine_open_budget_v2(uuid, jsonb, timestamptz)",
     "engine_window_v2(text)",
-    "engine_use_ticket_v2(uuid, uuid)",
-    "engine_open_ticket_v2(jsonb)",
-    "engine_ticket_v2(jsonb)",
     "engine_halted_v2(jsonb)",
     "engine_standing_halt_v2(uuid, uuid, uuid, text, text)",
     "engine_lock_halts_v2(uuid, uuid, uuid, text, text)",

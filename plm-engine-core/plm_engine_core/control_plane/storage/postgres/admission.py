@@ -154,7 +154,11 @@ def _admit_json(command: AdmitCommand) -> dict[str, Any]:
         "actor": command.actor,
         "decision": dict(command.decision),
         "ticket_id": str(command.ticket_id) if command.ticket_id else None,
-        "ticket": {"id": str(command.new_ticket_id), "seconds": command.ticket_seconds},
+        "ticket": {
+            "id": str(command.new_ticket_id),
+            "seconds": command.ticket_seconds,
+            "escalate_seconds": command.escalate_seconds,
+        },
         "grant": {"id": str(command.grant_id), "seconds": command.grant_seconds, "span_id": command.span_id},
         "reserve": [
             {

@@ -1,4 +1,4 @@
-"""Approval tickets."""
+"""Approval tickets, votes, comments and approval scopes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import NotFound
-from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
-from plm_engine_core.control_plane.storage.ports import Delivery
-from plm_engine_core.control_plane.storage.postgres.gateway import Gateway
-from plm_engine_core.control_plane.storage.postgres.rows import ticket_row
+from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, Vote
+from plm_engine_core.control_plane.storage.ports import Delivery, VoteCommand
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, jsonb
+from plm_engine_core.control_plane.storage.postgres.rows import comment_row, scope_row, ticket_row, vote_row
 from plm_engine_core.control_plane.vocabulary import TicketState
 
 
@@ -47,17 +47,85 @@ class PostgresApprovals:
             )
             return [ticket_row(row) for row in await cursor.fetchall()]
 
-    async def decide(
-        self, tenant_id: UUID, ticket_id: UUID, state: TicketState, *, decided_by: UUID, comment: str, actor: str
-    ) -> Mapping[str, Any]:
-        """Decide once, and enqueue the parked run in the same commit."""
+    async def votes(self, tenant_id: UUID, ticket_id: UUID) -> Sequence[Vote]:
+        """The first one first."""
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
-                "SELECT engine_decide_ticket_v1(%s, %s, %s, %s, %s, %s) AS answer",
-                [tenant_id, ticket_id, state.value, decided_by, comment, actor],
+                "SELECT * FROM approval_votes WHERE tenant_id = %s AND ticket_id = %s ORDER BY voted_at, voter",
+                [tenant_id, ticket_id],
+            )
+            return [vote_row(row) for row in await cursor.fetchall()]
+
+    async def decide(self, command: VoteCommand) -> Mapping[str, Any]:
+        """Count one vote, and enqueue the parked run in the same commit."""
+        scope = command.scope
+        vote = {
+            "tenant_id": str(command.tenant_id),
+            "ticket_id": str(command.ticket_id),
+            "vote": command.vote.value,
+            "voter": str(command.voter),
+            "actor": command.actor,
+            "comment": command.comment,
+            "quorum": command.quorum,
+            "authority": list(command.authority),
+            "escalated": command.escalated,
+            "scope": scope and {"uses": scope.uses, "seconds": scope.seconds, "any_resource": scope.any_resource},
+            "scope_id": str(command.scope_id),
+        }
+        async with self._gateway.transaction(command.tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT engine_decide_ticket_v2(%s) AS answer", [jsonb(vote, root="vote")]
             )
             row = await cursor.fetchone()
             answer: Mapping[str, Any] = row["answer"] if row is not None else {}
-            if answer["status"] == "decided" or answer["reason"] == "approval_expired":
-                await self._delivery.enqueue(connection, tenant_id, UUID(answer["run_id"]))
+            if answer["deliver"]:
+                await self._delivery.enqueue(connection, command.tenant_id, UUID(answer["run_id"]))
             return answer
+
+    async def comments(self, tenant_id: UUID, ticket_id: UUID) -> Sequence[Comment]:
+        """The first one first."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT * FROM approval_comments WHERE tenant_id = %s AND ticket_id = %s ORDER BY created_at, id",
+                [tenant_id, ticket_id],
+            )
+            return [comment_row(row) for row in await cursor.fetchall()]
+
+    async def comment(
+        self, tenant_id: UUID, ticket_id: UUID, comment_id: UUID, *, body: str, author: UUID, actor: str
+    ) -> Comment:
+        """Add a comment, with its event."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT * FROM engine_comment_ticket_v2(%s, %s, %s, %s, %s, %s)",
+                [tenant_id, ticket_id, comment_id, author, actor, body],
+            )
+            row = await cursor.fetchone()
+            if row is None:
+                raise NotFound("approval ticket", ticket_id)
+            return comment_row(row)
+
+    async def scopes(
+        self, tenant_id: UUID, *, limit: int, after: tuple[datetime, UUID] | None
+    ) -> Sequence[ApprovalScope]:
+        """Oldest first."""
+        at, scope_id = after or (None, None)
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT * FROM approval_scopes WHERE tenant_id = %(tenant)s "
+                "AND (%(at)s::timestamptz IS NULL OR (created_at, id) > (%(at)s, %(scope)s::uuid)) "
+                "ORDER BY created_at, id LIMIT %(limit)s",
+                {"tenant": tenant_id, "at": at, "scope": scope_id, "limit": limit},
+            )
+            return [scope_row(row) for row in await cursor.fetchall()]
+
+    async def revoke_scope(self, tenant_id: UUID, scope_id: UUID, *, by: UUID, actor: str) -> ApprovalScope:
+        """End an approval scope, with its event."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT * FROM engine_revoke_approval_scope_v2(%s, %s, %s, %s)", [tenant_id, scope_id, by, actor]
+            )
+            row = await cursor.fetchone()
+            if row is None:
+                raise NotFound("approval scope", scope_id)
+            return scope_row(row)

@@ -56,7 +56,7 @@ class PostgresLeases:
     async def take(self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float) -> Lease | None:
         """Take the lease; the fencing token grows with every holder."""
         async with self._gateway.transaction(tenant_id) as connection:
-            await self._expire_tickets(connection, tenant_id, run_id)
+            await self._time_out_tickets(connection, tenant_id, run_id)
             cursor = await connection.execute(
                 "UPDATE run_states SET state = 'running', lease_owner = %(owner)s, reason = NULL, message = NULL, "
                 "lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s), "
@@ -155,7 +155,7 @@ class PostgresLeases:
     async def revive(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:
         """Enqueue a drive job if the run is still abandoned; taking its lease settles everything else."""
         async with self._gateway.transaction(tenant_id) as connection:
-            expired = await self._expire_tickets(connection, tenant_id, run_id)
+            expired = await self._time_out_tickets(connection, tenant_id, run_id)
             cursor = await connection.execute(
                 "UPDATE run_states SET updated_at = clock_timestamp() "
                 "WHERE tenant_id = %s AND run_id = %s AND engine_is_abandoned_v2(run_states, %s) "
@@ -174,28 +174,13 @@ class PostgresLeases:
             await self._delivery.enqueue(connection, tenant_id, run_id)
             return True
 
-    async def _expire_tickets(self, connection: Session, tenant_id: UUID, run_id: UUID) -> bool:
-        """Lock the run and close its ticket if the deadline passed; the run continues and its call is denied."""
-        await connection.execute(
-            "SELECT 1 FROM run_states WHERE tenant_id = %s AND run_id = %s FOR UPDATE", [tenant_id, run_id]
-        )
+    async def _time_out_tickets(self, connection: Session, tenant_id: UUID, run_id: UUID) -> bool:
+        """Lock the run and time its ticket out if the deadline passed; says whether the run was queued by that."""
         cursor = await connection.execute(
-            "UPDATE approval_tickets SET state = 'expired' WHERE tenant_id = %s AND run_id = %s AND state = 'pending' "
-            "AND deadline <= clock_timestamp() RETURNING id, step_index, attempt",
-            [tenant_id, run_id],
+            "SELECT engine_time_out_tickets_v2(%s, %s, %s) AS expired", [tenant_id, run_id, _RECOVERY]
         )
-        expired = await cursor.fetchall()
-        for row in expired:
-            await queue_again(connection, tenant_id, run_id, was=RunState.AWAITING_APPROVAL)
-            await self._gateway.append(
-                connection,
-                tenant_id,
-                run_stream(run_id),
-                EventKind.APPROVAL_EXPIRED,
-                _RECOVERY,
-                {"ticket_id": str(row["id"]), "step": row["step_index"], "attempt": row["attempt"]},
-            )
-        return bool(expired)
+        row = await cursor.fetchone()
+        return row is not None and bool(row["expired"])
 
 
 async def queue_again(connection: Session, tenant_id: UUID, run_id: UUID, *, was: RunState) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.events.event import Event
 from plm_engine_core.control_plane.halts import Halt
-from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
+from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
 from plm_engine_core.control_plane.limits.budgets import Budget
 from plm_engine_core.control_plane.limits.subjects import Subjects
 from plm_engine_core.control_plane.runs.run import Run, Step
@@ -21,6 +21,7 @@ from plm_engine_core.control_plane.vocabulary import (
     RunKind,
     RunState,
     StepState,
+    TicketDecision,
     TicketState,
 )
 
@@ -93,6 +94,38 @@ def budget_row(row: Mapping[str, Any]) -> Budget:
 def ticket_row(row: Mapping[str, Any]) -> ApprovalTicket:
     """One row of `approval_tickets`."""
     return ApprovalTicket(**{**row, "state": TicketState(row["state"])})
+
+
+def vote_row(row: Mapping[str, Any]) -> Vote:
+    """One row of `approval_votes`."""
+    offered = row["scope_uses"] is not None
+    return Vote(
+        ticket_id=row["ticket_id"],
+        voter=row["voter"],
+        vote=TicketDecision(row["vote"]),
+        comment=row["comment"],
+        authority=tuple(row["authority"]),
+        voted_at=row["voted_at"],
+        scope=ScopeTerms(uses=row["scope_uses"], seconds=row["scope_seconds"], any_resource=row["scope_any_resource"])
+        if offered
+        else None,
+    )
+
+
+def comment_row(row: Mapping[str, Any]) -> Comment:
+    """One row of `approval_comments`."""
+    return Comment(
+        id=row["id"],
+        ticket_id=row["ticket_id"],
+        author=row["author"],
+        body=row["body"],
+        created_at=row["created_at"],
+    )
+
+
+def scope_row(row: Mapping[str, Any]) -> ApprovalScope:
+    """One row of `approval_scopes`."""
+    return ApprovalScope(**row)
 
 
 def halt_row(row: Mapping[str, Any]) -> Halt:

@@ -49,9 +49,7 @@ BEGIN
 
     IF v_state = 'granted' THEN
         v_answer := v_answer || engine_issue_grant_v2(c, v_verdict -> 'reserved');
-        IF v_verdict ->> 'ticket_id' IS NOT NULL THEN
-            PERFORM engine_use_ticket_v2(v_tenant, (v_verdict ->> 'ticket_id')::uuid);
-        END IF;
+        PERFORM engine_use_approval_v2(v_tenant, v_verdict);
     ELSIF v_state = 'awaiting_approval' THEN
         IF v_verdict -> 'opens' = 'true' THEN
             v_answer := v_answer || engine_open_ticket_v2(c);

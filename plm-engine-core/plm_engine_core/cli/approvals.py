@@ -1,0 +1,218 @@
+"""``plm-cli approvals``: what waits for a human, and the human's word."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+from uuid import UUID
+
+import typer
+
+from plm_engine_core.cli.caller import Caller, PolicyFile, as_caller, policy_of
+from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.cli.storage import Books
+from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
+from plm_engine_core.control_plane.policy import PolicySnapshot
+from plm_engine_core.control_plane.vocabulary import TicketDecision, TicketState
+
+app = typer.Typer(help="Decide what waits for a human, as the bearer of PLM_TOKEN.", no_args_is_help=True)
+
+TicketId = Annotated[UUID, typer.Argument(help="The ticket.", show_default=False)]
+Comment = Annotated[str, typer.Option(help="What the agent and the record are told.")]
+
+
+@app.command("list")
+def list_tickets(
+    state: Annotated[TicketState | None, typer.Option(help="Only tickets in this state.")] = TicketState.PENDING,
+    everything: Annotated[bool, typer.Option("--all", help="Tickets in any state.")] = False,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 50,
+    as_json: AsJson = False,
+) -> None:
+    """List tickets of the tenant, the oldest first.
+
+    Status 0: listed, even if there is none; 1: refused; 2: wrong arguments; 3: no address, or no usable token.
+    """
+
+    async def work(books: Books, caller: Caller) -> list[ApprovalTicket]:
+        return list(
+            await books.storage.approvals.list(
+                caller.tenant_id, limit=limit, after=None, state=None if everything else state
+            )
+        )
+
+    tickets = as_caller(work, as_json=as_json)
+    lines = [
+        f"{each.id}  {each.state.value:9}  until {each.deadline:%Y-%m-%d %H:%M:%S}  {_call(each)}" for each in tickets
+    ]
+    show({"items": [_document(each) for each in tickets]}, "\n".join(lines) or "nothing waits", as_json=as_json)
+
+
+@app.command("show")
+def show_ticket(
+    ticket_id: TicketId,
+    policy: PolicyFile,
+    wait: Annotated[float, typer.Option(min=0, max=3600, help="Wait so many seconds for its decision.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show one ticket: exactly what would be done, what its approval needs, and what was said.
+
+    Waiting changes nothing of it. Status 0: shown; 1: refused; 2: wrong arguments; 3: no address, policy or token.
+    """
+    snapshot = policy_of(policy)
+
+    async def work(books: Books, caller: Caller) -> dict[str, Any]:
+        gate, store = _gate(books, snapshot), books.storage.approvals
+        ticket = await gate.wait(caller.tenant_id, ticket_id, seconds=wait)
+        demand = gate.demand(ticket)
+        votes = await store.votes(caller.tenant_id, ticket_id)
+        comments = await store.comments(caller.tenant_id, ticket_id)
+        return {
+            **_document(ticket),
+            "needs": {"scopes": list(demand.scopes), "quorum": demand.quorum},
+            "votes": [asdict(each) for each in votes],
+            "comments": [asdict(each) for each in comments],
+        }
+
+    document = as_caller(work, as_json=as_json)
+    show(document, _shown(document), as_json=as_json)
+
+
+@app.command("approve")
+def approve(
+    ticket_id: TicketId,
+    policy: PolicyFile,
+    comment: Comment = "",
+    scope_uses: Annotated[
+        int | None, typer.Option(min=1, help="Offer an approval scope for so many further calls.")
+    ] = None,
+    scope_seconds: Annotated[float | None, typer.Option(min=0, help="How long the approval scope is to last.")] = None,
+    scope_any_resource: Annotated[
+        bool, typer.Option("--scope-any-resource", help="Let it cover other resources too.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Approve one ticket: this exact call only, unless an approval scope is offered.
+
+    Status 0: counted; the ticket stays pending until its quorum is complete. 1: refused, and the sentence ends with the
+    reason in brackets; 2: wrong arguments; 3: no address, policy or token.
+    """
+    if (scope_uses is None) != (scope_seconds is None):
+        fail(ExitCode.USAGE, "--scope-uses and --scope-seconds go together")
+    scope = (
+        ScopeTerms(uses=scope_uses, seconds=scope_seconds, any_resource=scope_any_resource)
+        if scope_uses is not None and scope_seconds is not None
+        else None
+    )
+    _decide(ticket_id, TicketDecision.APPROVE, policy_of(policy), comment, scope, as_json=as_json)
+
+
+@app.command("deny")
+def deny(ticket_id: TicketId, policy: PolicyFile, comment: Comment = "", as_json: AsJson = False) -> None:
+    """Deny one ticket; one denial ends it.
+
+    Status as for `approve`.
+    """
+    _decide(ticket_id, TicketDecision.DENY, policy_of(policy), comment, None, as_json=as_json)
+
+
+@app.command("comment")
+def comment_ticket(
+    ticket_id: TicketId,
+    body: Annotated[str, typer.Argument(help="What is to be said.", show_default=False)],
+    policy: PolicyFile,
+    as_json: AsJson = False,
+) -> None:
+    """Say something about a ticket; it decides nothing and stays.
+
+    Status 0: kept; 1: refused; 2: wrong arguments; 3: no address, policy or token.
+    """
+    snapshot = policy_of(policy)
+
+    async def work(books: Books, caller: Caller) -> dict[str, Any]:
+        gate = _gate(books, snapshot)
+        return asdict(await gate.comment(caller.tenant_id, ticket_id, body, author=caller.principal))
+
+    kept = as_caller(work, as_json=as_json)
+    show(kept, f"comment {kept['id']} is kept", as_json=as_json)
+
+
+@app.command("scopes")
+def list_scopes(
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 50, as_json: AsJson = False
+) -> None:
+    """List approval scopes of the tenant, the oldest first, also those that are over.
+
+    Status as for `list`.
+    """
+
+    async def work(books: Books, caller: Caller) -> list[dict[str, Any]]:
+        found = await books.storage.approvals.scopes(caller.tenant_id, limit=limit, after=None)
+        return [asdict(each) for each in found]
+
+    scopes = as_caller(work, as_json=as_json)
+    lines = [
+        f"{each['id']}  {each['used']}/{each['max_uses']}  until {each['expires_at']:%Y-%m-%d %H:%M:%S}"
+        f"{'  revoked' if each['revoked_at'] else ''}  {each['capability']} on {each['resource'] or 'any resource'}"
+        for each in scopes
+    ]
+    show({"items": scopes}, "\n".join(lines) or "there are none", as_json=as_json)
+
+
+@app.command("revoke-scope")
+def revoke_scope(
+    scope_id: Annotated[UUID, typer.Argument(help="The approval scope.", show_default=False)],
+    policy: PolicyFile,
+    as_json: AsJson = False,
+) -> None:
+    """End an approval scope before its time.
+
+    Status 0: it covers nothing more; 1: refused; 2: wrong arguments; 3: no address, policy or token.
+    """
+    snapshot = policy_of(policy)
+
+    async def work(books: Books, caller: Caller) -> dict[str, Any]:
+        gate = _gate(books, snapshot)
+        return asdict(await gate.revoke_scope(caller.tenant_id, scope_id, by=caller.principal))
+
+    revoked = as_caller(work, as_json=as_json)
+    show(revoked, f"approval scope {scope_id} is over", as_json=as_json)
+
+
+def _decide(
+    ticket_id: UUID,
+    decision: TicketDecision,
+    policy: PolicySnapshot,
+    comment: str,
+    scope: ScopeTerms | None,
+    *,
+    as_json: bool,
+) -> None:
+    async def work(books: Books, caller: Caller) -> ApprovalTicket:
+        return await _gate(books, policy).decide(
+            caller.tenant_id, ticket_id, decision, approver=caller.principal, comment=comment, scope=scope
+        )
+
+    ticket = as_caller(work, as_json=as_json)
+    show(_document(ticket), f"ticket {ticket.id} is {ticket.state.value}", as_json=as_json)
+
+
+def _gate(books: Books, policy: PolicySnapshot) -> ApprovalGate:
+    return ApprovalGate(store=books.storage.approvals, policy=policy)
+
+
+def _call(ticket: ApprovalTicket) -> str:
+    return f"{ticket.capability} on {ticket.resource} ({ticket.risk} risk)"
+
+
+def _document(ticket: ApprovalTicket) -> dict[str, Any]:
+    return {key: value for key, value in asdict(ticket).items() if key != "tenant_id"}
+
+
+def _shown(document: dict[str, Any]) -> str:
+    names = ("state", "capability", "resource", "arguments", "tier", "risk", "requested_by", "deadline", "decided_by")
+    lines = [f"{name}: {document[name]}" for name in names if document[name] is not None]
+    needs = document["needs"]
+    lines.append(f"needs: {needs['quorum']} with {' and '.join(needs['scopes'])}")
+    lines += [f"{each['voter']} says {each['vote']}: {each['comment'] or '-'}" for each in document["votes"]]
+    return "\n".join(lines + [f"{each['author']}: {each['body']}" for each in document["comments"]])

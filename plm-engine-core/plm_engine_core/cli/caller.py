@@ -1,0 +1,101 @@
+"""The person at the terminal: commands that decide something act as the bearer of a token, never as the platform.
+
+The token stands in ``PLM_TOKEN``, where other users cannot read it as they can an argument; it is checked like one of a
+request, and the audit record is written first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, NoReturn, TypeVar
+from uuid import UUID
+
+import typer
+
+from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.output import show
+from plm_engine_core.cli.storage import Books, with_books
+from plm_engine_core.control_plane.admission.proposal import Principal
+from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden, InvalidRequest
+from plm_engine_core.control_plane.identity import (
+    Hs256JwtIdentityProvider,
+    IdentityContext,
+    IdentityProviderConfigError,
+    IdentityValidationError,
+    identity_bound,
+)
+from plm_engine_core.control_plane.identity.audit import bind_record
+from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy
+
+PolicyFile = Annotated[Path, typer.Option("--policy", help="The policy in force.", envvar="PLM_POLICY")]
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Caller:
+    """Who acts, in which tenant."""
+
+    tenant_id: UUID
+    principal: Principal
+
+
+def as_caller(work: Callable[[Books, Caller], Awaitable[Answer]], *, as_json: bool) -> Answer:
+    """Run `work` as the bearer of the token; a refusal ends the command with its sentence and its reason.
+
+    With `as_json` the refusal is also one object on stdout: `refused`, `reason` and `message`, as the API names them.
+    """
+    identity = _identity()
+
+    async def acting(books: Books) -> Answer | ControlPlaneError:
+        await books.audit.write(bind_record(identity, provider=Hs256JwtIdentityProvider.name))
+        with identity_bound(identity):
+            try:
+                return await work(books, caller)
+            except ControlPlaneError as error:
+                return error
+
+    caller = Caller(
+        tenant_id=identity.tenant_id,
+        principal=Principal(
+            user_id=identity.user_id, actor_kind=str(identity.actor_kind), scopes=frozenset(identity.scopes)
+        ),
+    )
+    answer = with_books(acting)
+    if isinstance(answer, ControlPlaneError):
+        refused(answer, as_json=as_json)
+    return answer
+
+
+def refused(error: ControlPlaneError, *, as_json: bool) -> NoReturn:
+    """End the command with what the control plane said."""
+    reason = getattr(error, "reason", error.code)
+    if as_json:
+        more = {"missing_scopes": list(error.missing_scopes)} if isinstance(error, Forbidden) else {}
+        show({"refused": error.code, "reason": reason, "message": str(error), **more}, "", as_json=True)
+    fail(ExitCode.FAILED, f"{error} [{reason}]")
+
+
+def policy_of(path: Path) -> PolicySnapshot:
+    """The policy in force; one that cannot be read ends the command."""
+    try:
+        return load_policy(path)
+    except InvalidRequest as error:
+        fail(ExitCode.NOT_CONFIGURED, str(error))
+
+
+def _identity() -> IdentityContext:
+    token = os.environ.get("PLM_TOKEN")
+    if not token:
+        fail(
+            ExitCode.NOT_CONFIGURED, "set PLM_TOKEN to your token; `plm-cli auth issue-token` makes one for development"
+        )
+    try:
+        return Hs256JwtIdentityProvider.from_environment().validate(token)
+    except IdentityProviderConfigError as error:
+        fail(ExitCode.NOT_CONFIGURED, str(error))
+    except IdentityValidationError as error:
+        fail(ExitCode.NOT_CONFIGURED, f"PLM_TOKEN is refused: {error} [{error.code}]")

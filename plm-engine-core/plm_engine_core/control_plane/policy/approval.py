@@ -1,0 +1,94 @@
+"""Who may approve what: how many people, with which OAuth scopes, by when, and what they may leave behind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from plm_engine_core.control_plane.policy.frozen import Table
+from plm_engine_core.control_plane.vocabulary import ActionTier, RiskLevel
+
+_MONTH = 30 * 86400
+Seconds = Annotated[float, Field(gt=0, le=_MONTH, allow_inf_nan=False)]
+OAuthScope = Annotated[str, Field(min_length=1, max_length=200)]
+
+ADDED = ("quorum", "by_tier", "by_risk", "escalation", "standing")
+"""Members that the first form did not have: while they say nothing a policy's digest leaves them out."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ApprovalDemand(_Frozen):
+    """What calls of one tier or one risk demand on top of the rest."""
+
+    required_scope: OAuthScope | None = None
+    quorum: int = Field(default=1, ge=1, le=20)
+    timeout_seconds: Seconds | None = None
+
+
+class Escalation(_Frozen):
+    """Who is asked, once, when nobody decided in time, and how long they have; without it the call is then denied."""
+
+    required_scope: OAuthScope
+    timeout_seconds: Seconds = 3600.0
+
+
+class StandingApproval(_Frozen):
+    """The widest approval scope that approvers may leave behind."""
+
+    max_uses: int = Field(ge=1, le=10_000)
+    max_seconds: Seconds
+    max_risk: RiskLevel = RiskLevel.LOW
+    any_resource: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """What one ticket needs: `quorum` approvals by different people who each hold all of `scopes`."""
+
+    scopes: tuple[str, ...]
+    quorum: int
+    timeout_seconds: float
+
+
+class ApprovalRule(_Frozen):
+    """Who may approve, and how long there is to do it. Of all that applies to a call the strictest counts."""
+
+    timeout_seconds: Seconds = 3600.0
+    required_scope: str = Field(default="plm.hitl.resolve", min_length=1)
+    quorum: int = Field(default=1, ge=1, le=20)
+    by_tier: Table[ActionTier, ApprovalDemand] = Field(default_factory=lambda: MappingProxyType({}))
+    by_risk: Table[RiskLevel, ApprovalDemand] = Field(default_factory=lambda: MappingProxyType({}))
+    escalation: Escalation | None = None
+    standing: StandingApproval | None = None
+
+    def demand(self, tier: ActionTier | None, risk: RiskLevel | None, *, escalated: bool = False) -> Demand:
+        """What a ticket of this tier and risk needs; an `escalated` one needs the wider circle's OAuth scope."""
+        found = [self.by_tier.get(tier) if tier else None, self.by_risk.get(risk) if risk else None]
+        demands = [each for each in found if each is not None]
+        scopes = (self.required_scope, *(each.required_scope for each in demands if each.required_scope))
+        if escalated and self.escalation is not None:
+            scopes = (self.escalation.required_scope,)
+        return Demand(
+            scopes=tuple(dict.fromkeys(scopes)),
+            quorum=max([self.quorum, *(each.quorum for each in demands)]),
+            timeout_seconds=min(
+                [self.timeout_seconds, *(each.timeout_seconds for each in demands if each.timeout_seconds)]
+            ),
+        )
+
+    @property
+    def escalate_seconds(self) -> float | None:
+        """How long the wider circle has; None where a ticket is not handed on."""
+        return self.escalation.timeout_seconds if self.escalation is not None else None
+
+    def unsaid(self) -> Mapping[str, Any]:
+        """The members that the first form did not have and that say nothing here."""
+        silent = ApprovalRule()
+        return {name: True for name in ADDED if getattr(self, name) == getattr(silent, name)}

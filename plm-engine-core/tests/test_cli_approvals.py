@@ -1,0 +1,134 @@
+"""`plm-cli approvals`: an operator decides as a person, with the reasons and codes of the API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+import uuid
+from typing import Any
+
+import pytest
+from plm_engine_core.cli import build_app
+from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider
+from plm_engine_core.control_plane.vocabulary import TicketState
+from typer.testing import CliRunner
+
+SECRET = secrets.token_hex(32)
+
+
+class Terminal:
+    """`plm-cli` with the settings of one installation; each command has a thread, for its own event loop."""
+
+    def __init__(self, bench: Any, policy: Any, folder: Any) -> None:
+        self.bench = bench
+        self.policy = folder / "policy.json"
+        self.policy.write_text(policy.model_dump_json(), encoding="utf-8")
+        self.environment = {
+            "PG_DSN": bench.database.app,
+            "PLM_IDENTITY_HS256_SECRET_ACTIVE": SECRET,
+            "PLM_POLICY": str(self.policy),
+        }
+
+    def token(self, user: Any = None, scopes: tuple[str, ...] = ("plm.hitl.resolve", "plm.halt"), **claims: Any) -> str:
+        now = int(time.time())
+        standard = {"actor_kind": "human", "scopes": list(scopes), "iat": now, "exp": now + 600}
+        names = {"sub": str(user or uuid.uuid4()), "tenant_id": str(self.bench.tenant)}
+        return Hs256JwtIdentityProvider(active_secret=SECRET).issue_token({**standard, **names, **claims})
+
+    async def run(self, *arguments: Any, status: int = 0, token: str | None = None, **environment: str) -> Any:
+        settings = {**self.environment, "PLM_TOKEN": self.token() if token is None else token, **environment}
+        said = await asyncio.to_thread(CliRunner().invoke, build_app(), [*map(str, arguments)], env=settings)
+        assert said.exit_code == status, said.stdout + said.stderr
+        return said
+
+    async def json(self, *arguments: Any, **options: Any) -> Any:
+        return json.loads((await self.run(*arguments, "--json", **options)).stdout)
+
+
+# The installed application's delivery engine, which commands find by its entry point; it is not what is tested here.
+DELIVERY = """
+CREATE SCHEMA delivery;
+CREATE FUNCTION delivery.enqueue_drive_v1(uuid, uuid) RETURNS void LANGUAGE sql AS 'SELECT';
+GRANT USAGE ON SCHEMA delivery TO plm_engine_writer;
+"""
+
+
+@pytest.fixture
+def terminal(bench, make_policy, tmp_path):
+    bench.sql(DELIVERY)
+    return Terminal(
+        bench, make_policy(approval={"standing": {"max_uses": 5, "max_seconds": 60, "max_risk": "high"}}), tmp_path
+    )
+
+
+async def test_a_ticket_is_listed_shown_commented_and_approved(terminal, bench):
+    _, pending = await bench.ask()
+    listed = await terminal.json("approvals", "list")
+    assert [each["id"] for each in listed["items"]] == [str(pending.ticket_id)]
+    assert "thing.write on thing/1" in (await terminal.run("approvals", "list")).stdout
+    await terminal.run("approvals", "comment", pending.ticket_id, "looks right")
+    approved = await terminal.json("approvals", "approve", pending.ticket_id, "--comment", "go")
+    assert approved["state"] == "approved"
+    shown = await terminal.json("approvals", "show", pending.ticket_id)
+    assert shown["needs"] == {"scopes": ["plm.hitl.resolve"], "quorum": 1}
+    assert [(vote["vote"], vote["comment"]) for vote in shown["votes"]] == [("approve", "go")]
+    assert [comment["body"] for comment in shown["comments"]] == ["looks right"]
+    assert "needs: 1 with plm.hitl.resolve" in (await terminal.run("approvals", "show", pending.ticket_id)).stdout
+    assert (await terminal.json("approvals", "list"))["items"] == []
+    assert len((await terminal.json("approvals", "list", "--all"))["items"]) == 1
+
+
+async def test_a_ticket_is_denied_and_nobody_is_asked_twice(terminal, bench):
+    _, pending = await bench.ask()
+    assert "is denied" in (await terminal.run("approvals", "deny", pending.ticket_id)).stdout
+    refused = await terminal.json("approvals", "approve", pending.ticket_id, status=1)
+    assert (refused["refused"], refused["reason"]) == ("conflict", "already_decided")
+
+
+@pytest.mark.parametrize(
+    ("claims", "reason"),
+    [
+        ({"scopes": ["plm.halt"]}, "missing_scopes"),
+        ({"actor_kind": "agent"}, "not_human"),
+        ({"sub": "requester"}, "separation_of_duties"),
+    ],
+)
+async def test_who_may_not_decide_is_told_why_as_by_the_api(terminal, bench, claims, reason):
+    _, pending = await bench.ask()
+    if "sub" in claims:
+        claims = {"sub": str(bench.requester.user_id)}
+    said = await terminal.run("approvals", "approve", pending.ticket_id, status=1, token=terminal.token(**claims))
+    assert said.stderr.rstrip().endswith(f"[{reason}]")
+    ticket = await bench.storage.approvals.get(bench.tenant, pending.ticket_id)
+    assert ticket.state is TicketState.PENDING
+
+
+async def test_without_a_token_an_address_or_a_policy_nothing_is_tried(terminal, bench, tmp_path):
+    _, pending = await bench.ask()
+    approve = ("approvals", "approve", pending.ticket_id)
+    assert "PLM_TOKEN" in (await terminal.run(*approve, status=3, token="")).stderr
+    assert "IDENTITY_MALFORMED" in (await terminal.run(*approve, status=3, token="no token")).stderr
+    assert "PG_DSN" in (await terminal.run(*approve, status=3, PG_DSN="")).stderr
+    assert "policy" in (await terminal.run(*approve, status=3, PLM_POLICY=str(tmp_path / "none.yaml"))).stderr
+    assert (await terminal.run("approvals", "approve", "x", status=2)).exit_code == 2
+
+
+async def test_who_acts_is_in_the_audit_log(terminal, bench):
+    user = uuid.uuid4()
+    await terminal.run("approvals", "list", token=terminal.token(user))
+    assert bench.sql("SELECT event_type FROM audit_log WHERE user_id = %s", user) == [("identity.bind",)]
+
+
+async def test_an_approval_scope_is_offered_listed_and_revoked(terminal, bench):
+    bench = bench.with_policy(approval={"standing": {"max_uses": 5, "max_seconds": 60, "max_risk": "high"}})
+    _, pending = await bench.ask()
+    await terminal.run("approvals", "approve", pending.ticket_id, "--scope-uses", 9, status=2)
+    too_much = ("approvals", "approve", pending.ticket_id, "--scope-uses", 9, "--scope-seconds", 60)
+    assert "[scope_not_allowed]" in (await terminal.run(*too_much, status=1)).stderr
+    await terminal.run("approvals", "approve", pending.ticket_id, "--scope-uses", 3, "--scope-seconds", 60)
+    (scope,) = (await terminal.json("approvals", "scopes"))["items"]
+    assert (scope["max_uses"], scope["used"]) == (3, 0)
+    assert "0/3" in (await terminal.run("approvals", "scopes")).stdout
+    assert (await terminal.json("approvals", "revoke-scope", scope["id"]))["revoked_at"] is not None
