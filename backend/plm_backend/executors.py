@@ -58,11 +58,13 @@ class PluginExecutor:
         artifacts: Artifacts,
         runs: RunStore,
         concurrency: int = 1,
+        confidential: frozenset[str] = frozenset(),
     ) -> None:
         self._manager = manager
         self._queue = queue
         self._files = FileExchange(artifacts=artifacts, runs=runs)
         self._concurrency = concurrency
+        self._confidential = confidential
         self._attempts: dict[UUID, _Attempt] = {}
 
     def offers(self, capability: CapabilityDescriptor) -> bool:
@@ -135,6 +137,7 @@ class PluginExecutor:
                 run_id=str(call.run_id),
                 step_key=call.step_key,
                 traceparent=call.traceparent,
+                confidential=call.capability.plugin in self._confidential,
             ),
             before_start=before_start,
             on_progress=lambda fraction, message: reports.put_nowait((fraction, message)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+from plugin_substrate.worker.isolation import parse_required_layers
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -54,16 +55,38 @@ class Settings(BaseSettings):
     """Runs this process drives at once; 0 leaves them to the run workers of other processes."""
 
     plugin_concurrency: int = Field(default=1, ge=1, le=64)
+    plugin_tenant_workers: int = Field(default=16, ge=1, le=1024)
+    """How many tenants a plugin serves at once on this node, each in a worker of its own."""
+
+    plugin_require: Annotated[tuple[str, ...], NoDecode] = ()
+    """Layers of confinement, like `landlock:4,seccomp`, without which no plugin is started; see `cjm-ctl doctor`."""
+
+    plugins_confidential: Annotated[tuple[str, ...], NoDecode] = ()
+    """Plugins that handle secrets of a run: each of its runs gets a worker of its own, which ends with it."""
+
     max_body_bytes: int = Field(default=32 * 1024 * 1024, ge=1024)
     cors_allowed_origins: Annotated[tuple[str, ...], NoDecode] = ()
 
-    @field_validator("cors_allowed_origins", mode="before")
+    @field_validator("cors_allowed_origins", "plugin_require", "plugins_confidential", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        origins = tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-        if isinstance(origins, tuple) and "*" in origins:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("cors_allowed_origins")
+    @classmethod
+    def _names_its_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if "*" in value:
             raise ValueError("'*' would let every page read every tenant; name the origins")
-        return origins
+        return value
+
+    @field_validator("plugin_require")
+    @classmethod
+    def _are_layers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        problems: list[str] = []
+        parse_required_layers(list(value), "the list", problems)
+        if problems:
+            raise ValueError("; ".join(problems))
+        return value
 
     @property
     def development(self) -> bool:

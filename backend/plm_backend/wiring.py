@@ -111,7 +111,11 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
         return
     signer = _signer(settings)
     async with AsyncExitStack() as stack:
-        manager = PluginManager(data_dir=settings.plugin_root)
+        manager = PluginManager(
+            data_dir=settings.plugin_root,
+            require=settings.plugin_require,
+            max_tenant_workers=settings.plugin_tenant_workers,
+        )
         manager.discover_manifests()
         _check_capabilities(platform.control_plane.registry, manager)
         await stack.enter_async_context(manager)
@@ -124,6 +128,7 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
             artifacts=platform.artifacts,
             runs=platform.control_plane.storage.runs,
             concurrency=settings.plugin_concurrency,
+            confidential=frozenset(settings.plugins_confidential),
         )
         driver = Driver(
             control_plane=platform.control_plane,

@@ -145,3 +145,21 @@ def test_runs_of_two_tenants_never_share_a_worker_of_a_plugin_that_keeps_somethi
     assert seen["theirs"][1]["memory"][-1:] == ["theirs"]
     assert "theirs" not in str(seen["mine"])
     assert "mine" not in str(seen["theirs"])
+
+
+def test_a_confidential_plugin_has_a_worker_for_each_run_and_holds_the_required_layers(launch: Any) -> None:
+    with launch(PLM_PLUGINS_CONFIDENTIAL="probe", PLM_PLUGIN_REQUIRE="seccomp,no_new_privs") as server:
+        client = server.client()
+        runs = [client.finished(client.run("remember", value="x")["run_id"]) for _ in range(2)]
+    assert [run["state"] for run in runs] == ["succeeded", "succeeded"]
+    first, second = (run["result"] for run in runs)
+    assert first["pid"] != second["pid"]
+    assert second["memory"] == [], "there is no memory of the run before"
+
+
+def test_a_plugin_that_is_confined_by_less_than_is_required_carries_out_nothing(launch: Any) -> None:
+    with launch(PLM_PLUGIN_REQUIRE="landlock:900") as server:
+        client = server.client()
+        run = client.finished(client.run("echo")["run_id"])
+    assert run["state"] == "failed"
+    assert "landlock:900" in str(run["steps"])

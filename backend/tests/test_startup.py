@@ -59,6 +59,8 @@ def settings(platform: Any) -> dict[str, str]:
         ({"PLM_PORT": "eighty"}, ("PLM_PORT",)),
         ({"PLM_LEASE_SECONDS": "0"}, ("PLM_LEASE_SECONDS",)),
         ({"PLM_EVENTS_KEY": "/does/not/exist.pem"}, ("PLM_EVENTS_KEY", "/does/not/exist.pem")),
+        ({"PLM_PLUGIN_REQUIRE": "seccomp, magic"}, ("PLM_PLUGIN_REQUIRE", "'magic' is no layer")),
+        ({"PLM_PLUGIN_TENANT_WORKERS": "0"}, ("PLM_PLUGIN_TENANT_WORKERS",)),
         ({"PLM_CORS_ALLOWED_ORIGINS": "*"}, ("PLM_CORS_ALLOWED_ORIGINS", "name the origins")),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
