@@ -6,6 +6,7 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, CostBound
 from plm_engine_core.control_plane.runs import Lease, Run
+from plm_engine_core.control_plane.storage.memory import MemoryStorage
 from plm_engine_core.control_plane.storage.ports import Storage
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.storage.postgres.gateway import Pool
@@ -45,6 +47,7 @@ from plm_engine_core.control_plane.vocabulary import (
 )
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import create_tenants
+from psycopg.rows import dict_row
 
 ALL_SCOPES = frozenset(
     {"plm.runs.create", "plm.hitl.resolve", "plm.halt", "plm.halt.system", "things.read", "things.write"}
@@ -104,15 +107,129 @@ REGISTRY = CapabilityRegistry(
 )
 
 
+STORAGES = ("postgres", "memory")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module marked `every_storage` runs over each of them, but for its tests that are marked `postgres_only`."""
+    marks = {mark.name for mark in metafunc.definition.iter_markers()}
+    if "every_storage" in marks and "postgres_only" not in marks and "bench" in metafunc.fixturenames:
+        metafunc.parametrize("storage_kind", STORAGES)
+
+
+class PostgresBehind:
+    """What tests do to a database behind the back of the ports, as its superuser, who sees every tenant."""
+
+    def __init__(self, database: DatabaseUrls) -> None:
+        self.database = database
+        self.sql(TableDelivery.TABLE)
+
+    def sql(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        with psycopg.connect(self.database.admin, autocommit=True) as connection:
+            cursor = connection.execute(query.encode(), parameters or None)
+            return cursor.fetchall() if cursor.description else []
+
+    def new_tenant(self) -> UUID:
+        return create_tenants(self.database, "acme")[0]
+
+    def set_rows(self, table: str, where: dict[str, Any], **values: Any) -> None:
+        columns = ", ".join(f"{name} = %s" for name in values)
+        self.sql(f"UPDATE {table} SET {columns} WHERE {self._where(where)}", *values.values(), *where.values())  # noqa: S608  # names from these tests
+
+    def set_time(self, table: str, column: str, seconds: float, where: dict[str, Any]) -> None:
+        change = f"{column} = clock_timestamp() + make_interval(secs => %s)"
+        self.sql(f"UPDATE {table} SET {change} WHERE {self._where(where)}", seconds, *where.values())  # noqa: S608  # names from these tests
+
+    def delete_rows(self, table: str, where: dict[str, Any]) -> None:
+        self.sql(f"DELETE FROM {table} WHERE {self._where(where)}", *where.values())  # noqa: S608  # names from these tests
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        with psycopg.connect(self.database.admin, autocommit=True, row_factory=dict_row) as connection:
+            return connection.execute(f"SELECT * FROM {table}".encode()).fetchall()  # noqa: S608  # as above
+
+    def deliveries(self, run: Run) -> int:
+        ((count,),) = self.sql("SELECT count(*) FROM deliveries WHERE run_id = %s", run.id)
+        return int(count)
+
+    def refuse_deliveries(self) -> None:
+        self.sql("ALTER TABLE deliveries ADD CHECK (false) NOT VALID")
+
+    async def append(self, storage: Any, tenant: UUID, stream: str, payload: dict[str, Any]) -> None:
+        gateway = storage.events._gateway
+        async with gateway.transaction(tenant) as connection:
+            await gateway.append(connection, tenant, stream, "test", "human:é", payload)
+
+    def _where(self, where: dict[str, Any]) -> str:
+        return " AND ".join(f"{name} = %s" for name in where) or "true"
+
+
+class MemoryBehind:
+    """The same for the storage in memory, whose tables have the same columns."""
+
+    def __init__(self) -> None:
+        self.jobs: list[UUID] = []
+        self.refused = False
+        self.storage = MemoryStorage(deliver=self._deliver)
+
+    def _deliver(self, tenant_id: UUID, run_id: UUID) -> None:
+        if self.refused:
+            raise RuntimeError("deliveries are refused")
+        self.jobs.append(run_id)
+
+    def sql(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
+        pytest.fail(f"give the bench a word for {query!r}, or mark this test postgres_only")
+
+    def new_tenant(self) -> UUID:
+        return self.storage.add_tenant(uuid.uuid4())
+
+    def set_rows(self, table: str, where: dict[str, Any], **values: Any) -> None:
+        for rows, key in self._places(table, where):
+            rows[key] = {**rows[key], **values}
+
+    def set_time(self, table: str, column: str, seconds: float, where: dict[str, Any]) -> None:
+        self.set_rows(table, where, **{column: datetime.now(UTC) + timedelta(seconds=seconds)})
+
+    def delete_rows(self, table: str, where: dict[str, Any]) -> None:
+        for rows, key in self._places(table, where):
+            del rows[key]
+
+    def rows(self, table: str) -> list[dict[str, Any]]:
+        return [dict(rows[key]) for rows, key in self._places(table, {})]
+
+    def deliveries(self, run: Run) -> int:
+        return self.jobs.count(run.id)
+
+    def refuse_deliveries(self) -> None:
+        self.refused = True
+
+    async def append(self, storage: Any, tenant: UUID, stream: str, payload: dict[str, Any]) -> None:
+        async with self.storage.books.turn() as books:
+            books.append(tenant, stream, "test", "human:é", payload)
+
+    def _places(self, table: str, where: dict[str, Any]) -> list[tuple[dict[Any, Any], Any]]:
+        groups = getattr(self.storage.books, table)._groups.values()
+        return [(rows, key) for rows in groups for key, row in rows.items() if where.items() <= _plain(row).items()]
+
+
+def _plain(row: Any) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not isinstance(value, dict | list)}
+
+
 @dataclass(kw_only=True)
 class Bench:
-    """One tenant on one database, with shorthands for what tests do again and again."""
+    """One tenant on one storage, with shorthands for what tests do again and again."""
 
-    database: DatabaseUrls
+    behind: PostgresBehind | MemoryBehind
     tenant: UUID
     control_plane: ControlPlane
     requester: Principal
     approver: Principal
+
+    @property
+    def database(self) -> DatabaseUrls:
+        """The database, of a test that is about PostgreSQL."""
+        assert isinstance(self.behind, PostgresBehind), "mark this test postgres_only"
+        return self.behind.database
 
     @property
     def storage(self) -> Storage:
@@ -214,13 +331,28 @@ class Bench:
 
     def let_lease_expire(self, run: Run) -> None:
         """Move the end of a lease into the past, as if its holder had been away for that long."""
-        self.sql(
-            "UPDATE run_states SET lease_expires_at = clock_timestamp() - interval '1 second' WHERE run_id = %s", run.id
-        )
+        self.behind.set_time("run_states", "lease_expires_at", -1, {"run_id": run.id})
+
+    def let_deadline_pass(self, pending: Pending) -> None:
+        """Move the deadline of a ticket into the past."""
+        self.behind.set_time("approval_tickets", "deadline", -1, {"id": pending.ticket_id})
+
+    def touched(self, run_id: UUID | None, seconds_ago: float) -> None:
+        """Let a run, or every one, have changed last that long ago."""
+        self.behind.set_time("run_states", "updated_at", -seconds_ago, {"run_id": run_id} if run_id else {})
+
+    def other(self) -> Bench:
+        """The same bench in another, new tenant."""
+        return self.in_tenant(self.behind.new_tenant())
+
+    async def append(self, stream: str, *numbers: int) -> None:
+        """Append events of no meaning to a stream."""
+        for number in numbers:
+            await self.behind.append(self.storage, self.tenant, stream, {"n": number})
 
     def deliveries(self, run: Run) -> int:
-        ((count,),) = self.sql("SELECT count(*) FROM deliveries WHERE run_id = %s", run.id)
-        return int(count)
+        """How many jobs were enqueued for a run."""
+        return self.behind.deliveries(run)
 
     async def budget(self, run: Run, scope: str, unit: BudgetUnit) -> tuple[Decimal, Decimal]:
         for each in await self.control_plane.storage.runs.budgets(self.tenant, run.id):
@@ -230,26 +362,35 @@ class Bench:
 
     def sql(self, query: str, *parameters: Any) -> list[tuple[Any, ...]]:
         """Run a statement as the database's superuser, who sees every tenant."""
-        with psycopg.connect(self.database.admin, autocommit=True) as connection:
-            cursor = connection.execute(query.encode(), parameters or None)
-            return cursor.fetchall() if cursor.description else []
+        return self.behind.sql(query, *parameters)
+
+
+def make_bench(behind: PostgresBehind | MemoryBehind, storage: Storage) -> Bench:
+    return Bench(
+        behind=behind,
+        tenant=behind.new_tenant(),
+        control_plane=ControlPlane(policy=policy(), registry=REGISTRY, storage=storage),
+        requester=Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=ALL_SCOPES),
+        approver=Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=ALL_SCOPES),
+    )
 
 
 @pytest.fixture
-async def bench(engine_database: DatabaseUrls) -> AsyncIterator[Bench]:
-    """A control plane over a fresh database."""
-    (tenant,) = create_tenants(engine_database, "acme")
-    async with open_pool(engine_database.app, max_size=20) as pool:
-        storage = PostgresStorage(pool, TableDelivery())
-        bench = Bench(
-            database=engine_database,
-            tenant=tenant,
-            control_plane=ControlPlane(policy=policy(), registry=REGISTRY, storage=storage),
-            requester=Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=ALL_SCOPES),
-            approver=Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=ALL_SCOPES),
-        )
-        bench.sql(TableDelivery.TABLE)
-        yield bench
+def storage_kind() -> str:
+    """Which storage stands behind the bench; see `pytest_generate_tests`."""
+    return "postgres"
+
+
+@pytest.fixture
+async def bench(storage_kind: str, request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
+    """A control plane over a fresh storage."""
+    if storage_kind == "memory":
+        behind = MemoryBehind()
+        yield make_bench(behind, behind.storage)
+        return
+    database: DatabaseUrls = request.getfixturevalue("engine_database")
+    async with open_pool(database.app, max_size=20) as pool:
+        yield make_bench(PostgresBehind(database), PostgresStorage(pool, TableDelivery()))
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from plm_engine_core.control_plane import Denied, Granted, Steered
 from plm_engine_core.control_plane.errors import FencingLost, IdempotencyConflict, InvalidRequest, NotFound
 from plm_engine_core.control_plane.policy import Facts, decide
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, Reason, StepState
-from plm_shared.testing.databases import create_tenants
+
+pytestmark = pytest.mark.every_storage
 
 EUR, CALLS = BudgetUnit.EUR, BudgetUnit.CALLS
 HALF = Decimal("0.50")
@@ -130,7 +131,7 @@ async def test_a_budget_that_is_too_small_is_named_with_its_figures_and_nothing_
 
 async def test_without_a_budget_row_nothing_is_granted(bench):
     lease = await bench.lease()
-    bench.sql("DELETE FROM budgets WHERE scope_kind = 'tenant' AND unit = 'EUR'")
+    bench.behind.delete_rows("budgets", {"scope_kind": "tenant", "unit": "EUR"})
     denied = await bench.control_plane.admit(bench.proposal(lease))
     assert denied.reason is Reason.BUDGET_MISSING
     assert "no tenant budget in EUR" in denied.message
@@ -197,6 +198,7 @@ async def test_arguments_that_cannot_be_recorded_are_refused_by_path(bench, valu
         await bench.control_plane.admit(bench.proposal(lease, arguments={"name": value}))
 
 
+@pytest.mark.postgres_only
 class TestOnTheCallersConnection:
     """The caller's transaction decides what becomes of it."""
 
@@ -225,7 +227,7 @@ class TestOnTheCallersConnection:
 
     async def test_a_transaction_of_another_tenant_is_not_moved(self, bench):
         lease = await bench.lease()
-        (other,) = create_tenants(bench.database, "other")
+        other = bench.behind.new_tenant()
         async with await psycopg.AsyncConnection.connect(bench.database.app) as connection:
             await connection.execute("SELECT set_config('app.tenant_id', %s, true)", [str(other)])
             with pytest.raises(InvalidRequest, match="bound to another tenant"):
@@ -241,10 +243,11 @@ class TestOnTheCallersConnection:
         assert isinstance(admission, Granted)
 
 
+@pytest.mark.postgres_only
 async def test_busy_storage_is_a_denial_and_the_same_command_works_later(bench, monkeypatch):
     """The run's row is locked by somebody else for longer than admission waits."""
     lease = await bench.lease()
-    bench.sql("ALTER FUNCTION engine_admit_v1(jsonb) SET lock_timeout = '50ms'")
+    bench.sql("ALTER FUNCTION engine_admit_v2(jsonb) SET lock_timeout = '50ms'")
     with psycopg.connect(bench.database.admin) as blocker:
         blocker.execute("SELECT 1 FROM run_states WHERE run_id = %s FOR UPDATE", [lease.run.id])
         denied = await bench.control_plane.admit(bench.proposal(lease))
@@ -254,6 +257,7 @@ async def test_busy_storage_is_a_denial_and_the_same_command_works_later(bench, 
     assert isinstance(await bench.control_plane.admit(bench.proposal(lease)), Granted)
 
 
+@pytest.mark.postgres_only
 async def test_without_a_database_admission_denies(bench, second_pool):
     lease = await bench.lease()
     bench.control_plane.storage.admission._gateway._pool = second_pool

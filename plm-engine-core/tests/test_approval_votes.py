@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import uuid
 from dataclasses import replace
+from decimal import Decimal
 
 import psycopg
 import pytest
@@ -24,8 +25,9 @@ from plm_engine_core.control_plane.vocabulary import (
     TicketState,
 )
 
+pytestmark = pytest.mark.every_storage
+
 APPROVE, DENY = TicketDecision.APPROVE, TicketDecision.DENY
-PAST = "UPDATE approval_tickets SET deadline = clock_timestamp() - interval '1 second' WHERE id = %s"
 STANDING = {"max_uses": 5, "max_seconds": 600, "max_risk": "high"}
 
 
@@ -115,7 +117,7 @@ class TestQuorum:
     async def test_an_expired_ticket_counts_no_vote(self, bench):
         _, pending = await bench.ask()
         await bench.decide(pending, APPROVE, approver=somebody(bench))
-        bench.sql(PAST, pending.ticket_id)
+        bench.let_deadline_pass(pending)
         with pytest.raises(Conflict) as caught:
             await bench.decide(pending, APPROVE, approver=somebody(bench))
         assert caught.value.reason == "approval_expired"
@@ -178,7 +180,7 @@ class TestHandingOn:
     @pytest.fixture
     async def handed_on(self, bench):
         lease, pending = await bench.ask()
-        bench.sql(PAST, pending.ticket_id)
+        bench.let_deadline_pass(pending)
         return lease, pending
 
     async def test_a_sweep_hands_it_on_with_a_new_deadline_and_the_run_stays_parked(self, bench, handed_on):
@@ -211,7 +213,7 @@ class TestHandingOn:
     async def test_the_second_deadline_is_the_last(self, bench, handed_on):
         lease, pending = handed_on
         await Recovery(bench.storage).sweep()
-        bench.sql(PAST, pending.ticket_id)
+        bench.let_deadline_pass(pending)
         await Recovery(bench.storage).sweep()
         assert (await ticket_of(bench, pending)).state is TicketState.EXPIRED
         assert await bench.state(lease.run) is RunState.QUEUED
@@ -251,6 +253,7 @@ class TestComments:
             await gate.comment(bench.tenant, uuid.uuid4(), "x", author=bench.approver)
 
     @pytest.mark.parametrize("statement", ["UPDATE approval_comments SET body = 'x'", "DELETE FROM approval_comments"])
+    @pytest.mark.postgres_only
     def test_the_application_cannot_change_one(self, bench, statement):
         with (
             psycopg.connect(bench.database.app) as app,
@@ -417,9 +420,9 @@ class TestScopesUsed:
         elif what == "resource":
             changes["resource"] = "thing/2"
         elif what == "capability":
-            bench.sql("UPDATE approval_scopes SET capability = 'thing.other'")
+            bench.behind.set_rows("approval_scopes", {}, capability="thing.other")
         elif what == "time":
-            bench.sql("UPDATE approval_scopes SET expires_at = clock_timestamp()")
+            bench.behind.set_time("approval_scopes", "expires_at", 0, {})
         else:
             await bench.control_plane.approvals.revoke_scope(bench.tenant, scope.id, by=bench.approver)
         lease = await bench.lease(await bench.run(**values))
@@ -437,8 +440,8 @@ class TestScopesUsed:
 
     async def test_a_higher_risk_or_another_tier_is_not_covered(self, bench):
         await self.standing(bench)
-        for change in ("risk = 'medium'", "risk = 'high', tier = 'auto_approve'"):
-            bench.sql(" ".join(("UPDATE approval_scopes SET", change)))
+        for change in ({"risk": "medium"}, {"risk": "high", "tier": "auto_approve"}):
+            bench.behind.set_rows("approval_scopes", {}, **change)
             assert isinstance(await self.admitted(bench), Pending)
 
     async def test_a_refused_budget_and_a_halt_use_nothing_up(self, bench):
@@ -447,7 +450,7 @@ class TestScopesUsed:
         halt = await bench.halt(HaltScope.TENANT)
         assert (await self.admitted(bench, lease)).reason is Reason.HALTED
         await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
-        bench.sql("UPDATE budgets SET spent = limit_amount WHERE scope_kind = 'tenant' AND unit = 'calls'")
+        bench.behind.set_rows("budgets", {"scope_kind": "tenant", "unit": "calls"}, spent=Decimal(1000))
         assert (await self.admitted(bench, lease, attempt=2)).reason is Reason.BUDGET_EXCEEDED
         assert await self.used(bench, scope) == 0
 

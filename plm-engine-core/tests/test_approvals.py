@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 from plm_engine_core.control_plane import Denied, Granted, Proposal
@@ -22,7 +23,8 @@ from plm_engine_core.control_plane.vocabulary import (
     TicketDecision,
     TicketState,
 )
-from plm_shared.testing.databases import create_tenants
+
+pytestmark = pytest.mark.every_storage
 
 APPROVE, DENY = TicketDecision.APPROVE, TicketDecision.DENY
 
@@ -38,7 +40,8 @@ async def test_a_pending_call_parks_the_run_as_a_row_without_lease_or_reservatio
     lease, pending = await bench.ask()
     run = await bench.storage.runs.get(bench.tenant, lease.run.id)
     assert run.state is RunState.AWAITING_APPROVAL
-    assert bench.sql("SELECT lease_owner, lease_expires_at FROM run_states") == [(None, None)]
+    (row,) = bench.behind.rows("run_states")
+    assert (row["lease_owner"], row["lease_expires_at"]) == (None, None)
     assert await bench.budget(run, "tenant", BudgetUnit.CALLS) == (0, 0)
     ticket = await bench.storage.approvals.get(bench.tenant, pending.ticket_id)
     assert (ticket.capability, ticket.resource, ticket.arguments) == ("thing.write", "thing/1", {"name": "one"})
@@ -80,7 +83,7 @@ async def test_a_decision_enqueues_the_run_in_its_own_commit(bench, decision):
 
 async def test_a_decision_whose_job_cannot_be_enqueued_is_no_decision(bench):
     _, pending = await bench.ask()
-    bench.sql("ALTER TABLE deliveries ADD CHECK (false) NOT VALID")
+    bench.behind.refuse_deliveries()
     with pytest.raises(Exception, match="deliveries"):
         await bench.decide(pending, APPROVE)
     assert (await bench.storage.approvals.get(bench.tenant, pending.ticket_id)).state is TicketState.PENDING
@@ -132,10 +135,11 @@ class TestWhoDecides:
 
     async def test_nobody_of_another_tenant(self, bench):
         _, pending = await bench.ask()
-        (other,) = create_tenants(bench.database, "other")
+        other = bench.behind.new_tenant()
         with pytest.raises(NotFound):
             await bench.in_tenant(other).decide(pending, APPROVE)
 
+    @pytest.mark.postgres_only
     async def test_the_table_itself_refuses_the_requester(self, bench):
         _, pending = await bench.ask()
         with pytest.raises(Exception, match="approval_tickets_check"):
@@ -148,11 +152,9 @@ class TestWhoDecides:
 class TestDeadline:
     """It holds when deciding and when using."""
 
-    PAST = "UPDATE approval_tickets SET deadline = clock_timestamp() - interval '1 second' WHERE id = %s"
-
     async def test_nobody_decides_after_it_and_the_run_goes_on_to_its_denial(self, bench):
         lease, pending = await bench.ask()
-        bench.sql(self.PAST, pending.ticket_id)
+        bench.let_deadline_pass(pending)
         before = bench.deliveries(lease.run)
         with pytest.raises(Conflict) as caught:
             await bench.decide(pending, APPROVE)
@@ -165,7 +167,7 @@ class TestDeadline:
     async def test_an_approval_is_not_used_after_it_and_stays_what_it_was(self, bench):
         lease, pending = await bench.ask()
         await bench.decide(pending, APPROVE)
-        bench.sql(self.PAST, pending.ticket_id)
+        bench.let_deadline_pass(pending)
         _, denied = await again(bench, pending, lease.run)
         assert denied.reason is Reason.APPROVAL_EXPIRED
         ticket = await bench.storage.approvals.get(bench.tenant, pending.ticket_id)
@@ -173,7 +175,7 @@ class TestDeadline:
 
     async def test_taking_up_a_run_closes_its_expired_ticket(self, bench):
         lease, pending = await bench.ask()
-        bench.sql(self.PAST, pending.ticket_id)
+        bench.let_deadline_pass(pending)
         await bench.lease(lease.run)
         assert (await bench.storage.approvals.get(bench.tenant, pending.ticket_id)).state is TicketState.EXPIRED
         assert (await bench.kinds(lease.run))[-2:] == ["approval_expired", "run_taken"]
@@ -250,7 +252,7 @@ class TestWhatIsApproved:
     async def test_every_stage_and_budget_is_checked_anew(self, bench):
         lease, pending = await bench.ask()
         await bench.decide(pending, APPROVE)
-        bench.sql("UPDATE budgets SET spent = limit_amount WHERE scope_kind = 'tenant' AND unit = 'calls'")
+        bench.behind.set_rows("budgets", {"scope_kind": "tenant", "unit": "calls"}, spent=Decimal(1000))
         _, denied = await again(bench, pending, lease.run)
         assert denied.reason is Reason.BUDGET_EXCEEDED
         assert (await bench.storage.approvals.get(bench.tenant, pending.ticket_id)).consumed_at is None

@@ -27,18 +27,12 @@ from plm_engine_core.control_plane.events.checkpoint import Head, root_of
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.events.merkle import tree_root
 from plm_engine_core.control_plane.events.signing import key_id, new_private_pem
-from plm_shared.testing.databases import create_tenants
+
+pytestmark = pytest.mark.every_storage
 
 KEY = Ed25519PrivateKey.generate()
 SIGNER = Signer(KEY)
 BELIEVED = PublicKeys([KEY.public_key()])
-
-
-async def append(bench, stream, *numbers):
-    gateway = bench.storage.events._gateway
-    for number in numbers:
-        async with gateway.transaction(bench.tenant) as connection:
-            await gateway.append(connection, bench.tenant, stream, "test", "human:é", {"n": number})
 
 
 def checkpointer(bench, signer=SIGNER):
@@ -54,13 +48,13 @@ async def exported(bench, *, after=0):
 @pytest.fixture
 async def history(bench):
     """Three streams, three checkpoints; the middle stream does not change after the first."""
-    await append(bench, "a", 1, 2, 3)
-    await append(bench, "b", 1, 2)
+    await bench.append("a", 1, 2, 3)
+    await bench.append("b", 1, 2)
     await checkpointer(bench).take(bench.tenant)
-    await append(bench, "a", 4)
-    await append(bench, "c", 1)
+    await bench.append("a", 4)
+    await bench.append("c", 1)
     await checkpointer(bench).take(bench.tenant)
-    await append(bench, "c", 2, 3)
+    await bench.append("c", 2, 3)
     await checkpointer(bench).take(bench.tenant)
     return bench
 
@@ -114,26 +108,26 @@ def test_any_change_of_any_head_changes_the_root(heads, data):
 
 async def test_a_checkpoint_covers_what_has_changed_and_only_then_is_there_another(bench):
     assert await checkpointer(bench).take(bench.tenant) is None
-    await append(bench, "a", 1)
+    await bench.append("a", 1)
     first = await checkpointer(bench).take(bench.tenant)
     assert (first.number, first.streams, [head.stream for head in first.heads]) == (1, 1, ["a"])
     assert await checkpointer(bench).take(bench.tenant) is None
-    await append(bench, "b", 1)
+    await bench.append("b", 1)
     second = await checkpointer(bench).take(bench.tenant)
     assert (second.number, second.streams, [head.stream for head in second.heads]) == (2, 2, ["b"])
     assert second.previous == first.digest()
 
 
 async def test_of_many_who_take_one_at_once_one_does(bench):
-    await append(bench, "a", 1)
+    await bench.append("a", 1)
     taken = await asyncio.gather(*(checkpointer(bench).take(bench.tenant) for _ in range(8)))
     assert [checkpoint.number for checkpoint in taken if checkpoint] == [1]
 
 
 async def test_a_sweep_covers_every_tenant_in_which_something_happened(bench):
-    (other,) = create_tenants(bench.database, "other")
-    await append(bench, "a", 1)
-    await append(bench.in_tenant(other), "a", 1)
+    other = bench.behind.new_tenant()
+    await bench.append("a", 1)
+    await bench.in_tenant(other).append("a", 1)
     assert await checkpointer(bench).sweep() == 2
     assert await checkpointer(bench).sweep() == 0
 
@@ -141,6 +135,7 @@ async def test_a_sweep_covers_every_tenant_in_which_something_happened(bench):
 @pytest.mark.parametrize("table", ["event_checkpoints", "event_checkpoint_heads"])
 @pytest.mark.parametrize("statement", ["UPDATE {} SET number = 7", "DELETE FROM {}", "TRUNCATE {} CASCADE"])
 @pytest.mark.parametrize("role", ["owner", "app"])
+@pytest.mark.postgres_only
 async def test_nobody_changes_a_checkpoint(history, table, statement, role):
     with psycopg.connect(getattr(history.database, role)) as connection:
         connection.execute("SELECT set_config('app.tenant_id', %s, false)", [str(history.tenant)])
@@ -158,8 +153,8 @@ async def test_an_export_is_checked_without_a_database_and_agrees_with_it(histor
 
 async def test_exports_go_on_where_one_ended(history):
     first = await exported(history)
-    await append(history, "b", 3)
-    await append(history, "d", 1)
+    await history.append("b", 3)
+    await history.append("d", 1)
     await checkpointer(history).take(history.tenant)
     second = await exported(history, after=3)
     found = read_exports([first, second], BELIEVED)
@@ -209,6 +204,7 @@ def test_nothing_that_is_no_export_passes_or_breaks_the_reader(lines):
     assert not read_exports([lines], BELIEVED).unforged
 
 
+@pytest.mark.postgres_only
 async def test_a_rewritten_chain_is_consistent_and_yet_not_what_was_exported(history):
     """One who owns the database can make a new chain that holds; only the copy elsewhere tells."""
     copy = read_exports([await exported(history)], BELIEVED)
@@ -245,6 +241,7 @@ REMOVED = ("DELETE FROM events WHERE stream = 'b'", "DELETE FROM event_streams W
 @pytest.mark.parametrize(
     ("statements", "first_bad", "said"), [(REMOVED, 1, "is gone"), (CUT_OFF, 2, "its export at 2")]
 )
+@pytest.mark.postgres_only
 async def test_what_was_cut_off_cleanly_is_missing_from_its_export(history, statements, first_bad, said):
     copy = read_exports([await exported(history)], BELIEVED)
     superuser(history, *statements)
@@ -254,9 +251,10 @@ async def test_what_was_cut_off_cleanly_is_missing_from_its_export(history, stat
     assert said in bad[0].problem
 
 
+@pytest.mark.postgres_only
 async def test_only_what_no_checkpoint_covers_is_walked_when_the_checkpoint_is_trusted(history):
-    await append(history, "b", 3)
-    await append(history, "new", 1, 2)
+    await history.append("b", 3)
+    await history.append("new", 1, 2)
     results = await verify_tenant(history.storage, history.tenant, trusted=BELIEVED)
     assert {each.stream: each.events for each in results} == {"a": 0, "b": 1, "c": 0, "new": 2}
     assert all(each.consistent for each in results)
@@ -265,6 +263,7 @@ async def test_only_what_no_checkpoint_covers_is_walked_when_the_checkpoint_is_t
     assert [(each.stream, each.first_bad_seq) for each in results if not each.consistent] == [("b", 3)]
 
 
+@pytest.mark.postgres_only
 async def test_a_stream_that_the_trusted_checkpoint_covers_may_not_be_missing(history):
     superuser(history, *REMOVED)
     results = await verify_tenant(history.storage, history.tenant, trusted=BELIEVED)
@@ -284,6 +283,7 @@ async def test_a_stream_that_the_trusted_checkpoint_covers_may_not_be_missing(hi
         "DELETE FROM event_checkpoint_heads WHERE stream = 'c'",
     ],
 )
+@pytest.mark.postgres_only
 async def test_a_forged_checkpoint_is_not_trusted(history, statement):
     superuser(history, statement)
     with pytest.raises(InvalidRequest, match="not to be trusted"):
@@ -292,7 +292,7 @@ async def test_a_forged_checkpoint_is_not_trusted(history, statement):
 
 async def test_after_a_rotation_both_keys_are_needed(history):
     key = Ed25519PrivateKey.generate()
-    await append(history, "a", 5)
+    await history.append("a", 5)
     await checkpointer(history, Signer(key)).take(history.tenant)
     lines = await exported(history)
     assert read_exports([lines], PublicKeys([KEY.public_key(), key.public_key()])).unforged

@@ -12,17 +12,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plm_engine_core.control_plane.events import Event, event_hash, run_stream
 from plm_engine_core.control_plane.vocabulary import OutcomeStatus
-from plm_shared.testing.databases import create_tenants
+
+pytestmark = pytest.mark.every_storage
 
 LENGTH = 8
 
 
 async def filled(bench, stream="tenant", length=LENGTH):
     """A stream of its own with some events."""
-    gateway = bench.storage.events._gateway
-    for index in range(length):
-        async with gateway.transaction(bench.tenant) as connection:
-            await gateway.append(connection, bench.tenant, stream, "test", "human:x", {"n": index})
+    await bench.append(stream, *range(length))
 
 
 async def verdict(bench):
@@ -104,6 +102,7 @@ def test_no_two_different_events_share_their_bytes():
 
 @pytest.mark.parametrize("role", ["owner", "app", "admin"])
 @pytest.mark.parametrize("statement", ["UPDATE events SET actor = 'x'", "DELETE FROM events", "TRUNCATE events"])
+@pytest.mark.postgres_only
 async def test_nobody_changes_an_event(bench, role, statement):
     await filled(bench, length=1)
     with psycopg.connect(getattr(bench.database, role)) as connection:
@@ -140,12 +139,14 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("forgery", FORGERIES)
+@pytest.mark.postgres_only
 async def test_a_changed_event_is_found_and_named(bench, forgery):
     await filled(bench)
     forge(bench, FORGERIES[forgery])
     assert (await verdict(bench)).first_bad_seq == 4
 
 
+@pytest.mark.postgres_only
 async def test_each_position_is_guarded(bench):
     await filled(bench)
     forge(bench)
@@ -167,6 +168,7 @@ async def test_each_position_is_guarded(bench):
         ("UPDATE event_streams SET last_seq = 5, last_hash = (SELECT hash FROM events WHERE seq = 5)", 6),
     ],
 )
+@pytest.mark.postgres_only
 async def test_a_cut_off_end_or_a_moved_head_is_found(bench, statement, first_bad):
     await filled(bench)
     forge(bench, statement)
@@ -197,7 +199,7 @@ async def test_reading_goes_on_after_a_sequence(bench):
 
 
 async def test_every_stream_of_a_tenant_is_checked_and_no_other_tenants(bench):
-    (other,) = create_tenants(bench.database, "other")
+    other = bench.behind.new_tenant()
     await filled(bench.in_tenant(other))
     lease = await bench.lease()
     await bench.settle(await bench.begun(lease), lease, OutcomeStatus.FAILED, error={"message": secrets.token_hex(8)})

@@ -10,10 +10,8 @@ from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.storage.postgres import open_pool
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway
 from plm_engine_core.control_plane.vocabulary import HaltScope, OutcomeStatus, RunState, TicketState
-from plm_shared.testing.databases import create_tenants
 
-LONG_AGO = "UPDATE run_states SET updated_at = clock_timestamp() - interval '1 hour' WHERE run_id = %s"
-PAST = "UPDATE approval_tickets SET deadline = clock_timestamp() - interval '1 second' WHERE id = %s"
+pytestmark = pytest.mark.every_storage
 
 
 async def swept(bench, run):
@@ -27,13 +25,14 @@ async def test_a_dead_workers_run_comes_back_once_until_somebody_had_time_to_tak
     lease = await bench.lease()
     assert await swept(bench, lease.run) == 0
     bench.let_lease_expire(lease.run)
-    bench.sql("UPDATE run_states SET updated_at = updated_at - interval '1 minute'")
+    bench.touched(None, 60)
     assert [await swept(bench, lease.run) for _ in range(3)] == [1, 0, 0]
-    bench.sql(LONG_AGO, lease.run.id)
+    bench.touched(lease.run.id, 3600)
     assert await swept(bench, lease.run) == 1
     assert (await bench.lease(lease.run)).fencing_token == lease.fencing_token + 1
 
 
+@pytest.mark.postgres_only
 async def test_a_process_that_is_paused_inside_a_transaction_does_not_keep_its_run(bench, engine_database):
     lease = await bench.lease()
     bench.let_lease_expire(lease.run)
@@ -54,14 +53,14 @@ async def test_a_process_that_is_paused_inside_a_transaction_does_not_keep_its_r
 async def test_a_lost_job_is_enqueued_again(bench):
     run = await bench.run()
     assert await swept(bench, run) == 0
-    bench.sql(LONG_AGO, run.id)
+    bench.touched(run.id, 3600)
     assert [await swept(bench, run) for _ in range(2)] == [1, 0]
 
 
 async def test_an_expired_ticket_lets_its_run_go_on(bench):
     lease, pending = await bench.ask()
     assert await swept(bench, lease.run) == 0
-    bench.sql(PAST, pending.ticket_id)
+    bench.let_deadline_pass(pending)
     assert await swept(bench, lease.run) == 1
     assert await bench.state(lease.run) is RunState.QUEUED
     assert (await bench.storage.approvals.get(bench.tenant, pending.ticket_id)).state is TicketState.EXPIRED
@@ -77,7 +76,7 @@ async def test_what_is_parked_rightly_or_over_is_left_alone(bench):
     )
     cancelled = await bench.run()
     await bench.control_plane.cancel(bench.tenant, cancelled.id, by=bench.requester)
-    bench.sql("UPDATE run_states SET updated_at = updated_at - interval '1 hour'")
+    bench.touched(None, 3600)
     assert await Recovery(bench.storage).sweep() == 0
 
 
@@ -85,9 +84,9 @@ async def test_four_sweepers_at_once_enqueue_each_run_once(bench):
     runs = [await bench.run() for _ in range(12)]
     asked = [await bench.ask() for _ in range(3)]
     for run in runs:
-        bench.sql(LONG_AGO, run.id)
+        bench.touched(run.id, 3600)
     for _, pending in asked:
-        bench.sql(PAST, pending.ticket_id)
+        bench.let_deadline_pass(pending)
     everyone = [*runs, *(lease.run for lease, _ in asked)]
     before = [bench.deliveries(run) for run in everyone]
     counts = await asyncio.gather(*(Recovery(bench.storage).sweep() for _ in range(4)))
@@ -97,17 +96,17 @@ async def test_four_sweepers_at_once_enqueue_each_run_once(bench):
 
 async def test_how_long_a_job_may_be_on_its_way_is_up_to_the_operator(bench):
     run = await bench.run()
-    bench.sql("UPDATE run_states SET updated_at = updated_at - interval '1 minute' WHERE run_id = %s", run.id)
+    bench.touched(run.id, 60)
     assert await Recovery(bench.storage, patience_seconds=120).sweep() == 0
     assert await Recovery(bench.storage, patience_seconds=50).sweep() == 1
     assert await Recovery(bench.storage, patience_seconds=50).sweep() == 0
 
 
 async def test_it_looks_across_tenants_but_sees_only_ids(bench):
-    (other,) = create_tenants(bench.database, "other")
+    other = bench.behind.new_tenant()
     runs = {(await each.run()).id for each in (bench, bench.in_tenant(other))}
     for run_id in runs:
-        bench.sql(LONG_AGO, run_id)
+        bench.touched(run_id, 3600)
     assert {run_id for _, run_id in await bench.storage.runs.abandoned(10, patience_seconds=30)} == runs
     assert len(await bench.storage.runs.abandoned(1, patience_seconds=30)) == 1
 
@@ -115,7 +114,7 @@ async def test_it_looks_across_tenants_but_sees_only_ids(bench):
 async def test_one_run_that_cannot_be_brought_back_does_not_hold_up_the_others(bench, monkeypatch, caplog):
     runs = [await bench.run() for _ in range(3)]
     for run in runs:
-        bench.sql(LONG_AGO, run.id)
+        bench.touched(run.id, 3600)
     revive = bench.storage.runs.revive
 
     async def failing(tenant_id, run_id, *, patience_seconds):

@@ -19,6 +19,8 @@ from plm_engine_core.control_plane.vocabulary import (
     StepState,
 )
 
+pytestmark = pytest.mark.every_storage
+
 EUR, CALLS = BudgetUnit.EUR, BudgetUnit.CALLS
 THREE = {"thing": Decimal(3)}
 
@@ -42,7 +44,7 @@ class TestBegin:
     async def test_an_expired_grant_is_refused(self, bench):
         lease = await bench.lease()
         grant = await bench.grant(lease)
-        bench.sql("UPDATE grants SET expires_at = clock_timestamp() WHERE id = %s", grant.id)
+        bench.behind.set_time("grants", "expires_at", 0, {"id": grant.id})
         assert (await bench.begin(grant, lease)).reason is Reason.GRANT_EXPIRED
 
     @pytest.mark.parametrize("scope", list(HaltScope))
@@ -275,6 +277,7 @@ async def test_an_outcome_that_cannot_be_stored_is_refused_by_path_and_can_be_se
     await bench.settle(grant, lease, OutcomeStatus.FAILED)
 
 
+@pytest.mark.postgres_only
 class TestOnTheCallersConnection:
     """The caller's transaction decides what becomes of it."""
 

@@ -24,7 +24,8 @@ from plm_engine_core.control_plane.storage.ports import (
     VoteCommand,
 )
 from plm_engine_core.control_plane.vocabulary import HaltScope, RunState, StepState, TicketDecision
-from plm_shared.testing.databases import create_tenants
+
+pytestmark = pytest.mark.every_storage
 
 ABSENT = {
     "runs.get": NotFound,
@@ -84,7 +85,7 @@ def test_every_operation_of_every_port_is_tried():
 @pytest.fixture
 async def foreign(bench):
     """Something of everything in the first tenant, and calls with its ids from the second."""
-    (other,) = create_tenants(bench.database, "other")
+    other = bench.behind.new_tenant()
     lease, pending = await bench.ask()
     run = lease.run
     holder = await bench.lease()
@@ -174,8 +175,8 @@ async def walked(batches):
 def everything(bench):
     """Every row of the engine."""
     tables = ["run_states", "run_steps", "approval_tickets", "grants", "budgets", "halts", "events", "event_streams"]
-    tables += ["event_checkpoints", "event_checkpoint_heads", "approval_votes", "approval_comments", "approval_scopes"]
-    return {table: sorted(map(str, bench.sql(f"TABLE {table}"))) for table in tables}
+    tables += ["event_checkpoints", "approval_votes", "approval_comments", "approval_scopes"]
+    return {table: sorted(map(str, bench.behind.rows(table))) for table in tables}
 
 
 async def test_nothing_of_another_tenant_is_found_or_changed(foreign):
@@ -193,7 +194,7 @@ async def test_nothing_of_another_tenant_is_found_or_changed(foreign):
 
 
 async def test_admission_begin_and_settlement_do_not_cross_tenants_either(bench):
-    (other,) = create_tenants(bench.database, "other")
+    other = bench.behind.new_tenant()
     lease = await bench.lease()
     grant = await bench.begun(lease)
     neighbour = bench.in_tenant(other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.admission.proposal import Principal
@@ -28,6 +29,16 @@ class Halt:
     triggered_at: datetime
     lifted_by: UUID | None = None
     lifted_at: datetime | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What the events of a halt carry."""
+        return {
+            "halt_id": str(self.id),
+            "scope": self.scope.value,
+            "scope_id": str(self.scope_id) if self.scope_id else None,
+            "epoch": self.epoch,
+            "reason": self.reason,
+        }
 
 
 class KillSwitch:

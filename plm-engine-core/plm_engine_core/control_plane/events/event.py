@@ -52,7 +52,7 @@ def event_hash(event: Event) -> bytes:
         event.prev_hash,
         event.kind,
         event.actor,
-        _micros(event),
+        microseconds(event.occurred_at),
         event.payload,
     )
 
@@ -65,10 +65,11 @@ def link_of(event: Event) -> Link:
         event.prev_hash,
         event.hash,
         framed(event.kind) + framed(event.actor),
-        _micros(event),
+        microseconds(event.occurred_at),
         framed(event.payload),
     )
 
 
-def _micros(event: Event) -> int:
-    return (event.occurred_at - _EPOCH) // datetime.resolution
+def microseconds(at: datetime) -> int:
+    """A time as it is hashed: microseconds since 1970 UTC."""
+    return (at - _EPOCH) // datetime.resolution

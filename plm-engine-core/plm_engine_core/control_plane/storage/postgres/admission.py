@@ -12,6 +12,7 @@ from psycopg.rows import dict_row
 
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.limits import Bucket, Dimension, Prepared, RateReading, Subjects
+from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
 from plm_engine_core.control_plane.storage.ports import AdmitCommand, Connection, SettleCommand
 from plm_engine_core.control_plane.storage.postgres.gateway import (
     Gateway,
@@ -64,7 +65,7 @@ class PostgresAdmission:
 
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book a decision in one autocommit statement, or in the caller's transaction."""
-        parameters = [jsonb(_admit_json(command), root="proposal")]
+        parameters = [jsonb(admit_json(command), root="proposal")]
         if connection is not None:
             with translated():
                 require_transaction(connection)
@@ -85,7 +86,7 @@ class PostgresAdmission:
 
     async def settle(self, command: SettleCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book an outcome: the grant is locked, ledger rows and settlement written, in one pipelined transaction."""
-        parameters = [jsonb(_settle_json(command), root="outcome")]
+        parameters = [jsonb(settle_json(command), root="outcome")]
         if connection is not None:
             with translated():
                 require_transaction(connection)
@@ -131,61 +132,3 @@ async def _first(cursor: psycopg.AsyncCursor[Any]) -> Mapping[str, Any]:
         raise StorageUnavailable("the database gave no answer")
     answer: Mapping[str, Any] = row["answer"]
     return answer
-
-
-def _admit_json(command: AdmitCommand) -> dict[str, Any]:
-    return {
-        "tenant_id": str(command.tenant_id),
-        "run_id": str(command.run_id),
-        "fencing_token": command.fencing_token,
-        "command_id": command.command_id,
-        "command_digest": command.command_digest,
-        "step_index": command.step_index,
-        "attempt": command.attempt,
-        "step_id": command.step_id,
-        "step_key": command.step_key,
-        "capability": command.capability,
-        "resource": command.resource,
-        "arguments": dict(command.arguments),
-        "digest": command.digest,
-        "policy_digest": command.policy_digest,
-        "executor_kind": command.executor_kind.value,
-        "requester": str(command.requester),
-        "actor": command.actor,
-        "decision": dict(command.decision),
-        "ticket_id": str(command.ticket_id) if command.ticket_id else None,
-        "ticket": {
-            "id": str(command.new_ticket_id),
-            "seconds": command.ticket_seconds,
-            "escalate_seconds": command.escalate_seconds,
-        },
-        "grant": {"id": str(command.grant_id), "seconds": command.grant_seconds, "span_id": command.span_id},
-        "reserve": [
-            {
-                "scope_kind": each.scope.value,
-                "scope_id": str(each.scope_id),
-                "unit": each.unit.value,
-                "amount": str(each.amount),
-            }
-            for each in command.reserve
-        ],
-    }
-
-
-def _settle_json(command: SettleCommand) -> dict[str, Any]:
-    return {
-        "tenant_id": str(command.tenant_id),
-        "run_id": str(command.run_id),
-        "grant_id": str(command.grant_id),
-        "fencing_token": command.fencing_token,
-        "status": command.status.value,
-        "outcome_digest": command.outcome_digest,
-        "evidence": command.evidence.value,
-        "output": command.output,
-        "error": command.error,
-        "usage": dict(command.usage),
-        "charges": dict(command.charges),
-        "artifacts": list(command.artifacts),
-        "trace_id": command.trace_id,
-        "actor": command.actor,
-    }

@@ -9,9 +9,10 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.errors import NotFound
 from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, Vote
+from plm_engine_core.control_plane.storage.commands import vote_json
 from plm_engine_core.control_plane.storage.ports import Delivery, VoteCommand
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, jsonb
-from plm_engine_core.control_plane.storage.postgres.rows import comment_row, scope_row, ticket_row, vote_row
+from plm_engine_core.control_plane.storage.rows import comment_row, scope_row, ticket_row, vote_row
 from plm_engine_core.control_plane.vocabulary import TicketState
 
 
@@ -58,23 +59,9 @@ class PostgresApprovals:
 
     async def decide(self, command: VoteCommand) -> Mapping[str, Any]:
         """Count one vote, and enqueue the parked run in the same commit."""
-        scope = command.scope
-        vote = {
-            "tenant_id": str(command.tenant_id),
-            "ticket_id": str(command.ticket_id),
-            "vote": command.vote.value,
-            "voter": str(command.voter),
-            "actor": command.actor,
-            "comment": command.comment,
-            "quorum": command.quorum,
-            "authority": list(command.authority),
-            "escalated": command.escalated,
-            "scope": scope and {"uses": scope.uses, "seconds": scope.seconds, "any_resource": scope.any_resource},
-            "scope_id": str(command.scope_id),
-        }
         async with self._gateway.transaction(command.tenant_id) as connection:
             cursor = await connection.execute(
-                "SELECT engine_decide_ticket_v2(%s) AS answer", [jsonb(vote, root="vote")]
+                "SELECT engine_decide_ticket_v2(%s) AS answer", [jsonb(vote_json(command), root="vote")]
             )
             row = await cursor.fetchone()
             answer: Mapping[str, Any] = row["answer"] if row is not None else {}

@@ -10,7 +10,7 @@ from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
-from plm_engine_core.control_plane.storage.postgres.rows import halt_row
+from plm_engine_core.control_plane.storage.rows import halt_row
 from plm_engine_core.control_plane.vocabulary import EventKind, HaltScope, RunState
 
 _SYSTEM = "halt/system"
@@ -61,7 +61,7 @@ class PostgresHalts:
                 raise NotFound("halt", name)
             halt = halt_row(row)
             await self._gateway.append(
-                connection, tenant_id, TENANT_STREAM, EventKind.HALT_TRIGGERED, actor, _payload(halt)
+                connection, tenant_id, TENANT_STREAM, EventKind.HALT_TRIGGERED, actor, halt.to_json()
             )
             return halt
 
@@ -112,7 +112,7 @@ class PostgresHalts:
                         {"was": RunState.HALTED.value, "halt_id": str(halt.id)},
                     )
                 await self._gateway.append(
-                    connection, tenant_id, TENANT_STREAM, EventKind.HALT_LIFTED, actor, _payload(lifted)
+                    connection, tenant_id, TENANT_STREAM, EventKind.HALT_LIFTED, actor, lifted.to_json()
                 )
                 return lifted
         return await self.get(tenant_id, halt.id)
@@ -138,13 +138,3 @@ class PostgresHalts:
 
 async def _lock(connection: Session, name: str) -> None:
     await connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [name])
-
-
-def _payload(halt: Halt) -> dict[str, str | int | None]:
-    return {
-        "halt_id": str(halt.id),
-        "scope": halt.scope.value,
-        "scope_id": str(halt.scope_id) if halt.scope_id else None,
-        "epoch": halt.epoch,
-        "reason": halt.reason,
-    }

@@ -9,20 +9,11 @@ from uuid import UUID
 from plm_engine_core.control_plane.errors import FencingLost
 from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.runs.run import Heartbeat, Lease
+from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, jsonb
-from plm_engine_core.control_plane.storage.postgres.rows import run_row
+from plm_engine_core.control_plane.storage.rows import run_row
 from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, RunState
-
-_RECOVERY = "system:recovery"
-
-_FINISH_KINDS = {
-    RunState.QUEUED: EventKind.RUN_RESUMED,
-    RunState.HALTED: EventKind.RUN_PARKED,
-    RunState.SUCCEEDED: EventKind.RUN_SUCCEEDED,
-    RunState.FAILED: EventKind.RUN_FAILED,
-    RunState.CANCELLED: EventKind.RUN_CANCELLED,
-}
 
 # Published rule of `runs.quality_level`. Bronze: every call is settled, so the ledger is complete. Silver: besides, the
 # run had effects and each was verified. Gold: besides, a human approved each of them.
@@ -136,7 +127,7 @@ class PostgresLeases:
                 connection,
                 tenant_id,
                 run_stream(run_id),
-                _FINISH_KINDS[state],
+                FINISH_KINDS[state],
                 actor,
                 {key: value for key, value in payload.items() if value is not None},
             )
@@ -169,7 +160,7 @@ class PostgresLeases:
             if was in (RunState.HALTED, RunState.AWAITING_APPROVAL):
                 await queue_again(connection, tenant_id, run_id, was=was)
                 await self._gateway.append(
-                    connection, tenant_id, run_stream(run_id), EventKind.RUN_RESUMED, _RECOVERY, {"was": was.value}
+                    connection, tenant_id, run_stream(run_id), EventKind.RUN_RESUMED, RECOVERY, {"was": was.value}
                 )
             await self._delivery.enqueue(connection, tenant_id, run_id)
             return True
@@ -177,7 +168,7 @@ class PostgresLeases:
     async def _time_out_tickets(self, connection: Session, tenant_id: UUID, run_id: UUID) -> bool:
         """Lock the run and time its ticket out if the deadline passed; says whether the run was queued by that."""
         cursor = await connection.execute(
-            "SELECT engine_time_out_tickets_v2(%s, %s, %s) AS expired", [tenant_id, run_id, _RECOVERY]
+            "SELECT engine_time_out_tickets_v2(%s, %s, %s) AS expired", [tenant_id, run_id, RECOVERY]
         )
         row = await cursor.fetchone()
         return row is not None and bool(row["expired"])

@@ -15,7 +15,7 @@ from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Ste
 from plm_engine_core.control_plane.runs.states import sources_of
 from plm_engine_core.control_plane.storage.postgres.gateway import Session, jsonb
 from plm_engine_core.control_plane.storage.postgres.leases import PostgresLeases, close_books, queue_again
-from plm_engine_core.control_plane.storage.postgres.rows import budget_row, run_row, step_row
+from plm_engine_core.control_plane.storage.rows import budget_row, run_row, step_row
 from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunState, StepState
 
 _ATTEMPTS = 1000  # in one batch

@@ -40,9 +40,7 @@ def run_row(row: Mapping[str, Any]) -> Run:
         trace_id=row["trace_id"],
         root_span_id=row["root_span_id"],
         fencing_token=row["fencing_token"],
-        subjects=Subjects(
-            agent_id=row["agent_id"], run_group_id=row["run_group_id"], user_id=row["user_id"], team=row["team"]
-        ),
+        subjects=subjects_row(row),
         cancel_requested=row["cancel_requested_at"] is not None,
         created_at=row["created_at"],
         updated_at=row["updated_at"],
@@ -50,6 +48,13 @@ def run_row(row: Mapping[str, Any]) -> Run:
         reason=row["reason"],
         message=row["message"],
         result=row["result"],
+    )
+
+
+def subjects_row(row: Mapping[str, Any]) -> Subjects:
+    """For whom the run of a row of `run_states` works."""
+    return Subjects(
+        agent_id=row["agent_id"], run_group_id=row["run_group_id"], user_id=row["user_id"], team=row["team"]
     )
 
 

@@ -1,0 +1,85 @@
+"""Commands as JSON: what the booking functions of every storage read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from plm_engine_core.control_plane.storage.ports import AdmitCommand, SettleCommand, VoteCommand
+
+
+def admit_json(command: AdmitCommand) -> dict[str, Any]:
+    """What is booked for one decision."""
+    return {
+        "tenant_id": str(command.tenant_id),
+        "run_id": str(command.run_id),
+        "fencing_token": command.fencing_token,
+        "command_id": command.command_id,
+        "command_digest": command.command_digest,
+        "step_index": command.step_index,
+        "attempt": command.attempt,
+        "step_id": command.step_id,
+        "step_key": command.step_key,
+        "capability": command.capability,
+        "resource": command.resource,
+        "arguments": dict(command.arguments),
+        "digest": command.digest,
+        "policy_digest": command.policy_digest,
+        "executor_kind": command.executor_kind.value,
+        "requester": str(command.requester),
+        "actor": command.actor,
+        "decision": dict(command.decision),
+        "ticket_id": str(command.ticket_id) if command.ticket_id else None,
+        "ticket": {
+            "id": str(command.new_ticket_id),
+            "seconds": command.ticket_seconds,
+            "escalate_seconds": command.escalate_seconds,
+        },
+        "grant": {"id": str(command.grant_id), "seconds": command.grant_seconds, "span_id": command.span_id},
+        "reserve": [
+            {
+                "scope_kind": each.scope.value,
+                "scope_id": str(each.scope_id),
+                "unit": each.unit.value,
+                "amount": str(each.amount),
+            }
+            for each in command.reserve
+        ],
+    }
+
+
+def settle_json(command: SettleCommand) -> dict[str, Any]:
+    """What is booked for one outcome; its ledger rows travel beside it."""
+    return {
+        "tenant_id": str(command.tenant_id),
+        "run_id": str(command.run_id),
+        "grant_id": str(command.grant_id),
+        "fencing_token": command.fencing_token,
+        "status": command.status.value,
+        "outcome_digest": command.outcome_digest,
+        "evidence": command.evidence.value,
+        "output": command.output,
+        "error": command.error,
+        "usage": dict(command.usage),
+        "charges": dict(command.charges),
+        "artifacts": list(command.artifacts),
+        "trace_id": command.trace_id,
+        "actor": command.actor,
+    }
+
+
+def vote_json(command: VoteCommand) -> dict[str, Any]:
+    """What is booked for one vote."""
+    scope = command.scope
+    return {
+        "tenant_id": str(command.tenant_id),
+        "ticket_id": str(command.ticket_id),
+        "vote": command.vote.value,
+        "voter": str(command.voter),
+        "actor": command.actor,
+        "comment": command.comment,
+        "quorum": command.quorum,
+        "authority": list(command.authority),
+        "escalated": command.escalated,
+        "scope": scope and {"uses": scope.uses, "seconds": scope.seconds, "any_resource": scope.any_resource},
+        "scope_id": str(command.scope_id),
+    }

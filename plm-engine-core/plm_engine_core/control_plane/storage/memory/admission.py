@@ -1,0 +1,113 @@
+"""Admission and begin, as `storage/sql` has them: the same questions in the same order, the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from uuid import UUID
+
+from plm_engine_core.control_plane.errors import FencingLost, IdempotencyConflict, NotFound
+from plm_engine_core.control_plane.events.event import run_stream
+from plm_engine_core.control_plane.limits import Bucket, Prepared
+from plm_engine_core.control_plane.storage.commands import admit_json
+from plm_engine_core.control_plane.storage.memory.admit import AdmitBooking
+from plm_engine_core.control_plane.storage.memory.books import Books, Row, halted, refuse_connection
+from plm_engine_core.control_plane.storage.memory.rates import take_tokens
+from plm_engine_core.control_plane.storage.memory.settlement import MemorySettlement
+from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, text_time
+from plm_engine_core.control_plane.storage.ports import AdmitCommand, Connection
+from plm_engine_core.control_plane.storage.rows import subjects_row
+
+_NEVER_GRANTED = ("denied", "steered", "awaiting_approval", "not_started")
+
+
+class MemoryAdmission(MemorySettlement):
+    """The books of admission and settlement in memory."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+
+    async def prepare(self, tenant_id: UUID, run_id: UUID, *, buckets: Sequence[Bucket]) -> Prepared:
+        """Take one token of every bucket or of none, and read for whom the run works."""
+        async with self._books.turn() as books:
+            run = books.run_states.get(tenant_id, run_id)
+            rate = take_tokens(books, tenant_id, run_id, run, buckets)
+            return Prepared(rate=rate, subjects=subjects_row(run) if run is not None else None)
+
+    async def history(self, tenant_id: UUID, run_id: UUID, *, before_step: int, limit: int) -> Sequence[str]:
+        """The capabilities of the run's earlier steps that were granted, the newest `limit` of them, oldest first."""
+        async with self._books.turn() as books:
+            newest: dict[int, Row] = {}
+            for step in books.run_steps.rows((tenant_id, run_id)):
+                index = step["step_index"]
+                known = newest.get(index)
+                if (
+                    index < before_step
+                    and step["state"] not in _NEVER_GRANTED
+                    and (known is None or known["attempt"] < step["attempt"])
+                ):
+                    newest[index] = step
+            indexes = sorted(newest, reverse=True)[:limit]
+            return [newest[index]["capability"] for index in reversed(indexes)]
+
+    async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
+        """Book a decision; the same command again answers the same."""
+        refuse_connection(connection)
+        booking = kept_json(admit_json(command), root="proposal")
+        async with self._books.turn() as books:
+            books.require_tenant(command.tenant_id)
+            name = ("admit", command.command_id)
+            record = books.idempotency_records.get(command.tenant_id, name)
+            if record is not None:
+                if record["digest"] != command.command_digest:
+                    raise IdempotencyConflict(f"command {command.command_id} was already used for another proposal")
+                return fresh({**record["result"], "replayed": True})
+            answer = AdmitBooking(books, booking).book()
+            record = {"digest": command.command_digest, "result": answer}
+            books.idempotency_records.put(command.tenant_id, name, record)
+            return fresh(answer)
+
+    async def begin(
+        self, tenant_id: UUID, run_id: UUID, grant_id: UUID, *, fencing_token: int, actor: str
+    ) -> Mapping[str, Any]:
+        """Use a grant up."""
+        async with self._books.turn() as books:
+            grant = books.grants.get(tenant_id, grant_id)
+            halt = books.standing_halt(tenant_id, run_id, capability=_capability(books, grant, run_id))
+            run = books.hold_run(tenant_id, run_id, fencing_token, live=True)
+            if halt is not None:
+                refusal = {name: value for name, value in halted(halt).items() if name != "outcome"}
+                return {"status": "refused", **refusal}
+            if run["cancel_requested_at"] is not None:
+                return _refused("cancel_requested", "the run is being cancelled")
+            if grant is None or grant["run_id"] != run_id:
+                raise NotFound("grant", grant_id)
+            if grant["fencing_token"] != fencing_token:
+                raise FencingLost(f"grant {grant_id} belongs to an earlier holder of the lease of run {run_id}")
+            if grant["state"] != "issued":
+                return _refused("grant_used", f"grant {grant_id} is {grant['state']}; a grant is used once")
+            if grant["expires_at"] <= books.now():
+                expired = text_time(grant["expires_at"])
+                return _refused("grant_expired", f"grant {grant_id} expired at {expired} before its call could start")
+            self._start(books, grant, actor)
+            return {"status": "begun"}
+
+    def _start(self, books: Books, grant: Row, actor: str) -> None:
+        tenant_id, run_id, now = grant["tenant_id"], grant["run_id"], books.now()
+        attempt = (grant["step_index"], grant["attempt"])
+        books.grants.change(tenant_id, grant["id"], state="begun", begun_at=now)
+        books.run_steps.change((tenant_id, run_id), attempt, state="running", started_at=now)
+        payload = {"step": attempt[0], "attempt": attempt[1], "grant_id": str(grant["id"])}
+        books.append(tenant_id, run_stream(run_id), "step_started", actor, payload)
+
+
+def _capability(books: Books, grant: Row | None, run_id: UUID) -> str | None:
+    """What a grant is for, where it is one of this run."""
+    if grant is None or grant["run_id"] != run_id:
+        return None
+    step = books.run_steps.get((grant["tenant_id"], run_id), (grant["step_index"], grant["attempt"]))
+    return step["capability"] if step is not None else None
+
+
+def _refused(reason: str, message: str) -> dict[str, Any]:
+    return {"status": "refused", "reason": reason, "message": message}

@@ -1,0 +1,173 @@
+"""Event streams, and the checkpoints over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from uuid import UUID
+
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.events.chain import Link
+from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
+from plm_engine_core.control_plane.events.event import Event, link_of
+from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage
+from plm_engine_core.control_plane.events.verify import StreamHead
+from plm_engine_core.control_plane.storage.memory.books import Books, Row
+from plm_engine_core.control_plane.storage.rows import event_row
+
+Make = Callable[[Checkpoint | None, Sequence[Head], Sequence[Head], datetime], Checkpoint]
+
+
+class MemoryEvents:
+    """Events in memory."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+
+    async def read(self, tenant_id: UUID, stream: str, *, after: int = 0, limit: int = 500) -> Sequence[Event]:
+        """Events of one stream in order, from sequence `after` + 1."""
+        async with self._books.turn() as books:
+            return _events(books, tenant_id, stream, max(after, 0), limit)
+
+    async def feed(self, tenant_id: UUID, *, after: FeedCursor = BEGINNING, limit: int = 500) -> FeedPage:
+        """Events of all streams after a cursor; nothing is ever held back, for what is visible here is complete."""
+        async with self._books.turn() as books:
+            if after.position > books.transactions:
+                raise InvalidRequest(
+                    "this cursor was given by another database; leave it out to begin anew", field="cursor"
+                )
+            streams = [row["stream"] for row in books.event_streams.rows(tenant_id)]
+            rows = [row for name in streams for row in books.events.rows((tenant_id, name)) if _feed(row) > _at(after)]
+            page = sorted(rows, key=_feed)[:limit]
+            last = page[-1] if page else None
+            cursor = FeedCursor(last["feed_position"], last["stream"], last["seq"]) if last else after
+            return FeedPage(events=[_event(row) for row in page], cursor=cursor)
+
+    async def heads(self, tenant_id: UUID) -> Sequence[StreamHead]:
+        """Every stream of the tenant with its head."""
+        async with self._books.turn() as books:
+            heads = _heads(books, tenant_id)
+            return [
+                StreamHead(
+                    stream=head.stream,
+                    last_seq=head.seq,
+                    last_hash=head.hash,
+                    stored_seq=len(books.events.rows((tenant_id, head.stream))),
+                )
+                for head in heads
+            ]
+
+
+class MemoryCheckpoints:
+    """Checkpoints, and the events they cover."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+
+    async def tenants(self) -> Sequence[UUID]:
+        """Every tenant there is."""
+        async with self._books.turn() as books:
+            return sorted(row["id"] for row in books.tenants.rows(None))
+
+    async def take(self, tenant_id: UUID, make: Make) -> Checkpoint | None:
+        """Store what `make` makes of the newest checkpoint, all heads, those that changed, and the time."""
+        async with self._books.turn() as books:
+            heads = _heads(books, tenant_id)
+            known = _covered_heads(books, tenant_id)
+            changed = [head for head in heads if head.stream not in known or known[head.stream].seq != head.seq]
+            if not changed:
+                return None
+            checkpoint = make(_newest(books, tenant_id), heads, changed, books.now())
+            books.event_checkpoints.put(tenant_id, checkpoint.number, {"checkpoint": checkpoint})
+            return checkpoint
+
+    async def read(self, tenant_id: UUID, *, after: int = 0, limit: int = 100) -> Sequence[Checkpoint]:
+        """Checkpoints in order, from number `after` + 1."""
+        async with self._books.turn() as books:
+            found = [checkpoint for checkpoint in _checkpoints(books, tenant_id) if checkpoint.number > after][:limit]
+            return [replace(each, heads=tuple(sorted(each.heads, key=_name))) for each in found]
+
+    async def newest(self, tenant_id: UUID) -> Checkpoint | None:
+        """The newest checkpoint, without its heads."""
+        async with self._books.turn() as books:
+            return _newest(books, tenant_id)
+
+    async def heads(self, tenant_id: UUID, *, number: int) -> Sequence[Head]:
+        """Every head as the checkpoint `number` covers it."""
+        async with self._books.turn() as books:
+            return sorted(_covered_heads(books, tenant_id, number).values(), key=_name)
+
+    def covered(self, tenant_id: UUID, number: int) -> Iterator[Link]:
+        """The events that checkpoint `number` covers and the one before it does not, by stream and sequence."""
+        with self._books.transaction() as books:
+            before = _covered_heads(books, tenant_id, number - 1)
+            row = books.event_checkpoints.get(tenant_id, number)
+            links = [
+                link_of(event)
+                for head in sorted(row["checkpoint"].heads if row else (), key=_name)
+                for event in _since(books, tenant_id, head.stream, before)
+                if event.seq <= head.seq
+            ]
+        return iter(links)
+
+    def links(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Iterator[Link]:
+        """Every event, of one stream or of all, that checkpoint `after` does not cover, by stream and sequence."""
+        with self._books.transaction() as books:
+            before = _covered_heads(books, tenant_id, after)
+            links = [
+                link_of(event)
+                for head in _heads(books, tenant_id)
+                if stream in (None, head.stream)
+                for event in _since(books, tenant_id, head.stream, before)
+            ]
+        return iter(links)
+
+
+def _heads(books: Books, tenant_id: UUID) -> list[Head]:
+    rows = books.event_streams.rows(tenant_id)
+    return sorted((Head(row["stream"], row["last_seq"], row["last_hash"]) for row in rows), key=_name)
+
+
+def _checkpoints(books: Books, tenant_id: UUID) -> list[Checkpoint]:
+    return [row["checkpoint"] for row in books.event_checkpoints.rows(tenant_id)]
+
+
+def _newest(books: Books, tenant_id: UUID) -> Checkpoint | None:
+    taken = _checkpoints(books, tenant_id)
+    return replace(taken[-1], heads=()) if taken else None
+
+
+def _covered_heads(books: Books, tenant_id: UUID, number: int | None = None) -> dict[str, Head]:
+    """How far each stream was covered by the checkpoints up to `number`, or by all."""
+    covered: dict[str, Head] = {}
+    for checkpoint in _checkpoints(books, tenant_id):
+        if number is None or checkpoint.number <= number:
+            covered |= {head.stream: head for head in checkpoint.heads}
+    return covered
+
+
+def _since(books: Books, tenant_id: UUID, stream: str, covered: dict[str, Head]) -> list[Event]:
+    known = covered.get(stream)
+    return _events(books, tenant_id, stream, known.seq if known else 0, None)
+
+
+def _events(books: Books, tenant_id: UUID, stream: str, after: int, limit: int | None) -> list[Event]:
+    rows = books.events.rows((tenant_id, stream))[after:]
+    return [_event(row) for row in (rows if limit is None else rows[:limit])]
+
+
+def _event(row: Row) -> Event:
+    return event_row({name: value for name, value in row.items() if name != "feed_position"})
+
+
+def _feed(row: Row) -> tuple[int, bytes, int]:
+    return row["feed_position"], row["stream"].encode(), row["seq"]
+
+
+def _at(cursor: FeedCursor) -> tuple[int, bytes, int]:
+    return cursor.position, cursor.stream.encode(), cursor.seq
+
+
+def _name(head: Head) -> bytes:
+    return head.stream.encode()
