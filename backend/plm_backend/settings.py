@@ -33,6 +33,9 @@ class Settings(BaseSettings):
     events_key: Path | None = None
     """The private key that signs the event streams' checkpoints (PEM, mode 0600); in development one is made."""
 
+    events_archive: str | None = None
+    """Where signed exports are kept continuously: a folder, or s3://bucket?endpoint=URL; best out of this machine."""
+
     audit_required: bool = True
     """Whether a request whose audit record cannot be written is refused (503) rather than served and logged."""
 
@@ -44,6 +47,9 @@ class Settings(BaseSettings):
     recovery_seconds: float = Field(default=10.0, ge=0.2, le=3600)
     checkpoint_seconds: float = Field(default=60.0, ge=0.2, le=86_400)
     """How often a checkpoint of what happened is signed."""
+
+    archive_seconds: float = Field(default=3600.0, ge=0.2, le=86_400)
+    """How often what was signed is added to the archive, and what a tenant's retention lets go is pruned."""
 
     patience_seconds: float = Field(default=30.0, ge=0.5, le=3600)
     """An enqueued run that no run worker took for so long is enqueued once more: its job may be lost."""

@@ -16,6 +16,7 @@ from plm_engine_core.control_plane import ControlPlane
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events import Signer, load_signer
+from plm_engine_core.control_plane.events.archive import Archive, Archivist, open_archive
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.identity import IdentityProvider, PostgresAuditSink, provider_from_environment
 from plm_engine_core.control_plane.policy import load_policy
@@ -109,7 +110,7 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
     if settings.run_concurrency == 0:
         yield
         return
-    signer = _signer(settings)
+    signer, archive = _signer(settings), _archive(settings)
     async with AsyncExitStack() as stack:
         manager = PluginManager(
             data_dir=settings.plugin_root,
@@ -154,6 +155,9 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
             store = platform.control_plane.storage.checkpoints
             checkpointer = Checkpointer(store, signer, every_seconds=settings.checkpoint_seconds)
             await stack.enter_async_context(background(checkpointer.run, "checkpoints"))
+        if archive is not None:
+            archivist = Archivist(platform.control_plane.storage, archive, every_seconds=settings.archive_seconds)
+            await stack.enter_async_context(background(archivist.run, "archive"))
         yield
 
 
@@ -166,6 +170,16 @@ def _signer(settings: Settings) -> Signer | None:
         return load_signer(path)
     except InvalidRequest as error:
         raise SetupError(f"PLM_EVENTS_KEY: {error}") from error
+
+
+def _archive(settings: Settings) -> Archive | None:
+    """Where what was signed is kept, if anywhere."""
+    if settings.events_archive is None:
+        return None
+    try:
+        return open_archive(settings.events_archive)
+    except (InvalidRequest, OSError) as error:
+        raise SetupError(f"PLM_EVENTS_ARCHIVE: {error}") from error
 
 
 def _check_capabilities(registry: CapabilityRegistry, manager: PluginManager) -> None:

@@ -12,7 +12,8 @@ def test_what_a_server_did_is_signed_exported_and_found_unforged(
 ) -> None:
     key, public, file = tmp_path / "key.pem", tmp_path / "public.pem", tmp_path / "events.jsonl"
     public.write_text(cli("events", "new-key", "--to", str(key), environment=platform.environment).stdout)
-    with launch(like=platform, PLM_EVENTS_KEY=str(key), PLM_CHECKPOINT_SECONDS="0.2") as server:
+    # on a database of its own: another server would sign there too, with another key
+    with launch(PLM_EVENTS_KEY=str(key), PLM_CHECKPOINT_SECONDS="0.2") as server:
         tenant = str(server.tenant)
         run_id = server.client().run("echo")["run_id"]
         server.client().finished(run_id)
@@ -31,3 +32,28 @@ def test_what_a_server_did_is_signed_exported_and_found_unforged(
     assert f"run/{run_id}" in {stream["stream"] for stream in answer["streams"]}
     private = key.read_text(encoding="ascii").splitlines()[1]
     assert private not in server.log.read_text(encoding="utf-8")
+
+
+def test_what_a_server_signs_is_archived_continuously_and_the_archive_shows_that_nothing_was_changed(
+    launch: Any, platform: Any, until: Any, cli: Any, tmp_path: Path
+) -> None:
+    key, public, archive = tmp_path / "key.pem", tmp_path / "public.pem", str(tmp_path / "archive")
+    public.write_text(cli("events", "new-key", "--to", str(key), environment=platform.environment).stdout)
+    often = {"PLM_CHECKPOINT_SECONDS": "0.2", "PLM_ARCHIVE_SECONDS": "0.2"}
+    with launch(PLM_EVENTS_KEY=str(key), PLM_EVENTS_ARCHIVE=archive, **often) as server:
+        about = ("--tenant-id", str(server.tenant), "--archive", archive, "--public-key", str(public), "--json")
+        finished: list[str] = []
+        for _ in range(2):
+            finished.append(server.client().run("echo")["run_id"])
+            server.client().finished(finished[-1])
+
+            def archived() -> bool:
+                written = [piece.read_bytes() for piece in Path(archive).glob(f"{server.tenant}/events/*.jsonl")]
+                return any(f"run/{finished[-1]}".encode() in piece for piece in written)
+
+            until(archived, "a piece of the archive holds the run")
+        alone = json.loads(server.cli("events", "archive", "verify", *about).stdout)
+        answer = json.loads(server.cli("events", "verify", *about).stdout)
+    assert alone["unforged"]
+    assert answer["unforged_up_to_checkpoint"] >= 2
+    assert {f"run/{run_id}" for run_id in finished} <= {stream["stream"] for stream in answer["streams"]}

@@ -38,7 +38,15 @@ COMPARED = re.compile(
     re.IGNORECASE,
 )
 
-READ_BY_NO_OPERATION = {"audit_log", "pricing_snapshots", "event_checkpoints", "event_checkpoint_heads"}
+READ_BY_NO_OPERATION = {
+    "audit_log",
+    "pricing_snapshots",
+    "event_checkpoints",
+    "event_checkpoint_heads",
+    "event_exports",
+    "event_retention",
+    "event_stubs",
+}
 TENANT_TABLES = """
 SELECT c.relname FROM pg_class AS c JOIN pg_attribute AS a ON a.attrelid = c.oid AND a.attname = 'tenant_id'
 WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' ORDER BY 1

@@ -26,7 +26,11 @@ class Terminal:
         self.public = folder / "public.pem"
 
     def run(self, *arguments: str | Path, status: int = 0) -> Any:
-        environment = {"PG_DSN": self.database.app, "PLM_EVENTS_KEY": str(self.key)}
+        environment = {
+            "PG_DSN": self.database.app,
+            "PG_ADMIN_DSN": self.database.owner,
+            "PLM_EVENTS_KEY": str(self.key),
+        }
         said = CliRunner().invoke(build_app(), ["events", *map(str, arguments)], env=environment)
         assert said.exit_code == status, said.stdout + said.stderr
         return said
@@ -150,3 +154,28 @@ def test_wrong_arguments_are_told_before_anything_is_tried(terminal: Terminal, f
     assert "cannot be read" in terminal.run("verify-export", "absent", "--public-key", terminal.public, status=2).stderr
     terminal.key.chmod(0o644)
     assert "chmod 600" in terminal.run("checkpoint", "--tenant-id", str(terminal.tenant), status=3).stderr
+
+
+def test_an_archive_is_written_verified_and_lets_the_database_forget(terminal: Terminal) -> None:
+    archive = ("--archive", str(terminal.folder / "archive"))
+    ours, believed = ("--tenant-id", str(terminal.tenant)), ("--public-key", terminal.public)
+    terminal.append("a")
+    terminal.run("checkpoint", *ours)
+    assert terminal.json("archive", "write", *ours, *archive)["checkpoint"] == 1
+    assert "everything" in terminal.run("archive", "write", *ours, *archive).stdout
+    alone = terminal.json("archive", "verify", *ours, *archive, *believed)
+    assert (alone["unforged"], alone["events"]) == (True, 1)
+    assert terminal.json("verify", *ours, *archive, *believed)["unforged_up_to_checkpoint"] == 1
+    assert "nothing to prune" in terminal.run("archive", "prune", *ours).stdout
+    assert "one of the two" in terminal.run("archive", "keep", *ours, status=2).stderr
+    assert "30 days" in terminal.run("archive", "keep", *ours, "--days", "30").stdout
+    assert "nothing to prune" in terminal.run("archive", "prune", *ours).stdout
+    terminal.forge("ALTER TABLE event_checkpoints DISABLE TRIGGER ALL")
+    terminal.forge("UPDATE event_checkpoints SET taken_at = taken_at - interval '31 days'")
+    assert "1 events of 1 streams up to checkpoint 1 are gone" in terminal.run("archive", "prune", *ours).stdout
+    terminal.forge("UPDATE event_checkpoints SET taken_at = taken_at + interval '31 days'")
+    assert terminal.json("verify", *ours, *archive, *believed)["consistent"]
+    assert "for ever" in terminal.run("archive", "keep", *ours, "--forever").stdout
+    nowhere = ("--archive", str(terminal.folder / "nowhere"))
+    assert "holds nothing" in terminal.run("archive", "verify", *ours, *nowhere, *believed, status=1).stderr
+    assert "no archive" in terminal.run("archive", "write", *ours, "--archive", "ftp://x", status=2).stderr

@@ -14,7 +14,7 @@ from plm_shared.schema_lint import lint
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = ("0013", "0014", "0015", "0016", "0017", "0018", "0019", "0020", "0021", "0022")
+REVISIONS = ("0013", "0014", "0015", "0016", "0017", "0018", "0019", "0020", "0021", "0022", "0023")
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -92,12 +92,15 @@ def test_functions_are_callable_through_the_engines_writer_role_only(engine_data
         connection.execute("GRANT plm_engine_writer TO plm_app")
 
 
-def test_only_the_look_for_abandoned_runs_goes_across_tenants(engine_database: DatabaseUrls) -> None:
+def test_only_the_look_for_abandoned_runs_goes_across_tenants_and_only_pruning_has_the_owners_rights(
+    engine_database: DatabaseUrls,
+) -> None:
     functions = query(engine_database.admin, FUNCTIONS)
     definers = [(signature, owner) for signature, owner, definer in functions if definer]
     assert sorted(definers) == [
         ("engine_abandoned_runs_v1(integer)", "plm_migrator"),
         ("engine_abandoned_runs_v2(integer,double precision)", "plm_migrator"),
+        ("engine_prune_events_v1(uuid,text)", "plm_owner"),  # under row-level security, like everyone
     ]
 
 
@@ -119,6 +122,8 @@ def test_every_function_stands_in_a_shipped_file_or_its_migration(engine_databas
         "UPDATE approval_tickets SET digest = 'x'",
         "UPDATE budgets SET tenant_id = tenant_id",
         "UPDATE events SET payload = '{}'",
+        "DELETE FROM events",
+        "UPDATE event_retention SET keep = '1 day'",
         "DELETE FROM halts",
         "TRUNCATE reservations",
         "DELETE FROM idempotency_records",

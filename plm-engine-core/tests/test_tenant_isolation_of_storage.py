@@ -10,7 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from plm_engine_core.control_plane import ArtifactRecord
 from plm_engine_core.control_plane.errors import FencingLost, NotFound
-from plm_engine_core.control_plane.events import BEGINNING, FeedPage, run_stream
+from plm_engine_core.control_plane.events import BEGINNING, FeedPage, Piece, run_stream
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.events.signing import Signer
 from plm_engine_core.control_plane.hitl import ScopeTerms
@@ -59,6 +59,10 @@ ABSENT = {
     "checkpoints.read": [],
     "checkpoints.newest": None,
     "checkpoints.heads": [],
+    "checkpoints.archived": 0,
+    "checkpoints.record_piece": NotFound,
+    "checkpoints.pruned": 0,
+    "checkpoints.prune": {"status": "nothing", "checkpoint": None, "streams": 0, "events": 0},
     "checkpoints.covered": [],
     "checkpoints.links": [],
 }
@@ -102,6 +106,8 @@ async def foreign(bench):
     halt = await bench.halt(HaltScope.RUN, run.id)
     checkpointer = Checkpointer(bench.storage.checkpoints, Signer(Ed25519PrivateKey.generate()))
     checkpoint = await checkpointer.take(bench.tenant)
+    piece = Piece(after=0, number=checkpoint.number, uri="file:///x", size_bytes=1, sha256="x")
+    await bench.storage.checkpoints.record_piece(bench.tenant, piece)
     storage, by = bench.storage, bench.approver
     held = {"fencing_token": holder.fencing_token}
     calls = {
@@ -158,6 +164,10 @@ async def foreign(bench):
         "checkpoints.read": lambda: storage.checkpoints.read(other),
         "checkpoints.newest": lambda: storage.checkpoints.newest(other),
         "checkpoints.heads": lambda: storage.checkpoints.heads(other, number=checkpoint.number),
+        "checkpoints.archived": lambda: storage.checkpoints.archived(other),
+        "checkpoints.record_piece": lambda: storage.checkpoints.record_piece(other, piece),
+        "checkpoints.pruned": lambda: storage.checkpoints.pruned(other),
+        "checkpoints.prune": lambda: storage.checkpoints.prune(other, actor="system:test"),
         "checkpoints.covered": lambda: collected(storage.checkpoints.covered(other, checkpoint.number)),
         "checkpoints.links": lambda: collected(storage.checkpoints.links(other, stream=run_stream(run.id))),
     }
@@ -175,7 +185,7 @@ async def walked(batches):
 def everything(bench):
     """Every row of the engine."""
     tables = ["run_states", "run_steps", "approval_tickets", "grants", "budgets", "halts", "events", "event_streams"]
-    tables += ["event_checkpoints", "approval_votes", "approval_comments", "approval_scopes"]
+    tables += ["event_checkpoints", "event_exports", "approval_votes", "approval_comments", "approval_scopes"]
     return {table: sorted(map(str, bench.behind.rows(table))) for table in tables}
 
 

@@ -13,6 +13,8 @@ from uuid import UUID
 
 import typer
 
+from plm_engine_core.cli.event_archive import app as archive_app
+from plm_engine_core.cli.event_archive import read_archive
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
 from plm_engine_core.cli.storage import Books, with_books
@@ -37,6 +39,8 @@ from plm_engine_core.control_plane.events.signing import new_private_pem
 
 app = typer.Typer(help="Check, sign and export the record of what happened.", no_args_is_help=True)
 
+app.add_typer(archive_app, name="archive")
+
 _FOLLOW_SECONDS = 1.0
 
 TenantId = Annotated[UUID, typer.Option(help="Whose streams.")]
@@ -52,6 +56,9 @@ def verify(
     tenant_id: TenantId,
     stream: Annotated[str | None, typer.Option(help="Only this stream, such as run/<id>.")] = None,
     exports: Exports = None,
+    archive: Annotated[
+        str | None, typer.Option(help="An archive that holds this tenant's exports: a folder or s3://bucket.")
+    ] = None,
     public_key: Believed = None,
     since_checkpoint: Annotated[
         bool, typer.Option(help="Take what the newest signed checkpoint covers as good; needs --public-key.")
@@ -64,12 +71,14 @@ def verify(
     "unforged" as far as they go: nobody has changed, cut off or removed what they hold.
     Status 0: good, 1: not, or the database refused; 2: wrong arguments; 3: no address.
     """
-    if (exports or since_checkpoint) and not public_key:
+    if exports and archive:
+        fail(ExitCode.USAGE, "name exports or an archive, not both")
+    if (exports or archive or since_checkpoint) and not public_key:
         fail(ExitCode.USAGE, "signatures need a key to be checked with: name it with --public-key")
-    if exports and since_checkpoint:
+    if (exports or archive) and since_checkpoint:
         fail(ExitCode.USAGE, "against an export everything is checked; leave out --since-checkpoint")
     keys = _believed(public_key)
-    exported = _read(exports, keys) if exports else None
+    exported = _read(exports, keys) if exports else read_archive(archive, tenant_id, keys) if archive else None
     if exported is not None and exported.tenant_id != tenant_id:
         fail(ExitCode.USAGE, f"the export is of tenant {exported.tenant_id}, not of {tenant_id}")
     results = with_books(

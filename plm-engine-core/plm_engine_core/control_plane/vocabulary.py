@@ -251,6 +251,7 @@ class EventKind(StrEnum):
     APPROVAL_SCOPE_REVOKED = "approval_scope_revoked"
     HALT_TRIGGERED = "halt_triggered"
     HALT_LIFTED = "halt_lifted"
+    EVENTS_PRUNED = "events_pruned"
 
 
 TERMINAL_RUN_STATES = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})

@@ -1,15 +1,18 @@
 """Events: the authority on what happened, one dense hash chain per stream."""
 
+from plm_engine_core.control_plane.events.archive import Archive, Archivist, Piece, open_archive
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, Event, event_hash, run_stream
 from plm_engine_core.control_plane.events.export import Exported, export, read_exports
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage, HeldBack
 from plm_engine_core.control_plane.events.signing import PublicKeys, Signer, load_public_keys, load_signer
-from plm_engine_core.control_plane.events.verify import StreamHead, Verification, verify_streams, verify_tenant
+from plm_engine_core.control_plane.events.verify import StreamHead, Stub, Verification, verify_streams, verify_tenant
 
 __all__ = [
     "BEGINNING",
     "TENANT_STREAM",
+    "Archive",
+    "Archivist",
     "Checkpoint",
     "Event",
     "Exported",
@@ -17,14 +20,17 @@ __all__ = [
     "FeedPage",
     "Head",
     "HeldBack",
+    "Piece",
     "PublicKeys",
     "Signer",
     "StreamHead",
+    "Stub",
     "Verification",
     "event_hash",
     "export",
     "load_public_keys",
     "load_signer",
+    "open_archive",
     "read_exports",
     "run_stream",
     "verify_streams",

@@ -16,6 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, BinaryIO, Protocol
 from uuid import UUID
 
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events.chain import Chain, Link, framed, unframed
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head, checkpoint_problem
 from plm_engine_core.control_plane.events.signing import PublicKeys
@@ -33,6 +34,10 @@ _MICROSECOND = timedelta(microseconds=1)
 class ExportSource(Protocol):
     """Where an export reads from."""
 
+    async def pruned(self, tenant_id: UUID) -> int:
+        """The newest checkpoint of which events were pruned; 0 where none were."""
+        ...
+
     async def read(self, tenant_id: UUID, *, after: int = 0, limit: int = 100) -> Iterable[Checkpoint]:
         """Checkpoints in order, from number `after` + 1."""
         ...
@@ -42,15 +47,33 @@ class ExportSource(Protocol):
         ...
 
 
-async def export(source: ExportSource, tenant_id: UUID, file: BinaryIO, *, after: int = 0) -> int:
-    """Write the export from checkpoint `after` + 1 to the newest one, and answer the number of the newest."""
+async def export(
+    source: ExportSource, tenant_id: UUID, file: BinaryIO, *, after: int = 0, limit_bytes: int | None = None
+) -> int:
+    """Write the export from checkpoint `after` + 1 to the newest one, and answer the number of the newest.
+
+    With a limit it ends earlier, with the checkpoint that reached it.
+
+    Raises:
+        InvalidRequest: events that it would hold were pruned.
+    """
+    pruned = await source.pruned(tenant_id)
+    if after < pruned:
+        raise InvalidRequest(
+            f"events up to checkpoint {pruned} were exported and pruned; go on after {pruned}, with the earlier "
+            "exports at hand",
+            field="after",
+        )
+    begin = file.tell()
     file.write(_line({"format": FORMAT, "version": VERSION, "tenant_id": str(tenant_id), "after": after}))
     while checkpoints := list(await source.read(tenant_id, after=after)):
         for checkpoint in checkpoints:
             events = source.covered(tenant_id, checkpoint.number)
             await asyncio.to_thread(file.writelines, (_line(_link_to_json(link)) for link in events))
             file.write(_line(_checkpoint_to_json(checkpoint)))
-        after = checkpoints[-1].number
+            after = checkpoint.number
+            if limit_bytes is not None and file.tell() - begin > limit_bytes:
+                return after
     return after
 
 
@@ -76,12 +99,9 @@ def read_exports(files: Iterable[Iterable[bytes]], keys: PublicKeys) -> Exported
     `problem` then names the event or checkpoint. What a file holds after its last checkpoint is not signed, and so is
     wrong too.
     """
-    reader = _Reader(keys)
+    reader = ExportReader(keys)
     for number, lines in enumerate(files, 1):
-        try:
-            reader.read(lines)
-        except _WrongError as wrong:
-            reader.found.problem = f"file {number}: {wrong}"
+        if not reader.add(lines, name=f"file {number}"):
             break
     return reader.found
 
@@ -90,7 +110,9 @@ class _WrongError(Exception):  # control flow inside this module, never seen out
     pass
 
 
-class _Reader:
+class ExportReader:
+    """Checks one export after the other; `found` is what was read so far."""
+
     def __init__(self, keys: PublicKeys) -> None:
         self._keys = keys
         self._chains: dict[str, Chain] = {}
@@ -98,7 +120,15 @@ class _Reader:
         self._tenant_id = _NOBODY
         self.found = Exported()
 
-    def read(self, lines: Iterable[bytes]) -> None:
+    def add(self, lines: Iterable[bytes], *, name: str) -> bool:
+        """Check one more export; whether it is what was signed, else `found.problem` begins with its name."""
+        try:
+            self._read(lines)
+        except _WrongError as wrong:
+            self.found.problem = f"{name}: {wrong}"
+        return not self.found.problem
+
+    def _read(self, lines: Iterable[bytes]) -> None:
         numbered = enumerate(_bounded(lines), 1)
         try:
             self._begin(json.loads(next(numbered)[1]))
@@ -162,6 +192,14 @@ class _Reader:
         self.found.heads = heads
         self.found.newest = checkpoint
         self._uncovered.clear()
+
+
+def checkpoint_of_line(tenant_id: UUID, line: bytes) -> Checkpoint | None:
+    """The checkpoint that a line of an export holds; None when it holds something else. Nothing is verified."""
+    try:
+        return _checkpoint_from_json(tenant_id, json.loads(line))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
+        return None
 
 
 def _bounded(lines: Iterable[bytes]) -> Iterator[bytes]:

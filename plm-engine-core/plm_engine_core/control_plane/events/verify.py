@@ -22,13 +22,30 @@ CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Stub:
+    """What stays behind of the beginning of a stream that was pruned: its last sequence and hash.
+
+    `covered` says whether the checkpoint that it names says the same.
+    """
+
+    seq: int
+    hash: bytes
+    checkpoint: int
+    covered: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class StreamHead:
-    """The last sequence and hash of a stream as its head row has them, and the last event stored at that instant."""
+    """The last sequence and hash of a stream as its head row has them, and the last event stored at that instant.
+
+    `stored_seq` is that of the stub where no event is stored after it.
+    """
 
     stream: str
     last_seq: int
     last_hash: bytes
     stored_seq: int
+    stub: Stub | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +77,10 @@ def verify_streams(
 ) -> list[Verification]:
     """Walk the streams of a tenant in order up to their heads, and check every link and every head.
 
-    `links` are ordered by stream and sequence. With `since`, each stream is only checked from there on, and what comes
-    before is taken as good. With `exported`, streams must also agree with those heads. No stream of either may be
-    missing. What is appended after the heads were read is left to the next time.
+    `links` are ordered by stream and sequence. A stream whose beginning was pruned is checked from its stub on; an
+    export then says whether the stub is what was there. With `since`, each stream is only checked from there on, and
+    what comes before is taken as good. With `exported`, streams must also agree with those heads. No stream of either
+    may be missing. What is appended after the heads were read is left to the next time.
     """
     walks = {
         head.stream: _Walk(tenant_id, head, since=(since or {}).get(head.stream), exported=(exported or {}))
@@ -86,13 +104,27 @@ class _Walk:
 
     def __init__(self, tenant_id: UUID, head: StreamHead, *, since: Head | None, exported: Mapping[str, Head]) -> None:
         self._head = head
-        self._start = since.seq if since else 0
-        self._chain = Chain(tenant_id, head.stream, seq=self._start, hash=since.hash if since else b"")
         self._exported = exported.get(head.stream)
         self._bad: Verification | None = None
+        seq, digest = (since.seq, since.hash) if since else (0, b"")
+        if head.stub is not None and head.stub.seq > seq:
+            seq, digest = head.stub.seq, head.stub.hash
+        self._start = seq
+        self._chain = Chain(tenant_id, head.stream, seq=seq, hash=digest)
+        if head.stub is not None:
+            self._check_stub(head.stub)
+
+    def _check_stub(self, stub: Stub) -> None:
+        copy = self._exported
+        if not stub.covered:
+            self._fail(stub.seq, f"everything up to here was pruned, which checkpoint {stub.checkpoint} does not cover")
+        elif copy is not None and copy.seq < stub.seq:
+            self._fail(stub.seq, f"everything up to here was pruned, and the export ends at {copy.seq}")
+        elif copy is not None and copy.seq == stub.seq and copy.hash != stub.hash:
+            self._fail(stub.seq, "everything up to here was pruned, and it was not what was exported")
 
     def step(self, link: Link) -> None:
-        if self._bad is not None or link[1] > self._head.last_seq:
+        if self._bad is not None or not self._start < link[1] <= self._head.last_seq:
             return
         problem = self._chain.problem(link)
         if problem:

@@ -27,6 +27,7 @@ from plm_engine_core.control_plane.vocabulary import (
 
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.events import Checkpoint, Event, Head, StreamHead
+    from plm_engine_core.control_plane.events.archive import Piece
     from plm_engine_core.control_plane.events.chain import Link
     from plm_engine_core.control_plane.events.feed import FeedCursor, FeedPage
     from plm_engine_core.control_plane.halts import Halt
@@ -337,6 +338,25 @@ class CheckpointStore(Protocol):
 
     async def heads(self, tenant_id: UUID, *, number: int) -> Sequence[Head]:
         """Every head as the checkpoint `number` covers it."""
+        ...
+
+    async def archived(self, tenant_id: UUID) -> int:
+        """The newest checkpoint that a recorded piece holds; 0 before the first."""
+        ...
+
+    async def record_piece(self, tenant_id: UUID, piece: Piece) -> None:
+        """Record a stored piece of the archive; doing so again changes nothing."""
+        ...
+
+    async def pruned(self, tenant_id: UUID) -> int:
+        """The newest checkpoint of which events were pruned; 0 where none were."""
+        ...
+
+    async def prune(self, tenant_id: UUID, *, actor: str) -> Mapping[str, Any]:
+        """Prune what is older than the tenant's retention and recorded as archived, leaving stubs and an event.
+
+        Answers `status` (pruned or nothing), `checkpoint`, `streams` and `events`.
+        """
         ...
 
     def covered(self, tenant_id: UUID, number: int) -> Iterator[Link]:

@@ -101,6 +101,7 @@ class Books:
         self.event_streams = self._table()  # by tenant and name
         self.events = self._table()  # by (tenant, stream) and sequence
         self.event_checkpoints = self._table()  # by tenant and number
+        self.event_exports = self._table()  # by tenant and number
 
     def _table(self) -> Table:
         return Table(self._undo)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from datetime import datetime
+from typing import Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
+from plm_engine_core.control_plane.events.archive import Piece
 from plm_engine_core.control_plane.events.chain import Link
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.events.event import Event, link_of
@@ -97,6 +99,27 @@ class MemoryCheckpoints:
         """Every head as the checkpoint `number` covers it."""
         async with self._books.turn() as books:
             return sorted(_covered_heads(books, tenant_id, number).values(), key=_name)
+
+    async def archived(self, tenant_id: UUID) -> int:
+        """The newest checkpoint that a recorded piece holds; 0 before the first."""
+        async with self._books.turn() as books:
+            return max((row["number"] for row in books.event_exports.rows(tenant_id)), default=0)
+
+    async def record_piece(self, tenant_id: UUID, piece: Piece) -> None:
+        """Record a stored piece of the archive."""
+        async with self._books.turn() as books:
+            if books.event_checkpoints.get(tenant_id, piece.number) is None:
+                raise NotFound("tenant", "of this request")
+            if books.event_exports.get(tenant_id, piece.number) is None:
+                books.event_exports.put(tenant_id, piece.number, asdict(piece))
+
+    async def pruned(self, tenant_id: UUID) -> int:  # noqa: ARG002  # nothing ever is
+        """The newest checkpoint of which events were pruned: none, for nothing is ever dropped here."""
+        return 0
+
+    async def prune(self, tenant_id: UUID, *, actor: str) -> Mapping[str, Any]:  # noqa: ARG002  # as above
+        """Prune nothing: there is no owner here who could have set a retention."""
+        return {"status": "nothing", "checkpoint": None, "streams": 0, "events": 0}
 
     def covered(self, tenant_id: UUID, number: int) -> Iterator[Link]:
         """The events that checkpoint `number` covers and the one before it does not, by stream and sequence."""

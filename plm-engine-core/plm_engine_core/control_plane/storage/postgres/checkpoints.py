@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from plm_engine_core.control_plane.events.archive import Piece
 from plm_engine_core.control_plane.events.chain import Link
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
@@ -113,6 +114,40 @@ class PostgresCheckpoints:
                 [tenant_id, number],
             )
             return [Head(row["stream"], row["last_seq"], row["last_hash"]) for row in await cursor.fetchall()]
+
+    async def archived(self, tenant_id: UUID) -> int:
+        """The newest checkpoint that a recorded piece holds; 0 before the first."""
+        return await self._newest_number(tenant_id, "event_exports")
+
+    async def record_piece(self, tenant_id: UUID, piece: Piece) -> None:
+        """Record a stored piece of the archive."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            await connection.execute(
+                "INSERT INTO event_exports (tenant_id, number, after, uri, size_bytes, sha256) "
+                "VALUES (%s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
+                [tenant_id, piece.number, piece.after, piece.uri, piece.size_bytes, piece.sha256],
+            )
+
+    async def pruned(self, tenant_id: UUID) -> int:
+        """The newest checkpoint of which events were pruned; 0 where none were."""
+        return await self._newest_number(tenant_id, "event_stubs")
+
+    async def prune(self, tenant_id: UUID, *, actor: str) -> Mapping[str, Any]:
+        """Prune what the tenant's retention no longer asks for."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute("SELECT engine_prune_events_v1(%s, %s) AS answer", [tenant_id, actor])
+            row: Any = await cursor.fetchone()
+            answer: Mapping[str, Any] = row["answer"]
+            return answer
+
+    async def _newest_number(self, tenant_id: UUID, table: str) -> int:
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                f"SELECT COALESCE(max(number), 0) AS number FROM {table} WHERE tenant_id = %s".encode(),  # noqa: S608  # one of two literals
+                [tenant_id],
+            )
+            row: Any = await cursor.fetchone()
+            return int(row["number"])
 
     def covered(self, tenant_id: UUID, number: int) -> Iterator[Link]:
         """The events that checkpoint `number` covers and the one before it does not, by stream and sequence."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import Conflict, InvalidRequest
 from plm_engine_core.control_plane.events.event import Event
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage, HeldBack
-from plm_engine_core.control_plane.events.verify import StreamHead
+from plm_engine_core.control_plane.events.verify import StreamHead, Stub
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
 from plm_engine_core.control_plane.storage.rows import event_row
 
@@ -35,6 +35,16 @@ _HELD_BACK = (
 _BLOCKING = (
     "SELECT pid FROM pg_locks WHERE locktype = 'transactionid' AND granted AND mode = 'ExclusiveLock' "
     "AND transactionid::text::bigint = %s"
+)
+_HEADS = (
+    "SELECT s.stream, s.last_seq, s.last_hash, COALESCE((SELECT max(e.seq) FROM events AS e "
+    "WHERE e.tenant_id = s.tenant_id AND e.stream = s.stream), p.last_seq, 0) AS stored_seq, "
+    "p.last_seq AS stub_seq, p.last_hash AS stub_hash, p.number AS stub_number, "
+    "EXISTS (SELECT FROM event_checkpoint_heads AS h WHERE h.tenant_id = s.tenant_id AND h.stream = s.stream "
+    "AND h.number = p.number AND h.last_seq = p.last_seq AND h.last_hash = p.last_hash) AS covered "
+    "FROM event_streams AS s LEFT JOIN LATERAL (SELECT b.last_seq, b.last_hash, b.number FROM event_stubs AS b "
+    "WHERE b.tenant_id = s.tenant_id AND b.stream = s.stream ORDER BY b.last_seq DESC LIMIT 1) AS p ON true "
+    "WHERE s.tenant_id = %s ORDER BY s.stream"
 )
 _XIDS = 2**32  # a lock names the lower half of a transaction's id
 
@@ -79,13 +89,21 @@ class PostgresEvents:
     async def heads(self, tenant_id: UUID) -> Sequence[StreamHead]:
         """Every stream of the tenant with its head."""
         async with self._gateway.transaction(tenant_id) as connection:
-            cursor = await connection.execute(
-                "SELECT s.stream, s.last_seq, s.last_hash, COALESCE((SELECT max(e.seq) FROM events AS e "
-                "WHERE e.tenant_id = s.tenant_id AND e.stream = s.stream), 0) AS stored_seq "
-                "FROM event_streams AS s WHERE s.tenant_id = %s ORDER BY s.stream",
-                [tenant_id],
-            )
-            return [StreamHead(**row) for row in await cursor.fetchall()]
+            cursor = await connection.execute(_HEADS, [tenant_id])
+            return [_head(row) for row in await cursor.fetchall()]
+
+
+def _head(row: Mapping[str, Any]) -> StreamHead:
+    stub = None
+    if row["stub_seq"] is not None:
+        stub = Stub(seq=row["stub_seq"], hash=row["stub_hash"], checkpoint=row["stub_number"], covered=row["covered"])
+    return StreamHead(
+        stream=row["stream"],
+        last_seq=row["last_seq"],
+        last_hash=row["last_hash"],
+        stored_seq=row["stored_seq"],
+        stub=stub,
+    )
 
 
 async def _horizon(connection: Session, tenant_id: UUID, after: FeedCursor) -> str:

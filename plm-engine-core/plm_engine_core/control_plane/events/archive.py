@@ -1,0 +1,191 @@
+"""The archive: a tenant's exports as pieces in an artifact store, each named by the checkpoint it goes on after.
+
+So the pieces make a chain that is read without an index: the first goes on after checkpoint 0, and where one ends the
+next begins. A piece is stored only where there is none, so of two that would store the same one does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
+from uuid import UUID
+
+from plm_shared.artifact_store import (
+    ArtifactExists,
+    ArtifactRef,
+    ArtifactStorageBackend,
+    LocalFilesystemBackend,
+    ObjectStoreBackend,
+)
+
+from plm_engine_core.control_plane.errors import InvalidRequest, StorageUnavailable
+from plm_engine_core.control_plane.events.export import (
+    MAX_LINE_BYTES,
+    Exported,
+    ExportReader,
+    checkpoint_of_line,
+    export,
+)
+from plm_engine_core.control_plane.events.signing import PublicKeys
+
+if TYPE_CHECKING:
+    from plm_engine_core.control_plane.storage.ports import CheckpointStore, Storage
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 32 << 20
+"""A piece ends with the checkpoint that makes it longer than this."""
+
+_ACTOR = "system:archive"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One stored piece: the events and checkpoints from `after` + 1 up to `number`."""
+
+    after: int
+    number: int
+    uri: str
+    size_bytes: int
+    sha256: str
+
+
+class Archive:
+    """The pieces of all tenants in one store."""
+
+    def __init__(self, backend: ArtifactStorageBackend) -> None:
+        self._backend = backend
+
+    async def write(self, store: CheckpointStore, tenant_id: UUID, *, after: int) -> Piece | None:
+        """Store the piece that goes on after a checkpoint, or find it stored already; None when nothing is after it.
+
+        Raises:
+            InvalidRequest: events that it would hold were pruned, or what is stored there is of another history.
+            OSError, ValueError: the place refused it; nothing was stored.
+        """
+        with tempfile.TemporaryFile() as file:
+            number = await export(store, tenant_id, file, after=after, limit_bytes=PIECE_BYTES)
+            if number == after:
+                return None
+            file.seek(0)
+            try:
+                stored = await asyncio.to_thread(
+                    self._backend.store, _place(tenant_id, after), file, only_if_absent=True
+                )
+            except ArtifactExists:
+                return await self._found(store, tenant_id, after)
+        return Piece(after=after, number=number, uri=stored.uri, size_bytes=stored.size_bytes, sha256=stored.sha256)
+
+    async def _found(self, store: CheckpointStore, tenant_id: UUID, after: int) -> Piece:
+        """A piece that was stored and not recorded: its writer was ended in between, or another is recording it."""
+        place = _place(tenant_id, after)
+        data = await asyncio.to_thread(self._backend.get, place)
+        last = checkpoint_of_line(tenant_id, data.rstrip(b"\n").rpartition(b"\n")[2])
+        ours = list(await store.read(tenant_id, after=last.number - 1, limit=1)) if last is not None else []
+        if last is None or ours != [last]:
+            raise InvalidRequest(
+                f"{place.relative_path} is in the archive and is no piece of this history; name another archive",
+                field="archive",
+            )
+        uri = await asyncio.to_thread(self._backend.presign_url, place)
+        digest = sha256(data).hexdigest()
+        return Piece(after=after, number=last.number, uri=uri.partition("?")[0], size_bytes=len(data), sha256=digest)
+
+    def read(self, tenant_id: UUID, keys: PublicKeys) -> Exported:
+        """Check every piece of a tenant, in order, without a database; `problem` names what is wrong first."""
+        reader = ExportReader(keys)
+        while not reader.found.problem:
+            after = reader.found.newest.number if reader.found.newest else 0
+            try:
+                chunks = self._backend.open(_place(tenant_id, after))
+            except FileNotFoundError:
+                break
+            try:
+                reader.add(_lines(chunks), name=f"piece after checkpoint {after}")
+            except OSError as error:
+                reader.found.problem = f"piece after checkpoint {after}: {error}"
+        return reader.found
+
+
+class Archivist:
+    """Keeps every tenant's archive up to its newest checkpoint, and prunes what its retention no longer asks for."""
+
+    def __init__(self, storage: Storage, archive: Archive, *, every_seconds: float = 3600.0) -> None:
+        self._checkpoints = storage.checkpoints
+        self._archive = archive
+        self._every_seconds = every_seconds
+
+    async def archive(self, tenant_id: UUID) -> list[Piece]:
+        """Store what is signed and not stored yet, and record it."""
+        pieces = []
+        after = await self._checkpoints.archived(tenant_id)
+        while (piece := await self._archive.write(self._checkpoints, tenant_id, after=after)) is not None:
+            await self._checkpoints.record_piece(tenant_id, piece)
+            pieces.append(piece)
+            after = piece.number
+        return pieces
+
+    async def sweep(self) -> int:
+        """One pass over all tenants; answers how many pieces were stored."""
+        stored = 0
+        for tenant_id in await self._checkpoints.tenants():
+            try:
+                stored += len(await self.archive(tenant_id))
+                await self._checkpoints.prune(tenant_id, actor=_ACTOR)
+            except (OSError, ValueError, InvalidRequest):
+                logger.exception("the archive of tenant %s could not be brought up; the others go on", tenant_id)
+        return stored
+
+    async def run(self) -> None:
+        """Sweep until cancelled; a failed pass is logged, and the next one does what it left."""
+        while True:
+            try:
+                await self.sweep()
+            except StorageUnavailable as error:
+                logger.warning("the archive has to wait: %s", error)
+            except Exception:
+                logger.exception("a pass over the archive failed; the next one tries again")
+            await asyncio.sleep(self._every_seconds)
+
+
+def open_archive(address: str) -> Archive:
+    """The archive in a folder, or below ``s3://bucket`` (``?endpoint=URL`` for another server than Amazon's).
+
+    Credentials for S3 come from where boto3 looks for them, never from the address.
+
+    Raises:
+        InvalidRequest: the address is of another kind, or what S3 needs is not installed.
+    """
+    parts = urlsplit(address)
+    if parts.scheme in ("", "file"):
+        return Archive(LocalFilesystemBackend(Path(parts.path if parts.scheme else address)))
+    if parts.scheme != "s3" or not parts.hostname or parts.username or parts.path.strip("/"):
+        raise InvalidRequest(f"{parts.scheme}:… is no archive; name a folder, or s3://bucket", field="archive")
+    endpoint = parse_qs(parts.query).get("endpoint", [None])[0]
+    try:
+        return Archive(ObjectStoreBackend(bucket=parts.hostname, endpoint_url=endpoint))
+    except ImportError as error:
+        raise InvalidRequest(f"an archive in S3 needs boto3: {error}", field="archive") from error
+
+
+def _place(tenant_id: UUID, after: int) -> ArtifactRef:
+    return ArtifactRef(str(tenant_id), "events", f"after-{after}", "jsonl")
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of what comes in chunks; one that is too long for an export comes unfinished, and is refused there."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line + b"\n" for line in lines)
+        if len(rest) > MAX_LINE_BYTES:
+            break
+    if rest:
+        yield rest
