@@ -236,3 +236,26 @@ def test_writers_in_several_threads_wait_for_each_other(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(write, range(40)))
     assert len(store.list_all()) == 40
+
+
+def test_hosts_that_start_at_once_make_one_store_and_lose_nothing(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from plugin_substrate.stores.config import LocalPluginConfigStore as Store, PluginConfigRecord as Record\n"
+        "print('there', flush=True); sys.stdin.readline()\n"
+        "for folder in range(10):\n"
+        "    store = Store(Path(sys.argv[1], str(folder), 'configs.db'))\n"
+        "    for n in range(3): store.set(Record(plugin_name=f'reader-{sys.argv[2]}-{n}', config={'n': n}))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    hosts = [
+        subprocess.Popen([*command, str(number)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) for number in range(3)
+    ]
+    for host in hosts:
+        assert host.stdout is not None
+        assert host.stdout.readline() == b"there\n"
+    for host in hosts:
+        host.communicate(b"\n", 120)
+    assert [host.returncode for host in hosts] == [0, 0, 0]
+    for folder in range(10):
+        assert len(LocalPluginConfigStore(tmp_path / str(folder) / "configs.db").list_all()) == 9

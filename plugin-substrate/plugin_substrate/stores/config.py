@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from plugin_substrate.errors import StoreError
-from plugin_substrate.stores.files import PASSAGE, make_private
+from plugin_substrate.stores.files import PASSAGE, locked, make_private
 
 _BUSY_SECONDS = 10.0
 _TABLE = """
@@ -128,15 +128,22 @@ class LocalPluginConfigStore:
         """One connection per operation, committed at its end; the file is nobody else's to read."""
         try:
             make_private(self._path, 0o600)
-            new = not self._path.exists()
-            if new:
+            if not self._path.exists():
                 self._path.touch(mode=0o600)
-            with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as connection, connection:
-                connection.execute("PRAGMA journal_mode=WAL")
-                connection.execute(_TABLE)
-                yield connection
+            with closing(sqlite3.connect(self._path, timeout=_BUSY_SECONDS)) as connection:
+                self._prepare(connection)
+                with connection:
+                    yield connection
         except (sqlite3.Error, OSError) as error:
             raise self._error(error) from error
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """Make the table; one process at a time, as switching to WAL does not wait for others."""
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'plugin_configs'").fetchone():
+            return
+        with locked(self._path.with_name(f"{self._path.name}.lock")):
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute(_TABLE)
 
     def _error(self, error: Exception) -> StoreError:
         return StoreError(f"the configurations in {self._path} cannot be used: {error}", path=str(self._path))
