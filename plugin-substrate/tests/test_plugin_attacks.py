@@ -240,6 +240,21 @@ async def test_a_file_ends_at_its_limit(manager: PluginManager, attacker_meta: M
     assert await tried(manager, "fill_disk") == ("EFBIG", 3 << 20)
 
 
+async def test_files_that_take_too_much_together_end_their_worker(
+    manager: PluginManager, attacker_meta: MetaFactory
+) -> None:
+    await manager.load_plugin_async(attacker_meta(granted={"disk_bytes": 8 << 20}))
+    with pytest.raises(PluginResourceError, match=r"of 8388608 granted \(disk\)") as caught:
+        await tried(manager, "fill_disk_with_files", size=128 << 10)
+    assert caught.value.resource_shortfall is not None
+    assert not caught.value.outcome_known
+
+
+async def test_files_in_a_folder_where_nobody_can_look_end_their_worker(attack: Attack) -> None:
+    with pytest.raises(PluginResourceError, match="hidden_folders"):
+        await attack("fill_disk_far_below")
+
+
 async def test_nobody_writes_on_after_the_plugin_was_unloaded(manager: PluginManager, attack: Attack) -> None:
     await attack("late_writer")
     process = manager.get_instance("attacker").pid
@@ -419,4 +434,4 @@ def test_all_this_holds_as_an_ordinary_user() -> None:
             capture_output=True, text=True, check=False, timeout=600,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "92 passed, 4 skipped" in done.stdout, "everything but what only root can do"
+    assert "94 passed, 4 skipped" in done.stdout, "everything but what only root can do"

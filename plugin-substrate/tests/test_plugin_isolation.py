@@ -40,6 +40,7 @@ FULL = {
     "cpu_seconds": 60,
     "open_files": 64,
     "file_bytes": 1 << 20,
+    "disk_bytes": 1 << 30,
 }
 
 

@@ -420,6 +420,7 @@ async def test_a_worker_has_nothing_of_the_host_but_its_socket_and_its_log(
         "capabilities_dropped",
         "clean_environment",
         "closed_descriptors",
+        "disk_sampled",
         f"landlock:{kernel_abi()}",
         "memory_sampled",
         "new_session",

@@ -101,7 +101,7 @@ def _confine_on_linux(confinement: Confinement) -> list[str]:
     profile = confinement.profile
     if not confinement.apart:  # there, nobody can see the parent
         die_with_parent(signal.SIGKILL, confinement.parent)
-    layers = ["memory_sampled", "parent_death_signal", *_end_of_descendants(confinement)]
+    layers = ["disk_sampled", "memory_sampled", "parent_death_signal", *_end_of_descendants(confinement)]
     if confinement.own_uid is not None and os.getresuid() == (confinement.own_uid,) * 3:
         layers.append(f"own_uid:{confinement.own_uid}")
     if privileges.drop_capabilities(os.uname().machine):

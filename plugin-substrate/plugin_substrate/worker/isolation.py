@@ -25,6 +25,7 @@ LAYERS: Mapping[str, str] = {
     "clean_environment": "reading the host's environment variables in its own",
     "closed_descriptors": "using files and sockets that the host has open",
     "descendants_swept": "leaving processes behind for long: instead of pid_namespace, at best effort",
+    "disk_sampled": "keeping more in its folder than granted, for long",
     "landlock": "reading and writing files that are not listed; from version 4 TCP, from version 6 signals too",
     "memory_sampled": "keeping more resident memory than granted, all its processes together, for long",
     "new_session": "sharing a terminal or a process group with the host",
@@ -45,7 +46,8 @@ class IsolationProfile:
 
     Paths are absolute and stand for themselves and all below; its own data folder, its environment and what the system
     gives to everyone need not be named. Sizes are bytes. ``processes`` counts those beside the worker, all generations
-    together; ``memory_bytes`` is resident memory of all of them together.
+    together; ``memory_bytes`` is resident memory of all of them together. ``file_bytes`` bounds each file, and
+    ``disk_bytes`` all that its own folder holds, with what earlier workers left there.
     """
 
     network: bool = False
@@ -57,6 +59,7 @@ class IsolationProfile:
     cpu_seconds: int | None = None
     open_files: int = 1024
     file_bytes: int = 4 << 30
+    disk_bytes: int = 16 << 30
 
     @classmethod
     def from_json(cls, data: object) -> IsolationProfile:
@@ -81,6 +84,7 @@ class IsolationTerms:
     cpu_seconds: int | None = None
     open_files: int | None = None
     file_bytes: int | None = None
+    disk_bytes: int | None = None
 
     def said(self) -> dict[str, Any]:
         """Return the fields that something is said about."""
@@ -203,4 +207,5 @@ _CHECKS: Mapping[str, Callable[[object], str]] = {
     "cpu_seconds": _number_check(1, _MAX_NUMBER),
     "open_files": _number_check(32, 1 << 20),
     "file_bytes": _number_check(0, _MAX_NUMBER),
+    "disk_bytes": _number_check(1 << 20, _MAX_NUMBER),
 }

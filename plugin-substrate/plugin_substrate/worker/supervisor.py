@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from plugin_substrate.errors import PluginConfigError
-from plugin_substrate.worker import confine, namespaces, own_user, privileges, runtime, watch
+from plugin_substrate.worker import confine, disk, namespaces, own_user, privileges, runtime, watch
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.own_user import Reach
 from plugin_substrate.worker.usage import process_stats
@@ -54,6 +54,7 @@ def supervise(control: socket.socket, host: int) -> None:
 class _Worker:
     number: int
     profile: IsolationProfile
+    folder: disk.FolderWatch
     excess: watch.Excess | None = None  #: what it was killed for
 
 
@@ -117,7 +118,7 @@ class _Supervisor:
                 profile=profile, folder=request["cwd"], parent=me, apart=apart, own_uid=uid
             )
             _become_worker(request, confinement, descriptors)
-        self._workers[pid] = _Worker(number, profile)
+        self._workers[pid] = _Worker(number, profile, disk.FolderWatch(request["cwd"], profile.disk_bytes))
         self._look_at = 0.0
         pidfd = os.pidfd_open(pid)  # still our unreaped child, so the pid cannot mean another process
         try:
@@ -170,12 +171,13 @@ class _Supervisor:
         """Kill what has grown over a bound that the kernel does not keep."""
         if not self._workers or time.monotonic() < self._look_at:
             return
-        pauses = []
+        pauses: list[float] = []
         for pid, worker in self._workers.items():
             sample = watch.look_at(pid, worker.profile)
-            pauses.append(sample.next_seconds)
-            if sample.excess is not None:
-                worker.excess = sample.excess
+            disk_excess, disk_seconds = worker.folder.look()
+            pauses += sample.next_seconds, disk_seconds
+            worker.excess = worker.excess or sample.excess or disk_excess
+            if worker.excess is not None:
                 _kill(pid)
         self._look_at = time.monotonic() + min(pauses)
 

@@ -275,6 +275,23 @@ class Attacker(PluginInterface):
         except OSError as error:
             return errno.errorcode[error.errno], (self.data_dir / "filler").stat().st_size
 
+    @plugin_action("attacker.fill_disk_with_files")
+    def fill_disk_with_files(self, size):
+        number = 0
+        while True:
+            (self.data_dir / f"part-{number}").write_bytes(bytes(size))
+            number += 1
+            time.sleep(0.01)
+
+    @plugin_action("attacker.fill_disk_far_below")
+    def fill_disk_far_below(self):
+        """Go down until no path leads there any more."""
+        os.chdir(self.data_dir)
+        for _ in range(30):
+            os.mkdir("d" * 200)  # noqa: PTH102 - a path would be too long
+            os.chdir("d" * 200)
+        time.sleep(1000)
+
     @plugin_action("attacker.late_writer")
     def late_writer(self):
         """Return, and write on."""
