@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from plugin_substrate.cli_doctor import doctor
+from plugin_substrate.cli_jobs import jobs, submit
 from plugin_substrate.cli_settings import DataDir, PluginsFile, data_folder, fail, plugins_file
 from plugin_substrate.cli_upkeep import COMMANDS
 from plugin_substrate.config_check import checker_of
@@ -122,6 +123,8 @@ def validate(
 
 
 app.command("doctor")(doctor)
+app.command("submit")(submit)
+app.add_typer(jobs)
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 

@@ -69,9 +69,9 @@ class Dispatcher:
     def begin(self) -> None:
         """Start jobs from now on."""
         self.open()
-        self.running = True
         for instance_id in list(self._parked):
             self._unpark(instance_id)
+        self.running = True
         self._begin_all(self.waiting.start_any(self._now()))
 
     async def learn(self, instance_id: str) -> None:
@@ -155,6 +155,8 @@ class Dispatcher:
     def _enqueue(self, live: LiveJob) -> None:
         """Have a job wait, or start it at once."""
         self._wait(live)
+        if self.running:
+            self._begin_all(self.waiting.start_next(live.lane, self._now()))
         if live.task is None and live.job.id in self.waiting:
             self._tell_reason(live, self._reason(live))
 
@@ -163,8 +165,6 @@ class Dispatcher:
         self.waiting.add(
             live.job.id, live.lane, live.job.owner, self.rank(live), self._demands.of(live.job.plugin_instance_id)
         )
-        if self.running:
-            self._begin_all(self.waiting.start_next(live.lane, self._now()))
 
     def _begin_all(self, job_ids: Iterable[str]) -> None:
         if not self.running or self.journal.failure is not None:

@@ -19,6 +19,7 @@ from plugin_substrate.errors import (
 )
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manager import PluginManager
+from plugin_substrate.queue.desk import Desk
 from plugin_substrate.queue.dispatcher import Dispatcher
 from plugin_substrate.queue.job import Job, JobEvent, JobStatus, QueueStats
 from plugin_substrate.queue.journal import Journal
@@ -26,7 +27,7 @@ from plugin_substrate.queue.memory_store import InMemoryJobStore
 from plugin_substrate.queue.request import BeforeStart, JobRequest, OnProgress, RetryPolicy
 from plugin_substrate.queue.resources import MachineResources
 from plugin_substrate.queue.sequences import JobSequence, SequenceStep
-from plugin_substrate.queue.store import JobFilter, JobStore, KeptJob
+from plugin_substrate.queue.store import Answered, JobFilter, JobStore, KeptJob
 from plugin_substrate.telemetry import ResourceSnapshot
 
 _logger = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class JobQueue:
             snapshot_seconds=snapshot_seconds,
         )
 
+        self._desk = Desk(self, self._journal.store)
+
     # -- from start to stop
 
     async def start(self) -> None:
@@ -89,6 +92,7 @@ class JobQueue:
         where not. Jobs of instances that are not loaded wait until one is submitted for them, or for the next `start`.
         """
         self._jobs.begin()
+        self._desk.open()
 
     async def stop(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - how long to be patient, not how long to take
         """Start no more jobs, wait for those that run, then cancel them. Pending jobs wait for a new `start`."""
@@ -103,6 +107,7 @@ class JobQueue:
 
     async def close(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - as above
         """Stop, and give the store up. Pending jobs stay pending in it, if it outlives this process."""
+        await self._desk.close()
         await self.stop(timeout)
         for live in self._journal.live.values():
             live.stop_all()
@@ -167,6 +172,12 @@ class JobQueue:
         await self._jobs.submitted(live, [new])
         return live.job.id
 
+    async def submit_asked(self, request: JobRequest, request_id: str) -> None:
+        """Queue a call that somebody outside asked for, and keep the answer, ``{"job_id": …}``, together with it."""
+        await self._jobs.learn(request.plugin_instance_id)
+        live, new = self._jobs.make(request)
+        await self._jobs.submitted(live, [new, Answered(request_id, {"job_id": live.job.id})])
+
     async def submit_sequence(
         self, steps: Sequence[SequenceStep], *, priority: int = 0, owner: str = "", fail_fast: bool = True
     ) -> str:
@@ -230,6 +241,10 @@ class JobQueue:
 
         A ValueError when it is unknown, has not ended, or its arguments are kept no longer.
         """
+        return await self.submit_request(self.again(job_id))
+
+    def again(self, job_id: str) -> JobRequest:
+        """Return the request of an ended job, as a new one; errors as of `retry`."""
         kept = self._kept(job_id)
         if not kept.job.status.terminal:
             raise ValueError(f"job {job_id!r} has not ended: it is {kept.job.status.value}")
@@ -238,7 +253,7 @@ class JobQueue:
         call = kept.request.call
         if call is not None:
             call = replace(call, call_id=uuid.uuid4().hex)
-        return await self.submit_request(replace(kept.request, call=call, priority=kept.job.priority))
+        return replace(kept.request, call=call, priority=kept.job.priority)
 
     async def cancel(self, job_id: str) -> bool:
         """End a job: at once when it waits, through the plugin and then by force when it runs; False when it has ended.

@@ -14,6 +14,7 @@ from plugin_substrate.queue.job import Job, JobEvent
 from plugin_substrate.queue.request import JobRequest
 from plugin_substrate.queue.sequences import JobSequence, StepResult
 from plugin_substrate.queue.store import (
+    Asked,
     Change,
     ChangedJob,
     Forget,
@@ -105,6 +106,13 @@ class InMemoryJobStore:
             if event.job_id in self._jobs and sequence_id in (None, event.sequence_id):
                 found.append(event)
         return found
+
+    def watch(self, news: Callable[[], object]) -> None:
+        """Do nothing: nobody outside can reach this memory."""
+
+    def asked(self) -> list[Asked]:
+        """Return nothing."""
+        return []
 
     async def close(self) -> None:
         """Do nothing: memory needs no end."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Protocol
+from typing import Any, Protocol
 
 from plugin_substrate.queue.job import Job, JobEvent, JobStatus
 from plugin_substrate.queue.request import JobRequest
@@ -73,7 +73,15 @@ class ForgetSequence:
     sequence_id: str
 
 
-Change = NewJob | ChangedJob | NewEvent | PutSequence | Forget | ForgetSequence
+@dataclass(frozen=True)
+class Answered:
+    """What somebody outside this process asked for was done or refused; ``answer`` is JSON."""
+
+    request_id: str
+    answer: Mapping[str, Any]
+
+
+Change = NewJob | ChangedJob | NewEvent | PutSequence | Forget | ForgetSequence | Answered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +112,15 @@ class JobFilter:
     statuses: Collection[JobStatus] = field(default_factory=tuple)
     plugin_instance_id: str = ""
     owner: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What somebody outside this process asks of the queue: a verb and its arguments."""
+
+    id: str
+    verb: str
+    arguments: Mapping[str, Any]
 
 
 class JobStore(Protocol):
@@ -155,6 +172,14 @@ class JobStore(Protocol):
 
     def queue_events(self, after: int, limit: int, sequence_id: str | None = None) -> list[JobEvent]:
         """Return events whose position is above ``after``, of one sequence or of all jobs, in order."""
+        ...
+
+    def watch(self, news: Callable[[], object]) -> None:
+        """Call ``news``, on the event loop, whenever somebody outside may have asked for something."""
+        ...
+
+    def asked(self) -> list[Asked]:
+        """Return what was asked and not answered, in order."""
         ...
 
     async def close(self) -> None:

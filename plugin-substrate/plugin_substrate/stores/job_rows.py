@@ -20,7 +20,7 @@ from plugin_substrate.queue.store import ChangedJob, KeptJob, NewJob
 from plugin_substrate.telemetry import ResourceSnapshot
 
 SCHEMA = """
-CREATE TABLE jobs (
+CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY,
     ord INTEGER NOT NULL UNIQUE,
     instance TEXT NOT NULL,
@@ -35,9 +35,9 @@ CREATE TABLE jobs (
     result BLOB,
     result_size INTEGER
 );
-CREATE INDEX jobs_by_status ON jobs (status, ord);
-CREATE INDEX jobs_by_end ON jobs (completed_at) WHERE completed_at IS NOT NULL;
-CREATE TABLE events (
+CREATE INDEX IF NOT EXISTS jobs_by_status ON jobs (status, ord);
+CREATE INDEX IF NOT EXISTS jobs_by_end ON jobs (completed_at) WHERE completed_at IS NOT NULL;
+CREATE TABLE IF NOT EXISTS events (
     position INTEGER PRIMARY KEY,
     job_id TEXT NOT NULL,
     number INTEGER NOT NULL,
@@ -48,17 +48,18 @@ CREATE TABLE events (
     at TEXT NOT NULL,
     payload TEXT NOT NULL
 );
-CREATE UNIQUE INDEX events_by_job ON events (job_id, number);
-CREATE INDEX events_by_sequence ON events (sequence_id, position) WHERE sequence_id IS NOT NULL;
-CREATE TABLE sequences (
+CREATE UNIQUE INDEX IF NOT EXISTS events_by_job ON events (job_id, number);
+CREATE INDEX IF NOT EXISTS events_by_sequence ON events (sequence_id, position) WHERE sequence_id IS NOT NULL;
+CREATE TABLE IF NOT EXISTS sequences (
     id TEXT PRIMARY KEY,
     status TEXT NOT NULL,
     completed_at REAL,
     steps BLOB NOT NULL,
     state TEXT NOT NULL
 );
-CREATE TABLE requests (
-    id TEXT PRIMARY KEY,
+CREATE TABLE IF NOT EXISTS requests (
+    number INTEGER PRIMARY KEY,
+    id TEXT NOT NULL UNIQUE,
     verb TEXT NOT NULL,
     arguments BLOB NOT NULL,
     answer TEXT

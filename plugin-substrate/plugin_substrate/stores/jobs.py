@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,9 +21,11 @@ from plugin_substrate.errors import StoreError
 from plugin_substrate.queue.job import Job, JobEvent, JobStatus
 from plugin_substrate.queue.memory_store import with_job_results
 from plugin_substrate.queue.request import JobRequest
-from plugin_substrate.queue.results import to_bytes
+from plugin_substrate.queue.results import from_bytes, to_bytes
 from plugin_substrate.queue.sequences import JobSequence
 from plugin_substrate.queue.store import (
+    Answered,
+    Asked,
     Change,
     ChangedJob,
     Ended,
@@ -42,6 +45,7 @@ from plugin_substrate.stores.job_writer import PUT_FILE, REMOVE_FILE, connect
 
 _VERSION = 1
 _CLAIM_SECONDS = 5.0
+_KEPT_ANSWERS = 1000
 
 
 class LocalJobStore:
@@ -60,6 +64,7 @@ class LocalJobStore:
         self._lock: int | None = None
         self._writer: GroupCommit | None = None
         self._reader: sqlite3.Connection | None = None
+        self._bell: int | None = None
 
     def open(self) -> Leftover:
         """Claim the file, making it if need be, and return what an earlier host left in it."""
@@ -69,7 +74,7 @@ class LocalJobStore:
             self._lock = self._claim()
             try:
                 with closing(self._connect()) as connection:
-                    _set_up(connection, self.path)
+                    set_up(connection, self.path)
                 left = self._leftover()
                 self._sweep()
                 self._writer = GroupCommit(self.path, self._lock)
@@ -91,7 +96,7 @@ class LocalJobStore:
 
     def job(self, job_id: str) -> KeptJob | None:
         """Return a kept job."""
-        found = self._select(rows.JOBS + "WHERE id = ?", job_id)
+        found = self.select(rows.JOBS + "WHERE id = ?", job_id)
         return rows.kept_job(found[0], self._results) if found else None
 
     def jobs(self, wanted: JobFilter, limit: int) -> list[Job]:
@@ -106,38 +111,77 @@ class LocalJobStore:
             values += [status.value for status in wanted.statuses]
         where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
         statement = f"{rows.JOBS} {where} ORDER BY ord DESC LIMIT ?"
-        return [rows.kept_job(row, self._results).job for row in self._select(statement, *values, limit)]
+        return [rows.kept_job(row, self._results).job for row in self.select(statement, *values, limit)]
 
     def sequence(self, sequence_id: str) -> JobSequence | None:
         """Return a kept sequence, with the results of its steps as far as their jobs are kept."""
-        found = self._select("SELECT id, status, steps, state FROM sequences WHERE id = ?", sequence_id)
+        found = self.select("SELECT id, status, steps, state FROM sequences WHERE id = ?", sequence_id)
         return with_job_results(rows.sequence_of(found[0]), self.job) if found else None
 
     def job_events(self, job_id: str, after: int, limit: int) -> list[JobEvent]:
         """Return events of a job."""
         statement = rows.EVENTS + "WHERE job_id = ? AND number > ? ORDER BY number LIMIT ?"
-        return [rows.event_of(row) for row in self._select(statement, job_id, after, limit)]
+        return [rows.event_of(row) for row in self.select(statement, job_id, after, limit)]
 
     def queue_events(self, after: int, limit: int, sequence_id: str | None = None) -> list[JobEvent]:
         """Return events of one sequence or of all jobs."""
         which, values = ("", ()) if sequence_id is None else ("sequence_id = ? AND", (sequence_id,))
         statement = f"{rows.EVENTS} WHERE {which} position > ? ORDER BY position LIMIT ?"
-        return [rows.event_of(row) for row in self._select(statement, *values, after, limit)]
+        return [rows.event_of(row) for row in self.select(statement, *values, after, limit)]
+
+    def last_position(self) -> int:
+        """Return the position of the last event."""
+        found = self.select("SELECT coalesce(max(position), 0) FROM events")
+        return int(found[0][0]) if found else 0
+
+    def watch(self, news: Callable[[], object]) -> None:
+        """Call ``news`` when somebody rings, see `JobDesk`."""
+        if self._bell is not None:
+            asyncio.get_running_loop().remove_reader(self._bell)
+            os.close(self._bell)
+        bell = self.path.with_name(self.path.name + ".bell")
+        with self._errors():
+            if not bell.exists():
+                os.mkfifo(bell, 0o600)
+            self._bell = os.open(bell, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW)
+        asyncio.get_running_loop().add_reader(self._bell, self._on_bell, self._bell, news)
+
+    def asked(self) -> list[Asked]:
+        """Return what was asked and not answered, in order."""
+        statement = "SELECT id, verb, arguments FROM requests WHERE answer IS NULL ORDER BY number"
+        return [
+            Asked(id=request_id, verb=verb, arguments=from_bytes(arguments, f"request {request_id}"))
+            for request_id, verb, arguments in self.select(statement)
+        ]
 
     async def close(self) -> None:
         """Have everything written kept, and give the file up."""
+        if self._bell is not None:
+            asyncio.get_running_loop().remove_reader(self._bell)
+            os.close(self._bell)
+            self._bell = None
         if self._writer is not None:
             await self._writer.close()
             self._writer = None
         self._give_up()
 
-    def _give_up(self) -> None:
+    def close_reader(self) -> None:
+        """Give up the connection for reading; the next read opens another."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
+
+    def _give_up(self) -> None:
+        self.close_reader()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    @staticmethod
+    def _on_bell(bell: int, news: Callable[[], object]) -> None:
+        with suppress(BlockingIOError):
+            os.read(bell, 1 << 12)
+        news()
 
     def _statements(self, change: Change) -> list[Statement]:
         match change:
@@ -157,6 +201,14 @@ class LocalJobStore:
                 ]
             case ForgetSequence(sequence_id):
                 return [("DELETE FROM sequences WHERE id = ?", (sequence_id,))]
+            case Answered(request_id, answer):
+                old = (
+                    "DELETE FROM requests WHERE answer IS NOT NULL AND number < (SELECT max(number) FROM requests) - ?"
+                )
+                return [
+                    ("UPDATE requests SET answer = ? WHERE id = ?", (json.dumps(dict(answer)), request_id)),
+                    (old, (_KEPT_ANSWERS,)),
+                ]
 
     def _change(self, change: ChangedJob, job: Job) -> list[Statement]:
         *values, job_id = rows.changed_job_row(change)
@@ -170,7 +222,8 @@ class LocalJobStore:
 
     # -- reading
 
-    def _select(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+    def select(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
+        """Read rows, nothing where there is no file."""
         if self._reader is None:
             if not self.path.exists():
                 return []
@@ -184,7 +237,7 @@ class LocalJobStore:
         live = [JobStatus.PENDING.value, JobStatus.RUNNING.value]
         statement = rows.JOBS + "WHERE status IN (?, ?) ORDER BY ord"
         numbers = dict(
-            self._select(
+            self.select(
                 "SELECT job_id, max(number) FROM events WHERE job_id IN (SELECT id FROM jobs WHERE status IN (?, ?)) "
                 "GROUP BY job_id",
                 *live,
@@ -195,19 +248,19 @@ class LocalJobStore:
             "AND coalesce(sequence_id, '') NOT IN (SELECT id FROM sequences WHERE status = 'running') "
             "ORDER BY completed_at, ord"
         )
-        running = self._select("SELECT id FROM sequences WHERE status = 'running'")
+        running = self.select("SELECT id FROM sequences WHERE status = 'running'")
         sequences = [self.sequence(sequence_id) for (sequence_id,) in running]
         gone = "SELECT id FROM sequences WHERE completed_at IS NOT NULL ORDER BY completed_at"
         return Leftover(
-            live=[self._with_events(row, numbers) for row in self._select(statement, *live)],
+            live=[self._with_events(row, numbers) for row in self.select(statement, *live)],
             sequences=[sequence for sequence in sequences if sequence is not None],
             ended=[
                 Ended(job_id=job_id, status=JobStatus(status), completed_at=datetime.fromtimestamp(at, UTC))
-                for job_id, status, at in self._select(ended)
+                for job_id, status, at in self.select(ended)
             ],
-            ended_sequences=[sequence_id for (sequence_id,) in self._select(gone)],
-            last_order=self._select("SELECT coalesce(max(ord), 0) FROM jobs")[0][0],
-            last_position=self._select("SELECT coalesce(max(position), 0) FROM events")[0][0],
+            ended_sequences=[sequence_id for (sequence_id,) in self.select(gone)],
+            last_order=self.select("SELECT coalesce(max(ord), 0) FROM jobs")[0][0],
+            last_position=self.last_position(),
         )
 
     def _with_events(self, row: tuple[Any, ...], numbers: dict[str, int]) -> KeptJob:
@@ -243,7 +296,7 @@ class LocalJobStore:
 
     def _sweep(self) -> None:
         """Remove results whose jobs never came to know of them, as the host died before."""
-        known = {job_id for (job_id,) in self._select("SELECT id FROM jobs WHERE result_size IS NOT NULL")}
+        known = {job_id for (job_id,) in self.select("SELECT id FROM jobs WHERE result_size IS NOT NULL")}
         for file in self._results.iterdir():
             if file.name not in known:
                 with suppress(OSError):
@@ -257,10 +310,11 @@ class LocalJobStore:
             raise StoreError(f"the jobs in {self.path} cannot be used: {error}", path=str(self.path)) from error
 
 
-def _set_up(connection: sqlite3.Connection, path: Path) -> None:
+def set_up(connection: sqlite3.Connection, path: Path) -> None:
+    """Make the tables of a new file; a `StoreError` when it is of another version of this program."""
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     if version == 0:
-        connection.executescript(f"BEGIN; {rows.SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
+        connection.executescript(f"BEGIN IMMEDIATE; {rows.SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
     elif version != _VERSION:
         raise StoreError(
             f"the jobs in {path} are of version {version}, and this program knows {_VERSION}; use the one they are of",

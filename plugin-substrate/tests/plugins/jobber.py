@@ -49,15 +49,6 @@ class Jobber(PluginInterface):
         os.close(descriptor)
         return name
 
-    @plugin_action("job.effect_then_wait")
-    def effect_then_wait(self, name):
-        self.effect(name)
-        self.report_progress(0.25, f"did {name}")
-        while not (self.data_dir / "go").exists():
-            self.check_cancel()
-            time.sleep(0.001)
-        return name
-
     @plugin_action("job.steps")
     def steps(self, count, lines=0):
         for line in range(lines):
@@ -95,3 +86,17 @@ class Jobber(PluginInterface):
     def sleep(self, seconds):
         time.sleep(seconds)
         return seconds
+
+    @plugin_action("job.gated")
+    def gated(self, name):
+        """Write a line, tell of it, and go on until a file lets it end."""
+        self.effect(name)
+        self.report_progress(0.25, f"did {name}")
+        while not (self.data_dir / f"go-{name}").exists():
+            self.check_cancel()
+            time.sleep(0.001)
+        return name
+
+    @plugin_action("job.keyed_effect")
+    def keyed_effect(self):
+        return self.effect(self.call.step_key)

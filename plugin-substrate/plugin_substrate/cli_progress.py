@@ -1,0 +1,121 @@
+"""Jobs as they go, for people: progress bars on a terminal, a line for each event elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+from plugin_substrate.queue.job import Job, JobEvent, JobEventType, JobStatus
+from plugin_substrate.queue.store import JobFilter
+from plugin_substrate.stores.job_desk import JobDesk
+
+_PAGE = 200
+_ACTIVE = [JobStatus.RUNNING, JobStatus.PENDING]
+
+
+def follow_job(desk: JobDesk, job_id: str, *, as_json: bool) -> Job:
+    """Show a job until it has ended, and return it."""
+    console = Console()
+    if as_json or not console.is_terminal:
+        for event in _events(desk, job_id):
+            typer.echo(json.dumps(event_as_json(event)) if as_json else event_line(event))
+    else:
+        _show_bars(desk, console, lambda: [_job(desk, job_id)], until_ended=True)
+    return _job(desk, job_id)
+
+
+def follow_all(desk: JobDesk, wanted: JobFilter, *, as_json: bool) -> None:
+    """Show the jobs that run and wait, until interrupted."""
+    console = Console()
+    if not as_json and console.is_terminal:
+        _show_bars(desk, console, lambda: desk.store.jobs(wanted, console.height - 2)[::-1], until_ended=False)
+        return
+    after = desk.store.last_position()
+    for _ in desk.news():
+        while events := desk.store.queue_events(after, _PAGE):
+            after = events[-1].position
+            for event in events:
+                typer.echo(json.dumps(event_as_json(event)) if as_json else f"{event.job_id} {event_line(event)}")
+
+
+def active(plugin_instance_id: str, owner: str) -> JobFilter:
+    """Return the filter for what runs or waits."""
+    return JobFilter(statuses=_ACTIVE, plugin_instance_id=plugin_instance_id, owner=owner)
+
+
+def event_line(event: JobEvent) -> str:
+    """Return an event as one line; what the plugin wrote holds no control characters."""
+    match event.type:
+        case JobEventType.STATE_TRANSITION:
+            what = f"{event.payload['from']} -> {event.payload['to']}"
+        case JobEventType.PROGRESS_CHANGED:
+            what = f"{event.payload['progress']:.0%} {printable(event.payload['status_message'])}"
+        case JobEventType.LOG_APPENDED:
+            what = f"| {printable(event.payload['line'])}"
+        case JobEventType.BLOCK_REASON_CHANGED:
+            what = f"waits: {printable(event.payload['text'])}"
+        case _:
+            what = f"{event.type.value} {printable(json.dumps(event.payload))}"
+    return f"{event.timestamp:%H:%M:%S} {what}"
+
+
+def event_as_json(event: JobEvent) -> dict[str, Any]:
+    """Return an event as JSON values."""
+    return {**vars(event), "type": event.type.value, "timestamp": event.timestamp.isoformat()}
+
+
+def printable(text: str) -> str:
+    """Return a plugin's words without what would steer a terminal."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def _events(desk: JobDesk, job_id: str) -> Iterator[JobEvent]:
+    after = 0
+    for _ in desk.news():
+        ended = _job(desk, job_id).status.terminal  # asked before reading: what happened up to the end is then read
+        while events := desk.store.job_events(job_id, after, _PAGE):
+            after = events[-1].number
+            yield from events
+        if ended:
+            return
+
+
+def _show_bars(desk: JobDesk, console: Console, jobs: Callable[[], list[Job]], *, until_ended: bool) -> None:
+    bars: dict[str, TaskID] = {}
+    columns = (
+        TextColumn("{task.fields[job]}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        for _ in desk.news():
+            now = jobs()
+            for gone in set(bars) - {job.id for job in now}:
+                progress.remove_task(bars.pop(gone))
+            for job in now:
+                if job.id not in bars:
+                    bars[job.id] = progress.add_task("", job=job.id[:8], total=1.0)
+                progress.update(bars[job.id], completed=max(0.0, job.progress), description=escape(_words(job)))
+            if until_ended and all(job.status.terminal for job in now):
+                return
+
+
+def _words(job: Job) -> str:
+    if job.status is JobStatus.PENDING and job.block_reason is not None:
+        return f"pending: {printable(job.block_reason.text)}"
+    return f"{job.status.value} {printable(job.status_message)}"
+
+
+def _job(desk: JobDesk, job_id: str) -> Job:
+    kept = desk.store.job(job_id)
+    if kept is None:
+        raise ValueError(f"job {job_id!r} is no longer kept")
+    return kept.job
