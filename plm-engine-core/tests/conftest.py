@@ -400,6 +400,16 @@ async def second_pool(engine_database: DatabaseUrls) -> AsyncIterator[Pool]:
         yield pool
 
 
+@pytest.fixture
+def people() -> tuple[Principal, Principal]:
+    """Somebody who asks, and somebody else who decides."""
+    asking, deciding = uuid.uuid4(), uuid.uuid4()
+    return (
+        Principal(user_id=asking, actor_kind="human", scopes=ALL_SCOPES),
+        Principal(user_id=deciding, actor_kind="human", scopes=ALL_SCOPES),
+    )
+
+
 @pytest.fixture(scope="session")
 def make_policy() -> Callable[..., PolicySnapshot]:
     """A policy, with changes."""

@@ -5,6 +5,7 @@ from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import ArtifactRecord, Outcome, Settlement
 from plm_engine_core.control_plane.facade import ControlPlane, RunRequest
+from plm_engine_core.control_plane.sync import SyncControlPlane
 
 __all__ = [
     "Admission",
@@ -21,4 +22,5 @@ __all__ = [
     "RunRequest",
     "Settlement",
     "Steered",
+    "SyncControlPlane",
 ]

@@ -36,7 +36,10 @@ OVERRIDE_SCOPE = "plm.cost.override"
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """What somebody asks to be run. `budget` lowers the policy's limits; raising one needs `plm.cost.override`."""
+    """What somebody asks to be run. `budget` lowers the policy's limits; raising one needs `plm.cost.override`.
+
+    A run of kind `external` is not delivered to run workers: whoever made it takes its lease and moves it.
+    """
 
     tenant_id: UUID
     run_id: UUID
@@ -46,6 +49,7 @@ class RunRequest:
     root_span_id: str = field(default_factory=lambda: secrets.token_hex(8))
     budget: Mapping[BudgetUnit, Decimal] = field(default_factory=dict)
     run_group_id: UUID | None = None
+    kind: RunKind = RunKind.HOSTED
     artifacts: Sequence[ArtifactRow] = ()
     idempotency_key: str | None = None
     request_digest: str = ""
@@ -106,7 +110,7 @@ class ControlPlane:
             NewRun(
                 tenant_id=request.tenant_id,
                 run_id=request.run_id,
-                kind=RunKind.HOSTED,
+                kind=request.kind,
                 agent=request.agent,
                 input=request.input,
                 principal=principal,

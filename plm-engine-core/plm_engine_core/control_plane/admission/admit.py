@@ -24,10 +24,16 @@ from plm_engine_core.control_plane.vocabulary import Reason
 
 @dataclass(frozen=True, kw_only=True)
 class Denied:
-    """Refused; `limit` names the budget that was too small, when one was."""
+    """Refused, with what refused it and what would change that.
+
+    `rule` is the place in the policy, or the book, that refused; `unblock` what would let the call pass. `limit` names
+    the budget that was too small, when one was, with its figures.
+    """
 
     reason: Reason
     message: str
+    rule: str = ""
+    unblock: str = ""
     retry_after_ms: int = 0
     limit: Mapping[str, Any] = field(default_factory=dict)
 
@@ -166,6 +172,8 @@ def _admission(proposal: Proposal, decision: Decision, answer: Mapping[str, Any]
             return Denied(
                 reason=Reason(answer["reason"]),
                 message=answer["message"],
+                rule=answer.get("rule") or "",
+                unblock=answer.get("unblock") or "",
                 retry_after_ms=decision.retry_after_ms,
                 limit=answer.get("limit") or {},
             )

@@ -20,6 +20,7 @@ from plm_engine_core.control_plane.vocabulary import (
     ExecutorKind,
     HaltScope,
     OutcomeStatus,
+    RunKind,
     RunState,
     TicketDecision,
     TicketState,
@@ -174,8 +175,13 @@ class RunStore(Protocol):
         """The budgets a call of this run draws on, from narrow to wide."""
         ...
 
-    async def take(self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float) -> Lease | None:
-        """Take the lease of a run that is queued, or whose worker let it run out; None when there is none."""
+    async def take(
+        self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float, kind: RunKind = RunKind.HOSTED
+    ) -> Lease | None:
+        """Take the lease of a run that is queued, or whose holder let it run out; None when there is none.
+
+        Run workers take hosted runs; a run of kind `external` is for whoever made it, and never delivered.
+        """
         ...
 
     async def renew(self, tenant_id: UUID, run_id: UUID, *, fencing_token: int, seconds: float) -> Heartbeat:

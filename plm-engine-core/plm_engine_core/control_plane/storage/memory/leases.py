@@ -15,7 +15,7 @@ from plm_engine_core.control_plane.storage.memory.books import Books, Row
 from plm_engine_core.control_plane.storage.memory.tickets import tickets_of, time_out_tickets
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, storable_text
 from plm_engine_core.control_plane.storage.rows import run_row
-from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, RunState
+from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, RunKind, RunState
 
 _UNSETTLED = ("granted", "running", "outcome_unknown")
 
@@ -26,12 +26,14 @@ class MemoryLeases:
     def __init__(self, books: Books) -> None:
         self._books = books
 
-    async def take(self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float) -> Lease | None:
+    async def take(
+        self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float, kind: RunKind = RunKind.HOSTED
+    ) -> Lease | None:
         """Take the lease; the fencing token grows with every holder."""
         async with self._books.turn() as books:
             time_out_tickets(books, tenant_id, run_id, RECOVERY)
             run, now = books.run_states.get(tenant_id, run_id), books.now()
-            if run is None or run["kind"] != "hosted" or not _takeable(run, now):
+            if run is None or run["kind"] != kind.value or not _takeable(run, now):
                 return None
             taken: dict[str, Any] = {"state": "running", "lease_owner": storable_text(owner)}
             taken |= {

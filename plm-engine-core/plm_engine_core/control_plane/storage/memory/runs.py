@@ -20,7 +20,7 @@ from plm_engine_core.control_plane.storage.memory.leases import MemoryLeases, cl
 from plm_engine_core.control_plane.storage.memory.settlement import already_exists, write_artifact
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, storable_text
 from plm_engine_core.control_plane.storage.rows import budget_row, run_row, step_row
-from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunState, StepState
+from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunKind, RunState, StepState
 
 _CREATE_OPERATION = "runs.create"
 _ACTOR_KINDS = ("human", "agent", "system")
@@ -40,11 +40,12 @@ class MemoryRuns(MemoryLeases):
                 "agent": {key: value for key, value in new.agent.items() if key != "plan"},
                 "policy_digest": new.policy_digest,
                 "trace_id": new.trace_id,
-                "budget": {unit.value: str(amount) for unit, amount in new.budget.items()},
+                "budget": {str(unit): str(amount) for unit, amount in new.budget.items()},
             }
             actor = new.principal.actor
             books.append(new.tenant_id, run_stream(new.run_id), EventKind.RUN_CREATED, actor, payload)
-            books.deliver(new.tenant_id, new.run_id)
+            if new.kind is RunKind.HOSTED:
+                books.deliver(new.tenant_id, new.run_id)
             return _read(books.run(new.tenant_id, new.run_id)), False
 
     async def get(self, tenant_id: UUID, run_id: UUID) -> Run:
@@ -210,7 +211,7 @@ def _set_limits(books: Books, new: NewRun) -> None:
     scopes = ((BudgetScope.RUN, new.run_id, new.budget), (BudgetScope.TENANT, new.tenant_id, new.tenant_budget))
     for scope, scope_id, limits in scopes:
         for unit, limit in limits.items():
-            name = (scope.value, scope_id, unit.value, "total", ALWAYS)
+            name = (scope.value, scope_id, str(unit), "total", ALWAYS)
             open_budget(books, new.tenant_id, name, limit, None)
 
 

@@ -13,7 +13,7 @@ from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, jsonb
 from plm_engine_core.control_plane.storage.rows import run_row
-from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, RunState
+from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, RunKind, RunState
 
 # Published rule of `runs.quality_level`. Bronze: every call is settled, so the ledger is complete. Silver: besides, the
 # run had effects and each was verified. Gold: besides, a human approved each of them.
@@ -44,7 +44,9 @@ class PostgresLeases:
         self._gateway = gateway
         self._delivery = delivery
 
-    async def take(self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float) -> Lease | None:
+    async def take(
+        self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float, kind: RunKind = RunKind.HOSTED
+    ) -> Lease | None:
         """Take the lease; the fencing token grows with every holder."""
         async with self._gateway.transaction(tenant_id) as connection:
             await self._time_out_tickets(connection, tenant_id, run_id)
@@ -52,9 +54,9 @@ class PostgresLeases:
                 "UPDATE run_states SET state = 'running', lease_owner = %(owner)s, reason = NULL, message = NULL, "
                 "lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s), "
                 "fencing_token = fencing_token + 1, updated_at = clock_timestamp() "
-                "WHERE tenant_id = %(tenant)s AND run_id = %(run)s AND kind = 'hosted' AND (state = 'queued' "
+                "WHERE tenant_id = %(tenant)s AND run_id = %(run)s AND kind = %(kind)s AND (state = 'queued' "
                 "OR (state = 'running' AND lease_expires_at <= clock_timestamp())) RETURNING *",
-                {"tenant": tenant_id, "run": run_id, "owner": owner, "seconds": seconds},
+                {"tenant": tenant_id, "run": run_id, "owner": owner, "seconds": seconds, "kind": kind.value},
             )
             row = await cursor.fetchone()
             if row is None:

@@ -16,7 +16,7 @@ from plm_engine_core.control_plane.runs.states import sources_of
 from plm_engine_core.control_plane.storage.postgres.gateway import Session, jsonb
 from plm_engine_core.control_plane.storage.postgres.leases import PostgresLeases, close_books, queue_again
 from plm_engine_core.control_plane.storage.rows import budget_row, run_row, step_row
-from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunState, StepState
+from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunKind, RunState, StepState
 
 _ATTEMPTS = 1000  # in one batch
 _CREATE_OPERATION = "runs.create"
@@ -48,7 +48,8 @@ class PostgresRuns(PostgresLeases):
                     "budget": {unit.value: str(amount) for unit, amount in new.budget.items()},
                 },
             )
-            await self._delivery.enqueue(connection, new.tenant_id, new.run_id)
+            if new.kind is RunKind.HOSTED:
+                await self._delivery.enqueue(connection, new.tenant_id, new.run_id)
             return await _get(connection, new.tenant_id, new.run_id), False
 
     async def _claim_key(self, connection: Session, new: NewRun) -> UUID | None:

@@ -1,0 +1,159 @@
+"""Functions of this process under control: each call is proposed, decided, paid for and recorded."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar, cast
+
+from plm_shared.canonical_json import JsonRefused, check_storable
+
+from plm_engine_core.agent_runtime.governor import Governor, Opened
+from plm_engine_core.agent_runtime.refusals import CallPending
+from plm_engine_core.control_plane.admission.settle import Outcome
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.facade import ControlPlane
+from plm_engine_core.control_plane.vocabulary import Evidence, OutcomeStatus
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_LONGEST = 2000  # characters of an error's text that are recorded
+
+
+class OutcomeUnknown(Exception):  # it reads as what it says
+    """Raised by a governed function that cannot know whether its effect happened; its run then waits for a human."""
+
+
+def governed(
+    capability: str, *, by: Governor, resource: str = "", leave_out: tuple[str, ...] = ()
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Put a function, synchronous or not, under the control of `by`.
+
+    A call proposes `capability` with the function's arguments, which have to be JSON values; those named in `leave_out`
+    (a client, `self`) are not part of the proposal, so no approval covers them. `resource` names what is touched, and
+    may hold arguments, as in `"order/{number}"`.
+
+    What the function returns is returned, and recorded where it is JSON, with the evidence `reported`: nobody but the
+    function says so. What it raises is recorded as a failure and raised; where it is interrupted, its outcome is
+    unknown.
+
+    Raises:
+        InvalidRequest: from here, the capability is not registered; from a call, an argument is no JSON value.
+        CallRefused: from a call; it was denied or steered, or waits for a human. The function did not run.
+        StorageUnavailable: from a call; what became of it could not be recorded.
+        RuntimeError: from a call of a synchronous function, where an event loop runs, which it would block.
+    """
+    by.require(capability)
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        shape = _Shape(function, capability, resource or f"function/{function.__qualname__}", leave_out)
+        if inspect.iscoroutinefunction(function):
+            return cast("Callable[P, T]", _asynchronous(by, shape, function))
+        return _synchronous(by, shape, function)
+
+    return decorate
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What is proposed when a function is called."""
+
+    function: Callable[..., Any]
+    capability: str
+    resource: str
+    leave_out: tuple[str, ...]
+
+    def call(self, args: Any, kwargs: Any) -> tuple[str, dict[str, Any]]:
+        """The resource and the arguments of one call, defaults included; TypeError as for the function itself."""
+        bound = inspect.signature(self.function).bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = {name: value for name, value in bound.arguments.items() if name not in self.leave_out}
+        try:
+            return self.resource.format(**bound.arguments), arguments
+        except (LookupError, AttributeError, ValueError) as error:
+            raise InvalidRequest(
+                f"resource {self.resource!r} cannot be filled in with the arguments: {error!r}", field="resource"
+            ) from error
+
+
+def _synchronous(by: Governor, shape: _Shape, function: Callable[P, T]) -> Callable[P, T]:
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        resource, arguments = shape.call(args, kwargs)
+
+        def make(ticket: CallPending | None) -> T:
+            try:
+                opened = by.wait(_opening(by, shape.capability, resource, arguments, ticket))
+            except CallPending as pending:
+                raise pending.resumed_by(make) from None
+            try:
+                result = function(*args, **kwargs)
+            except BaseException as error:
+                by.wait(_closing(by, opened, failed(error)))
+                raise
+            by.wait(_closing(by, opened, reported(result)))
+            return result
+
+        return make(None)
+
+    return call
+
+
+def _asynchronous(by: Governor, shape: _Shape, function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+    @functools.wraps(function)
+    async def call(*args: Any, **kwargs: Any) -> Any:
+        resource, arguments = shape.call(args, kwargs)
+
+        async def make(ticket: CallPending | None) -> Any:
+            try:
+                opened = await by.away(_opening(by, shape.capability, resource, arguments, ticket))
+            except CallPending as pending:
+                raise pending.resumed_by(make) from None
+            try:
+                result = await function(*args, **kwargs)
+            except BaseException as error:
+                await asyncio.shield(by.away(_closing(by, opened, failed(error))))
+                raise
+            await asyncio.shield(by.away(_closing(by, opened, reported(result))))
+            return result
+
+        return await make(None)
+
+    return call
+
+
+def _opening(
+    by: Governor, capability: str, resource: str, arguments: dict[str, Any], ticket: CallPending | None
+) -> Callable[[ControlPlane], Any]:
+    if ticket is None:
+        return lambda core: by.open_call(core, capability, resource, arguments)
+    return lambda core: by.propose(core, ticket.run, capability, resource, arguments, ticket_id=ticket.ticket_id)
+
+
+def _closing(by: Governor, opened: Opened, outcome: Outcome) -> Callable[[ControlPlane], Any]:
+    return lambda core: by.close_call(core, opened, outcome)
+
+
+def reported(result: Any) -> Outcome:
+    """What a function that returned says of itself; its cost is the whole reservation, as nobody measured it."""
+    try:
+        check_storable(result, root="output")
+    except JsonRefused:
+        result = None
+    return Outcome(status=OutcomeStatus.SUCCEEDED, output=result, usage=None, evidence=Evidence.REPORTED)
+
+
+def failed(error: BaseException) -> Outcome:
+    """What a function that raised says of itself; an interruption leaves open what it did."""
+    known = isinstance(error, Exception) and not isinstance(error, OutcomeUnknown)
+    words = str(error).encode(errors="backslashreplace").decode().replace("\0", "\\0")[:_LONGEST]
+    return Outcome(
+        status=OutcomeStatus.FAILED if known else OutcomeStatus.OUTCOME_UNKNOWN,
+        error={"category": type(error).__name__, "message": words},
+        usage=None,
+        evidence=Evidence.REPORTED,
+    )

@@ -1,0 +1,256 @@
+"""A governor: in whose name, in which tenant and by which control plane functions of this process are governed."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self, TypeVar
+from uuid import UUID
+
+from plm_engine_core.agent_runtime.refusals import CallDenied, CallPending, CallSteered
+from plm_engine_core.control_plane.admission.admit import Admission, Denied, Granted, Pending, Steered
+from plm_engine_core.control_plane.admission.grants import Grant
+from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
+from plm_engine_core.control_plane.admission.settle import Outcome
+from plm_engine_core.control_plane.errors import ControlPlaneError, StorageUnavailable
+from plm_engine_core.control_plane.facade import CREATE_SCOPE, ControlPlane, RunRequest
+from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.policy import PolicySnapshot
+from plm_engine_core.control_plane.policy.starter import policy_of
+from plm_engine_core.control_plane.registry import CapabilityRegistry
+from plm_engine_core.control_plane.registry.written import Written, registry_of
+from plm_engine_core.control_plane.runs import Lease, Run
+from plm_engine_core.control_plane.storage.memory import MemoryStorage
+from plm_engine_core.control_plane.sync import SyncControlPlane
+from plm_engine_core.control_plane.vocabulary import ExecutorKind, OutcomeStatus, Reason, RunKind, RunState
+
+T = TypeVar("T")
+
+_LEASE_SECONDS = 60.0  # from taking the run to beginning its call
+_SETTLE_PAUSES = (0.05, 0.2, 1.0)  # seconds; settling again is safe, and the effect has happened
+
+
+@dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A call that may be made now, once."""
+
+    run: Run
+    lease: Lease
+    grant: Grant
+    capability: str
+
+
+class Governor:
+    """Governs calls of functions as runs of kind `external`, one run a call; `governed` puts a function under it.
+
+    All its runs belong to one run group, `run_group_id`, so that they can be halted and limited together. `principal`
+    is who proposes; it needs `plm.runs.create` and what the capabilities require, and can never approve what it asked.
+    Any number of threads and event loops may use a governor; the control plane runs in a thread of its own.
+    """
+
+    def __init__(
+        self, plane: SyncControlPlane, *, tenant_id: UUID, principal: Principal, agent: str = "governed"
+    ) -> None:
+        self.plane = plane
+        self.tenant_id = tenant_id
+        self.principal = principal
+        self.run_group_id = new_id()
+        self._agent = agent
+
+    @classmethod
+    def in_memory(
+        cls,
+        capabilities: Written | CapabilityRegistry,
+        *,
+        policy: PolicySnapshot | Mapping[str, Any] | str | None = None,
+        scopes: frozenset[str] = frozenset(),
+        storage: MemoryStorage | None = None,
+    ) -> Governor:
+        """A governor whose books are kept in this process, for as long as it lives.
+
+        `capabilities` are a file's path, or modes by capability, such as `{"shop.order": "execute-write"}`. `policy` is
+        a file's path, or members that take the place of those in `STARTER_POLICY`, under which reads run and a human
+        approves every write. `scopes` are what the calling agent holds beside `plm.runs.create`.
+
+        Raises:
+            InvalidRequest: the policy or a capability is not what it should be; names the entry.
+        """
+        storage = storage or MemoryStorage()
+        core = ControlPlane(policy=policy_of(policy), registry=registry_of(capabilities), storage=storage)
+        principal = Principal(user_id=new_id(), actor_kind="agent", scopes=scopes | {CREATE_SCOPE})
+        tenant_id = storage.add_tenant(new_id(), name="memory")
+        return cls(SyncControlPlane(core), tenant_id=tenant_id, principal=principal)
+
+    def close(self) -> None:
+        """Close the control plane."""
+        self.plane.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def require(self, capability: str) -> None:
+        """Refuse a capability that is not registered: InvalidRequest."""
+
+        async def look(core: ControlPlane) -> None:
+            core.capability(capability)
+
+        self.plane.thread.submit(lambda: self.plane.on_core(look)).result()
+
+    def wait(self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]]) -> T:
+        """Do `work` on the core, waiting."""
+        return self.plane.call(work)
+
+    async def away(self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]]) -> T:
+        """Do `work` on the core from another event loop."""
+        return await asyncio.wrap_future(self.plane.thread.submit(lambda: self.plane.on_core(work)))
+
+    async def open_call(
+        self, core: ControlPlane, capability: str, resource: str, arguments: Mapping[str, Any]
+    ) -> Opened:
+        """Propose one call as a run of its own, and begin it where that is granted.
+
+        Raises:
+            CallRefused: it is not.
+        """
+        request = RunRequest(
+            tenant_id=self.tenant_id,
+            run_id=new_id(),
+            agent={"name": self._agent},
+            input={},
+            trace_id=secrets.token_hex(16),
+            run_group_id=self.run_group_id,
+            kind=RunKind.EXTERNAL,
+        )
+        run, _ = await core.create_run(request, principal=self.principal)
+        return await self.propose(core, run, capability, resource, arguments, ticket_id=None)
+
+    async def propose(
+        self,
+        core: ControlPlane,
+        run: Run,
+        capability: str,
+        resource: str,
+        arguments: Mapping[str, Any],
+        *,
+        ticket_id: UUID | None,
+    ) -> Opened:
+        """Propose the call of a run, for the first time or with the ticket that was opened then."""
+        lease = await core.storage.runs.take(
+            run.tenant_id, run.id, owner=self._agent, seconds=_LEASE_SECONDS, kind=RunKind.EXTERNAL
+        )
+        if lease is None:
+            raise await _not_takeable(core, run)
+        proposal = Proposal(
+            tenant_id=run.tenant_id,
+            run_id=run.id,
+            fencing_token=lease.fencing_token,
+            step_index=0,
+            attempt=1,
+            step_id="call",
+            capability=capability,
+            resource=resource,
+            arguments=arguments,
+            principal=self.principal,
+            executor_kind=ExecutorKind.EXTERNAL,
+            ticket_id=ticket_id,
+            agent=self._agent,
+        )
+        try:
+            admission = await core.admit(proposal)
+        except ControlPlaneError as error:
+            await self._finish(core, lease, RunState.FAILED, reason=error.code, message=str(error))
+            raise
+        if isinstance(admission, Granted):
+            return await self._begin(core, lease, admission.grant, capability)
+        if not isinstance(admission, Pending):
+            reason = admission.reason if isinstance(admission, Denied) else Reason.STEERED
+            await self._finish(core, lease, RunState.FAILED, reason=reason.value, message=admission.message)
+        raise _refusal(core, run, admission)
+
+    async def _begin(self, core: ControlPlane, lease: Lease, grant: Grant, capability: str) -> Opened:
+        opened = Opened(run=lease.run, lease=lease, grant=grant, capability=capability)
+        begun = await core.begin(grant, fencing_token=lease.fencing_token, actor=self.principal.actor)
+        if begun.accepted:
+            return opened
+        await self.close_call(core, opened, Outcome(status=OutcomeStatus.NOT_STARTED))
+        reason = begun.reason or Reason.GRANT_EXPIRED
+        raise CallDenied(begun.message, run_id=lease.run.id, reason=reason)
+
+    async def close_call(self, core: ControlPlane, opened: Opened, outcome: Outcome) -> None:
+        """Record what became of a call; a run whose outcome is unknown stays parked until somebody reconciles it.
+
+        Raises:
+            StorageUnavailable: it could not be recorded; the run shows a call that began and did not end.
+        """
+        await self._settle(core, opened, outcome)
+        if outcome.status is not OutcomeStatus.OUTCOME_UNKNOWN:
+            done = outcome.status is OutcomeStatus.SUCCEEDED
+            message = str((outcome.error or {}).get("message") or "") or None
+            state = RunState.SUCCEEDED if done else RunState.FAILED
+            await self._finish(
+                core, opened.lease, state, reason=None if done else outcome.status.value, message=message
+            )
+
+    async def _settle(self, core: ControlPlane, opened: Opened, outcome: Outcome) -> None:
+        for pause in (*_SETTLE_PAUSES, None):
+            try:
+                await core.settle(
+                    opened.grant,
+                    outcome,
+                    capability=core.capability(opened.capability),
+                    fencing_token=opened.lease.fencing_token,
+                    trace_id=opened.run.trace_id,
+                    actor=self.principal.actor,
+                )
+            except StorageUnavailable:
+                if pause is None:
+                    raise
+                await asyncio.sleep(pause)
+            else:
+                return
+
+    async def _finish(
+        self, core: ControlPlane, lease: Lease, state: RunState, *, reason: str | None, message: str | None
+    ) -> None:
+        await core.finish(
+            lease.run,
+            fencing_token=lease.fencing_token,
+            state=state,
+            actor=self.principal.actor,
+            reason=reason,
+            message=message,
+        )
+
+
+def _refusal(core: ControlPlane, run: Run, admission: Admission) -> Exception:
+    match admission:
+        case Denied(reason=reason, message=message, unblock=unblock, retry_after_ms=wait, limit=limit):
+            return CallDenied(message, run_id=run.id, reason=reason, unblock=unblock, retry_after_ms=wait, limit=limit)
+        case Steered(guidance=guidance, message=message):
+            return CallSteered(message, run_id=run.id, guidance=guidance)
+        case Pending(ticket_id=ticket_id, deadline=deadline, message=message):
+            unblock = f"a human with {core.policy.approval.required_scope} approves ticket {ticket_id}"
+            return CallPending(message, run=run, ticket_id=ticket_id, deadline=deadline, unblock=unblock)
+        case _:
+            raise TypeError(f"a granted call is no refusal: {admission}")
+
+
+async def _not_takeable(core: ControlPlane, run: Run) -> Exception:
+    """Why the run of a call cannot be taken up: nobody has decided yet, or it was made already."""
+    current = await core.storage.runs.get(run.tenant_id, run.id)
+    words = f"run {run.id} is {current.state.value}, so its call cannot be made"
+    if current.state is not RunState.AWAITING_APPROVAL:
+        return CallDenied(words, run_id=run.id, reason=Reason.APPROVAL_MISMATCH, unblock="calling the function anew")
+    (step,) = await core.storage.runs.steps(run.tenant_id, run.id)
+    assert step.ticket_id is not None  # noqa: S101  # it is what the run waits for
+    ticket = await core.storage.approvals.get(run.tenant_id, step.ticket_id)
+    unblock = f"a human with {core.policy.approval.required_scope} approves ticket {ticket.id}"
+    return CallPending(words, run=run, ticket_id=ticket.id, deadline=ticket.deadline, unblock=unblock)

@@ -1,0 +1,133 @@
+"""A private event loop in a thread of its own, for callers that have none."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """Runs coroutines for other threads. It starts with the first one, and ends with `close`.
+
+    Every method may be called from any thread of the process that made it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._under_way: set[asyncio.Task[Any]] = set()
+
+    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Do `work` in the thread and wait for it. Who is interrupted meanwhile takes the work back.
+
+        Raises:
+            RuntimeError: it is called where an event loop runs, which it would block; or as for `submit`; or the
+                thread was closed while the work was under way.
+        """
+        if _inside_a_loop():
+            raise RuntimeError(f"{self._name} waits, and would block the event loop that runs here; await instead")
+        future = self.submit(work)
+        try:
+            return future.result()
+        except concurrent.futures.CancelledError:
+            raise RuntimeError(
+                f"{self._name} was closed while this call was under way; read what became of it"
+            ) from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
+        """Have `work` done in the thread, without waiting.
+
+        Raises:
+            RuntimeError: it is closed; or this process was forked from the one that made it.
+        """
+        self._refuse_fork()
+        with self._lock:
+            if self._closed:
+                raise RuntimeError(f"{self._name} is closed; make a new one")
+            if self._loop is None:
+                self._start()
+            loop = self._loop
+            assert loop is not None  # noqa: S101  # started above
+            return asyncio.run_coroutine_threadsafe(self._tracked(work), loop)
+
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Cancel what is under way, do `last`, end the thread. Closing twice, or in a forked process, does nothing."""
+        if os.getpid() != self._pid:
+            return
+        if _inside_a_loop():
+            raise RuntimeError(f"closing {self._name} waits, and would block the event loop that runs here")
+        with self._lock:
+            already, self._closed = self._closed, True
+            loop, thread = self._loop, self._thread
+        if already or loop is None or thread is None:
+            return
+        try:
+            asyncio.run_coroutine_threadsafe(self._wind_up(last), loop).result()
+        finally:
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+
+    def abandon(self) -> bool:
+        """End the thread without waiting for it, when nobody can use it any more; whether it still ran."""
+        if os.getpid() != self._pid or self._closed:
+            return False
+        self._closed = True
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+        return self._loop is not None
+
+    async def _tracked(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        task = cast("asyncio.Task[Any]", asyncio.current_task())
+        self._under_way.add(task)
+        try:
+            return await work()
+        finally:
+            self._under_way.discard(task)
+
+    async def _wind_up(self, last: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
+        under_way = list(self._under_way)
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        if last is not None:
+            await last()
+
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError(f"{self._name} was made before this process was forked; make a new one here")
+
+    def _start(self) -> None:
+        loop = asyncio.new_event_loop()
+
+        def live() -> None:
+            try:
+                loop.run_forever()
+            finally:
+                loop.run_until_complete(loop.shutdown_asyncgens())
+                loop.run_until_complete(loop.shutdown_default_executor())
+                loop.close()
+
+        self._loop = loop
+        self._thread = threading.Thread(target=live, name=self._name, daemon=True)
+        self._thread.start()
+
+
+def _inside_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True

@@ -1,0 +1,97 @@
+"""The control plane for callers without an event loop: the same core, driven by a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import warnings
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from types import TracebackType
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+from plm_engine_core.control_plane.facade import ControlPlane
+from plm_engine_core.control_plane.loop_thread import LoopThread
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _waiting(
+    method: Callable[Concatenate[ControlPlane, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[SyncControlPlane, P], T]:
+    """The same method for callers that wait; signature and documentation are those of the original."""
+
+    @functools.wraps(method)
+    def call(self: SyncControlPlane, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.call(lambda core: method(core, *args, **kwargs))
+
+    return call
+
+
+class SyncControlPlane:
+    """`ControlPlane` for synchronous callers, from any number of threads; use it in a `with` block.
+
+    `opened` is a control plane, or a context manager that opens one on the private loop and closes it in the end, as a
+    database pool needs. Everything a method raises is what the core raised.
+
+    Raises:
+        RuntimeError: a method is called where an event loop runs, after `close`, or in a forked process.
+    """
+
+    def __init__(self, opened: ControlPlane | AbstractAsyncContextManager[ControlPlane]) -> None:
+        self._opened = opened
+        self._core: ControlPlane | None = None
+        self._entering = asyncio.Lock()
+        self._exits = AsyncExitStack()
+        self._thread = LoopThread("SyncControlPlane")
+
+    create_run = _waiting(ControlPlane.create_run)
+    admit = _waiting(ControlPlane.admit)
+    begin = _waiting(ControlPlane.begin)
+    settle = _waiting(ControlPlane.settle)
+    finish = _waiting(ControlPlane.finish)
+    cancel = _waiting(ControlPlane.cancel)
+    decide = _waiting(ControlPlane.decide)
+    halt = _waiting(ControlPlane.halt)
+    lift = _waiting(ControlPlane.lift)
+    verify_events = _waiting(ControlPlane.verify_events)
+
+    def call(self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]]) -> T:
+        """Wait for whatever `work` does with the core, for what has no method here, such as reading a run."""
+        return self._thread.run(lambda: self.on_core(work))
+
+    async def on_core(self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]]) -> T:
+        """The coroutine behind `call`; it belongs on the private loop."""
+        return await work(await self._entered())
+
+    @property
+    def thread(self) -> LoopThread:
+        """The private loop, for faces that are built on this one."""
+        return self._thread
+
+    async def _entered(self) -> ControlPlane:
+        async with self._entering:
+            if self._core is None:
+                if isinstance(self._opened, ControlPlane):
+                    self._core = self._opened
+                else:
+                    self._core = await self._exits.enter_async_context(self._opened)
+            return self._core
+
+    def close(self) -> None:
+        """Close what was opened and end the private loop; calls under way in other threads are taken back."""
+        self._thread.close(self._exits.aclose)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        thread = getattr(self, "_thread", None)
+        if thread is not None and thread.abandon() and self._core is not self._opened:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)

@@ -1,0 +1,388 @@
+"""Governed functions: what is refused does not run, and what runs is recorded as no better than it is."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+from decimal import Decimal
+
+import pytest
+from plm_engine_core import (
+    CallDenied,
+    CallPending,
+    CallRefused,
+    CallSteered,
+    Governor,
+    OutcomeUnknown,
+    SyncControlPlane,
+    governed,
+)
+from plm_engine_core.control_plane import ControlPlane, Principal
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.policy.starter import policy_of
+from plm_engine_core.control_plane.registry import CapabilityDescriptor, CostBound
+from plm_engine_core.control_plane.registry.written import registry_of
+from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
+from plm_engine_core.control_plane.vocabulary import (
+    CapabilityMode,
+    Evidence,
+    HaltScope,
+    Reason,
+    RunKind,
+    RunState,
+    StepState,
+    TicketDecision,
+)
+from plm_shared.testing.databases import create_tenants
+
+BOSS = Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=frozenset({"plm.hitl.resolve", "plm.halt"}))
+CAPABILITIES = {
+    "shop.look": "read",
+    "shop.order": "execute-write",
+    "shop.pay": CapabilityDescriptor(
+        id="shop.pay",
+        description="pay a bill",
+        mode=CapabilityMode.READ,
+        plugin="python",
+        cost=CostBound(max_eur=Decimal("0.40")),
+    ),
+}
+
+
+@pytest.fixture(params=["memory", "postgres"])
+def governor(request):
+    """A governor over each storage."""
+    if request.param == "memory":
+        with Governor.in_memory(CAPABILITIES) as governor:
+            yield governor
+        return
+    database = request.getfixturevalue("engine_database")
+    (tenant,) = create_tenants(database, "acme")
+    agent = Principal(user_id=uuid.uuid4(), actor_kind="agent", scopes=frozenset({"plm.runs.create"}))
+    with SyncControlPlane(_opened(database)) as plane:
+        yield Governor(plane, tenant_id=tenant, principal=agent)
+
+
+def _opened(database):
+    from contextlib import asynccontextmanager
+
+    class NoDelivery:
+        async def enqueue(self, connection, tenant_id, run_id):
+            raise AssertionError("a run of kind external is not delivered before its ticket is decided")
+
+    @asynccontextmanager
+    async def opened():
+        async with open_pool(database.app, max_size=4) as pool:
+            yield ControlPlane(
+                policy=policy_of(None), registry=registry_of(CAPABILITIES), storage=PostgresStorage(pool, NoDelivery())
+            )
+
+    return opened()
+
+
+@pytest.fixture
+def memory():
+    with Governor.in_memory(CAPABILITIES) as governor:
+        yield governor
+
+
+def runs(governor):
+    listed = governor.plane.call(
+        lambda core: core.storage.runs.list(governor.tenant_id, limit=99, before=None, state=None)
+    )
+    return list(listed)
+
+
+def only_step(governor, run):
+    (step,) = governor.plane.call(lambda core: core.storage.runs.steps(governor.tenant_id, run.id))
+    return step
+
+
+def approve(governor, pending, decision=TicketDecision.APPROVE):
+    governor.plane.decide(governor.tenant_id, pending.ticket_id, decision, approver=BOSS, comment="so be it")
+
+
+def test_a_call_that_is_allowed_runs_and_is_recorded_as_reported(governor):
+    @governed("shop.look", by=governor, resource="shelf/{item}")
+    def look(item, amount=1):
+        return {"item": item, "left": amount}
+
+    assert look("bolt") == {"item": "bolt", "left": 1}
+    (run,) = runs(governor)
+    assert (run.kind, run.state, run.principal) == (RunKind.EXTERNAL, RunState.SUCCEEDED, governor.principal)
+    assert run.subjects.run_group_id == governor.run_group_id
+    step = only_step(governor, run)
+    assert (step.state, step.evidence, step.resource) == (StepState.SUCCEEDED, Evidence.REPORTED, "shelf/bolt")
+    assert (step.arguments, step.output) == ({"item": "bolt", "amount": 1}, {"item": "bolt", "left": 1})
+    kinds = [
+        event.kind
+        for event in governor.plane.call(lambda core: core.storage.events.read(governor.tenant_id, f"run/{run.id}"))
+    ]
+    assert kinds == ["run_created", "run_taken", "step_granted", "step_started", "step_settled", "run_succeeded"]
+    assert all(each.consistent for each in governor.plane.verify_events(governor.tenant_id))
+
+
+async def test_an_asynchronous_function_is_governed_the_same_way(memory):
+    @governed("shop.look", by=memory)
+    async def look(item):
+        await asyncio.sleep(0)
+        return item
+
+    assert await asyncio.gather(*(look(f"n{number}") for number in range(5))) == [f"n{number}" for number in range(5)]
+    states = [run.state for run in await asyncio.to_thread(runs, memory)]
+    assert states == [RunState.SUCCEEDED] * 5
+
+
+def test_what_is_refused_does_not_run_and_says_why(memory):
+    ran = []
+    strict = Governor.in_memory(CAPABILITIES, policy={"tiers": {"shop.look": "blocked"}})
+
+    @governed("shop.look", by=strict)
+    def look():
+        ran.append(1)
+
+    with strict, pytest.raises(CallDenied) as caught:
+        look()
+    assert caught.value.reason is Reason.CAPABILITY_BLOCKED
+    assert ran == []
+
+
+def test_a_refused_call_ends_its_run_with_the_reason(memory):
+    @governed("shop.look", by=memory)
+    def look():
+        raise AssertionError("it ran")
+
+    memory.plane.halt(memory.tenant_id, HaltScope.TENANT, None, reason="smoke", by=BOSS)
+    with pytest.raises(CallDenied, match="a tenant halt stands: smoke") as caught:
+        look()
+    (run,) = runs(memory)
+    assert (run.id, run.state, run.reason) == (caught.value.run_id, RunState.FAILED, "halted")
+    assert "lifting the halt" in caught.value.unblock
+
+
+def test_a_budget_that_is_too_small_is_named():
+    limits = {"run": {"EUR": "0.1", "calls": "1"}, "tenant": {"EUR": "9", "calls": "9"}}
+    with Governor.in_memory(CAPABILITIES, policy={"budgets": limits}) as governor:
+
+        @governed("shop.pay", by=governor)
+        def pay():
+            raise AssertionError("it ran")
+
+        with pytest.raises(CallDenied) as caught:
+            pay()
+    assert caught.value.reason is Reason.BUDGET_EXCEEDED
+    assert (caught.value.limit["limit"], caught.value.limit["needed"]) == ("0.1", "0.4")
+
+
+def test_a_steered_call_says_what_to_call_instead():
+    policy = {"tiers": {"shop.look": "steer"}, "guidance": {"shop.look": "ask the clerk"}}
+    with Governor.in_memory(CAPABILITIES, policy=policy) as governor:
+
+        @governed("shop.look", by=governor)
+        def look():
+            raise AssertionError("it ran")
+
+        with pytest.raises(CallSteered) as caught:
+            look()
+    assert caught.value.guidance == "ask the clerk"
+    assert isinstance(caught.value, CallRefused)
+
+
+class TestApproval:
+    """A call that waits for a human."""
+
+    def test_it_is_made_once_after_the_approval_with_the_arguments_that_were_approved(self, memory):
+        made = []
+
+        @governed("shop.order", by=memory)
+        def order(item):
+            made.append(item)
+            return len(made)
+
+        with pytest.raises(CallPending, match="approves ticket") as caught:
+            order("bolt")
+        pending = caught.value
+        with pytest.raises(CallPending) as still:
+            pending.resume()
+        assert (still.value.ticket_id, made) == (pending.ticket_id, [])
+        approve(memory, pending)
+        assert (pending.resume(), made) == (1, ["bolt"])
+        with pytest.raises(CallDenied, match="succeeded, so its call cannot be made"):
+            pending.resume()
+        assert made == ["bolt"]
+
+    def test_a_denial_is_told_in_the_approvers_words(self, memory):
+        @governed("shop.order", by=memory)
+        def order():
+            raise AssertionError("it ran")
+
+        with pytest.raises(CallPending) as caught:
+            order()
+        approve(memory, caught.value, TicketDecision.DENY)
+        with pytest.raises(CallDenied, match="so be it") as denied:
+            caught.value.resume()
+        assert denied.value.reason is Reason.APPROVAL_DENIED
+
+    async def test_an_asynchronous_call_is_resumed_by_awaiting(self, memory):
+        @governed("shop.order", by=memory)
+        async def order(item):
+            return item
+
+        with pytest.raises(CallPending) as caught:
+            await order("nut")
+        await asyncio.to_thread(approve, memory, caught.value)
+        assert await caught.value.resume() == "nut"
+
+    def test_the_caller_cannot_approve_its_own_call(self, memory):
+        @governed("shop.order", by=memory)
+        def order():
+            raise AssertionError("it ran")
+
+        with pytest.raises(CallPending) as caught:
+            order()
+        with pytest.raises(Exception, match="only a human"):
+            memory.plane.decide(
+                memory.tenant_id, caught.value.ticket_id, TicketDecision.APPROVE, approver=memory.principal
+            )
+
+
+class TestOutcomes:
+    """What becomes of a call is recorded as it was."""
+
+    def test_an_error_is_recorded_and_raised(self, memory):
+        @governed("shop.look", by=memory)
+        def look():
+            raise ValueError("no such shelf \x00")
+
+        with pytest.raises(ValueError, match="no such shelf"):
+            look()
+        (run,) = runs(memory)
+        step = only_step(memory, run)
+        assert (run.state, step.state) == (RunState.FAILED, StepState.FAILED)
+        assert step.error == {"category": "ValueError", "message": "no such shelf \\0"}
+
+    @pytest.mark.parametrize("error", [OutcomeUnknown("the line went dead"), KeyboardInterrupt(), SystemExit(1)])
+    def test_who_cannot_know_or_is_interrupted_leaves_the_outcome_unknown(self, memory, error):
+        @governed("shop.look", by=memory)
+        def look():
+            raise error
+
+        with pytest.raises(type(error)):
+            look()
+        (run,) = runs(memory)
+        assert run.state is RunState.OUTCOME_UNKNOWN
+
+    async def test_a_cancelled_call_is_unknown_too(self, memory):
+        begun = asyncio.Event()
+
+        @governed("shop.look", by=memory)
+        async def look():
+            begun.set()
+            await asyncio.get_running_loop().create_future()
+
+        task = asyncio.create_task(look())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        (run,) = await asyncio.to_thread(runs, memory)
+        assert run.state is RunState.OUTCOME_UNKNOWN
+
+    def test_a_result_that_is_no_json_is_returned_and_not_recorded(self, memory):
+        thing = object()
+
+        @governed("shop.look", by=memory)
+        def look():
+            return thing
+
+        assert look() is thing
+        (run,) = runs(memory)
+        assert only_step(memory, run).output is None
+
+    def test_what_nobody_measured_costs_all_that_was_reserved(self, memory):
+        @governed("shop.pay", by=memory)
+        def pay():
+            return None
+
+        pay()
+        (run,) = runs(memory)
+        budgets = memory.plane.call(lambda core: core.storage.runs.budgets(memory.tenant_id, run.id))
+        spent = {(each.scope.value, str(each.unit)): each.spent for each in budgets}
+        assert spent["tenant", "EUR"] == Decimal("0.40")
+        assert spent["run", "calls"] == 1
+
+
+class TestMisuse:
+    """Defects of the caller are told early and by name."""
+
+    def test_a_capability_that_is_not_registered(self, memory):
+        with pytest.raises(InvalidRequest, match=r"shop\.steal is not registered"):
+            governed("shop.steal", by=memory)
+
+    def test_arguments_that_are_no_json_by_path_unless_left_out(self, memory):
+        @governed("shop.look", by=memory)
+        def look(client, item):
+            raise AssertionError("it ran")
+
+        with pytest.raises(InvalidRequest, match=r"arguments\.client"):
+            look(object(), "bolt")
+        assert [run.state for run in runs(memory)] == [RunState.FAILED]
+
+        @governed("shop.look", by=memory, leave_out=("client",))
+        def look_again(client, item):
+            return item
+
+        assert look_again(object(), "bolt") == "bolt"
+
+    def test_wrong_arguments_are_the_functions_own_type_error_and_no_call(self, memory):
+        @governed("shop.look", by=memory)
+        def look(item):
+            raise AssertionError("it ran")
+
+        with pytest.raises(TypeError, match="item"):
+            look()
+        assert runs(memory) == []
+
+    def test_a_resource_that_names_no_argument(self, memory):
+        @governed("shop.look", by=memory, resource="shelf/{shelf}")
+        def look(item):
+            raise AssertionError("it ran")
+
+        with pytest.raises(InvalidRequest, match="cannot be filled in"):
+            look("bolt")
+
+    async def test_a_synchronous_function_inside_a_loop(self, memory):
+        @governed("shop.look", by=memory)
+        def look():
+            return threading.current_thread().name
+
+        with pytest.raises(RuntimeError, match="would block the event loop"):
+            look()
+        assert await asyncio.to_thread(look)
+
+    @pytest.mark.parametrize(
+        ("capabilities", "policy", "words"),
+        [
+            ({"shop.look": "peek"}, None, r"'shop\.look' is refused: mode"),
+            ({"Shop": "read"}, None, "'Shop' is refused: id"),
+            ({}, {"budgets": 7}, "the policy is refused: budgets"),
+            ({}, {"colour": "red"}, "the policy is refused: colour"),
+        ],
+    )
+    def test_a_policy_or_capability_that_is_none(self, capabilities, policy, words):
+        with pytest.raises(InvalidRequest, match=words):
+            Governor.in_memory(capabilities, policy=policy)
+
+
+def test_policy_and_capabilities_may_be_files(tmp_path):
+    policy, capabilities = tmp_path / "policy.json", tmp_path / "capabilities.yaml"
+    policy.write_text(policy_of(None).model_dump_json())
+    capabilities.write_text("capabilities: [{id: a.b, description: x, mode: read, plugin: python}]")
+    with Governor.in_memory(str(capabilities), policy=str(policy)) as governor:
+
+        @governed("a.b", by=governor)
+        def call():
+            return 7
+
+        assert call() == 7
