@@ -6,6 +6,7 @@ What a plugin gets is found by starting a worker for it, confined as always, and
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -50,9 +51,14 @@ class PluginReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Everything that was found. ``rejected`` are manifests that cannot be used, with their reasons."""
+    """Everything that was found.
+
+    ``means`` are what systems offer besides and no layer is made of, each with the reason. ``rejected`` are manifests
+    that cannot be used, with their reasons.
+    """
 
     layers: tuple[LayerReport, ...]
+    means: tuple[LayerReport, ...]
     plugins: tuple[PluginReport, ...]
     rejected: tuple[tuple[Path, str], ...]
 
@@ -71,6 +77,7 @@ async def diagnose(data_dir: Path, default: IsolationProfile) -> Diagnosis:
     plugins = [await _plugin(meta, data_dir, default) for meta in found]
     return Diagnosis(
         layers=tuple(machine_layers({layer for plugin in plugins for layer in plugin.layers})),
+        means=(_control_groups(), _bubblewrap()),
         plugins=tuple(plugins),
         rejected=tuple((bad.path, bad.reason) for bad in rejected),
     )
@@ -96,6 +103,41 @@ def machine_layers(seen: set[str] | None = None) -> list[LayerReport]:
         )
         for name, stops in LAYERS.items()
     ]
+
+
+def _control_groups() -> LayerReport:
+    """Tell what this process could do with control groups of version 2."""
+    where = _cgroup_folder()
+    if where is None:
+        found = "this system has no control groups of version 2 here"
+    else:
+        controllers = (where / "cgroup.controllers").read_text(encoding="ascii").split()
+        may = "may make groups in it" if os.access(where, os.W_OK) else "may make no groups in it"
+        found = f"{where} offers {', '.join(controllers) or 'no controller'}, and we {may}"
+    detail = f"{found}; memory, processes and disk are sampled instead, and what is left behind is found by its mark"
+    return LayerReport(name="cgroup", held=False, detail=detail)
+
+
+def _cgroup_folder() -> Path | None:
+    """Return the folder of our control group of version 2, None where there is none that can be seen."""
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+        memberships = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    points = [line.split()[4] for line in mounts if " - cgroup2 " in line]
+    ours = next((line[len("0::") :] for line in memberships if line.startswith("0::")), None)
+    if not points or ours is None:
+        return None
+    folder = Path(points[0], ours.lstrip("/"))
+    return folder if (folder / "cgroup.controllers").is_file() else None
+
+
+def _bubblewrap() -> LayerReport:
+    found = shutil.which("bwrap")
+    what = f"{found} is there" if found else "it is not installed"
+    detail = f"{what}; every worker would start slower by it, and each thing it keeps a plugin from is another layer's"
+    return LayerReport(name="bubblewrap", held=False, detail=detail)
 
 
 def _detail(name: str, abi: int, stops: str) -> str:
