@@ -3,7 +3,7 @@
 `load_in_process`, `run_in_process` and `stream_in_process` need no process and no pytest. `PluginWorkers` loads plugins
 of the test's own environment in real, confined worker processes; as a pytest plugin it is the fixture
 ``plugin_workers``. `ConfinementProbe` is a plugin that tries what it is told and reports what happened; `attempt` asks
-it.
+it. `registry_of` is a registry of file plugins that are named one by one.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from plugin_substrate.testing.in_process import (
     stream_in_process,
 )
 from plugin_substrate.testing.probes.confinement_probe import ConfinementProbe
+from plugin_substrate.testing.registry import registry_of
 from plugin_substrate.testing.workers import LeftBehindError, PluginWorker, PluginWorkers
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "attempt_async",
     "load_in_process",
     "plugin_meta",
+    "registry_of",
     "run_in_process",
     "stream_in_process",
 ]

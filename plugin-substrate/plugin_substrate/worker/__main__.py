@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120
 _PACKAGE = "plugin_substrate"
-_OFFERED = ("interface", "errors", "validation", "worker")
+_OFFERED = ("interface", "errors", "file_plugin", "validation", "worker")
 
 
 class HostFiles:
-    """Finds ``plugin_substrate.interface``, ``.errors``, ``.validation``, ``.worker``; the package is an empty one."""
+    """Finds what is offered of ``plugin_substrate``; the package itself is an empty one."""
 
     def find_spec(
         self,

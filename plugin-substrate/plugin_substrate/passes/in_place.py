@@ -1,0 +1,146 @@
+"""The way for trees too large to copy: the plugin works on the tree itself, and only the protected part is put back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from plugin_substrate.passes.changes import Changes, shown
+from plugin_substrate.passes.records import PassLimits, ProtectedPaths
+from plugin_substrate.passes.staging import copy_file
+from plugin_substrate.passes.tree import Entry, Kind, look, open_below, scan
+
+__all__ = ["ProtectedBackup"]
+
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PORTION = 1 << 20
+
+
+class ProtectedBackup:
+    """Copies of everything protected in a tree, and how to put it back, byte by byte and following no link."""
+
+    def __init__(self, root: Path, store: Path, *, protected: ProtectedPaths, limits: PassLimits) -> None:
+        """Copy from ``root`` into the empty folder ``store``; both stay open until `close`."""
+        self._root = os.open(root, _FOLDER)
+        self._store = os.open(store, _FOLDER)
+        self._protected = protected
+        self._limits = limits
+        self._before = scan(self._root, depth=limits.tree_depth)
+        self._kept = {path: entry for path, entry in self._before.items() if protected.covers(path)}
+        self._copies = {path: str(number) for number, path in enumerate(self._kept)}
+        for path, entry in self._kept.items():
+            if entry.kind is Kind.FILE:
+                self._copy(path)
+
+    def close(self) -> None:
+        """Give up both folders."""
+        os.close(self._root)
+        os.close(self._store)
+
+    def changes(self) -> Changes:
+        """Say what has changed, by facts and not by content, but for what is protected."""
+        after = scan(self._root, depth=self._limits.tree_depth)
+        written = {path: entry for path, entry in after.items() if self._is_new(path, entry)}
+        removed = {path: entry for path, entry in self._before.items() if path not in after}
+        violations = {shown(path): "is protected" for path in (*written, *removed) if self._protected.covers(path)}
+        for path, entry in written.items():
+            if entry.kind is Kind.SPECIAL:
+                violations.setdefault(shown(path), "is a socket, a pipe or a device")
+            elif entry.mode & 0o7000 and entry.kind is Kind.FILE:
+                violations.setdefault(shown(path), "has set-id or sticky bits")
+        return Changes(written=written, removed=removed, violations=dict(sorted(violations.items())))
+
+    def restore(self) -> None:
+        """Make everything protected what it was: content, permissions, owner and time."""
+        after = scan(self._root, depth=self._limits.tree_depth)
+        for path in sorted(after, key=lambda path: -path.count("/")):
+            old = self._kept.get(path)
+            if self._protected.covers(path) and (old is None or old.kind is not after[path].kind):
+                self._take_away(path, after[path])
+        for path, entry in self._kept.items():
+            self._put_back(path, entry)
+
+    def _is_new(self, path: str, entry: Entry) -> bool:
+        old = self._before.get(path)
+        if old is None or old.kind is not entry.kind:
+            return True
+        if entry.kind is Kind.FOLDER:
+            return False
+        if path in self._kept and entry.kind is Kind.FILE and not self._is_copy(path):
+            return True
+        facts = ("size", "inode", "modified", "target")
+        return any(getattr(old, fact) != getattr(entry, fact) for fact in facts)
+
+    def _copy(self, path: str) -> None:
+        parent, _, name = path.rpartition("/")
+        with open_below(self._root, parent) as folder:
+            source = os.open(name, _READ, dir_fd=folder)
+        try:
+            target = os.open(self._copies[path], _CREATE, 0o600, dir_fd=self._store)
+            try:
+                copy_file(source, target, os.fstat(source).st_size)
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+
+    def _is_copy(self, path: str) -> bool:
+        parent, _, name = path.rpartition("/")
+        with open_below(self._root, parent) as folder:
+            here = os.open(name, _READ, dir_fd=folder)
+        with open(here, "rb", buffering=0) as first:  # noqa: PTH123 - a descriptor
+            there = os.open(self._copies[path], _READ, dir_fd=self._store)
+            with open(there, "rb", buffering=0) as second:  # noqa: PTH123
+                while True:
+                    left, right = first.read(_PORTION), second.read(_PORTION)
+                    if left != right:
+                        return False
+                    if not left:
+                        return True
+
+    def _take_away(self, path: str, entry: Entry) -> None:
+        parent, _, name = path.rpartition("/")
+        with open_below(self._root, parent) as folder:
+            if entry.kind is Kind.FOLDER:
+                os.rmdir(name, dir_fd=folder)
+            else:
+                os.unlink(name, dir_fd=folder)
+
+    def _put_back(self, path: str, entry: Entry) -> None:
+        parent, _, name = path.rpartition("/")
+        with open_below(self._root, parent) as folder:
+            now = look(folder, name)
+            if entry.kind is Kind.FOLDER:
+                if now is None:
+                    os.mkdir(name, entry.mode, dir_fd=folder)
+            elif entry.kind is Kind.LINK:
+                if now is None or now.target != entry.target:
+                    _unlink_if_there(folder, name, now)
+                    os.symlink(entry.target, name, dir_fd=folder)
+            elif entry.kind is Kind.FILE and (now is None or not self._is_copy(path)):
+                self._write_back(folder, name, path, entry)
+            elif now is not None and (now.mode, now.modified) != (entry.mode, entry.modified):
+                os.chmod(name, entry.mode, dir_fd=folder)
+                os.utime(name, ns=(entry.modified, entry.modified), dir_fd=folder, follow_symlinks=False)
+
+    def _write_back(self, folder: int, name: str, path: str, entry: Entry) -> None:
+        temporary = f".{name[:100]}.restored"
+        source = os.open(self._copies[path], _READ, dir_fd=self._store)
+        try:
+            target = os.open(temporary, _CREATE, 0o600, dir_fd=folder)
+            try:
+                copy_file(source, target, entry.size)
+                os.fchmod(target, entry.mode)
+                os.utime(target, ns=(entry.modified, entry.modified))
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+
+
+def _unlink_if_there(folder: int, name: str, entry: Entry | None) -> None:
+    if entry is not None:
+        os.unlink(name, dir_fd=folder)

@@ -1,0 +1,111 @@
+"""Makes the copy of a tree that a plugin works on."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+from collections.abc import Mapping
+
+from plugin_substrate.passes.tree import Entry, Kind, open_below
+
+__all__ = ["copy_file", "copy_tree", "too_large"]
+
+_FICLONE = 0x40049409  # ioctl_ficlone(2): share the blocks until one of the two is written to
+_NOT_HERE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
+_PORTION = 1 << 24
+
+
+def too_large(tree: Mapping[str, Entry], *, most_files: int, most_bytes: int) -> str:
+    """Say why a tree is not to be copied; empty when it is."""
+    size = sum(entry.size for entry in tree.values() if entry.kind is Kind.FILE)
+    if len(tree) > most_files:
+        return f"{len(tree)} entries, more than {most_files}"
+    if size > most_bytes:
+        return f"{size} bytes, more than {most_bytes}"
+    return ""
+
+
+def copy_tree(source: int, target: int, tree: Mapping[str, Entry]) -> None:
+    """Copy what ``tree`` lists from one folder to another, empty one: content, permissions and times, links as links.
+
+    Each file becomes a file of its own, also where several names share one in the source. Sockets, pipes and devices
+    are left out: no plugin has use for them. An entry that is no longer what it was is an OSError.
+    """
+    folders: dict[str, list[str]] = {"": []}
+    for path, entry in tree.items():
+        parent, _, name = path.rpartition("/")
+        if entry.kind is Kind.FOLDER:
+            folders[path] = []
+        folders[parent].append(name)
+    for parent, names in folders.items():
+        with open_below(source, parent) as here, open_below(target, parent) as there:
+            for name in names:
+                _copy(here, there, name, tree[f"{parent}/{name}" if parent else name])
+    for path in reversed(folders):
+        if path:
+            with open_below(target, path.rpartition("/")[0]) as parent_there:
+                _set_times(parent_there, path.rpartition("/")[2], tree[path])
+
+
+def _copy(here: int, there: int, name: str, entry: Entry) -> None:
+    if entry.kind is Kind.FOLDER:
+        os.mkdir(name, 0o700 | entry.mode & 0o777, dir_fd=there)
+    elif entry.kind is Kind.LINK:
+        os.symlink(entry.target, name, dir_fd=there)
+        _set_times(there, name, entry)
+    elif entry.kind is Kind.FILE:
+        with _Opened(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, here) as source:
+            status = os.fstat(source)
+            if (status.st_dev, status.st_ino) != entry.identity:
+                raise OSError(errno.ESTALE, "it was replaced while it was copied", name)
+            # Readable and writable by us even where the original is not: the mode of the original is not touched.
+            mode = 0o600 | entry.mode & 0o777
+            with _Opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, there, mode) as target:
+                copy_file(source, target, status.st_size)
+                os.utime(target, ns=(entry.modified, entry.modified))
+
+
+def copy_file(source: int, target: int, size: int) -> None:
+    """Copy a file's content into an empty one, sharing blocks where the file system can."""
+    try:
+        fcntl.ioctl(target, _FICLONE, source)
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
+            raise
+    else:
+        return
+    try:
+        while os.copy_file_range(source, target, _PORTION):
+            pass
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
+            raise
+        _copy_plainly(source, target)
+    if os.fstat(target).st_size < size:
+        _copy_plainly(source, target)  # copy_file_range(2) copies nothing of files that only claim to be empty
+
+
+def _copy_plainly(source: int, target: int) -> None:
+    os.lseek(source, 0, os.SEEK_SET)
+    os.lseek(target, 0, os.SEEK_SET)
+    while portion := os.read(source, _PORTION):
+        while portion:
+            portion = portion[os.write(target, portion) :]
+
+
+def _set_times(folder: int, name: str, entry: Entry) -> None:
+    os.utime(name, ns=(entry.modified, entry.modified), dir_fd=folder, follow_symlinks=False)
+
+
+class _Opened:
+    """An open descriptor for the length of a with-block."""
+
+    def __init__(self, name: str, flags: int, folder: int, mode: int = 0o600) -> None:
+        self.descriptor = os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=folder)
+
+    def __enter__(self) -> int:
+        return self.descriptor
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.descriptor)

@@ -1,0 +1,133 @@
+"""A folder and all below it as a table of facts, read through descriptors that follow no link."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+__all__ = ["Entry", "Kind", "TreeTooLargeError", "open_below", "open_folder", "scan"]
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Kind(StrEnum):
+    """What stands at a path."""
+
+    FILE = "file"
+    FOLDER = "folder"
+    LINK = "link"
+    SPECIAL = "special"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One path as it stood at one moment; ``target`` is what a link says, and times are nanoseconds."""
+
+    kind: Kind
+    mode: int
+    size: int
+    links: int
+    device: int
+    inode: int
+    modified: int
+    changed: int
+    target: str = ""
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """The file behind the path, whatever it is called."""
+        return self.device, self.inode
+
+
+class TreeTooLargeError(Exception):
+    """A tree has more in it than is to be read."""
+
+
+@contextmanager
+def open_folder(path: Path) -> Iterator[int]:
+    """Open a folder by its path; the last part of it is no link."""
+    descriptor = os.open(path, _FOLDER)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def open_below(root: int, path: str) -> Iterator[int]:
+    """Open a folder below another by a relative path, no part of which is a link; an empty path is the root itself."""
+    descriptor = os.dup(root)
+    try:
+        for name in filter(None, path.split("/")):
+            below = os.open(name, _FOLDER, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def scan(root: int, *, depth: int, most: int | None = None) -> dict[str, Entry]:
+    """Return every path below a folder, each folder before what it holds; a `TreeTooLargeError` beyond the bounds.
+
+    Paths are relative, with slashes; bytes that are no UTF-8 stand as lone surrogates, as everywhere in Python.
+    """
+    found: dict[str, Entry] = {}
+    _scan(root, "", depth, most, found)
+    return found
+
+
+def _scan(folder: int, prefix: str, depth: int, most: int | None, found: dict[str, Entry]) -> None:
+    if depth < 0:
+        raise TreeTooLargeError(f"{prefix!r:.200} lies too deep")
+    below = []
+    with os.scandir(folder) as entries:
+        for item in entries:
+            with suppress(FileNotFoundError):  # gone since it was listed
+                entry = _entry(item.stat(follow_symlinks=False), folder, item.name)
+                found[prefix + item.name] = entry
+                if entry.kind is Kind.FOLDER:
+                    below.append(item.name)
+            if most is not None and len(found) > most:
+                raise TreeTooLargeError(f"it holds more than {most} entries")
+    for name in below:
+        descriptor = os.open(name, _FOLDER, dir_fd=folder)
+        try:
+            _scan(descriptor, f"{prefix}{name}/", depth - 1, most, found)
+        finally:
+            os.close(descriptor)
+
+
+def look(folder: int, name: str) -> Entry | None:
+    """Return what stands at a name in a folder, None when nothing does."""
+    try:
+        return _entry(os.lstat(name, dir_fd=folder), folder, name)
+    except FileNotFoundError:
+        return None
+
+
+def _entry(status: os.stat_result, folder: int, name: str) -> Entry:
+    mode = status.st_mode
+    kind = Kind.SPECIAL
+    if stat.S_ISREG(mode):
+        kind = Kind.FILE
+    elif stat.S_ISDIR(mode):
+        kind = Kind.FOLDER
+    elif stat.S_ISLNK(mode):
+        kind = Kind.LINK
+    return Entry(
+        kind=kind,
+        mode=stat.S_IMODE(mode),
+        size=status.st_size,
+        links=status.st_nlink,
+        device=status.st_dev,
+        inode=status.st_ino,
+        modified=status.st_mtime_ns,
+        changed=status.st_ctime_ns,
+        target=os.readlink(name, dir_fd=folder) if kind is Kind.LINK else "",
+    )
