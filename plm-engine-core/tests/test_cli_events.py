@@ -129,6 +129,16 @@ def test_the_feed_goes_on_after_its_cursor_and_tells_who_holds_it_back(terminal:
     assert "not a cursor" in terminal.run(*ours, "--after", "nonsense", status=2).stderr
 
 
+def test_tables_that_say_something_else_than_the_events_are_told_of(terminal: Terminal) -> None:
+    ours = ("rebuild", "--tenant-id", str(terminal.tenant))
+    assert "agree: 0 runs, 0 tickets, 0 budgets" in terminal.run(*ours).stdout
+    columns = "tenant_id, scope_kind, scope_id, unit, limit_amount, spent"
+    tenant = terminal.tenant
+    terminal.forge(f"INSERT INTO budgets ({columns}) VALUES ('{tenant}', 'tenant', '{tenant}', 'EUR', 9, 3)")  # noqa: S608  # ids of ours
+    (difference,) = terminal.json(*ours, status=1)["differences"]
+    assert (difference["events"], "Decimal('3" in difference["table"]) == ("None", True)
+
+
 def test_an_export_is_written_whole_or_not_at_all(terminal: Terminal, file: Path) -> None:
     before = file.read_bytes()
     assert (

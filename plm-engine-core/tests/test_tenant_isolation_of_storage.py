@@ -13,6 +13,7 @@ from plm_engine_core.control_plane.errors import FencingLost, NotFound
 from plm_engine_core.control_plane.events import BEGINNING, FeedPage, Piece, run_stream
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.events.signing import Signer
+from plm_engine_core.control_plane.events.standing import Standing
 from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.storage.ports import (
@@ -55,6 +56,7 @@ ABSENT = {
     "events.read": [],
     "events.heads": [],
     "events.feed": FeedPage(events=[], cursor=BEGINNING),
+    "events.fold": Standing(runs={}, tickets={}, budgets={}),
     "checkpoints.take": None,
     "checkpoints.read": [],
     "checkpoints.newest": None,
@@ -160,6 +162,7 @@ async def foreign(bench):
         "events.read": lambda: storage.events.read(other, run_stream(run.id)),
         "events.heads": lambda: storage.events.heads(other),
         "events.feed": lambda: storage.events.feed(other),
+        "events.fold": lambda: storage.events.fold(other, pytest.fail),
         "checkpoints.take": lambda: checkpointer.take(other),
         "checkpoints.read": lambda: storage.checkpoints.read(other),
         "checkpoints.newest": lambda: storage.checkpoints.newest(other),

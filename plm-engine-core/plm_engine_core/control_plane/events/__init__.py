@@ -5,6 +5,7 @@ from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, Event, event_hash, run_stream
 from plm_engine_core.control_plane.events.export import Exported, export, read_exports
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage, HeldBack
+from plm_engine_core.control_plane.events.projections import Difference, Projections, rebuild
 from plm_engine_core.control_plane.events.signing import PublicKeys, Signer, load_public_keys, load_signer
 from plm_engine_core.control_plane.events.verify import StreamHead, Stub, Verification, verify_streams, verify_tenant
 
@@ -14,6 +15,7 @@ __all__ = [
     "Archive",
     "Archivist",
     "Checkpoint",
+    "Difference",
     "Event",
     "Exported",
     "FeedCursor",
@@ -21,6 +23,7 @@ __all__ = [
     "Head",
     "HeldBack",
     "Piece",
+    "Projections",
     "PublicKeys",
     "Signer",
     "StreamHead",
@@ -32,6 +35,7 @@ __all__ = [
     "load_signer",
     "open_archive",
     "read_exports",
+    "rebuild",
     "run_stream",
     "verify_streams",
     "verify_tenant",

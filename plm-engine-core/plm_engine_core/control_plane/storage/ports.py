@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.events.archive import Piece
     from plm_engine_core.control_plane.events.chain import Link
     from plm_engine_core.control_plane.events.feed import FeedCursor, FeedPage
+    from plm_engine_core.control_plane.events.standing import Standing
     from plm_engine_core.control_plane.halts import Halt
     from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
     from plm_engine_core.control_plane.policy.replay import Attempt
@@ -308,6 +309,13 @@ class EventStore(Protocol):
         Raises:
             InvalidRequest: the cursor is of another database.
             Conflict: the events are of another server, whose transactions had higher ids.
+        """
+        ...
+
+    async def fold(self, tenant_id: UUID, apply: Callable[[Event], None]) -> Standing:
+        """Hand every event to `apply`, in the order of its stream, and answer what the tables said at that instant.
+
+        `apply` may be called in another thread.
         """
         ...
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import UTC
 from decimal import Decimal
 from typing import Any
 
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.events.event import Event
+from plm_engine_core.control_plane.events.standing import BudgetKey, BudgetStanding
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
 from plm_engine_core.control_plane.limits.budgets import Budget
@@ -151,3 +153,15 @@ def halt_row(row: Mapping[str, Any]) -> Halt:
 def event_row(row: Mapping[str, Any]) -> Event:
     """One row of `events`."""
     return Event(**row)
+
+
+def budget_standing(row: Mapping[str, Any]) -> tuple[BudgetKey, BudgetStanding]:
+    """One row of `budgets`, as far as events tell of it."""
+    key = BudgetKey(
+        scope=row["scope_kind"],
+        scope_id=row["scope_id"],
+        unit=row["unit"],
+        period=row["period"],
+        starts_at=row["starts_at"].astimezone(UTC),
+    )
+    return key, BudgetStanding(spent=Decimal(row["spent"]), reserved=Decimal(row["reserved"]))

@@ -14,9 +14,10 @@ from plm_engine_core.control_plane.events.chain import Link
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.events.event import Event, link_of
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage
+from plm_engine_core.control_plane.events.standing import Standing, run_standing, ticket_standing
 from plm_engine_core.control_plane.events.verify import StreamHead
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
-from plm_engine_core.control_plane.storage.rows import event_row
+from plm_engine_core.control_plane.storage.rows import budget_standing, event_row, run_row, ticket_row
 
 Make = Callable[[Checkpoint | None, Sequence[Head], Sequence[Head], datetime], Checkpoint]
 
@@ -45,6 +46,18 @@ class MemoryEvents:
             last = page[-1] if page else None
             cursor = FeedCursor(last["feed_position"], last["stream"], last["seq"]) if last else after
             return FeedPage(events=[_event(row) for row in page], cursor=cursor)
+
+    async def fold(self, tenant_id: UUID, apply: Callable[[Event], None]) -> Standing:
+        """Hand every event to `apply`, in the order of its stream, and answer what the tables said at that instant."""
+        async with self._books.turn() as books:
+            for head in _heads(books, tenant_id):
+                for event in _events(books, tenant_id, head.stream, 0, None):
+                    apply(event)
+            return Standing(
+                runs={row["run_id"]: run_standing(run_row(row)) for row in books.run_states.rows(tenant_id)},
+                tickets={row["id"]: ticket_standing(ticket_row(row)) for row in books.approval_tickets.rows(tenant_id)},
+                budgets=dict(map(budget_standing, books.budgets.rows(tenant_id))),
+            )
 
     async def heads(self, tenant_id: UUID) -> Sequence[StreamHead]:
         """Every stream of the tenant with its head."""

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from uuid import UUID
+
+from psycopg.rows import dict_row
 
 from plm_engine_core.control_plane.errors import Conflict, InvalidRequest
 from plm_engine_core.control_plane.events.event import Event
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage, HeldBack
+from plm_engine_core.control_plane.events.standing import Standing, run_standing, ticket_standing
 from plm_engine_core.control_plane.events.verify import StreamHead, Stub
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
-from plm_engine_core.control_plane.storage.rows import event_row
+from plm_engine_core.control_plane.storage.rows import budget_standing, event_row, run_row, ticket_row
 
 _COLUMNS = "tenant_id, stream, seq, prev_hash, hash, kind, actor, occurred_at, payload"
 
@@ -27,6 +31,8 @@ _FEED = (
     'AND (feed_position > %(after)s::xid8 OR (stream COLLATE "C", seq) > (%(stream)s COLLATE "C", %(seq)s)) '
     'ORDER BY events.feed_position, stream COLLATE "C", seq LIMIT %(limit)s'
 )
+_EVERYTHING = f"SELECT {_COLUMNS} FROM events WHERE tenant_id = %s ORDER BY stream, seq"  # noqa: S608  # literal
+_BATCH = 5000
 _COUNTED = 1000  # of the events that are held back
 _HELD_BACK = (
     "SELECT count(*) AS events, min(h.occurred_at) AS since FROM (SELECT occurred_at FROM events "
@@ -85,6 +91,29 @@ class PostgresEvents:
             for row in rows:
                 after = FeedCursor(int(row.pop("feed_position")), row["stream"], row["seq"])
             return FeedPage(events=[event_row(row) for row in rows], cursor=after, held_back=held_back)
+
+    async def fold(self, tenant_id: UUID, apply: Callable[[Event], None]) -> Standing:
+        """Hand every event to `apply`, in the order of its stream, and answer what the tables said at that instant."""
+        return await asyncio.to_thread(self._fold, tenant_id, apply)
+
+    def _fold(self, tenant_id: UUID, apply: Callable[[Event], None]) -> Standing:
+        with self._gateway.reading(tenant_id) as connection:
+
+            def rows(table: str) -> list[dict[str, Any]]:
+                with connection.cursor(row_factory=dict_row) as cursor:
+                    query = f"SELECT * FROM {table} WHERE tenant_id = %s"  # noqa: S608  # one of four literals
+                    return cursor.execute(query.encode(), [tenant_id]).fetchall()
+
+            with connection.cursor(name="every_event", row_factory=dict_row) as events:
+                events.itersize = _BATCH
+                for row in events.execute(_EVERYTHING.encode(), [tenant_id]):
+                    apply(event_row(row))
+            return Standing(
+                runs={row["run_id"]: run_standing(run_row(row)) for row in rows("run_states")},
+                tickets={row["id"]: ticket_standing(ticket_row(row)) for row in rows("approval_tickets")},
+                budgets=dict(map(budget_standing, rows("budgets"))),
+                pruned=frozenset(row["stream"] for row in rows("event_stubs")),
+            )
 
     async def heads(self, tenant_id: UUID) -> Sequence[StreamHead]:
         """Every stream of the tenant with its head."""

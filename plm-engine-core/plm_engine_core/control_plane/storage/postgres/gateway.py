@@ -122,10 +122,14 @@ class Gateway:
 
     @contextmanager
     def reading(self, tenant_id: UUID) -> Iterator[psycopg.Connection[Any]]:
-        """A connection of its own for a thread that reads for long: read-only, its transaction bound to `tenant_id`."""
+        """A connection of its own for a thread that reads for long, and all of it as of one instant.
+
+        It is read-only, and its transaction bound to `tenant_id`.
+        """
         conninfo = cast("str", self._pool.conninfo)  # as `open_pool` gave it
         with translated(), psycopg.connect(conninfo) as connection:
             connection.read_only = True
+            connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
             connection.execute("SELECT set_config('app.tenant_id', %s, true)", [str(tenant_id)])
             yield connection
 
