@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from plugin_substrate import PluginConfigError, PluginFatalError, PluginManager, load_manifest
 from plugin_substrate.cli import app
 from plugin_substrate.environments.install import compile_our_files
-from plugin_substrate.environments.spec import load_plugins_file
+from plugin_substrate.environments.spec import PluginSpec, load_plugins_file
 from plugin_substrate.environments.uv import find_interpreter
 from plugin_substrate.worker import runtime
 from typer.testing import CliRunner, Result
@@ -387,3 +388,76 @@ def test_what_a_supervisor_imports_is_compiled_for_its_interpreter() -> None:
     compiled.unlink(missing_ok=True)
     compile_our_files(Path(sys.executable))
     assert compiled.is_file()
+
+
+# -- files that describe an environment
+
+MINOR = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def spec_with(env_file: Path, *more: str) -> PluginSpec:
+    lines = ["plugins:", "  - name: tiny", "    env_name: tiny", "    package: tiny", f"    env_file: {env_file.name}"]
+    plugins = env_file.parent / "plugins.yaml"
+    plugins.write_text("\n".join([*lines, *(f"    {line}" for line in more)]))
+    (spec,) = load_plugins_file(plugins)
+    return spec
+
+
+def test_of_a_conda_environment_python_and_what_pip_installs_are_taken(tmp_path: Path) -> None:
+    file = tmp_path / "environment.yml"
+    file.write_text(
+        "name: tiny\nchannels: [conda-forge]\ndependencies:\n  - python=3.12.*\n  - pip\n"
+        "  - pip:\n    - attrs>=23  # for its classes\n    - typing-extensions\n"
+    )
+    spec = spec_with(file)
+    assert (spec.python_version, spec.env_requirements) == ("3.12", ("attrs>=23", "typing-extensions"))
+
+
+def test_a_file_of_requirements_is_taken_line_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "requirements.txt"
+    file.write_text("# ours\nattrs==23.1 # pinned\n\ntyping-extensions; python_version < '4'\n")
+    assert spec_with(file).env_requirements == ("attrs==23.1", "typing-extensions; python_version < '4'")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "reason"),
+    [
+        ("environment.yml", "dependencies: [python=3.12, cudatoolkit=11.8]", "'cudatoolkit=11.8' would need conda"),
+        ("environment.yml", "dependencies: [python>=3.11]", "would need conda"),
+        ("environment.yml", "dependencies: [{pip: ['-e .']}]", "'-e .' is no requirement"),
+        ("environment.yml", "channels: []", "no list of dependencies"),
+        ("environment.yml", "{", "cannot be read"),
+        ("requirements.txt", "--index-url https://example.org", "is no requirement"),
+    ],
+)
+def test_what_an_environment_file_wants_and_cannot_have_is_named(
+    name: str, text: str, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PluginConfigError, match=re.escape(reason)):
+        spec_with(tmp_path / name)
+
+
+def test_an_environment_file_is_a_path_and_the_only_one_to_speak_of_python(tmp_path: Path) -> None:
+    (tmp_path / "requirements.txt").touch()
+    with pytest.raises(PluginConfigError, match="exclude each other"):
+        spec_with(tmp_path / "requirements.txt", "python_version: '3.12'")
+    with pytest.raises(PluginConfigError, match="cannot be read"):
+        spec_with(tmp_path / "absent.txt")
+    (tmp_path / "plugins.yaml").write_text(
+        "plugins: [{name: tiny, env_name: tiny, package: tiny, env_file: 'https://example.org/e.yml'}]"
+    )
+    with pytest.raises(PluginConfigError, match="download"):
+        load_plugins_file(tmp_path / "plugins.yaml")
+
+
+def test_what_an_environment_file_wants_is_installed_and_a_change_of_it_is_seen(workspace: Workspace) -> None:
+    file = workspace.folder / "environment.yml"
+    file.write_text(f"dependencies: [python={MINOR}, {{pip: [iniconfig]}}]")
+    workspace.plugins.write_text(workspace.plugins.read_text() + "    env_file: environment.yml\n")
+    assert workspace.install().output == "tiny: installed\n"
+    python = workspace.data_dir / "envs/tiny/bin/python"
+    subprocess.run([python, "-I", "-c", "import iniconfig, tiny"], check=True)
+    assert workspace.install().output == "tiny: unchanged\n"
+    file.write_text(f"dependencies: [python={MINOR}, {{pip: ['iniconfig>=1']}}]")
+    assert workspace.install().output == "tiny: installed\n"

@@ -102,8 +102,9 @@ class Installer:
         distribution = distribution_name(spec)
         half_done = folder / _HALF_DONE
         half_done.touch()
-        if spec.interface_libs:
-            install_libraries(environment_python(folder), spec.interface_libs, lock=lock)
+        libraries = (*spec.interface_libs, *spec.env_requirements)
+        if libraries:
+            install_libraries(environment_python(folder), libraries, lock=lock)
         install_package(folder, distribution, spec.requirement, lock=lock, editable=spec.editable)
         described = describe_distribution(environment_python(folder), distribution)
         if described.get("name") != spec.name:
@@ -263,7 +264,7 @@ def _digest(spec: PluginSpec) -> str:
     """Return a digest over everything an installation depends on that can be read here."""
     digest = hashlib.sha256()
     parts = [spec.requirement, spec.env_name, spec.python_version, str(spec.editable), INSTALLER_VERSION]
-    parts += [str(find_interpreter(spec.python_version)), *spec.interface_libs]
+    parts += [str(find_interpreter(spec.python_version)), *spec.interface_libs, *spec.env_requirements]
     for part in parts:
         digest.update(f"{len(part)}:{part}".encode())
     for file in _sources(spec.folder) if spec.folder else ():

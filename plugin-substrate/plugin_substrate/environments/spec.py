@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from plugin_substrate.environments.env_file import REQUIREMENT, read_env_file
 from plugin_substrate.errors import PluginConfigError
 from plugin_substrate.manifest import NAME_PATTERN
 from plugin_substrate.worker.isolation import IsolationTerms, parse_required_layers, parse_terms
 
 _REQUIRED = ("name", "env_name", "package")
-_OPTIONAL = ("python_version", "isolation", "require", "interface_libs")
+_OPTIONAL = ("python_version", "env_file", "isolation", "require", "interface_libs")
 _STRUCTURED = ("isolation", "require")
-_REQUIREMENT = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)\s*(\[[^\]]*\])?\s*([=<>!~;@(].*)?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,8 @@ class PluginSpec:
     """One wished plugin. ``package`` is as written; ``folder`` is where it lies when it is a local path.
 
     ``isolation`` is what the operator grants it, ``require`` the layers it must not run without. ``interface_libs`` are
-    packages that plugin and host both need, such as one with a common interface.
+    packages that plugin and host both need, such as one with a common interface. ``env_requirements`` are what an
+    ``env_file`` wants in the environment besides.
     """
 
     name: str
@@ -36,6 +36,7 @@ class PluginSpec:
     isolation: IsolationTerms = field(default_factory=IsolationTerms)
     require: tuple[str, ...] = ()
     interface_libs: tuple[str, ...] = ()
+    env_requirements: tuple[str, ...] = ()
 
     @property
     def requirement(self) -> str:
@@ -89,12 +90,13 @@ def _spec(node: Any, base: Path, problems: list[str]) -> PluginSpec | None:
     for key in ("name", "env_name"):
         if key in values and not NAME_PATTERN.fullmatch(values[key]):
             problems.append(f"line {line}: {key} must be 1 to 64 letters, digits, - or _, not {values[key]!r}")
+    structured["env_requirements"] = _environment(values, base, line, problems)
     if len(problems) > found:
         return None
     editable = values["package"].startswith("-e ")
     package = values["package"].removeprefix("-e ").strip()
     local = editable or package.startswith((".", "/"))
-    if not local and not _REQUIREMENT.fullmatch(package):
+    if not local and not REQUIREMENT.fullmatch(package):
         problems.append(
             f"line {line}: package must be a requirement ('name', 'name==1.0', 'name @ url') or a path that starts "
             f"with '.' or '/', not {package!r}"
@@ -102,6 +104,27 @@ def _spec(node: Any, base: Path, problems: list[str]) -> PluginSpec | None:
         return None
     folder = (base / package).resolve() if local else None
     return PluginSpec(**{**values, "package": package}, **structured, folder=folder, editable=editable)
+
+
+def _environment(values: dict[str, Any], base: Path, line: int, problems: list[str]) -> tuple[str, ...]:
+    """Take the ``env_file`` out of a plugin's values and put in what it says of Python; returns its requirements."""
+    name = values.pop("env_file", None)
+    if name is None:
+        return ()
+    if "python_version" in values:
+        problems.append(f"line {line}: env_file and python_version exclude each other; name Python in the file")
+        return ()
+    if "://" in name:
+        problems.append(f"line {line}: env_file must be a path; download {name!r:.80} and name the file")
+        return ()
+    try:
+        wanted = read_env_file((base / name).resolve())
+    except PluginConfigError as error:
+        problems.append(f"line {line}: {error}")
+        return ()
+    if wanted.python_version:
+        values["python_version"] = wanted.python_version
+    return wanted.requirements
 
 
 def _libraries(node: Any, base: Path, problems: list[str]) -> tuple[str, ...]:
@@ -112,7 +135,7 @@ def _libraries(node: Any, base: Path, problems: list[str]) -> tuple[str, ...]:
         text = item.value.strip() if isinstance(item, yaml.ScalarNode) else ""
         if text.startswith((".", "/")):
             libraries.append(str((base / text).resolve()))
-        elif isinstance(node, yaml.SequenceNode) and _REQUIREMENT.fullmatch(text):
+        elif isinstance(node, yaml.SequenceNode) and REQUIREMENT.fullmatch(text):
             libraries.append(text)
         else:
             problems.append(f"line {item.start_mark.line + 1}: interface_libs must be a list of requirements or paths")
@@ -165,7 +188,7 @@ def _mapping(node: Any, what: str, known: tuple[str, ...], problems: list[str]) 
 def distribution_name(spec: PluginSpec) -> str:
     """Return the name of the distribution that a spec installs; a `PluginConfigError` when nothing says it."""
     if spec.folder is None:
-        match = _REQUIREMENT.fullmatch(spec.package)
+        match = REQUIREMENT.fullmatch(spec.package)
         return match.group(1) if match else spec.package
     import tomllib
 
@@ -180,6 +203,6 @@ def distribution_name(spec: PluginSpec) -> str:
         name = tomllib.loads(text)["project"]["name"]
     except (KeyError, TypeError, ValueError) as error:
         raise PluginConfigError(f"{file} does not say [project] name: {error!r}") from error
-    if not isinstance(name, str) or not _REQUIREMENT.fullmatch(name):
+    if not isinstance(name, str) or not REQUIREMENT.fullmatch(name):
         raise PluginConfigError(f"{file}: {name!r} is not a project name")
     return name
