@@ -14,7 +14,7 @@ from plm_backend import problems
 from plm_backend.body_limit import BodyLimitMiddleware
 from plm_backend.dependencies import each_once
 from plm_backend.openapi import describe
-from plm_backend.routers import approvals, artifacts, events, halts, health, runs
+from plm_backend.routers import approvals, artifacts, events, halts, health, policy, runs
 from plm_backend.wiring import Platform
 
 
@@ -37,6 +37,7 @@ def create_app(platform: Platform) -> FastAPI:
         halts.router,
         events.router,
         artifacts.router,
+        policy.router,
     )
     for router in routers:
         app.include_router(router, dependencies=[Depends(each_once)])

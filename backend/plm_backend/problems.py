@@ -65,6 +65,7 @@ _REMEDIES = {
     "impossible_transition": "read the run, nothing is left to change",
     "missing_scopes": "get a token that holds it",
     "not_human": "have a person decide",
+    "policy_changed": "GET /v1/policy names the one that has the role",
     "outcome_unknown": "an operator does that with `plm-cli run reconcile`",
     "scope_not_allowed": "approve this call only, or offer less",
     "separation_of_duties": "have somebody else decide",

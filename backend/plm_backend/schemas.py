@@ -9,6 +9,7 @@ from decimal import Decimal
 from typing import Any, Literal
 from uuid import UUID
 
+from plm_engine_core.control_plane.activation import Activation
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.events import Event
 from plm_engine_core.control_plane.halts import Halt
@@ -16,7 +17,14 @@ from plm_engine_core.control_plane.hitl import ApprovalScope, ApprovalTicket, Co
 from plm_engine_core.control_plane.limits import Budget
 from plm_engine_core.control_plane.policy import Demand
 from plm_engine_core.control_plane.runs import Run, Step
-from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, RunState, TicketDecision, TicketState
+from plm_engine_core.control_plane.vocabulary import (
+    BudgetUnit,
+    HaltScope,
+    PolicyRole,
+    RunState,
+    TicketDecision,
+    TicketState,
+)
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from plm_backend.storable import StorableObject, StorableText
@@ -81,6 +89,44 @@ class HaltCreate(_Body):
     scope: HaltScope
     scope_id: UUID | None = None
     reason: StorableText = Field(min_length=1, max_length=2000)
+
+
+class ActivationCreate(_Body):
+    """A policy with the role it is to have; without a policy the shadow ends."""
+
+    role: PolicyRole = PolicyRole.ACTIVE
+    policy: StorableObject | None = None
+    previous: str | None = Field(max_length=64)
+    reason: StorableText = Field(min_length=1, max_length=2000)
+
+
+class PolicyName(BaseModel):
+    """A policy by its content, and as its author calls it."""
+
+    digest: str
+    version: str
+
+
+class PolicyDocument(BaseModel):
+    """What decides. `activated` is null until a policy was activated; each process then decides by its file."""
+
+    deciding: PolicyName
+    file: PolicyName
+    activated: str | None
+    shadow: str | None
+
+
+class ActivationDocument(BaseModel):
+    """One activation; `digest` is null where a shadow ended."""
+
+    number: int
+    role: PolicyRole
+    digest: str | None
+    version: str | None
+    previous: str | None
+    reason: str
+    activated_by: UUID
+    activated_at: datetime
 
 
 class Links(BaseModel):
@@ -422,6 +468,11 @@ def halt_document(halt: Halt) -> HaltDocument:
         lifted_by=halt.lifted_by,
         lifted_at=halt.lifted_at,
     )
+
+
+def activation_document(made: Activation) -> ActivationDocument:
+    """The public form of an activation."""
+    return ActivationDocument(**vars(made))
 
 
 def event_document(event: Event) -> dict[str, Any]:

@@ -51,6 +51,10 @@ class PostgresSignals:
         scope = {"tenant": str(tenant_id) if tenant_id else None, "run": str(run_id) if run_id else None}
         await self._notify({**scope, "interrupt": True})
 
+    async def policy_changed(self) -> None:
+        """A policy was activated: every process looks which one decides."""
+        await self._notify({"tenant": None, "run": None, "policy": True})
+
     async def _notify(self, news: Mapping[str, Any]) -> None:
         payload = json.dumps(news)
         if len(payload) > _LONGEST:
@@ -82,6 +86,8 @@ class SignalHub:
         self._database = database
         self._watchers: dict[tuple[str, str], set[asyncio.Queue[Mapping[str, Any]]]] = {}
         self._holders: dict[tuple[str, str], set[asyncio.Event]] = {}
+        self.policy_news = asyncio.Event()
+        """Set when a policy may have been activated; whoever looks clears it."""
 
     async def listen(self) -> None:
         """Listen until cancelled; after a lost connection every watcher is woken, for it may have missed something."""
@@ -143,11 +149,15 @@ class SignalHub:
         if "interrupt" in news:
             self._interrupt(*key)
             return
+        if "policy" in news:
+            self.policy_news.set()
+            return
         for queue in self._watchers.get(key, ()):
             _put(queue, news)
 
     def _wake_all(self) -> None:
         self._interrupt(None, None)
+        self.policy_news.set()
         for queues in self._watchers.values():
             for queue in queues:
                 _put(queue, {})

@@ -13,13 +13,15 @@ from functools import partial
 
 from plm_engine_core.agent_runtime import Driver, Selector
 from plm_engine_core.control_plane import ControlPlane
+from plm_engine_core.control_plane.activation import Standing
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events import Signer, load_signer
 from plm_engine_core.control_plane.events.archive import Archive, Archivist, open_archive
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.identity import IdentityProvider, PostgresAuditSink, provider_from_environment
-from plm_engine_core.control_plane.policy import load_policy
+from plm_engine_core.control_plane.in_force import PolicyKeeper
+from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy
 from plm_engine_core.control_plane.policy.lint import require_known_names
 from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.registry import CapabilityRegistry, load_capabilities
@@ -55,6 +57,7 @@ class Platform:
     dsn: str = field(repr=False)
     pool: Pool
     control_plane: ControlPlane
+    file_policy: PolicySnapshot
     agents: AgentCatalog
     artifacts: Artifacts
     identity: IdentityProvider
@@ -79,24 +82,45 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
     pool = open_pool(dsn, max_size=settings.run_concurrency + 8)
     database = Reachability(on_return=pool.check)  # or each idle connection would fail one request
     hub = SignalHub(dsn, database=database)
+    control_plane = ControlPlane(
+        policy=policy,
+        registry=registry,
+        storage=PostgresStorage(pool, ProcrastinateDelivery()),
+        signals=PostgresSignals(pool),
+        evaluators=EvaluatorRegistry.installed(),
+    )
+    keeper = PolicyKeeper(control_plane.in_force, control_plane.storage.policies, file=policy, news=hub.policy_news)
     async with pool, background(hub.listen, "signal hub"):
-        yield Platform(
-            settings=settings,
-            dsn=dsn,
-            pool=pool,
-            control_plane=ControlPlane(
-                policy=policy,
-                registry=registry,
-                storage=PostgresStorage(pool, ProcrastinateDelivery()),
-                signals=PostgresSignals(pool),
-                evaluators=EvaluatorRegistry.installed(),
-            ),
-            agents=agents,
-            artifacts=Artifacts(LocalFilesystemBackend(settings.artifact_root), name="local"),
-            identity=identity,
-            audit=PostgresAuditSink(pool),
-            hub=hub,
-            database=database,
+        _tell_difference(await keeper.refresh(), policy, settings)  # nothing is decided by a file that was replaced
+        async with background(keeper.run, "policy keeper"):
+            yield Platform(
+                settings=settings,
+                dsn=dsn,
+                pool=pool,
+                control_plane=control_plane,
+                file_policy=policy,
+                agents=agents,
+                artifacts=Artifacts(LocalFilesystemBackend(settings.artifact_root), name="local"),
+                identity=identity,
+                audit=PostgresAuditSink(pool),
+                hub=hub,
+                database=database,
+            )
+
+
+def _tell_difference(standing: Standing, file: PolicySnapshot, settings: Settings) -> None:
+    """Say that the policy file is not what decides, to whoever has just changed it."""
+    active = standing.active
+    if active is not None and active.digest != file.digest:
+        logger.warning(
+            "the policy file %s (%s, version %s) does not decide: policy %s, version %s, was activated at %s; "
+            "`plm-cli policy activate` puts the file in force",
+            settings.policy,
+            file.digest[:12],
+            file.version,
+            str(active.digest)[:12],
+            active.version,
+            active.activated_at.isoformat(timespec="seconds"),
         )
 
 

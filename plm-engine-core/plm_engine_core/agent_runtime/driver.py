@@ -188,7 +188,7 @@ class Driver:
     async def _admit(self, proposal: Proposal) -> Admission:
         async def admit() -> Admission:
             admission = await self._control_plane.admit(proposal)
-            if isinstance(admission, Denied) and admission.reason is Reason.STORAGE_BUSY:
+            if isinstance(admission, Denied) and admission.reason in (Reason.STORAGE_BUSY, Reason.POLICY_MISSING):
                 raise StorageUnavailable(admission.message)
             return admission
 

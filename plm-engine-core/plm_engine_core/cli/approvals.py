@@ -8,7 +8,7 @@ from uuid import UUID
 
 import typer
 
-from plm_engine_core.cli.caller import Caller, PolicyFile, as_caller, policy_of
+from plm_engine_core.cli.caller import Caller, PolicyFile, as_caller, policy_in_force, policy_of
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
 from plm_engine_core.cli.storage import Books
@@ -62,7 +62,7 @@ def show_ticket(
     snapshot = policy_of(policy)
 
     async def work(books: Books, caller: Caller) -> dict[str, Any]:
-        gate, store = _gate(books, snapshot), books.storage.approvals
+        gate, store = await _gate(books, snapshot), books.storage.approvals
         ticket = await gate.wait(caller.tenant_id, ticket_id, seconds=wait)
         demand = gate.demand(ticket)
         votes = await store.votes(caller.tenant_id, ticket_id)
@@ -130,7 +130,7 @@ def comment_ticket(
     snapshot = policy_of(policy)
 
     async def work(books: Books, caller: Caller) -> dict[str, Any]:
-        gate = _gate(books, snapshot)
+        gate = await _gate(books, snapshot)
         return asdict(await gate.comment(caller.tenant_id, ticket_id, body, author=caller.principal))
 
     kept = as_caller(work, as_json=as_json)
@@ -172,7 +172,7 @@ def revoke_scope(
     snapshot = policy_of(policy)
 
     async def work(books: Books, caller: Caller) -> dict[str, Any]:
-        gate = _gate(books, snapshot)
+        gate = await _gate(books, snapshot)
         return asdict(await gate.revoke_scope(caller.tenant_id, scope_id, by=caller.principal))
 
     revoked = as_caller(work, as_json=as_json)
@@ -189,7 +189,8 @@ def _decide(
     as_json: bool,
 ) -> None:
     async def work(books: Books, caller: Caller) -> ApprovalTicket:
-        return await _gate(books, policy).decide(
+        gate = await _gate(books, policy)
+        return await gate.decide(
             caller.tenant_id, ticket_id, decision, approver=caller.principal, comment=comment, scope=scope
         )
 
@@ -197,8 +198,8 @@ def _decide(
     show(_document(ticket), f"ticket {ticket.id} is {ticket.state.value}", as_json=as_json)
 
 
-def _gate(books: Books, policy: PolicySnapshot) -> ApprovalGate:
-    return ApprovalGate(store=books.storage.approvals, policy=policy)
+async def _gate(books: Books, file: PolicySnapshot) -> ApprovalGate:
+    return ApprovalGate(store=books.storage.approvals, policy=await policy_in_force(books, file))
 
 
 def _call(ticket: ApprovalTicket) -> str:

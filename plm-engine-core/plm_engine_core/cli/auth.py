@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import sys
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
@@ -14,21 +12,17 @@ import typer
 
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.cli.tokens import configured_provider, identified, read_token
 from plm_engine_core.control_plane.identity import (
     ActorKind,
     Hs256JwtIdentityProvider,
-    IdentityProvider,
-    IdentityProviderConfigError,
-    IdentityProviderUnavailable,
     IdentityValidationError,
-    provider_from_environment,
 )
 
 app = typer.Typer(help="Issue and inspect identity tokens.", no_args_is_help=True)
 
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400}
 _LONGEST = timedelta(days=1)
-_MOST_READ = 65_536
 
 
 @app.command("issue-token")
@@ -61,7 +55,7 @@ def issue_token(
     }
     if session_id is not None:
         claims["session_id"] = session_id
-    provider = _provider()
+    provider = configured_provider()
     if not isinstance(provider, Hs256JwtIdentityProvider):
         fail(ExitCode.NOT_CONFIGURED, f"tokens of the {provider.name} provider come from its issuer; get one there")
     try:
@@ -82,18 +76,11 @@ def inspect(as_json: AsJson = False) -> None:
     A token is never an argument, where every process could read it. Status 0: the platform would let it in, 1: it would
     not, or its issuer cannot be reached, 2: no token was given, 3: no usable provider.
     """
-    if sys.stdin.isatty():
-        typer.echo("paste the token, then press Enter and Ctrl-D", err=True)
-    token = sys.stdin.read(_MOST_READ).strip().removeprefix("Bearer ").strip()
+    token = read_token()
     if not token:
         fail(ExitCode.USAGE, "give the token on standard input: plm-cli auth inspect < token.txt")
-    provider = _provider()
-    try:
-        identity = asyncio.run(provider.identify(token))
-    except IdentityValidationError as error:
-        fail(ExitCode.FAILED, f"{error.code} ({error.reason}): {error}; {error.remedy}")
-    except IdentityProviderUnavailable as error:
-        fail(ExitCode.FAILED, f"{error.code}: {error}; check that this machine reaches the issuer")
+    provider = configured_provider()
+    identity = identified(provider, token)
     answer = {"provider": provider.name, **identity.model_dump(mode="json"), "scopes": sorted(identity.scopes)}
     lines = [f"{identity.actor_kind} {identity.user_id} in tenant {identity.tenant_id}, known by {provider.name}"]
     lines.append(
@@ -101,13 +88,6 @@ def inspect(as_json: AsJson = False) -> None:
     )
     lines.append(f"OAuth scopes: {' '.join(sorted(identity.scopes)) or 'none'}")
     show(answer, "\n".join(lines), as_json=as_json)
-
-
-def _provider() -> IdentityProvider:
-    try:
-        return provider_from_environment()
-    except IdentityProviderConfigError as error:
-        fail(ExitCode.NOT_CONFIGURED, str(error))
 
 
 def parse_ttl(text: str) -> timedelta:

@@ -6,6 +6,7 @@ request, and the audit record is written first.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -18,19 +19,23 @@ import typer
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import show
 from plm_engine_core.cli.storage import Books, with_books
+from plm_engine_core.cli.tokens import bare, configured_provider
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden, InvalidRequest
 from plm_engine_core.control_plane.identity import (
-    Hs256JwtIdentityProvider,
     IdentityContext,
-    IdentityProviderConfigError,
+    IdentityProvider,
+    IdentityProviderUnavailable,
     IdentityValidationError,
     identity_bound,
 )
 from plm_engine_core.control_plane.identity.audit import bind_record
-from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy
+from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy, read_policy
 
-PolicyFile = Annotated[Path, typer.Option("--policy", help="The policy in force.", envvar="PLM_POLICY")]
+PolicyFile = Annotated[
+    Path,
+    typer.Option("--policy", help="The policy file; counts until one is activated.", envvar="PLM_POLICY"),
+]
 
 Answer = TypeVar("Answer")
 
@@ -48,10 +53,11 @@ def as_caller(work: Callable[[Books, Caller], Awaitable[Answer]], *, as_json: bo
 
     With `as_json` the refusal is also one object on stdout: `refused`, `reason` and `message`, as the API names them.
     """
-    identity = _identity()
+    provider = configured_provider()
+    identity = _identity(provider)
 
     async def acting(books: Books) -> Answer | ControlPlaneError:
-        await books.audit.write(bind_record(identity, provider=Hs256JwtIdentityProvider.name))
+        await books.audit.write(bind_record(identity, provider=provider.name))
         with identity_bound(identity):
             try:
                 return await work(books, caller)
@@ -80,22 +86,34 @@ def refused(error: ControlPlaneError, *, as_json: bool) -> NoReturn:
 
 
 def policy_of(path: Path) -> PolicySnapshot:
-    """The policy in force; one that cannot be read ends the command."""
+    """The policy file; one that cannot be read ends the command."""
     try:
         return load_policy(path)
     except InvalidRequest as error:
         fail(ExitCode.NOT_CONFIGURED, str(error))
 
 
-def _identity() -> IdentityContext:
-    token = os.environ.get("PLM_TOKEN")
+async def policy_in_force(books: Books, file: PolicySnapshot) -> PolicySnapshot:
+    """The activated policy, or while none was activated that of the file.
+
+    Raises:
+        InvalidRequest: the activated one cannot be read by this release.
+    """
+    active = (await books.storage.policies.standing()).digests[0]
+    if active is None:
+        return file
+    return read_policy(await books.storage.policies.content(active), source=f"policy {active[:12]}")
+
+
+def _identity(provider: IdentityProvider) -> IdentityContext:
+    token = bare(os.environ.get("PLM_TOKEN", ""))
     if not token:
         fail(
             ExitCode.NOT_CONFIGURED, "set PLM_TOKEN to your token; `plm-cli auth issue-token` makes one for development"
         )
     try:
-        return Hs256JwtIdentityProvider.from_environment().validate(token)
-    except IdentityProviderConfigError as error:
-        fail(ExitCode.NOT_CONFIGURED, str(error))
+        return asyncio.run(provider.identify(token))
     except IdentityValidationError as error:
         fail(ExitCode.NOT_CONFIGURED, f"PLM_TOKEN is refused: {error} [{error.code}]")
+    except IdentityProviderUnavailable as error:
+        fail(ExitCode.FAILED, f"PLM_TOKEN cannot be checked: {error} [{error.code}]")

@@ -1,4 +1,4 @@
-"""``plm-cli policy``: look at a policy before it is in force."""
+"""``plm-cli policy``: look at a policy before it is in force, try it as shadow, put it in force."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import typer
 
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.cli.policy_acts import activate, active, shadow_app
 from plm_engine_core.cli.storage import Books, with_books
 from plm_engine_core.control_plane.admission.admit import decided
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, ParallelPolicyEvaluator
@@ -27,7 +28,10 @@ from plm_engine_core.control_plane.policy.replay import Replay
 from plm_engine_core.control_plane.policy.trials import CaseFile, Trial
 from plm_engine_core.control_plane.registry import CapabilityRegistry, load_capabilities
 
-app = typer.Typer(help="Look at a policy before it is in force.", no_args_is_help=True)
+app = typer.Typer(help="Look at a policy, try it, put it in force.", no_args_is_help=True)
+app.command("activate")(activate)
+app.command("active")(active)
+app.add_typer(shadow_app, name="shadow")
 
 PolicyFile = Annotated[Path, typer.Argument(help="The policy, YAML or JSON.", show_default=False)]
 CapabilityFile = Annotated[Path, typer.Option("--capabilities", help="The capability file.", envvar="PLM_CAPABILITIES")]

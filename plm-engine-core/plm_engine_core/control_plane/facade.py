@@ -10,28 +10,40 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.admission.admit import Admission, admit
+from plm_engine_core.control_plane.activation import Activation, PolicyDesk
+from plm_engine_core.control_plane.admission.admit import Admission, Denied, admit
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
-from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest
+from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.events import Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import Halt, KillSwitch
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
+from plm_engine_core.control_plane.in_force import PolicyInForce
 from plm_engine_core.control_plane.limits import Subjects
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run
 from plm_engine_core.control_plane.storage.ports import Connection, Storage
-from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, Reason, RunKind, RunState, TicketDecision
+from plm_engine_core.control_plane.vocabulary import (
+    BudgetUnit,
+    HaltScope,
+    PolicyRole,
+    Reason,
+    RunKind,
+    RunState,
+    TicketDecision,
+)
 
 _TRACE_ID = re.compile("[0-9a-f]{32}")
 _SPAN_ID = re.compile("[0-9a-f]{16}")
 
 CREATE_SCOPE = "plm.runs.create"
 OVERRIDE_SCOPE = "plm.cost.override"
+
+_LOOK_AGAIN_MS = 5_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +85,46 @@ class ControlPlane:
         signals: Signals | None = None,
         evaluators: EvaluatorRegistry | None = None,
     ) -> None:
-        self._evaluators = (evaluators or EvaluatorRegistry()).build(policy)
-        self.policy = policy
+        evaluators = evaluators or EvaluatorRegistry()
+        self.in_force = PolicyInForce(policy, evaluators)
         self.registry = registry
         self.storage = storage
         self.signals: Signals = signals or NoSignals()
-        self.approvals = ApprovalGate(store=storage.approvals, policy=policy)
+        self._desk = PolicyDesk(storage.policies, registry=registry, evaluators=evaluators)
         self._kill_switch = KillSwitch(storage.halts)
+
+    @property
+    def policy(self) -> PolicySnapshot:
+        """The policy that decides now.
+
+        Raises:
+            StorageUnavailable: the activated one cannot be loaded by this process.
+        """
+        return self.in_force.now.policy
+
+    @property
+    def approvals(self) -> ApprovalGate:
+        """The gate through which humans decide, by the policy that decides now.
+
+        Raises:
+            StorageUnavailable: as for `policy`.
+        """
+        return ApprovalGate(store=self.storage.approvals, policy=self.policy)
+
+    async def activate_policy(
+        self,
+        tenant_id: UUID,
+        policy: PolicySnapshot | None,
+        *,
+        role: PolicyRole = PolicyRole.ACTIVE,
+        previous: str | None,
+        reason: str,
+        by: Principal,
+    ) -> Activation:
+        """Give a policy a role, for all tenants and processes; see `PolicyDesk.activate`."""
+        made = await self._desk.activate(tenant_id, policy, role=role, previous=previous, reason=reason, by=by)
+        await self.signals.policy_changed()
+        return made
 
     def capability(self, capability_id: str) -> CapabilityDescriptor:
         """A registered capability; only granted proposals name one, so a missing one is a defect of the caller."""
@@ -148,12 +193,17 @@ class ControlPlane:
 
     async def admit(self, proposal: Proposal, *, connection: Connection | None = None) -> Admission:
         """Decide one proposal and book the answer; see `admission.admit`."""
+        try:
+            deciding = self.in_force.now
+        except StorageUnavailable as error:
+            return Denied(reason=Reason.POLICY_MISSING, message=str(error), retry_after_ms=_LOOK_AGAIN_MS)
         admission = await admit(
             proposal,
-            policy=self.policy,
+            policy=deciding.policy,
             registry=self.registry,
             storage=self.storage.admission,
-            evaluators=self._evaluators,
+            evaluators=deciding.evaluators,
+            shadow=deciding.shadow,
             connection=connection,
         )
         if connection is None:

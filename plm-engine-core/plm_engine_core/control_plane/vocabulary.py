@@ -225,6 +225,13 @@ class Reason(StrEnum):
     LEASE_EXPIRED = "lease_expired"
 
 
+class PolicyRole(StrEnum):
+    """What an activated policy is there for."""
+
+    ACTIVE = "active"  # it decides
+    SHADOW = "shadow"  # it is decided by beside the active one, without effect
+
+
 class EventKind(StrEnum):
     """Kinds of event in a run's or a tenant's stream."""
 
@@ -252,6 +259,8 @@ class EventKind(StrEnum):
     HALT_TRIGGERED = "halt_triggered"
     HALT_LIFTED = "halt_lifted"
     EVENTS_PRUNED = "events_pruned"
+    POLICY_ACTIVATED = "policy_activated"
+    SHADOW_CHANGED = "shadow_changed"
 
 
 TERMINAL_RUN_STATES = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})

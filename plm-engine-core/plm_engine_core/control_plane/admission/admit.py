@@ -17,6 +17,7 @@ from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits.budgets import demand
 from plm_engine_core.control_plane.policy import Decision, Facts, Needs, PolicySnapshot, Proposed, Verdict, decide
+from plm_engine_core.control_plane.policy.shadow import shadow_record
 from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCommand, Connection
 from plm_engine_core.control_plane.vocabulary import Reason
@@ -72,12 +73,13 @@ async def admit(
     registry: CapabilityRegistry,
     storage: AdmissionStore,
     evaluators: ParallelPolicyEvaluator,
+    shadow: PolicySnapshot | None = None,
     connection: Connection | None = None,
 ) -> Admission:
     """Decide one proposal and book the answer.
 
     The same proposal admitted again, after a lost reply, answers the same and reserves nothing more. On the caller's
-    `connection` nothing is committed here.
+    `connection` nothing is committed here. What `shadow` would have decided is recorded beside, and changes nothing.
 
     Raises:
         InvalidRequest: the proposal holds what is no JSON; or `connection` holds no READ COMMITTED transaction, or one
@@ -90,7 +92,10 @@ async def admit(
     try:
         facts = await prepare(proposal, policy=policy, registry=registry, storage=storage)
         decision, facts = await decided(proposal, policy, facts, evaluators)
-        command = _command(proposal, policy, facts, decision, digest)
+        record = {**decision.to_json(), "facts": facts.to_json()}
+        if shadow is not None:
+            record["shadow"] = shadow_record(proposal, shadow, facts, decision, active=policy)
+        command = _command(proposal, policy, decision, record, digest)
         answer = await storage.admit(command, connection=connection)
     except StorageUnavailable as error:
         # Nothing was booked. A driver may ask again with the same command.
@@ -111,7 +116,9 @@ async def decided(
     return answer, facts
 
 
-def _command(proposal: Proposal, policy: PolicySnapshot, facts: Facts, decision: Decision, digest: str) -> AdmitCommand:
+def _command(
+    proposal: Proposal, policy: PolicySnapshot, decision: Decision, record: Mapping[str, Any], digest: str
+) -> AdmitCommand:
     return AdmitCommand(
         tenant_id=proposal.tenant_id,
         run_id=proposal.run_id,
@@ -130,7 +137,7 @@ def _command(proposal: Proposal, policy: PolicySnapshot, facts: Facts, decision:
         executor_kind=proposal.executor_kind,
         requester=proposal.principal.user_id,
         actor=proposal.principal.actor,
-        decision={**decision.to_json(), "facts": facts.to_json()},
+        decision=record,
         ticket_id=proposal.ticket_id,
         new_ticket_id=new_id(),
         ticket_seconds=policy.approval.demand(decision.tier, decision.risk).timeout_seconds,

@@ -12,7 +12,13 @@ from plm_engine_core.control_plane.policy.decision import Decision, Needs, Routi
 from plm_engine_core.control_plane.policy.facts import Evaluation, Facts, Proposed
 from plm_engine_core.control_plane.policy.routing import classify, route
 from plm_engine_core.control_plane.policy.rules import Effect, EvaluatorSpec, Rule
-from plm_engine_core.control_plane.policy.snapshot import BudgetDefaults, PolicySnapshot, RateLimit, load_policy
+from plm_engine_core.control_plane.policy.snapshot import (
+    BudgetDefaults,
+    PolicySnapshot,
+    RateLimit,
+    load_policy,
+    read_policy,
+)
 
 __all__ = [
     "ApprovalDemand",
@@ -37,5 +43,6 @@ __all__ = [
     "classify",
     "decide",
     "load_policy",
+    "read_policy",
     "route",
 ]

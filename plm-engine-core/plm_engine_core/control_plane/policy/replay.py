@@ -11,7 +11,7 @@ from typing import Any
 from plm_engine_core.control_plane.amounts import plain
 from plm_engine_core.control_plane.policy.decide import decide
 from plm_engine_core.control_plane.policy.decision import Decision, Needs, Verdict
-from plm_engine_core.control_plane.policy.facts import Facts
+from plm_engine_core.control_plane.policy.facts import Facts, Proposed
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import BudgetUnit
@@ -46,6 +46,19 @@ class Change:
     rule: str
     message: str
 
+    def to_json(self) -> dict[str, Any]:
+        """The change as JSON values."""
+        return {
+            "run_id": self.attempt.run_id,
+            "step": self.attempt.step_index,
+            "attempt": self.attempt.attempt,
+            "capability": self.attempt.capability,
+            "before": self.before,
+            "after": self.after,
+            "rule": self.rule,
+            "message": self.message,
+        }
+
 
 @dataclass(kw_only=True)
 class Replay:
@@ -77,9 +90,7 @@ class Replay:
 
     def _one(self, attempt: Attempt) -> None:
         facts = self._facts(attempt.decision["facts"])
-        answer = decide(attempt, self.policy, facts)
-        if isinstance(answer, Decision) and self._asks_anew(answer, facts):
-            answer = Needs(evaluators=())
+        answer = decided_again(attempt, self.policy, facts)
         before = str(attempt.decision["outcome"])
         after = UNDECIDED if isinstance(answer, Needs) else answer.outcome.value
         self.attempts += 1
@@ -101,15 +112,6 @@ class Replay:
             known = (recorded, CapabilityDescriptor.model_validate(recorded))
             self._capabilities[recorded["id"]] = known
         return Facts.from_json(stored, capability=known[1])
-
-    def _asks_anew(self, decision: Decision, facts: Facts) -> bool:
-        """Whether it turned on an evaluator that has no answer only because nobody asked it then."""
-        if facts.evaluations is None or not self.policy.evaluators:
-            return False
-        answered = {each.name for each in facts.evaluations}
-        missing = {f"evaluators.{spec.name}" for spec in self.policy.evaluators if spec.name not in answered}
-        undecided = any(leaf.holds is None and leaf.says.startswith("evaluator ") for leaf in decision.leaves)
-        return decision.rule in missing or (bool(missing) and undecided)
 
     def _note(self, attempt: Attempt, before: str, after: str, answer: Decision | Needs) -> None:
         self.by_capability[attempt.capability, before, after] += 1
@@ -137,17 +139,23 @@ class Replay:
             ],
             "eur_before": str(plain(self.eur_before)),
             "eur_after": str(plain(self.eur_after)),
-            "examples": [
-                {
-                    "run_id": each.attempt.run_id,
-                    "step": each.attempt.step_index,
-                    "attempt": each.attempt.attempt,
-                    "capability": each.attempt.capability,
-                    "before": each.before,
-                    "after": each.after,
-                    "rule": each.rule,
-                    "message": each.message,
-                }
-                for each in self.examples
-            ],
+            "examples": [each.to_json() for each in self.examples],
         }
+
+
+def decided_again(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> Decision | Needs:
+    """What a policy decides on facts that were gathered for another one.
+
+    `Needs`, without names, where that turns on an evaluator that has no answer only because nobody asked it then.
+    """
+    answer = decide(proposal, policy, facts)
+    return Needs(evaluators=()) if isinstance(answer, Needs) or _asks_anew(answer, policy, facts) else answer
+
+
+def _asks_anew(decision: Decision, policy: PolicySnapshot, facts: Facts) -> bool:
+    if facts.evaluations is None or not policy.evaluators:
+        return False
+    answered = {each.name for each in facts.evaluations}
+    missing = {f"evaluators.{spec.name}" for spec in policy.evaluators if spec.name not in answered}
+    undecided = any(leaf.holds is None and leaf.says.startswith("evaluator ") for leaf in decision.leaves)
+    return decision.rule in missing or (bool(missing) and undecided)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
@@ -10,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Self
 
-from plm_shared.idempotency import compute_content_hash
+from plm_shared.canonical_json import canonical_json
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -22,7 +23,7 @@ from pydantic import (
 )
 
 from plm_engine_core.control_plane.amounts import Amount
-from plm_engine_core.control_plane.documents import load_document
+from plm_engine_core.control_plane.documents import load_document, parse_document
 from plm_engine_core.control_plane.policy.approval import ApprovalRule
 from plm_engine_core.control_plane.policy.conditions import Condition, ConditionTree, EvaluatorSays, leaves
 from plm_engine_core.control_plane.policy.frozen import Table
@@ -164,11 +165,16 @@ class PolicySnapshot(_Frozen):
         return trees if self.auto_approve_when is None else {**trees, "auto_approve_when": self.auto_approve_when}
 
     @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the canonical content, lower-case hex."""
+    def content(self) -> str:
+        """The canonical text, which says everything and nothing twice; `read_policy` reads it back."""
         unsaid: dict[str, Any] = {name: True for name in ADDED if not getattr(self, name)}
         exclude = {**unsaid, "approval": self.approval.unsaid()}
-        return compute_content_hash(self.model_dump(mode="json", exclude=exclude))
+        return canonical_json(self.model_dump(mode="json", exclude=exclude))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the canonical content, lower-case hex."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
 
     @cached_property
     def plans(self) -> Plans:
@@ -198,3 +204,12 @@ def load_policy(path: Path) -> PolicySnapshot:
         InvalidRequest: naming the file, line, column and entry that is missing, unknown, doubled or wrong.
     """
     return load_document(path, PolicySnapshot, "policy")
+
+
+def read_policy(content: str, *, source: str) -> PolicySnapshot:
+    """Read a policy from JSON text; `source` is how messages call it.
+
+    Raises:
+        InvalidRequest: naming the source, line, column and entry that is missing, unknown, doubled or wrong.
+    """
+    return parse_document(content, PolicySnapshot, "policy", source=source, is_json=True)

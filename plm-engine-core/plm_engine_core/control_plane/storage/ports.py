@@ -20,6 +20,7 @@ from plm_engine_core.control_plane.vocabulary import (
     ExecutorKind,
     HaltScope,
     OutcomeStatus,
+    PolicyRole,
     RunKind,
     RunState,
     TicketDecision,
@@ -27,6 +28,7 @@ from plm_engine_core.control_plane.vocabulary import (
 )
 
 if TYPE_CHECKING:
+    from plm_engine_core.control_plane.activation import Activation, Standing
     from plm_engine_core.control_plane.events import Checkpoint, Event, Head, StreamHead
     from plm_engine_core.control_plane.events.archive import Piece
     from plm_engine_core.control_plane.events.chain import Link
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.events.standing import Standing
     from plm_engine_core.control_plane.halts import Halt
     from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
+    from plm_engine_core.control_plane.policy import PolicySnapshot
     from plm_engine_core.control_plane.policy.replay import Attempt
     from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Run, Step
 
@@ -385,6 +388,36 @@ class CheckpointStore(Protocol):
         ...
 
 
+class PolicyStore(Protocol):
+    """Policies of the whole system, and which of them has which role."""
+
+    async def standing(self) -> Standing:
+        """The newest activation of each role."""
+        ...
+
+    async def content(self, digest: str) -> str:
+        """The canonical text of a policy."""
+        ...
+
+    async def history(self, *, limit: int) -> Sequence[Activation]:
+        """The newest activations, newest first."""
+        ...
+
+    async def activate(
+        self,
+        tenant_id: UUID,
+        role: PolicyRole,
+        policy: PolicySnapshot | None,
+        *,
+        previous: str | None,
+        reason: str,
+        by: UUID,
+        actor: str,
+    ) -> Activation | None:
+        """Record that a policy has a role now, if `previous` still had it, with an event of the tenant; else None."""
+        ...
+
+
 class Storage(Protocol):
     """All ports over one database."""
 
@@ -416,4 +449,9 @@ class Storage(Protocol):
     @property
     def checkpoints(self) -> CheckpointStore:
         """Checkpoints over the event streams."""
+        ...
+
+    @property
+    def policies(self) -> PolicyStore:
+        """Policies and their activations."""
         ...

@@ -94,6 +94,8 @@ class Books:
         self.budgets = self._table()  # by tenant and name: (scope, scope id, unit, period, start)
         self.halts = self._table()  # by tenant and id
         self.halts_system = self._table()  # all in one group, by id
+        self.policy_versions = self._table()  # all in one group, by digest
+        self.policy_activations = self._table()  # all in one group, by number
         self.idempotency_records = self._table()  # by tenant and (operation, command id)
         self.rate_buckets = self._table()  # by tenant and dimension
         self.artifacts = self._table()  # all in one group, by id

@@ -9,6 +9,7 @@ from plm_engine_core.control_plane.storage.memory.approvals import MemoryApprova
 from plm_engine_core.control_plane.storage.memory.books import Books, Clock, Deliver, deliver_nothing, system_clock
 from plm_engine_core.control_plane.storage.memory.events import MemoryCheckpoints, MemoryEvents
 from plm_engine_core.control_plane.storage.memory.halts import MemoryHalts
+from plm_engine_core.control_plane.storage.memory.policies import MemoryPolicies
 from plm_engine_core.control_plane.storage.memory.runs import MemoryRuns
 from plm_engine_core.control_plane.storage.memory.values import storable_text
 
@@ -29,6 +30,7 @@ class MemoryStorage:
         self.halts = MemoryHalts(self.books)
         self.events = MemoryEvents(self.books)
         self.checkpoints = MemoryCheckpoints(self.books)
+        self.policies = MemoryPolicies(self.books)
 
     def add_tenant(self, tenant_id: UUID, *, name: str = "") -> UUID:
         """Make a tenant, as `plm-cli db create-tenant` does in PostgreSQL; one that exists stays as it is."""

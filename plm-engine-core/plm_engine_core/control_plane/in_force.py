@@ -1,0 +1,140 @@
+"""The policy that decides in this process, exchanged as a whole while it runs, and kept in step with the record."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from plm_engine_core.control_plane.activation import Standing
+from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, ParallelPolicyEvaluator
+from plm_engine_core.control_plane.errors import ControlPlaneError, InvalidRequest, StorageUnavailable
+from plm_engine_core.control_plane.policy import PolicySnapshot, read_policy
+from plm_engine_core.control_plane.storage.ports import PolicyStore
+
+_log = logging.getLogger(__name__)
+
+LOOK_EVERY_SECONDS = 5.0
+"""A process decides by an earlier policy for so long at most, when it missed the news of an activation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deciding:
+    """What one decision is made with; a decision never sees half of an exchange."""
+
+    policy: PolicySnapshot
+    evaluators: ParallelPolicyEvaluator
+    shadow: PolicySnapshot | None = None
+
+
+class PolicyInForce:
+    """Holds what decides. When the activated policy cannot be loaded here, nothing does.
+
+    Raises:
+        InvalidRequest: the policy declares an evaluator that is not there, or configures one wrongly.
+    """
+
+    def __init__(self, policy: PolicySnapshot, evaluators: EvaluatorRegistry) -> None:
+        self._registry = evaluators
+        self._now: Deciding | str = Deciding(policy=policy, evaluators=evaluators.build(policy))
+
+    @property
+    def now(self) -> Deciding:
+        """What to decide with.
+
+        Raises:
+            StorageUnavailable: the activated policy cannot be loaded by this process; another one may.
+        """
+        if isinstance(self._now, str):
+            raise StorageUnavailable(self._now)
+        return self._now
+
+    def install(self, policy: PolicySnapshot, *, shadow: PolicySnapshot | None = None) -> None:
+        """Decide by this policy from the next decision on.
+
+        Raises:
+            InvalidRequest: as when made; what decided before still does.
+        """
+        self._now = Deciding(policy=policy, evaluators=self._registry.build(policy), shadow=shadow)
+
+    def withdraw(self, why: str) -> None:
+        """Decide nothing until the next `install`."""
+        self._now = why
+
+
+class PolicyKeeper:
+    """Keeps a process in step with the activations; `file` decides until there is one.
+
+    Set `news` when an activation may have been made, and it looks at once.
+    """
+
+    def __init__(
+        self,
+        in_force: PolicyInForce,
+        store: PolicyStore,
+        *,
+        file: PolicySnapshot,
+        news: asyncio.Event | None = None,
+        every_seconds: float = LOOK_EVERY_SECONDS,
+    ) -> None:
+        self._in_force = in_force
+        self._store = store
+        self._file = file
+        self._every = every_seconds
+        self._seen: tuple[str | None, str | None] = (None, None)
+        self._news = news or asyncio.Event()
+
+    async def refresh(self) -> Standing:
+        """Look which policies stand and install what is new.
+
+        Raises:
+            StorageUnavailable: that cannot be seen now; what decided before still does.
+            InvalidRequest: the activated policy cannot be loaded here; nothing is decided by this process any more.
+        """
+        standing = await self._store.standing()
+        if standing.digests != self._seen:
+            active, shadow = standing.digests
+            try:
+                policy = self._file if active is None else await self._load(active)
+                self._in_force.install(policy, shadow=await self._load_shadow(shadow))
+            except StorageUnavailable:
+                raise
+            except ControlPlaneError as error:
+                self._seen = (None, None)
+                self._in_force.withdraw(f"the active policy {active} cannot be loaded by this process: {error}")
+                raise
+            self._seen = standing.digests
+            _log.info("policy %s decides%s", policy.digest, f", {shadow} is its shadow" if shadow else "")
+        return standing
+
+    async def run(self) -> None:
+        """Refresh until cancelled: on news, and every few seconds, which is what counts."""
+        while True:
+            try:
+                async with asyncio.timeout(self._every):
+                    await self._news.wait()
+            except TimeoutError:
+                pass  # news may have been lost
+            self._news.clear()
+            try:
+                await self.refresh()
+            except StorageUnavailable:
+                continue  # the database is gone: nothing can be admitted either
+            except ControlPlaneError as error:
+                _log.error("nothing is decided by this process: %s", error)  # one line a look is enough
+
+    async def _load(self, digest: str) -> PolicySnapshot:
+        policy = read_policy(await self._store.content(digest), source=f"policy {digest[:12]}")
+        if policy.digest != digest:  # another release would read it otherwise than the one that was approved
+            raise InvalidRequest(f"it reads as policy {policy.digest} in this release", field="policy")
+        return policy
+
+    async def _load_shadow(self, digest: str | None) -> PolicySnapshot | None:
+        """The shadow; one that cannot be loaded is told, and keeps nothing from being decided."""
+        if digest is None:
+            return None
+        try:
+            return await self._load(digest)
+        except ControlPlaneError as error:
+            _log.warning("the shadow policy cannot be loaded, so it sees nothing: %s", error)
+            return None
