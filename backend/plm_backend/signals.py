@@ -12,6 +12,7 @@ from uuid import UUID
 
 import psycopg
 from plm_engine_core.control_plane.storage.postgres.gateway import Pool
+from plm_engine_core.control_plane.storage.postgres.policies import NEWS_CHANNEL
 from plm_shared.addresses import driver_dsn
 
 from plm_backend.reachability import Reachability
@@ -50,10 +51,6 @@ class PostgresSignals:
         """A cancel or a halt was committed: every node wakes the holders of the runs it concerns."""
         scope = {"tenant": str(tenant_id) if tenant_id else None, "run": str(run_id) if run_id else None}
         await self._notify({**scope, "interrupt": True})
-
-    async def policy_changed(self) -> None:
-        """A policy was activated: every process looks which one decides."""
-        await self._notify({"tenant": None, "run": None, "policy": True})
 
     async def _notify(self, news: Mapping[str, Any]) -> None:
         payload = json.dumps(news)
@@ -96,12 +93,15 @@ class SignalHub:
                 async with await psycopg.AsyncConnection.connect(
                     self._dsn, autocommit=True, connect_timeout=_ANSWER_SECONDS
                 ) as connection:
-                    await _require_answer(connection, f"LISTEN {CHANNEL}".encode())
+                    await _require_answer(connection, f"LISTEN {CHANNEL}; LISTEN {NEWS_CHANNEL}".encode())
                     await self._database.found()
                     self._wake_all()
                     while True:
                         async for notice in connection.notifies(timeout=_LOOK_EVERY_SECONDS):
-                            self._hand_out(notice.payload)
+                            if notice.channel == NEWS_CHANNEL:
+                                self.policy_news.set()
+                            else:
+                                self._hand_out(notice.payload)
                         await _require_answer(connection, b"SELECT 1")
             except psycopg.Error as error:
                 self._database.lost(error)
@@ -148,9 +148,6 @@ class SignalHub:
             return
         if "interrupt" in news:
             self._interrupt(*key)
-            return
-        if "policy" in news:
-            self.policy_news.set()
             return
         for queue in self._watchers.get(key, ()):
             _put(queue, news)

@@ -122,9 +122,7 @@ class ControlPlane:
         by: Principal,
     ) -> Activation:
         """Give a policy a role, for all tenants and processes; see `PolicyDesk.activate`."""
-        made = await self._desk.activate(tenant_id, policy, role=role, previous=previous, reason=reason, by=by)
-        await self.signals.policy_changed()
-        return made
+        return await self._desk.activate(tenant_id, policy, role=role, previous=previous, reason=reason, by=by)
 
     def capability(self, capability_id: str) -> CapabilityDescriptor:
         """A registered capability; only granted proposals name one, so a missing one is a defect of the caller."""

@@ -24,10 +24,6 @@ class Signals(Protocol):
         """A cancel or a halt was committed: who holds the run (every run, where None) should look at its lease now."""
         ...
 
-    async def policy_changed(self) -> None:
-        """A policy was activated: every process should look which one decides."""
-        ...
-
 
 class Interrupts(Protocol):
     """Wakes the holder of a lease up before its next heartbeat is due."""
@@ -47,9 +43,6 @@ class NoSignals:
         """Tell nobody."""
 
     async def interrupt(self, tenant_id: UUID | None, run_id: UUID | None) -> None:
-        """Tell nobody."""
-
-    async def policy_changed(self) -> None:
         """Tell nobody."""
 
     def interrupts(self, tenant_id: UUID, run_id: UUID) -> AbstractContextManager[asyncio.Event]:  # noqa: ARG002

@@ -59,8 +59,8 @@ class MemoryPolicies:
             made = Activation(
                 number=len(books.policy_activations.rows(None)) + 1,
                 role=role,
-                digest=policy and policy.digest,
-                version=policy and policy.version,
+                digest=policy.digest if policy is not None else None,
+                version=policy.version if policy is not None else None,
                 previous=previous,
                 reason=storable_text(reason),
                 activated_by=by,

@@ -13,6 +13,9 @@ from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
 from plm_engine_core.control_plane.vocabulary import PolicyRole
 
+NEWS_CHANNEL = "plm_policy_news"
+"""Notified with each committed activation; who misses it looks every few seconds anyhow."""
+
 _NEWEST = (
     "SELECT a.*, v.version FROM policy_activations AS a LEFT JOIN policy_versions AS v ON v.digest = a.digest "
     "WHERE a.role = %s ORDER BY a.number DESC LIMIT 1"
@@ -80,6 +83,7 @@ class PostgresPolicies:
             if row is None:
                 raise NotFound("policy", digest)
             made = _activation({**row, "version": policy and policy.version})
+            await connection.execute("SELECT pg_notify(%s, '')", [NEWS_CHANNEL])
             await self._gateway.append(connection, tenant_id, TENANT_STREAM, made.kind, actor, made.to_json())
             return made
 
