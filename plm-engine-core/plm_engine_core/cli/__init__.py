@@ -15,6 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 import typer
 
 from plm_engine_core.cli import approvals, auth, db, doctor, events, policy, run
+from plm_engine_core.cli.why import why_command
 
 __all__ = ["COMMANDS_GROUP", "GROUPS", "build_app", "main"]
 
@@ -41,6 +42,7 @@ def build_app() -> typer.Typer:
         # A traceback with local variables would print secrets.
         pretty_exceptions_enable=False,
     )
+    app.command("why")(why_command)
     for name, group in GROUPS.items():
         app.add_typer(group, name=name)
     for entry in sorted(entry_points(group=COMMANDS_GROUP), key=lambda found: found.name):

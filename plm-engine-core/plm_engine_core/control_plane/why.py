@@ -1,0 +1,246 @@
+"""Why something stands where it stands: answered from the records alone, for a run, an attempt, a ticket or a budget.
+
+What the record says of itself (the rule, the limit, what would unblock it) counts; `UNBLOCKED_BY` says the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import UUID
+
+from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
+from plm_engine_core.control_plane.hitl import ApprovalTicket
+from plm_engine_core.control_plane.limits.budgets import Budget
+from plm_engine_core.control_plane.runs.run import Run, Step
+from plm_engine_core.control_plane.storage.ports import Storage
+from plm_engine_core.control_plane.vocabulary import BudgetScope, Reason, RunState, Stage, StepState, TicketState
+
+UNBLOCKED_BY: Mapping[str, str] = {
+    Reason.RATE_LIMIT_EXCEEDED: "time: it is tried again by itself",
+    Reason.CAPABILITY_UNKNOWN: "registering the capability and starting a new run",
+    Reason.MISSING_SCOPES: "a new run, created with a token that holds the OAuth scopes",
+    Reason.AUTONOMY_TOO_LOW: "a higher autonomy ceiling in the policy, or a tier that asks a human",
+    Reason.POLICY_MISSING: "a process that can load the active policy, or activating one that this one can",
+    Reason.CAPABILITY_BLOCKED: "another tier in the policy",
+    Reason.RULE_DENIED: "another proposal than the rule denies, or another rule",
+    Reason.EVALUATOR_DENIED: "another proposal than the evaluator denies, or another policy",
+    Reason.EVALUATOR_FAILED: "an evaluator that answers: look into the log of the run worker",
+    Reason.STEERED: "proposing what the guidance says instead",
+    Reason.APPROVAL_REQUIRED: "a human who approves its ticket before the deadline, and did not ask for it",
+    Reason.APPROVAL_DENIED: "a new run, proposing what the approver's comment leaves",
+    Reason.APPROVAL_EXPIRED: "a new run, decided in time",
+    Reason.APPROVAL_MISMATCH: "a new approval: this one is for another call or policy, or was used",
+    Reason.BUDGET_EXCEEDED: "a new run with a higher limit, or for the tenant's budget another limit",
+    Reason.BUDGET_MISSING: "setting the budget",
+    Reason.HALTED: "lifting the halt, or cancelling the run",
+    Reason.STORAGE_BUSY: "time: it is tried again by itself",
+    Reason.GRANT_EXPIRED: "time: it is admitted again by itself",
+    Reason.GRANT_USED: "nothing: each grant is good for one call",
+    Reason.CANCEL_REQUESTED: "nothing: somebody cancelled the run",
+    Reason.LEASE_EXPIRED: "time: another run worker takes the run over",
+}
+"""By reason, what would let it go on; completions of "unblocked by"."""
+
+_BY_RUN_STATE: Mapping[RunState, str] = {
+    RunState.QUEUED: "a run worker that takes it: is one running, with the plugins it needs?",
+    RunState.RUNNING: "nothing: a run worker moves it forward",
+    RunState.OUTCOME_UNKNOWN: "finding out whether the effect took place, then plm-cli run reconcile",
+}
+_BY_TICKET_STATE: Mapping[TicketState, str] = {
+    TicketState.PENDING: UNBLOCKED_BY[Reason.APPROVAL_REQUIRED],
+    TicketState.DENIED: UNBLOCKED_BY[Reason.APPROVAL_DENIED],
+    TicketState.EXPIRED: UNBLOCKED_BY[Reason.APPROVAL_EXPIRED],
+}
+_BOOKED_AT: Mapping[str, str] = {
+    Reason.HALTED: "halt",
+    Reason.APPROVAL_DENIED: "approval",
+    Reason.APPROVAL_EXPIRED: "approval",
+    Reason.APPROVAL_MISMATCH: "approval",
+    Reason.BUDGET_EXCEEDED: Stage.COST_BUDGET,
+    Reason.BUDGET_MISSING: Stage.COST_BUDGET,
+}
+_REFUSED = (StepState.DENIED, StepState.STEERED)
+_MOST_RUNS = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Why:
+    """An answer. `stage` is where it was decided, `rule` the place in the policy, `limit` the budget that bound.
+
+    `unblocked_by` is empty where nothing is blocked. `because` leads on to what decided it: a run to its last attempt,
+    an attempt to its ticket.
+    """
+
+    kind: str
+    id: str
+    state: str
+    message: str = ""
+    reason: str | None = None
+    stage: str | None = None
+    rule: str | None = None
+    limit: Mapping[str, Any] = field(default_factory=dict)
+    policy_digest: str | None = None
+    unblocked_by: str = ""
+    because: Why | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer as JSON values, empty ones left out."""
+        said = {name: value for name, value in vars(self).items() if value not in (None, "", {}) and name != "because"}
+        return {**said, "because": self.because.to_json()} if self.because is not None else said
+
+
+async def why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
+    """Explain what `asked` names in a tenant: the id of a run or ticket, RUN/STEP[/ATTEMPT], or RUN/UNIT, TENANT/UNIT.
+
+    Raises:
+        InvalidRequest: it has none of these forms.
+        NotFound: nothing of that name exists in the tenant.
+    """
+    first, *rest = asked.strip().split("/")
+    identifier = _uuid(first)
+    match rest:
+        case []:
+            return await _of_run_or_ticket(storage, tenant_id, identifier)
+        case [step, *attempt] if step.isdecimal() and len(attempt) <= 1 and all(part.isdecimal() for part in attempt):
+            steps = await storage.runs.steps(tenant_id, identifier)
+            wanted = [each for each in steps if each.step_index == int(step)]
+            chosen = [each for each in wanted if not attempt or each.attempt == int(attempt[0])]
+            if not chosen:
+                raise NotFound("attempt", asked)
+            return await _of_step(storage, tenant_id, identifier, chosen[-1])
+        case [unit]:
+            return await _of_budget(storage, tenant_id, identifier, unit)
+    raise InvalidRequest(f"{asked!r:.80} names nothing; give RUN, TICKET, RUN/STEP/ATTEMPT or RUN/UNIT", field="id")
+
+
+def _uuid(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError:
+        raise InvalidRequest(f"{text!r:.80} is no id; ids are UUIDs", field="id") from None
+
+
+async def _of_run_or_ticket(storage: Storage, tenant_id: UUID, identifier: UUID) -> Why:
+    try:
+        run = await storage.runs.get(tenant_id, identifier)
+    except NotFound:
+        try:
+            return of_ticket(await storage.approvals.get(tenant_id, identifier))
+        except NotFound:
+            raise NotFound("run or ticket", identifier) from None
+    steps = await storage.runs.steps(tenant_id, identifier)
+    last = await _of_step(storage, tenant_id, run.id, steps[-1]) if steps else None
+    return of_run(run, last)
+
+
+async def _of_step(storage: Storage, tenant_id: UUID, run_id: UUID, step: Step) -> Why:
+    ticket = await storage.approvals.get(tenant_id, step.ticket_id) if step.ticket_id is not None else None
+    return of_step(run_id, step, ticket)
+
+
+async def _of_budget(storage: Storage, tenant_id: UUID, identifier: UUID, unit: str) -> Why:
+    scope, run_id = BudgetScope.RUN, identifier
+    if identifier == tenant_id:  # any run draws on the budget of its tenant
+        runs = await storage.runs.list(tenant_id, limit=_MOST_RUNS, before=None, state=None)
+        scope, run_id = BudgetScope.TENANT, runs[0].id if runs else identifier
+    budgets = await storage.runs.budgets(tenant_id, run_id)
+    found = [each for each in budgets if each.scope is scope and each.unit.value == unit]
+    if not found:
+        raise NotFound("budget", f"{identifier}/{unit}")
+    return of_budget(found[0])
+
+
+def of_run(run: Run, last: Why | None) -> Why:
+    """Why a run stands where it stands; `last` is about its last attempt."""
+    reason = run.reason or None
+    blocked = run.state not in (RunState.SUCCEEDED, RunState.CANCELLED)
+    unblocked_by = _BY_RUN_STATE.get(run.state, "")
+    if blocked and not unblocked_by:
+        of_last = last.unblocked_by if last is not None and last.reason == reason else ""
+        unblocked_by = of_last or UNBLOCKED_BY.get(reason or "", "a new run, once what the message says is mended")
+    return Why(
+        kind="run",
+        id=str(run.id),
+        state=run.state.value,
+        reason=reason,
+        message=run.message or "",
+        policy_digest=run.policy_digest,
+        unblocked_by=unblocked_by,
+        because=last,
+    )
+
+
+def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
+    """Why one attempt was decided as it was; what was booked counts before what the policy had said."""
+    decision, booked = step.decision, step.error if step.state in _REFUSED and step.error else {}
+    reason = booked.get("reason") or decision.get("reason")
+    waiting = step.state is StepState.AWAITING_APPROVAL
+    if waiting:
+        reason = Reason.APPROVAL_REQUIRED.value
+    blocked = waiting or step.state in _REFUSED
+    by_policy = reason == decision.get("reason") or waiting
+    known = booked.get("unblock") or (decision.get("unblock", "") if by_policy else "")
+    return Why(
+        kind="attempt",
+        id=f"{run_id}/{step.step_index}/{step.attempt}",
+        state=step.state.value,
+        reason=reason if blocked else None,
+        message=str(booked.get("message") or decision.get("guidance") or decision.get("message") or ""),
+        stage=_stage(reason, decision) if blocked else None,
+        rule=booked.get("rule") or decision.get("rule") or None,
+        limit=booked.get("limit") or {},
+        unblocked_by=(known or UNBLOCKED_BY.get(reason or "", "")) if blocked else "",
+        because=of_ticket(ticket) if ticket is not None else None,
+    )
+
+
+def _stage(reason: str | None, decision: Mapping[str, Any]) -> str:
+    if reason is not None and reason in _BOOKED_AT and reason != decision.get("reason"):
+        return str(_BOOKED_AT[reason])
+    stages: Sequence[Mapping[str, Any]] = decision.get("stages", ())
+    refused = [each["stage"] for each in stages if not each["passed"]]
+    return str(refused[0]) if refused else Stage.CLASSIFY.value
+
+
+def of_ticket(ticket: ApprovalTicket) -> Why:
+    """Where a ticket stands, and who said what."""
+    said = f": {ticket.comment}" if ticket.comment else ""
+    match ticket.state:
+        case TicketState.PENDING:
+            message = f"{ticket.capability} on {ticket.resource} waits until {ticket.deadline:%Y-%m-%d %H:%M:%S} UTC"
+        case TicketState.APPROVED | TicketState.DENIED:
+            message = f"{ticket.state.value} by {ticket.decided_by}{said}"
+        case _:
+            message = f"nobody decided it until {ticket.deadline:%Y-%m-%d %H:%M:%S} UTC"
+    return Why(
+        kind="ticket",
+        id=str(ticket.id),
+        state="used" if ticket.consumed_at is not None else ticket.state.value,
+        message=message,
+        rule=f"tier {ticket.tier}",
+        policy_digest=ticket.policy_digest,
+        unblocked_by=_BY_TICKET_STATE.get(ticket.state, ""),
+    )
+
+
+def of_budget(budget: Budget) -> Why:
+    """What of a budget is left, and what holds the rest."""
+    left = budget.limit - budget.spent - budget.reserved
+    unblocked_by = ""
+    if left <= 0:
+        held = f"the end of calls that hold {budget.reserved} {budget.unit.value}, or " if budget.reserved else ""
+        unblocked_by = f"{held}a higher limit"
+    return Why(
+        kind="budget",
+        id=f"{budget.scope_id}/{budget.unit.value}",
+        state="exhausted" if left <= 0 else "open",
+        message=f"{left.normalize():f} {budget.unit.value} of the {budget.scope.value} budget are left",
+        limit={
+            "scope": budget.scope.value,
+            "unit": budget.unit.value,
+            **{name: f"{getattr(budget, name).normalize():f}" for name in ("limit", "spent", "reserved")},
+        },
+        unblocked_by=unblocked_by,
+    )

@@ -1,0 +1,122 @@
+"""`plm-cli why`: from the records alone, what was decided, where, by what, and what would unblock it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from plm_engine_core.cli import build_app
+from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
+from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, Reason, RunState, TicketDecision
+from plm_engine_core.control_plane.why import UNBLOCKED_BY, why
+from typer.testing import CliRunner
+
+
+async def asked(bench: Any, identifier: object) -> Any:
+    return await why(bench.storage, bench.tenant, str(identifier))
+
+
+def test_every_reason_has_what_unblocks_it() -> None:
+    assert set(UNBLOCKED_BY) == set(Reason)
+
+
+async def test_a_rule_that_denied_is_named_with_its_stage(bench: Any) -> None:
+    other = bench.with_policy(tiers={"thing.read": "blocked"})
+    lease = await bench.lease()
+    await other.control_plane.admit(bench.proposal(lease))
+    answer = await asked(bench, f"{lease.run.id}/0")
+    assert (answer.kind, answer.state, answer.id) == ("attempt", "denied", f"{lease.run.id}/0/1")
+    assert answer.stage == "classify"
+    assert (answer.rule, answer.reason) == ("tiers.thing.read", "capability_blocked")
+    assert answer.unblocked_by
+    assert await asked(bench, f"{lease.run.id}/0/1") == answer
+
+
+async def test_what_the_books_refused_is_told_with_its_limit_whatever_the_policy_said(bench: Any) -> None:
+    run = await bench.run(budget={BudgetUnit.CALLS: Decimal(1)})
+    lease = await bench.lease(run)
+    await bench.grant(lease)
+    await bench.control_plane.admit(bench.proposal(lease, step_index=1, step_id="second"))
+    answer = await asked(bench, f"{run.id}/1")
+    assert (answer.reason, answer.stage) == ("budget_exceeded", "cost_budget")
+    assert (answer.limit["scope"], answer.limit["unit"], answer.limit["limit"]) == ("run", "calls", "1")
+    assert "higher run budget" in answer.unblocked_by
+    budget = await asked(bench, f"{run.id}/calls")
+    assert (budget.state, budget.limit["reserved"]) == ("exhausted", "1")
+    assert "the end of calls" in budget.unblocked_by
+    tenant = await asked(bench, f"{bench.tenant}/EUR")
+    assert (tenant.kind, tenant.state, tenant.unblocked_by) == ("budget", "open", "")
+
+
+async def test_a_halt_is_where_it_stopped_and_lifting_it_the_way_on(bench: Any) -> None:
+    lease = await bench.lease()
+    await bench.halt(HaltScope.RUN, lease.run.id, reason="look first")
+    await bench.control_plane.admit(bench.proposal(lease))
+    await bench.control_plane.finish(
+        lease.run, fencing_token=lease.fencing_token, state=RunState.HALTED, actor="worker:w", reason="halted",
+        message="a run halt stands: look first",
+    )  # fmt: skip
+    answer = await asked(bench, lease.run.id)
+    assert (answer.kind, answer.state, answer.reason) == ("run", "halted", "halted")
+    assert "lifting the halt" in answer.unblocked_by
+    assert (answer.because.stage, answer.because.reason) == ("halt", "halted")
+
+
+async def test_a_ticket_is_told_through_its_life(bench: Any) -> None:
+    lease, pending = await bench.ask()
+    run = await asked(bench, lease.run.id)
+    assert (run.state, run.because.reason, run.because.because.id) == (
+        "awaiting_approval", "approval_required", str(pending.ticket_id),
+    )  # fmt: skip
+    assert "approval by a person" in run.unblocked_by
+    waiting = await asked(bench, pending.ticket_id)
+    assert (waiting.kind, waiting.state) == ("ticket", "pending")
+    await bench.decide(pending, TicketDecision.DENY, comment="not today")
+    denied = await asked(bench, pending.ticket_id)
+    assert denied.state == "denied"
+    assert "not today" in denied.message
+    queued = await asked(bench, lease.run.id)
+    assert "run worker" in queued.unblocked_by
+
+
+async def test_what_goes_well_is_blocked_by_nothing(bench: Any) -> None:
+    lease = await bench.lease()
+    grant = await bench.begun(lease)
+    await bench.settle(grant, lease)
+    answer = await asked(bench, f"{lease.run.id}/0/1")
+    assert (answer.state, answer.reason, answer.unblocked_by) == ("succeeded", None, "")
+
+
+async def test_nothing_of_another_tenant_is_explained(bench: Any) -> None:
+    other = bench.behind.new_tenant()
+    lease, pending = await bench.ask()
+    for name in (lease.run.id, pending.ticket_id, f"{lease.run.id}/0", f"{lease.run.id}/EUR", f"{bench.tenant}/EUR"):
+        with pytest.raises(NotFound):
+            await why(bench.storage, other, str(name))
+
+
+@pytest.mark.parametrize("name", ["", "x", "1/2", f"{uuid.UUID(int=1)}/1/2/3", f"{uuid.UUID(int=1)}/1/x"])
+async def test_a_name_of_no_form_is_refused(bench: Any, name: str) -> None:
+    with pytest.raises(InvalidRequest):
+        await asked(bench, name)
+
+
+@pytest.mark.postgres_only
+async def test_the_terminal_says_it_in_words_and_in_json(bench: Any) -> None:
+    lease, _ = await bench.ask()
+
+    def run(*arguments: str) -> Any:
+        command = ["why", *arguments, "--tenant-id", str(bench.tenant)]
+        return CliRunner().invoke(build_app(), command, env={"PG_DSN": bench.database.app})
+
+    told = await asyncio.to_thread(run, str(lease.run.id))
+    assert told.exit_code == 0, told.output
+    assert "unblocked by approval by a person" in told.stdout
+    answer = json.loads((await asyncio.to_thread(run, str(lease.run.id), "--json")).stdout)
+    assert (answer["kind"], answer["because"]["because"]["kind"]) == ("run", "ticket")
+    unknown = await asyncio.to_thread(run, str(uuid.uuid4()))
+    assert (unknown.exit_code, unknown.stdout) == (1, "")
