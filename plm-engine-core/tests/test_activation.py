@@ -27,6 +27,8 @@ from plm_engine_core.control_plane.policy.shadow import ShadowReport
 from plm_engine_core.control_plane.vocabulary import PolicyRole, Reason, TicketDecision
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.every_storage
+
 BLOCKED = {"thing.read": "blocked"}
 DEV = Path(__file__).parents[2] / "dev"
 

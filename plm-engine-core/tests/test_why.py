@@ -15,6 +15,8 @@ from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, Reas
 from plm_engine_core.control_plane.why import UNBLOCKED_BY, why
 from typer.testing import CliRunner
 
+pytestmark = pytest.mark.every_storage
+
 
 async def asked(bench: Any, identifier: object) -> Any:
     return await why(bench.storage, bench.tenant, str(identifier))
