@@ -46,6 +46,7 @@ class SyncControlPlane:
         self._exits = AsyncExitStack()
         self._thread = LoopThread("SyncControlPlane")
 
+    activate_policy = _waiting(ControlPlane.activate_policy)
     create_run = _waiting(ControlPlane.create_run)
     admit = _waiting(ControlPlane.admit)
     begin = _waiting(ControlPlane.begin)
