@@ -13,7 +13,7 @@ from functools import partial
 
 from plm_engine_core.agent_runtime import Driver, Selector
 from plm_engine_core.control_plane import ControlPlane
-from plm_engine_core.control_plane.activation import Standing
+from plm_engine_core.control_plane.activation import Roles
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events import Signer, load_signer
@@ -108,7 +108,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
             )
 
 
-def _tell_difference(standing: Standing, file: PolicySnapshot, settings: Settings) -> None:
+def _tell_difference(standing: Roles, file: PolicySnapshot, settings: Settings) -> None:
     """Say that the policy file is not what decides, to whoever has just changed it."""
     active = standing.active
     if active is not None and active.digest != file.digest:

@@ -55,7 +55,7 @@ class Activation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class Roles:
     """The newest activation of each role; None where there was none."""
 
     active: Activation | None

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from plm_engine_core.control_plane.activation import Standing
+from plm_engine_core.control_plane.activation import Roles
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, ParallelPolicyEvaluator
 from plm_engine_core.control_plane.errors import ControlPlaneError, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.policy import PolicySnapshot, read_policy
@@ -84,7 +84,7 @@ class PolicyKeeper:
         self._seen: tuple[str | None, str | None] = (None, None)
         self._news = news or asyncio.Event()
 
-    async def refresh(self) -> Standing:
+    async def refresh(self) -> Roles:
         """Look which policies stand and install what is new.
 
         Raises:

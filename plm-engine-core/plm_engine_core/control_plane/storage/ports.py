@@ -28,7 +28,7 @@ from plm_engine_core.control_plane.vocabulary import (
 )
 
 if TYPE_CHECKING:
-    from plm_engine_core.control_plane.activation import Activation, Standing
+    from plm_engine_core.control_plane.activation import Activation, Roles
     from plm_engine_core.control_plane.events import Checkpoint, Event, Head, StreamHead
     from plm_engine_core.control_plane.events.archive import Piece
     from plm_engine_core.control_plane.events.chain import Link
@@ -391,7 +391,7 @@ class CheckpointStore(Protocol):
 class PolicyStore(Protocol):
     """Policies of the whole system, and which of them has which role."""
 
-    async def standing(self) -> Standing:
+    async def standing(self) -> Roles:
         """The newest activation of each role."""
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from uuid import UUID
 
-from plm_engine_core.control_plane.activation import Activation, Standing
+from plm_engine_core.control_plane.activation import Activation, Roles
 from plm_engine_core.control_plane.errors import NotFound
 from plm_engine_core.control_plane.events.event import TENANT_STREAM
 from plm_engine_core.control_plane.policy import PolicySnapshot
@@ -20,10 +20,10 @@ class MemoryPolicies:
     def __init__(self, books: Books) -> None:
         self._books = books
 
-    async def standing(self) -> Standing:
+    async def standing(self) -> Roles:
         """The newest activation of each role."""
         async with self._books.turn() as books:
-            return Standing(active=_newest(books, PolicyRole.ACTIVE), shadow=_newest(books, PolicyRole.SHADOW))
+            return Roles(active=_newest(books, PolicyRole.ACTIVE), shadow=_newest(books, PolicyRole.SHADOW))
 
     async def content(self, digest: str) -> str:
         """The canonical text of a policy."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.activation import Activation, Standing
+from plm_engine_core.control_plane.activation import Activation, Roles
 from plm_engine_core.control_plane.errors import NotFound
 from plm_engine_core.control_plane.events import TENANT_STREAM
 from plm_engine_core.control_plane.policy import PolicySnapshot
@@ -28,10 +28,10 @@ class PostgresPolicies:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def standing(self) -> Standing:
+    async def standing(self) -> Roles:
         """The newest activation of each role."""
         async with self._gateway.connection() as connection:
-            return Standing(
+            return Roles(
                 active=await self._newest(connection, PolicyRole.ACTIVE),
                 shadow=await self._newest(connection, PolicyRole.SHADOW),
             )
