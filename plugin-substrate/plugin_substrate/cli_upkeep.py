@@ -27,7 +27,7 @@ from plugin_substrate.platform import get_current_platform
 from plugin_substrate.stores.secret import LocalSecretStore
 
 PluginName = Annotated[str, typer.Argument(help="The plugin's name.")]
-Scope = Annotated[str | None, typer.Option("--scope", help="Where the secret belongs; workers see the default scope.")]
+Scope = Annotated[str | None, typer.Option("--scope", help="A tenant's id: only its workers see the secret.")]
 
 
 def regenerate(

@@ -36,7 +36,8 @@ from plugin_substrate.worker_folder import (
 class InstanceSettings:
     """What an instance is loaded with. ``data_dir`` holds a folder for each of its workers, ``log_path`` names a log.
 
-    ``worker_env`` is asked at each start of a worker for the variables its plugin declares, secrets included.
+    ``worker_env`` is asked at each start of a worker for the variables its plugin declares, secrets included; with the
+    tenant that it serves, an empty text for one that serves nobody in particular.
     """
 
     instance_id: str
@@ -44,7 +45,7 @@ class InstanceSettings:
     config: Mapping[str, Any]
     data_dir: Path
     log_path: Path
-    worker_env: Callable[[], Mapping[str, str]] = field(default=dict, repr=False)
+    worker_env: Callable[[str], Mapping[str, str]] = field(default=lambda _: {}, repr=False)
     enabled: bool = True
     max_concurrent_requests: int
     max_workers: int
@@ -210,7 +211,7 @@ class TenantWorker:
         return worker_environment(
             settings.meta.manifest.install.python_path,
             folder,
-            settings.worker_env(),
+            settings.worker_env(self.seat.tenant_id),
             keeps_data=not settings.meta.stateless,
         )
 

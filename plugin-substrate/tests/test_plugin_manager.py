@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from plugin_substrate import (
+    CallContext,
     ConfigOption,
     FieldOptions,
     PluginConfigError,
@@ -409,6 +410,31 @@ async def test_only_declared_secrets_reach_a_worker_and_without_reload_only_the_
         assert "declares no secret TYPO" in caplog.text
         with pytest.raises(PluginNotLoadedError):
             await manager.set_plugin_secret_async("unknown", "SERVICE_TOKEN", "x")
+
+
+async def test_a_secret_of_one_tenant_reaches_its_workers_alone(
+    meta: MetaFactory, probe_meta: MetaFactory, tmp_path: Path
+) -> None:
+    store = InMemorySecretStore()
+    for name in (NAME, "keeper"):
+        store.set_secret(name, "SERVICE_TOKEN", "everybody's")
+    async with PluginManager(data_dir=tmp_path, secret_store=store, grace_seconds=0.3) as manager:
+
+        async def seen(tenant: str) -> object:
+            call = CallContext(f"by {tenant}", tenant)
+            return await manager.execute_plugin_async(
+                NAME, action="adjust.environment", name="SERVICE_TOKEN", call=call
+            )
+
+        await manager.load_plugin_async(meta())
+        await manager.set_plugin_secret_async(NAME, "SERVICE_TOKEN", "mine", scope="me")
+        assert [await seen(tenant) for tenant in ("me", "you", "")] == ["mine", "everybody's", "everybody's"]
+        await manager.load_plugin_async(
+            probe_meta("Keeper", "keeper", "keeper", stateless=True, worker_env=VARIABLES[:1])
+        )
+        await manager.set_plugin_secret_async("keeper", "SERVICE_TOKEN", "mine", scope="me")
+        found = await manager.execute_plugin_async("keeper", action="keeper.find", call=CallContext("c", "me"))
+        assert found["environment"]["SERVICE_TOKEN"] == "everybody's"
 
 
 # -- drift

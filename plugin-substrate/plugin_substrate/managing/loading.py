@@ -201,7 +201,7 @@ class LoadingVerbs(FindingVerbs, ConfiguringVerbs, SecretVerbs):
             config=config,
             data_dir=self._data_dir / "data" / meta.name,
             log_path=self._log_path(instance_id),
-            worker_env=lambda: self._worker_env(meta),
+            worker_env=lambda tenant_id: self._worker_env(meta, tenant_id),
             enabled=enabled,
             max_concurrent_requests=max_concurrent_requests,
             max_workers=self._max_tenant_workers,

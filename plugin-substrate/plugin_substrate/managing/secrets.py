@@ -35,8 +35,9 @@ class SecretVerbs(ManagerState):
     ) -> None:
         """Keep a secret of a plugin, named by itself or an instance, and replace the workers of all its instances.
 
-        Every instance is tried; the first error of a worker that did not come up again is raised at the end. Only the
-        default scope reaches workers.
+        Every instance is tried; the first error of a worker that did not come up again is raised at the end. A secret
+        of the default scope reaches every worker; one whose scope is a tenant's id takes its place in the workers of
+        that tenant, and reaches no other, nor one that all tenants share.
         """
         self._home.adopt()
         meta = self._meta_of(name)
@@ -83,14 +84,15 @@ class SecretVerbs(ManagerState):
                 meta.name,
             )
 
-    def _worker_env(self, meta: PluginMeta) -> dict[str, str]:
+    def _worker_env(self, meta: PluginMeta, tenant_id: str) -> dict[str, str]:
         """Return what a worker finds: defaults, over them the manifest's variables, over those secrets."""
         defaults = {spec.name: spec.default for spec in meta.worker_env if spec.default is not None}
         found = {**defaults, **meta.manifest.install.env_vars}
         for spec in meta.worker_env:
-            value = self._secret_store.get_secret(meta.name, spec.name) if spec.secret else None
-            if value is not None:
-                found[spec.name] = value
+            for scope in (None, tenant_id or None) if spec.secret else ():
+                value = self._secret_store.get_secret(meta.name, spec.name, scope)
+                if value is not None:
+                    found[spec.name] = value
         return found
 
 
