@@ -36,6 +36,8 @@ CHANGES_NOTHING = frozenset(
         EventKind.APPROVAL_SCOPE_REVOKED,
         EventKind.HALT_TRIGGERED,
         EventKind.HALT_LIFTED,
+        EventKind.POLICY_ACTIVATED,
+        EventKind.SHADOW_CHANGED,
         EventKind.EVENTS_PRUNED,
     }
 )
