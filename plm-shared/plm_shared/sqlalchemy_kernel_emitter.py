@@ -175,8 +175,12 @@ def ledger_statements(
     tenant_id: str | uuid.UUID,
     run_id: str | uuid.UUID | None = None,
     clock: Callable[[], date] = utc_today,
+    alone: bool = False,
 ) -> list[Statement]:
     """The statements that record ``args`` once, to be run in order in one READ COMMITTED transaction.
+
+    ``alone`` promises that the transaction holds a lock which keeps every other writer of this key out; then fewer
+    statements say the same.
 
     ``app.tenant_id`` must be set on the connection. Nothing needs to be read back: a replay changes nothing, a
     conflict is a unique violation of ``uq_<table>_logical`` that aborts the transaction, an unknown tenant or run a
@@ -190,14 +194,17 @@ def ledger_statements(
         JsonRefused: the payload holds what jsonb cannot; the message names its path.
         ValueError: ``tenant_id`` or ``run_id`` is no UUID.
     """
-    return _statements(ledger_record(args, tenant_id=tenant_id, run_id=run_id, clock=clock), uuid_text(tenant_id))
+    record = ledger_record(args, tenant_id=tenant_id, run_id=run_id, clock=clock)
+    return _statements(record, uuid_text(tenant_id), alone=alone)
 
 
-def _statements(record: LedgerRecord, tenant_id: str) -> list[Statement]:
+def _statements(record: LedgerRecord, tenant_id: str, *, alone: bool = False) -> list[Statement]:
     table, params = _TABLES[record.table], _params(tenant_id, [record])
     # The first insert swallows every uniqueness error, whichever index PostgreSQL checks first. The second does
     # nothing when the key is there, be it ours or a replay's; otherwise it meets the row in the way and names it.
-    texts = [*([table.snapshot] if record.priced else []), table.insert_new, table.insert_or_fail]
+    # Where nobody else can write the key meanwhile, the look of the second is enough.
+    inserts = [table.insert_or_fail] if alone else [table.insert_new, table.insert_or_fail]
+    texts = [*([table.snapshot] if record.priced else []), *inserts]
     return [Statement(text, params) for text in texts]
 
 

@@ -109,7 +109,8 @@ def check_claims(claims: object) -> None:
     """
     if not isinstance(claims, Mapping):
         raise InvalidRequest(f"claims must be an object, not {type(claims).__name__}", field="claims")
-    content_hash({"claims": dict(claims)})
+    if claims:
+        content_hash({"claims": dict(claims)})
 
 
 def proposal_digest(proposal: Proposal, capability: CapabilityDescriptor | None) -> str:

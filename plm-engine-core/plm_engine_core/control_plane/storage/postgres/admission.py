@@ -92,15 +92,9 @@ class PostgresAdmission:
                 require_transaction(connection)
                 return await _first(await _send_settlement(connection, command, parameters))
         async with self._gateway.connection() as own:
-            try:
-                async with own.pipeline():
-                    await own.execute("BEGIN")
-                    cursor = await _send_settlement(own, command, parameters)
-                    await own.execute("COMMIT")
-            except psycopg.Error:
-                if not own.broken:
-                    await own.execute("ROLLBACK")
-                raise
+            # What a pipeline sends up to its end is one transaction: committed whole, or not at all.
+            async with own.pipeline():
+                cursor = await _send_settlement(own, command, parameters)
             return await _first(cursor)
 
 
@@ -112,7 +106,9 @@ async def _send_settlement(
         [command.tenant_id, command.run_id, command.grant_id, command.fencing_token, command.outcome_digest],
     )
     for entry in command.ledger:
-        for statement in ledger_statements(entry, tenant_id=str(command.tenant_id), run_id=command.run_id):
+        # The grant is held, and its span is in the key: nobody else can be writing these rows.
+        statements = ledger_statements(entry, tenant_id=str(command.tenant_id), run_id=command.run_id, alone=True)
+        for statement in statements:
             await connection.execute(statement.sql.encode(), statement.params)
     return await _rows(connection).execute(_SETTLE, parameters)
 
