@@ -14,11 +14,10 @@ from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.events import Event
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl import ApprovalScope, ApprovalTicket, Comment, Vote
-from plm_engine_core.control_plane.limits import Budget
+from plm_engine_core.control_plane.limits import Budget, Unit
 from plm_engine_core.control_plane.policy import Demand
 from plm_engine_core.control_plane.runs import Run, Step
 from plm_engine_core.control_plane.vocabulary import (
-    BudgetUnit,
     HaltScope,
     PolicyRole,
     RunState,
@@ -58,7 +57,14 @@ class RunCreate(_Body):
     agent: StorableText = Field(min_length=1, max_length=120)
     inputs: StorableObject = Field(default_factory=dict)
     files: dict[StorableText, FileInput] = Field(default_factory=dict, max_length=100)
-    budget: dict[BudgetUnit, Amount] = Field(default_factory=dict)
+    budget: dict[Unit, Amount] = Field(default_factory=dict)
+    run_group_id: UUID | None = None
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What makes two requests the same; what is not said is left out, as it was before it could be."""
+        unsaid = {"run_group_id"} if self.run_group_id is None else set()
+        return self.model_dump(mode="json", exclude=unsaid)
 
 
 class ScopeOffer(_Body):
@@ -146,6 +152,7 @@ class RunDocument(BaseModel):
     trace_id: str
     state: RunState
     agent: dict[str, Any]
+    run_group_id: UUID | None
     reason: str | None
     message: str | None
     result: Any
@@ -178,6 +185,9 @@ class BudgetDocument(BaseModel):
 
     scope: str
     unit: str
+    period: str
+    subject: str | None
+    starts_at: datetime | None
     limit: str
     spent: str
     reserved: str
@@ -349,6 +359,7 @@ def run_document(run: Run) -> dict[str, Any]:
         "trace_id": run.trace_id,
         "state": run.state,
         "agent": {key: value for key, value in run.agent.items() if key != "plan"},
+        "run_group_id": run.subjects.run_group_id,
         "reason": run.reason,
         "message": run.message,
         "result": run.result,
@@ -386,7 +397,10 @@ def budget_document(budget: Budget) -> BudgetDocument:
 
     return BudgetDocument(
         scope=budget.scope.value,
-        unit=budget.unit.value,
+        unit=budget.unit,
+        period=budget.period.value,
+        subject=budget.subject,
+        starts_at=budget.starts_at,
         limit=text(budget.limit),
         spent=text(budget.spent),
         reserved=text(budget.reserved),

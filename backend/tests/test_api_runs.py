@@ -60,7 +60,7 @@ def test_a_run_is_accepted_with_its_address_and_succeeds(client: Any) -> None:
         ({"agent": "echo", "budget": {"EUR": "-1"}}, "body.budget.EUR"),
         ({"agent": "echo", "budget": {"EUR": "NaN"}}, "body.budget.EUR"),
         ({"agent": "echo", "budget": {"EUR": "1e-9"}}, "body.budget.EUR"),
-        ({"agent": "echo", "budget": {"hours": "1"}}, "body.budget.hours.[key]"),
+        ({"agent": "echo", "budget": {"hours": "1"}}, "budget.hours"),
         ([], "body"),
         ("text", "body"),
         (None, "body"),
@@ -95,6 +95,17 @@ def test_an_asked_budget_lowers_the_limit_and_raising_it_needs_a_scope(platform:
     assert (refused.status_code, refused.json()["missing_scopes"]) == (403, ["plm.cost.override"])
     rich = platform.client(scopes=("plm.runs.create", "plm.cost.override"))
     assert rich.post("/v1/runs", json=more).status_code == 202
+
+
+def test_a_run_shows_its_group_and_its_budgets_from_narrow_to_wide(client: Any) -> None:
+    group = str(uuid.uuid4())
+    run = client.post("/v1/runs", json={"agent": "echo", "run_group_id": group}).json()
+    assert run["run_group_id"] == group
+    ended = client.finished(run["run_id"])
+    assert [(each["scope"], each["period"], each["starts_at"]) for each in ended["budgets"]] == [
+        *[("run", "total", None)] * 2,
+        *[("tenant", "total", None)] * 2,
+    ]
 
 
 def test_creating_needs_its_scope_and_leaves_no_file_behind(platform: Any) -> None:

@@ -356,7 +356,7 @@ class Bench:
 
     async def budget(self, run: Run, scope: str, unit: BudgetUnit) -> tuple[Decimal, Decimal]:
         for each in await self.control_plane.storage.runs.budgets(self.tenant, run.id):
-            if each.scope.value == scope and each.unit is unit:
+            if each.scope.value == scope and each.unit == unit:
                 return each.spent, each.reserved
         raise LookupError(scope)
 

@@ -66,9 +66,10 @@ async def create_run(
                 input={**given.values, **{name: reference(record) for name, record in records.items()}},
                 trace_id=trace_id,
                 budget=body.budget,
+                run_group_id=body.run_group_id,
                 artifacts=[row_of(record, run_id=run_id, trace_id=trace_id) for record in records.values()],
                 idempotency_key=idempotency_key,
-                request_digest=compute_content_hash(body.model_dump(mode="json")),
+                request_digest=compute_content_hash(body.asked),
             ),
             principal=caller.principal,
         )

@@ -28,7 +28,6 @@ from plm_engine_core.control_plane.registry import CapabilityDescriptor, Capabil
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run
 from plm_engine_core.control_plane.storage.ports import Connection, Storage
 from plm_engine_core.control_plane.vocabulary import (
-    BudgetUnit,
     HaltScope,
     PolicyRole,
     Reason,
@@ -59,7 +58,7 @@ class RunRequest:
     input: Mapping[str, Any]
     trace_id: str
     root_span_id: str = field(default_factory=lambda: secrets.token_hex(8))
-    budget: Mapping[BudgetUnit, Decimal] = field(default_factory=dict)
+    budget: Mapping[str, Decimal] = field(default_factory=dict)
     run_group_id: UUID | None = None
     kind: RunKind = RunKind.HOSTED
     artifacts: Sequence[ArtifactRow] = ()
@@ -166,6 +165,7 @@ class ControlPlane:
                     agent_id=str(request.agent.get("name") or "") or None,
                     run_group_id=request.run_group_id,
                     user_id=principal.user_id,
+                    team=self.policy.team_of(principal.user_id),
                 ),
                 artifacts=request.artifacts,
                 idempotency_key=request.idempotency_key,
@@ -175,14 +175,17 @@ class ControlPlane:
         await self.signals.changed(run.tenant_id, run.id)
         return run, replayed
 
-    def _limits(self, asked: Mapping[BudgetUnit, Decimal], principal: Principal) -> dict[BudgetUnit, Decimal]:
+    def _limits(self, asked: Mapping[str, Decimal], principal: Principal) -> dict[str, Decimal]:
         limits = dict(self.policy.budgets.run)
         for unit, amount in asked.items():
+            if unit not in limits:
+                known = " or ".join(repr(str(each)) for each in limits)
+                raise InvalidRequest(f"a run has a budget in {known}, not {unit!r}", field=f"budget.{unit}")
             if not amount.is_finite() or amount < 0:
-                raise InvalidRequest(f"the budget in {unit.value} must be a number from 0 up", field="budget")
+                raise InvalidRequest(f"the budget in {unit} must be a number from 0 up", field="budget")
             if amount > limits[unit] and OVERRIDE_SCOPE not in principal.scopes:
                 raise Forbidden(
-                    f"the policy allows {limits[unit]} {unit.value} a run; more needs the OAuth scope {OVERRIDE_SCOPE}",
+                    f"the policy allows {limits[unit]} {unit} a run; more needs the OAuth scope {OVERRIDE_SCOPE}",
                     reason="missing_scopes",
                     missing_scopes=(OVERRIDE_SCOPE,),
                 )

@@ -192,10 +192,23 @@ class BudgetScope(StrEnum):
 
 
 class BudgetUnit(StrEnum):
-    """What is counted."""
+    """What every run and tenant has a limit of; a policy registers more units by their names."""
 
     EUR = "EUR"
     CALLS = "calls"
+
+
+TOKENS = "tokens"
+"""The unit of what language models read and write; known without being registered."""
+
+
+class Period(StrEnum):
+    """How long a budget lasts; windows begin at midnight UTC, a week on Monday, by the database's clock."""
+
+    TOTAL = "total"
+    DAY = "day"
+    WEEK = "week"
+    MONTH = "month"
 
 
 class Reason(StrEnum):
@@ -204,6 +217,7 @@ class Reason(StrEnum):
     RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     CAPABILITY_UNKNOWN = "capability_unknown"
     MISSING_SCOPES = "missing_scopes"
+    MODEL_NOT_ALLOWED = "model_not_allowed"
     AUTONOMY_TOO_LOW = "autonomy_too_low"
     POLICY_MISSING = "policy_missing"
     CAPABILITY_BLOCKED = "capability_blocked"
@@ -261,6 +275,8 @@ class EventKind(StrEnum):
     EVENTS_PRUNED = "events_pruned"
     POLICY_ACTIVATED = "policy_activated"
     SHADOW_CHANGED = "shadow_changed"
+    BUDGET_SET = "budget_set"
+    BUDGET_CORRECTED = "budget_corrected"
 
 
 TERMINAL_RUN_STATES = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})

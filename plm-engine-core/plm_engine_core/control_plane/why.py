@@ -146,7 +146,7 @@ async def _of_budget(storage: Storage, tenant_id: UUID, identifier: UUID, unit: 
         runs = await storage.runs.list(tenant_id, limit=_MOST_RUNS, before=None, state=None)
         scope, run_id = BudgetScope.TENANT, runs[0].id if runs else identifier
     budgets = await storage.runs.budgets(tenant_id, run_id)
-    found = [each for each in budgets if each.scope is scope and each.unit.value == unit]
+    found = [each for each in budgets if each.scope is scope and each.unit == unit]
     if not found:
         raise NotFound("budget", f"{identifier}/{unit}")
     return of_budget(found[0])
@@ -230,16 +230,16 @@ def of_budget(budget: Budget) -> Why:
     left = budget.limit - budget.spent - budget.reserved
     unblocked_by = ""
     if left <= 0:
-        held = f"the end of calls that hold {budget.reserved} {budget.unit.value}, or " if budget.reserved else ""
+        held = f"the end of calls that hold {budget.reserved} {budget.unit}, or " if budget.reserved else ""
         unblocked_by = f"{held}a higher limit"
     return Why(
         kind="budget",
-        id=f"{budget.scope_id}/{budget.unit.value}",
+        id=f"{budget.scope_id}/{budget.unit}",
         state="exhausted" if left <= 0 else "open",
-        message=f"{left.normalize():f} {budget.unit.value} of the {budget.scope.value} budget are left",
+        message=f"{left.normalize():f} {budget.unit} of the {budget.scope.value} budget are left",
         limit={
             "scope": budget.scope.value,
-            "unit": budget.unit.value,
+            "unit": budget.unit,
             **{name: f"{getattr(budget, name).normalize():f}" for name in ("limit", "spent", "reserved")},
         },
         unblocked_by=unblocked_by,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
@@ -15,8 +15,9 @@ from plm_engine_core.control_plane.admission.prepare import prepare
 from plm_engine_core.control_plane.admission.proposal import Proposal, check_claims, content_hash, proposal_digest
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.ids import new_id
-from plm_engine_core.control_plane.limits.budgets import demand
+from plm_engine_core.control_plane.limits import Reserve, Subjects
 from plm_engine_core.control_plane.policy import Decision, Facts, Needs, PolicySnapshot, Proposed, Verdict, decide
+from plm_engine_core.control_plane.policy.models import normal
 from plm_engine_core.control_plane.policy.shadow import shadow_record
 from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCommand, Connection
@@ -28,7 +29,7 @@ class Denied:
     """Refused, with what refused it and what would change that.
 
     `rule` is the place in the policy, or the book, that refused; `unblock` what would let the call pass. `limit` names
-    the budget that was too small, when one was, with its figures.
+    the budget that was too small, when one was, with its figures. `docs/reasons.md` lists the reasons.
     """
 
     reason: Reason
@@ -90,17 +91,24 @@ async def admit(
     digest = proposal_digest(proposal, registry.get(proposal.capability))
     check_claims(proposal.claims)
     try:
-        facts = await prepare(proposal, policy=policy, registry=registry, storage=storage)
+        facts, subjects = await prepare(proposal, policy=policy, registry=registry, storage=storage)
         decision, facts = await decided(proposal, policy, facts, evaluators)
         record = {**decision.to_json(), "facts": facts.to_json()}
         if shadow is not None:
             record["shadow"] = shadow_record(proposal, shadow, facts, decision, active=policy)
-        command = _command(proposal, policy, decision, record, digest)
+        reserve = _reserve(proposal, policy, facts, decision, subjects)
+        command = _command(proposal, policy, decision, record, digest, reserve=reserve)
         answer = await storage.admit(command, connection=connection)
     except StorageUnavailable as error:
         # Nothing was booked. A driver may ask again with the same command.
-        return Denied(reason=Reason.STORAGE_BUSY, message=str(error), retry_after_ms=200)
-    return _admission(proposal, decision, answer)
+        return Denied(
+            reason=Reason.STORAGE_BUSY,
+            message=str(error),
+            rule="storage",
+            unblock="asking again, once the database answers",
+            retry_after_ms=200,
+        )
+    return _admission(proposal, answer)
 
 
 async def decided(
@@ -117,7 +125,13 @@ async def decided(
 
 
 def _command(
-    proposal: Proposal, policy: PolicySnapshot, decision: Decision, record: Mapping[str, Any], digest: str
+    proposal: Proposal,
+    policy: PolicySnapshot,
+    decision: Decision,
+    record: Mapping[str, Any],
+    digest: str,
+    *,
+    reserve: Sequence[Reserve],
 ) -> AdmitCommand:
     return AdmitCommand(
         tenant_id=proposal.tenant_id,
@@ -145,13 +159,33 @@ def _command(
         grant_id=new_id(),
         grant_seconds=policy.grant_seconds,
         span_id=secrets.token_hex(8),
-        reserve=demand(proposal.tenant_id, proposal.run_id, decision.reserve)
-        if decision.outcome in (Verdict.ALLOW, Verdict.ASK)
-        else (),
+        reserve=reserve,
     )
 
 
-def _admission(proposal: Proposal, decision: Decision, answer: Mapping[str, Any]) -> Admission:
+def _reserve(
+    proposal: Proposal, policy: PolicySnapshot, facts: Facts, decision: Decision, subjects: Subjects | None
+) -> tuple[Reserve, ...]:
+    """What the call sets aside, should it be granted."""
+    if decision.outcome not in (Verdict.ALLOW, Verdict.ASK):
+        return ()
+    return policy.budget_plan.of(
+        decision.reserve,
+        tenant_id=proposal.tenant_id,
+        run_id=proposal.run_id,
+        subjects=subjects,
+        model=_model(proposal, facts),
+    )
+
+
+def _model(proposal: Proposal, facts: Facts) -> str | None:
+    """The language model that the call names, where its capability says which argument does."""
+    named = facts.capability.model_argument if facts.capability is not None else ""
+    model = proposal.arguments.get(named) if named else None
+    return normal(model) if isinstance(model, str) else None
+
+
+def _admission(proposal: Proposal, answer: Mapping[str, Any]) -> Admission:
     match answer["status"]:
         case "granted":
             return Granted(
@@ -181,6 +215,6 @@ def _admission(proposal: Proposal, decision: Decision, answer: Mapping[str, Any]
                 message=answer["message"],
                 rule=answer.get("rule") or "",
                 unblock=answer.get("unblock") or "",
-                retry_after_ms=decision.retry_after_ms,
+                retry_after_ms=answer.get("retry_after_ms") or 0,
                 limit=answer.get("limit") or {},
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from plm_engine_core.control_plane.admission.proposal import Proposal
-from plm_engine_core.control_plane.limits import Bucket, Dimension
+from plm_engine_core.control_plane.limits import Bucket, Dimension, Subjects
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot
 from plm_engine_core.control_plane.policy.run_risk import MOST_STEPS, RunSoFar
 from plm_engine_core.control_plane.registry import CapabilityRegistry
@@ -15,8 +15,8 @@ from plm_engine_core.control_plane.vocabulary import AutonomyLevel, RiskLevel
 
 async def prepare(
     proposal: Proposal, *, policy: PolicySnapshot, registry: CapabilityRegistry, storage: AdmissionStore
-) -> Facts:
-    """Read the rate, the capability and the principal of one proposal.
+) -> tuple[Facts, Subjects | None]:
+    """Read the rate, the capability and the principal of one proposal, and for whom its run works.
 
     Raises:
         StorageUnavailable: a fact could not be had; nothing was decided.
@@ -24,11 +24,9 @@ async def prepare(
     prepared = await storage.prepare(
         proposal.tenant_id,
         proposal.run_id,
-        buckets=[
-            Bucket(dimension=Dimension.TENANT, per_second=policy.rate_limit.per_second, burst=policy.rate_limit.burst)
-        ],
+        buckets=_buckets(policy),
     )
-    return Facts(
+    facts = Facts(
         capability=registry.get(proposal.capability),
         principal_scopes=proposal.principal.scopes,
         requester=proposal.principal.user_id,
@@ -36,12 +34,24 @@ async def prepare(
         autonomy=AutonomyLevel.L3,
         rate_allowed=prepared.rate.allowed,
         retry_after_ms=prepared.rate.retry_after_ms,
+        rate_dimension=prepared.rate.dimension or "",
         actor_kind=proposal.principal.actor_kind,
         agent=proposal.agent,
         claims=proposal.claims,
         at=datetime.now(UTC),
         run=await _run_so_far(proposal, policy=policy, registry=registry, storage=storage),
     )
+    return facts, prepared.subjects
+
+
+def _buckets(policy: PolicySnapshot) -> list[Bucket]:
+    """From narrow to wide."""
+    rates = {Dimension.AGENT: policy.rate_limit_per_agent, Dimension.TENANT: policy.rate_limit}
+    return [
+        Bucket(dimension=dimension, per_second=rate.per_second, burst=rate.burst)
+        for dimension, rate in rates.items()
+        if rate is not None
+    ]
 
 
 async def _run_so_far(

@@ -23,6 +23,7 @@ UNSPENT = frozenset({OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED})
 
 _SMALLEST = Decimal("0.00000001")
 _MOST = Decimal(10) ** 18
+_LARGEST = Decimal(10) ** 11  # the books' columns are numeric(20, 8)
 _COSTLIEST = Decimal(10) ** 10  # the ledger's columns are numeric(18, 8)
 
 
@@ -150,18 +151,28 @@ async def settle(
 def _charges(outcome: Outcome, capability: CapabilityDescriptor) -> dict[str, str]:
     """Amount per unit; a unit left out is charged as reserved."""
     if outcome.status in UNSPENT:
-        return {BudgetUnit.EUR.value: "0", BudgetUnit.CALLS.value: "0"}
-    cost = None if outcome.status is OutcomeStatus.OUTCOME_UNKNOWN else _measured_cost(outcome.usage, capability)
-    charges = {BudgetUnit.CALLS.value: "1"}
-    return charges if cost is None else {BudgetUnit.EUR.value: str(cost), **charges}
+        return dict.fromkeys((BudgetUnit.EUR.value, BudgetUnit.CALLS.value, *capability.cost.max_usage), "0")
+    usage = None if outcome.status is OutcomeStatus.OUTCOME_UNKNOWN else _measured(outcome.usage)
+    if usage is None:
+        return {BudgetUnit.CALLS.value: "1"}
+    charges = {unit: _rounded_up(amount) for unit, amount in usage.items() if amount < _LARGEST}
+    charges.pop(BudgetUnit.EUR, None)  # what a call cost follows from our prices, never from what it says
+    cost = capability.cost.price(usage)
+    if cost < _COSTLIEST:
+        charges[BudgetUnit.EUR.value] = _rounded_up(cost)
+    return {**charges, BudgetUnit.CALLS.value: "1"}
 
 
-def _measured_cost(usage: Mapping[str, Decimal] | None, capability: CapabilityDescriptor) -> Decimal | None:
-    """The price of the usage, rounded up to what the books hold; None when the usage is no measurement."""
+def _measured(usage: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
+    """The usage, or None when it is no measurement."""
     if usage is None or not all(amount.is_finite() and 0 <= amount < _MOST for amount in usage.values()):
         return None
-    cost = capability.cost.price(usage)
-    return plain(cost.quantize(_SMALLEST, rounding=ROUND_UP)) if cost < _COSTLIEST else None
+    return usage
+
+
+def _rounded_up(amount: Decimal) -> str:
+    """To the digits that the books hold."""
+    return str(plain(amount.quantize(_SMALLEST, rounding=ROUND_UP)))
 
 
 def _ledger(

@@ -1,7 +1,19 @@
 """Budgets and rates: what may be spent, and how fast."""
 
-from plm_engine_core.control_plane.limits.budgets import Budget, Reserve, demand
+from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, BudgetPlan, Limit, Reserve, Unit
 from plm_engine_core.control_plane.limits.rate_limit import Bucket, Dimension, Prepared, RateReading
 from plm_engine_core.control_plane.limits.subjects import Subjects
 
-__all__ = ["Bucket", "Budget", "Dimension", "Prepared", "RateReading", "Reserve", "Subjects", "demand"]
+__all__ = [
+    "Bucket",
+    "Budget",
+    "BudgetKey",
+    "BudgetPlan",
+    "Dimension",
+    "Limit",
+    "Prepared",
+    "RateReading",
+    "Reserve",
+    "Subjects",
+    "Unit",
+]

@@ -2,43 +2,197 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from decimal import Decimal
+from hashlib import sha256
+from typing import Annotated
 from uuid import UUID
 
-from plm_engine_core.control_plane.vocabulary import BudgetScope, BudgetUnit
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from plm_engine_core.control_plane.amounts import Amount
+from plm_engine_core.control_plane.limits.subjects import Subjects
+from plm_engine_core.control_plane.vocabulary import BudgetScope, Period
+
+Unit = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]*$", max_length=40)]
+"""What is counted: `EUR`, `calls`, `tokens`, or a unit that the policy registers."""
+
+_NAMED = frozenset({BudgetScope.AGENT, BudgetScope.TEAM, BudgetScope.MODEL})
+_WIDTH = {scope: width for width, scope in enumerate(BudgetScope)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reserve:
-    """One amount to set aside in one budget."""
+    """One amount to set aside in one budget.
+
+    A budget with a `limit` opens by itself when it is first drawn on, and anew in every period.
+    """
 
     scope: BudgetScope
     scope_id: UUID
-    unit: BudgetUnit
+    unit: str
     amount: Decimal
+    period: Period = Period.TOTAL
+    subject: str | None = None
+    limit: Decimal | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetKey:
+    """Names one budget. `subject` is the name of an agent, team or model; `scope_id` then follows from it."""
+
+    scope: BudgetScope
+    scope_id: UUID
+    unit: str
+    period: Period = Period.TOTAL
+    subject: str | None = None
+
+    @classmethod
+    def of(cls, scope: BudgetScope, subject: str, unit: str, period: Period = Period.TOTAL) -> BudgetKey:
+        """The key of what people name: an agent, team or model by its name, anything else by its id.
+
+        Raises:
+            ValueError: `subject` is no id of a run, run group, user or tenant.
+        """
+        named = scope in _NAMED
+        scope_id = id_of(subject) if named else UUID(subject)
+        return cls(scope=scope, scope_id=scope_id, unit=unit, period=period, subject=subject if named else None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """One budget as it stands; spent plus reserved never exceeds the limit, except by a measured overspend."""
+    """One budget as it stands; spent plus reserved never exceeds the limit, except by a measured overspend.
+
+    `starts_at` is when its window began, None without one; `pinned`: an operator set its limit.
+    """
 
     scope: BudgetScope
     scope_id: UUID
-    unit: BudgetUnit
+    unit: str
     limit: Decimal
     spent: Decimal
     reserved: Decimal
+    period: Period = Period.TOTAL
+    subject: str | None = None
+    starts_at: datetime | None = None
+    pinned: bool = False
+
+    @property
+    def width(self) -> tuple[int, str, str]:
+        """Where it stands from narrow to wide: the order in which budgets are locked and shown."""
+        return _WIDTH[self.scope], self.unit, self.period
 
 
-def demand(tenant_id: UUID, run_id: UUID, amounts: Mapping[BudgetUnit, Decimal]) -> tuple[Reserve, ...]:
-    """The reservations of one call, from narrow to wide and then by unit.
+class Limit(BaseModel):
+    """A limit beside those of a run and its tenant.
 
-    That order is the order of locks: the widest row is hot, so it is taken last and held shortest.
+    It is about each agent, run group, user, team or model by itself, or only about `subject`, whose own limit then
+    takes the place of the general one.
     """
-    return tuple(
-        Reserve(scope=scope, scope_id=scope_id, unit=unit, amount=amounts[unit])
-        for scope, scope_id in ((BudgetScope.RUN, run_id), (BudgetScope.TENANT, tenant_id))
-        for unit in sorted(amounts)
-    )
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scope: BudgetScope
+    subject: str | None = Field(default=None, min_length=1, max_length=200)
+    per: Period = Period.TOTAL
+    unit: Unit
+    limit: Amount
+
+    @model_validator(mode="after")
+    def _is_about_something(self) -> Limit:
+        if self.scope is BudgetScope.RUN or (self.scope is BudgetScope.TENANT and self.per is Period.TOTAL):
+            raise ValueError(f"the limits of a {self.scope.value} stand under budgets.{self.scope.value}")
+        if self.subject is not None:
+            if self.scope is BudgetScope.TENANT:
+                raise ValueError("a tenant limit has no subject; it is about the tenant whose run it is")
+            if self.scope not in _NAMED:
+                try:
+                    UUID(self.subject)
+                except ValueError:
+                    raise ValueError(f"the subject of a {self.scope.value} limit is its id, a UUID") from None
+        return self
+
+    @property
+    def key(self) -> tuple[BudgetScope, str | None, Period, str]:
+        """What makes two limits the same."""
+        return self.scope, self.subject, self.per, self.unit
+
+
+def id_of(name: str) -> UUID:
+    """The id under which the budgets of an agent, a team or a model are kept: 16 bytes of the name's SHA-256."""
+    return UUID(bytes=sha256(name.encode()).digest()[:16])
+
+
+class BudgetPlan:
+    """Which budgets a call draws on, under one policy; made once for each."""
+
+    def __init__(self, *, run: Iterable[str], tenant: Iterable[str], limits: Iterable[Limit]) -> None:
+        self._run = sorted(run)
+        self._tenant = sorted(tenant)
+        self._limits: dict[tuple[BudgetScope, Period, str], dict[str | None, Decimal]] = {}
+        for each in limits:
+            about = self._limits.setdefault((each.scope, each.per, each.unit), {})
+            about[_normal(each.scope, each.subject)] = each.limit
+
+    def of(
+        self,
+        amounts: Mapping[str, Decimal],
+        *,
+        tenant_id: UUID,
+        run_id: UUID,
+        subjects: Subjects | None = None,
+        model: str | None = None,
+    ) -> tuple[Reserve, ...]:
+        """The reservations of one call, from narrow to wide and then by unit and period.
+
+        That order is the order of locks: the widest row is hot, so it is taken last and held shortest. A unit that the
+        call does not bound reserves nothing, and is checked and charged all the same.
+        """
+        whose = _whose(subjects or Subjects(), tenant_id, model)
+        reserves = [_reserve(BudgetScope.RUN, run_id, unit, amounts) for unit in self._run]
+        reserves += [_reserve(BudgetScope.TENANT, tenant_id, unit, amounts) for unit in self._tenant]
+        if self._limits:
+            reserves += self._limited(amounts, whose)
+            reserves.sort(key=lambda each: (_WIDTH[each.scope], each.unit, each.period))
+        return tuple(reserves)
+
+    def _limited(self, amounts: Mapping[str, Decimal], whose: Mapping[BudgetScope, str]) -> Iterator[Reserve]:
+        for (scope, period, unit), by_subject in self._limits.items():
+            subject = whose.get(scope)
+            limit = by_subject.get(subject, by_subject.get(None)) if subject is not None else None
+            if subject is None or limit is None:
+                continue
+            key = BudgetKey.of(scope, subject, unit, period)
+            yield Reserve(
+                scope=scope,
+                scope_id=key.scope_id,
+                unit=unit,
+                amount=amounts.get(unit, Decimal(0)),
+                period=period,
+                subject=key.subject,
+                limit=limit,
+            )
+
+
+def _normal(scope: BudgetScope, subject: str | None) -> str | None:
+    if subject is None or scope in (BudgetScope.AGENT, BudgetScope.TEAM):
+        return subject
+    return subject.strip().casefold() if scope is BudgetScope.MODEL else str(UUID(subject))
+
+
+def _whose(subjects: Subjects, tenant_id: UUID, model: str | None) -> dict[BudgetScope, str]:
+    names = {
+        BudgetScope.RUN_GROUP: str(subjects.run_group_id) if subjects.run_group_id else None,
+        BudgetScope.AGENT: subjects.agent_id,
+        BudgetScope.USER: str(subjects.user_id) if subjects.user_id else None,
+        BudgetScope.TEAM: subjects.team,
+        BudgetScope.MODEL: model,
+        BudgetScope.TENANT: str(tenant_id),
+    }
+    return {scope: name for scope, name in names.items() if name is not None}
+
+
+def _reserve(scope: BudgetScope, scope_id: UUID, unit: str, amounts: Mapping[str, Decimal]) -> Reserve:
+    return Reserve(scope=scope, scope_id=scope_id, unit=unit, amount=amounts.get(unit, Decimal(0)))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from plm_engine_core.control_plane.policy.decision import Decision, Needs, RoutingDecision, StageResult, Verdict
 from plm_engine_core.control_plane.policy.facts import Facts, Proposed
+from plm_engine_core.control_plane.policy.models import ModelRule
 from plm_engine_core.control_plane.policy.plan import Plan
 from plm_engine_core.control_plane.policy.routing import claimed_risk, routed, view_of
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot
+from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import ActionTier, Reason, RoutingResolutionStep, Stage
 
 _RATE_OK = StageResult(stage=Stage.RATE_LIMIT, passed=True)
@@ -38,6 +40,10 @@ def decide(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> Decision
         return _refused(
             (_RATE_OK,), Stage.AUTHORIZATION, Reason.MISSING_SCOPES, words, unblock=f"a principal that holds {names}"
         )
+    if policy.models is not None and capability.model_argument:
+        refused = _model_refused(proposal, policy.models, capability)
+        if refused is not None:
+            return refused
     plan = policy.plans.of(capability)
     autonomy = plan.autonomy[facts.autonomy]
     if not autonomy.passed:
@@ -59,6 +65,22 @@ def decide(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> Decision
             return made
         decision = plan.settled[key] = made
     return decision
+
+
+def _model_refused(proposal: Proposed, models: ModelRule, capability: CapabilityDescriptor) -> Decision | None:
+    model = proposal.arguments.get(capability.model_argument)
+    if isinstance(model, str) and models.allows(model):
+        return None
+    named = f"the model {model!r}" if isinstance(model, str) else "a call that names no model"
+    return _refused(
+        (_RATE_OK,),
+        Stage.AUTHORIZATION,
+        Reason.MODEL_NOT_ALLOWED,
+        f"{named} is not among the models that the policy allows; {capability.id} names it in"
+        f" {capability.model_argument}",
+        rule="models.allowed",
+        unblock=f"a model that the policy allows: {', '.join(models.allowed) or 'none'}",
+    )
 
 
 def _classified(proposal: Proposed, policy: PolicySnapshot, plan: Plan, facts: Facts) -> Decision | Needs:
@@ -113,14 +135,15 @@ def _priced(policy: PolicySnapshot, plan: Plan, way: RoutingDecision, stages: tu
 
 
 def _rate_limited(facts: Facts) -> Decision:
-    words = f"the tenant proposes faster than its policy allows; try again in {facts.retry_after_ms} ms"
+    whose = facts.rate_dimension or "tenant"
+    words = f"the {whose} proposes faster than its policy allows; try again in {facts.retry_after_ms} ms"
     unblock = f"waiting {facts.retry_after_ms} ms"
     return _refused(
         (),
         Stage.RATE_LIMIT,
         Reason.RATE_LIMIT_EXCEEDED,
         words,
-        rule="rate_limit",
+        rule="rate_limit" if whose == "tenant" else f"rate_limit_per_{whose}",
         unblock=unblock,
         retry_after_ms=facts.retry_after_ms,
     )

@@ -11,7 +11,6 @@ from typing import Any
 from plm_engine_core.control_plane.policy.compiled import LeafResult
 from plm_engine_core.control_plane.vocabulary import (
     ActionTier,
-    BudgetUnit,
     CapabilityMode,
     Reason,
     RiskLevel,
@@ -84,7 +83,7 @@ class Decision:
     guidance: str = ""
     retry_after_ms: int = 0
     stages: tuple[StageResult, ...] = ()
-    reserve: Mapping[BudgetUnit, Decimal] = field(default_factory=dict)
+    reserve: Mapping[str, Decimal] = field(default_factory=dict)
     rule: str = ""
     unblock: str = ""
     resolution_step: RoutingResolutionStep | None = None
@@ -107,7 +106,7 @@ class Decision:
                 {"stage": each.stage.value, "passed": each.passed, "detail": each.detail} for each in self.stages
             ]
         if self.reserve:
-            record["reserve"] = {unit.value: str(amount) for unit, amount in self.reserve.items()}
+            record["reserve"] = {str(unit): str(amount) for unit, amount in self.reserve.items()}
         if self.leaves:
             record["leaves"] = [each.to_json() for each in self.leaves]
         if self.raised_by:

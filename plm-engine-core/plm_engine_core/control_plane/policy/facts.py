@@ -99,6 +99,7 @@ class Facts:
     autonomy: AutonomyLevel
     rate_allowed: bool
     retry_after_ms: int = 0
+    rate_dimension: str = ""
     actor_kind: str = ""
     agent: str = ""
     claims: Mapping[str, Any] = field(default_factory=dict)
@@ -119,6 +120,8 @@ class Facts:
             "rate_allowed": self.rate_allowed,
             "retry_after_ms": self.retry_after_ms,
         }
+        if self.rate_dimension:
+            record["rate_dimension"] = self.rate_dimension
         if self.actor_kind:
             record["actor_kind"] = self.actor_kind
         if self.agent:
@@ -147,6 +150,7 @@ class Facts:
             autonomy=AutonomyLevel(stored["autonomy"]),
             rate_allowed=stored["rate_allowed"],
             retry_after_ms=stored["retry_after_ms"],
+            rate_dimension=stored.get("rate_dimension", ""),
             actor_kind=stored.get("actor_kind", ""),
             agent=stored.get("agent", ""),
             claims=stored.get("claims", {}),

@@ -58,7 +58,7 @@ class Plan:
     """Without conditions and gates every proposal of a level and claimed risk gets the same decision: kept here."""
     autonomy: Mapping[AutonomyLevel, StageResult]
     classified: Mapping[RiskLevel, StageResult]
-    reserve: Mapping[BudgetUnit, Decimal]
+    reserve: Mapping[str, Decimal]
     cost: StageResult
 
 
@@ -91,7 +91,7 @@ class Plans:
         own = capability.id in policy.tiers
         tier = policy.tier_of(capability.id, mode)
         rules = [rule for matches, rule in self._rules if matches(capability.id)]
-        reserve = {BudgetUnit.EUR: capability.cost.max_eur, BudgetUnit.CALLS: Decimal(1)}
+        reserve = {BudgetUnit.EUR: capability.cost.max_eur, BudgetUnit.CALLS: Decimal(1), **capability.cost.max_usage}
         risk = _risk(policy, capability)
         return Plan(
             capability=capability,
@@ -159,10 +159,10 @@ def _autonomy(
     return StageResult(stage=Stage.AUTONOMY_GATING, passed=reaches, detail=level.value if reaches else words)
 
 
-def _cost(policy: PolicySnapshot, reserve: Mapping[BudgetUnit, Decimal]) -> StageResult:
+def _cost(policy: PolicySnapshot, reserve: Mapping[str, Decimal]) -> StageResult:
     cap, needed = policy.max_eur_per_call, reserve[BudgetUnit.EUR]
     if cap is not None and needed > cap:
         words = f"one call may cost {needed} EUR; the policy allows {cap} EUR per call"
         return StageResult(stage=Stage.COST_BUDGET, passed=False, detail=words)
-    words = ", ".join(f"{amount} {unit.value}" for unit, amount in reserve.items())
+    words = ", ".join(f"{amount} {unit}" for unit, amount in reserve.items())
     return StageResult(stage=Stage.COST_BUDGET, passed=True, detail=words)

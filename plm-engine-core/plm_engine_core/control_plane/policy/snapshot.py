@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Self
+from uuid import UUID
 
 from plm_shared.canonical_json import canonical_json
 from pydantic import (
@@ -24,23 +25,37 @@ from pydantic import (
 
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import load_document, parse_document
+from plm_engine_core.control_plane.limits.budgets import BudgetPlan, Limit, Unit
 from plm_engine_core.control_plane.policy.approval import ApprovalRule
 from plm_engine_core.control_plane.policy.conditions import Condition, ConditionTree, EvaluatorSays, leaves
 from plm_engine_core.control_plane.policy.frozen import Table
+from plm_engine_core.control_plane.policy.models import ModelRule
 from plm_engine_core.control_plane.policy.plan import Plans
 from plm_engine_core.control_plane.policy.rules import EvaluatorSpec, Rule
 from plm_engine_core.control_plane.policy.run_risk import RunRisk
-from plm_engine_core.control_plane.vocabulary import ActionTier, AutonomyLevel, BudgetUnit, CapabilityMode, RiskLevel
+from plm_engine_core.control_plane.vocabulary import (
+    TOKENS,
+    ActionTier,
+    AutonomyLevel,
+    BudgetUnit,
+    CapabilityMode,
+    RiskLevel,
+)
 
 ADDED = frozenset(
     {
         "auto_approve_when",
         "autonomy_ceiling_by_capability",
         "evaluators",
+        "limits",
+        "models",
+        "rate_limit_per_agent",
         "risk_by_capability",
         "risk_floor",
         "rules",
         "run_risk",
+        "teams",
+        "units",
     }
 )
 """Members that the first form did not have: while they say nothing the digest leaves them out, and stays as it was."""
@@ -60,12 +75,12 @@ class RateLimit(_Frozen):
 class BudgetDefaults(_Frozen):
     """Limits for a run that asks for none, and for a tenant without its own; amounts per unit."""
 
-    run: Table[BudgetUnit, Amount]
-    tenant: Table[BudgetUnit, Amount]
+    run: Table[Unit, Amount]
+    tenant: Table[Unit, Amount]
 
     @field_validator("run", "tenant")
     @classmethod
-    def _every_unit(cls, limits: Mapping[BudgetUnit, Decimal]) -> Mapping[BudgetUnit, Decimal]:
+    def _every_unit(cls, limits: Mapping[str, Decimal]) -> Mapping[str, Decimal]:
         missing = [unit.value for unit in BudgetUnit if unit not in limits]
         if missing:
             raise ValueError(f"a limit is missing for {', '.join(missing)}; a unit without a limit cannot be spent")
@@ -130,8 +145,13 @@ class PolicySnapshot(_Frozen):
     autonomy_ceiling: AutonomyLevel = AutonomyLevel.L2
     autonomy_ceiling_by_capability: Table[str, AutonomyLevel] = Field(default_factory=lambda: MappingProxyType({}))
     rate_limit: RateLimit = RateLimit()
+    rate_limit_per_agent: RateLimit | None = None
     approval: ApprovalRule = Field(default_factory=ApprovalRule)
     budgets: BudgetDefaults
+    units: tuple[Unit, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    teams: Table[str, tuple[UUID, ...]] = Field(default_factory=lambda: MappingProxyType({}))
+    models: ModelRule | None = None
     max_eur_per_call: Amount | None = None
     grant_seconds: float = Field(default=300.0, gt=0, le=86400)
 
@@ -159,6 +179,22 @@ class PolicySnapshot(_Frozen):
                 raise ValueError(f"{place} asks the evaluator {unknown[0]}, which evaluators does not declare")
         return self
 
+    @model_validator(mode="after")
+    def _counted_in_known_units(self) -> Self:
+        known = {*BudgetUnit, TOKENS, *self.units}
+        _once("units", (*BudgetUnit, TOKENS, *self.units))
+        _once("limits", (_shown(each) for each in self.limits))
+        _once("teams", (str(user) for members in self.teams.values() for user in members))
+        used = {
+            **{f"budgets.run.{unit}": unit for unit in self.budgets.run},
+            **{f"budgets.tenant.{unit}": unit for unit in self.budgets.tenant},
+            **{_shown(each): each.unit for each in self.limits},
+        }
+        for place, unit in used.items():
+            if unit not in known:
+                raise ValueError(f"{place} counts {unit}, which units does not register")
+        return self
+
     def conditions(self) -> dict[str, Condition]:
         """Every condition of the policy by its place in it."""
         trees = {f"rules.{rule.id}.when": rule.when for rule in self.rules if rule.when is not None}
@@ -181,6 +217,19 @@ class PolicySnapshot(_Frozen):
         """The policy compiled, capability by capability."""
         return Plans(self)
 
+    @cached_property
+    def budget_plan(self) -> BudgetPlan:
+        """Which budgets a call draws on."""
+        return BudgetPlan(run=self.budgets.run, tenant=self.budgets.tenant, limits=self.limits)
+
+    @cached_property
+    def _team_of(self) -> Mapping[UUID, str]:
+        return {user: team for team, members in self.teams.items() for user in members}
+
+    def team_of(self, user_id: UUID) -> str | None:
+        """The team that a user belongs to, or None."""
+        return self._team_of.get(user_id)
+
     def tier_of(self, capability_id: str, mode: CapabilityMode) -> ActionTier:
         """The tier a capability falls in: its own, else that of its mode."""
         return self.tiers.get(capability_id, self.tier_by_mode[mode])
@@ -189,6 +238,10 @@ class PolicySnapshot(_Frozen):
 def evaluators_in(tree: Condition) -> frozenset[str]:
     """The evaluators that a condition asks."""
     return frozenset(leaf.evaluator_name for leaf in leaves(tree) if isinstance(leaf, EvaluatorSays))
+
+
+def _shown(limit: Limit) -> str:
+    return ".".join(["limits", limit.scope, *([limit.subject] if limit.subject else []), limit.per, limit.unit])
 
 
 def _once(member: str, names: Iterable[str]) -> None:

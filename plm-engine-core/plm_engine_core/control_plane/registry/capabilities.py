@@ -6,25 +6,34 @@ from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
-from plm_engine_core.control_plane.vocabulary import CapabilityMode
+from plm_engine_core.control_plane.limits.budgets import Unit
+from plm_engine_core.control_plane.vocabulary import BudgetUnit, CapabilityMode
 
 
 class CostBound(BaseModel):
-    """The most one call may cost in EUR, and what it costs per unit of measured usage.
+    """The most one call may cost and use, and what it costs per unit of measured usage.
 
-    `max_eur` is reserved before the call; settlement charges the measured usage, in full even where it exceeds the
-    bound.
+    `max_eur`, and `max_usage` per unit (tokens, CPU seconds, rows), are reserved before the call where a budget counts
+    that unit; settlement charges the measured usage, in full even where it exceeds the bound.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_eur: Amount = Decimal(0)
     eur_per_unit: Mapping[str, Amount] = Field(default_factory=dict)
+    max_usage: Mapping[Unit, Amount] = Field(default_factory=dict)
+
+    @field_validator("max_usage")
+    @classmethod
+    def _has_its_own_place(cls, bounds: Mapping[str, Decimal]) -> Mapping[str, Decimal]:
+        if not bounds.keys().isdisjoint(BudgetUnit):
+            raise ValueError("EUR are bounded by max_eur, and a call is one call")
+        return bounds
 
     def price(self, usage: Mapping[str, Decimal]) -> Decimal:
         """Cost in EUR of measured usage; units without a price cost nothing."""
@@ -34,7 +43,8 @@ class CostBound(BaseModel):
 class CapabilityDescriptor(BaseModel):
     """One registered operation.
 
-    `security_relevant` lists the arguments an approval is bound to; empty means all of them.
+    `security_relevant` lists the arguments an approval is bound to; empty means all of them. `model_argument` names the
+    argument that says which language model the call uses.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +58,7 @@ class CapabilityDescriptor(BaseModel):
     plugin: str = Field(min_length=1)
     required_scopes: frozenset[str] = frozenset()
     security_relevant: tuple[str, ...] = ()
+    model_argument: str = ""
     cost: CostBound = CostBound()
     timeout_seconds: float = Field(default=300.0, gt=0, le=86400)
 

@@ -13,7 +13,6 @@ from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.limits.subjects import Subjects
 from plm_engine_core.control_plane.vocabulary import (
     TERMINAL_RUN_STATES,
-    BudgetUnit,
     Evidence,
     RunKind,
     RunState,
@@ -47,8 +46,8 @@ class NewRun:
     policy_digest: str
     trace_id: str
     root_span_id: str
-    budget: Mapping[BudgetUnit, Decimal]
-    tenant_budget: Mapping[BudgetUnit, Decimal]
+    budget: Mapping[str, Decimal]
+    tenant_budget: Mapping[str, Decimal]
     subjects: Subjects = field(default_factory=Subjects)
     artifacts: Sequence[ArtifactRow] = ()
     idempotency_key: str | None = None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
+from plm_engine_core.control_plane.limits import Reserve
 from plm_engine_core.control_plane.storage.ports import AdmitCommand, SettleCommand, VoteCommand
 
 
@@ -39,12 +41,18 @@ def admit_json(command: AdmitCommand) -> dict[str, Any]:
             {
                 "scope_kind": each.scope.value,
                 "scope_id": str(each.scope_id),
-                "unit": each.unit.value,
+                "unit": str(each.unit),
                 "amount": str(each.amount),
+                **({} if each.limit is None else _self_opening(each, each.limit)),
             }
             for each in command.reserve
         ],
     }
+
+
+def _self_opening(reserve: Reserve, limit: Decimal) -> dict[str, Any]:
+    named = {"subject": reserve.subject} if reserve.subject is not None else {}
+    return {"period": reserve.period.value, "limit": str(limit), **named}
 
 
 def settle_json(command: SettleCommand) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from plm_engine_core.control_plane.limits.subjects import Subjects
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
-    BudgetUnit,
     Evidence,
     HaltScope,
+    Period,
     RunKind,
     RunState,
     StepState,
@@ -91,10 +91,14 @@ def budget_row(row: Mapping[str, Any]) -> Budget:
     return Budget(
         scope=BudgetScope(row["scope_kind"]),
         scope_id=row["scope_id"],
-        unit=BudgetUnit(row["unit"]),
+        unit=row["unit"],
         limit=Decimal(row["limit_amount"]),
         spent=Decimal(row["spent"]),
         reserved=Decimal(row["reserved"]),
+        period=Period(row["period"]),
+        subject=row["subject"],
+        starts_at=row["starts_at"] if row["period"] != Period.TOTAL else None,
+        pinned=row["pinned"],
     )
 
 

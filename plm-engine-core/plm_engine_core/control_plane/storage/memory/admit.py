@@ -15,7 +15,7 @@ from plm_engine_core.control_plane.storage.memory.tickets import approval_now, o
 from plm_engine_core.control_plane.storage.memory.values import json_time, without_nulls
 
 _STEP_STATES = {"allow": "granted", "ask": "awaiting_approval", "steer": "steered"}
-_DECIDED = ("outcome", "reason", "message", "rule", "unblock", "guidance")
+_DECIDED = ("outcome", "reason", "message", "rule", "unblock", "guidance", "retry_after_ms")
 _NOT_ANSWERED = ("outcome", "reserved", "opens")
 
 

@@ -72,7 +72,9 @@ def _unaffordable(entry: Mapping[str, Any], budget: Row | None, period: str, sta
     name = scope if period == "total" else f"{scope}'s {period}"
     limit = {"scope": scope, "scope_id": entry["scope_id"], "subject": entry.get("subject"), "unit": unit}
     limit = without_nulls({**limit, "period": period})
-    refusal = {"outcome": "deny", "limit": limit, "rule": f"budgets.{scope}"}
+    book = "budgets" if entry.get("limit") is None else "limits"
+    rule = ".".join([book, scope, *([entry["period"]] if entry.get("period") else []), unit])
+    refusal = {"outcome": "deny", "limit": limit, "rule": rule}
     if budget is None:
         return refusal | {
             "reason": "budget_missing",

@@ -15,7 +15,7 @@ from plm_engine_core.control_plane.policy.replay import Attempt
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Step
 from plm_engine_core.control_plane.runs.states import sources_of
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
-from plm_engine_core.control_plane.storage.memory.budgets import ALWAYS, open_budget
+from plm_engine_core.control_plane.storage.memory.budgets import ALWAYS, open_budget, window_start
 from plm_engine_core.control_plane.storage.memory.leases import MemoryLeases, close_books
 from plm_engine_core.control_plane.storage.memory.settlement import already_exists, write_artifact
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, storable_text
@@ -23,6 +23,14 @@ from plm_engine_core.control_plane.storage.rows import budget_row, run_row, step
 from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunKind, RunState, StepState
 
 _CREATE_OPERATION = "runs.create"
+_OWN = {
+    "run": "run_id",
+    "run_group": "run_group_id",
+    "agent": "agent_id",
+    "user": "user_id",
+    "team": "team",
+    "tenant": "tenant_id",
+}
 _ACTOR_KINDS = ("human", "agent", "system")
 
 
@@ -88,9 +96,17 @@ class MemoryRuns(MemoryLeases):
     async def budgets(self, tenant_id: UUID, run_id: UUID) -> Sequence[Budget]:
         """The budgets a call of this run draws on."""
         async with self._books.turn() as books:
-            scopes = (("run", run_id), ("tenant", tenant_id))
-            found = [row for row in books.budgets.rows(tenant_id) if (row["scope_kind"], row["scope_id"]) in scopes]
-            return [budget_row(row) for row in sorted(found, key=lambda row: (row["scope_kind"], row["unit"]))]
+            run = books.run_states.get(tenant_id, run_id)
+            if run is None:
+                return []
+            own: dict[str, Any] = {scope: run[column] for scope, column in _OWN.items()}
+            found = [
+                budget_row(row)
+                for row in books.budgets.rows(tenant_id)
+                if own.get(row["scope_kind"]) in (row["scope_id"], row["subject"] or row["scope_id"])
+                and row["starts_at"] == window_start(row["period"], books.now())
+            ]
+            return sorted(found, key=lambda each: each.width)
 
     async def request_cancel(self, tenant_id: UUID, run_id: UUID, *, actor: str) -> Run:
         """Cancel at once where nobody drives the run, else ask its worker; asking twice answers the same."""

@@ -45,7 +45,7 @@ class PostgresRuns(PostgresLeases):
                     "agent": {key: value for key, value in new.agent.items() if key != "plan"},
                     "policy_digest": new.policy_digest,
                     "trace_id": new.trace_id,
-                    "budget": {unit.value: str(amount) for unit, amount in new.budget.items()},
+                    "budget": {str(unit): str(amount) for unit, amount in new.budget.items()},
                 },
             )
             if new.kind is RunKind.HOSTED:
@@ -111,7 +111,7 @@ class PostgresRuns(PostgresLeases):
                 await connection.execute(
                     "INSERT INTO budgets (tenant_id, scope_kind, scope_id, unit, limit_amount) "
                     "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
-                    [new.tenant_id, scope.value, scope_id, unit.value, limit],
+                    [new.tenant_id, scope.value, scope_id, str(unit), limit],
                 )
         for artifact in new.artifacts:
             await connection.execute(
@@ -181,11 +181,16 @@ class PostgresRuns(PostgresLeases):
         """The budgets a call of this run draws on."""
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
-                "SELECT * FROM budgets WHERE tenant_id = %(tenant)s AND ((scope_kind = 'run' AND scope_id = %(run)s) "
-                "OR (scope_kind = 'tenant' AND scope_id = %(tenant)s)) ORDER BY scope_kind, unit",
-                {"tenant": tenant_id, "run": run_id},
+                "SELECT b.* FROM run_states AS r JOIN budgets AS b ON b.tenant_id = r.tenant_id "
+                "AND b.starts_at = engine_window_v2(b.period) AND CASE b.scope_kind "
+                "WHEN 'run' THEN b.scope_id = r.run_id WHEN 'run_group' THEN b.scope_id = r.run_group_id "
+                "WHEN 'user' THEN b.scope_id = r.user_id WHEN 'tenant' THEN b.scope_id = r.tenant_id "
+                "WHEN 'agent' THEN b.subject = r.agent_id WHEN 'team' THEN b.subject = r.team END "
+                "WHERE r.tenant_id = %s AND r.run_id = %s",
+                [tenant_id, run_id],
             )
-            return [budget_row(row) for row in await cursor.fetchall()]
+            found = [budget_row(row) for row in await cursor.fetchall()]
+            return sorted(found, key=lambda each: each.width)
 
     async def request_cancel(self, tenant_id: UUID, run_id: UUID, *, actor: str) -> Run:
         """Cancel at once where nobody drives the run, else ask its worker; asking twice answers the same."""

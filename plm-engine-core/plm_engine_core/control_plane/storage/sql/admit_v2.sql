@@ -28,7 +28,7 @@ BEGIN
 
     v_verdict := jsonb_build_object('outcome', c #> '{decision,outcome}', 'reason', c #> '{decision,reason}',
         'message', c #> '{decision,message}', 'rule', c #> '{decision,rule}', 'unblock', c #> '{decision,unblock}',
-        'guidance', c #> '{decision,guidance}');
+        'guidance', c #> '{decision,guidance}', 'retry_after_ms', c #> '{decision,retry_after_ms}');
     IF v_halt IS NOT NULL THEN
         v_verdict := v_verdict || engine_halted_v2(v_halt);
     ELSIF v_verdict ->> 'outcome' = 'ask' THEN

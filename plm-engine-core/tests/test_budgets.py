@@ -1,0 +1,286 @@
+"""Budgets of every scope, window and unit, on a real database."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from dataclasses import replace
+from decimal import Decimal
+
+import pytest
+from plm_engine_core.control_plane import ControlPlane, Denied, Granted, Outcome
+from plm_engine_core.control_plane.limits import Subjects
+from plm_engine_core.control_plane.policy import PolicySnapshot
+from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, CostBound
+from plm_engine_core.control_plane.vocabulary import CapabilityMode, OutcomeStatus, Reason
+
+pytestmark = pytest.mark.every_storage
+
+WRITER = CapabilityDescriptor(
+    id="text.write",
+    description="Have a model write",
+    mode=CapabilityMode.READ,
+    plugin="texts",
+    required_scopes=frozenset({"things.read"}),
+    model_argument="model",
+    cost=CostBound(max_eur=Decimal("0.50"), max_usage={"tokens": Decimal(100)}),
+)
+
+
+@pytest.fixture
+def writing(bench, make_policy):
+    """The bench with a capability that uses tokens, under a policy with limits."""
+
+    def under(*limits, **changes):
+        policy = make_policy(limits=limits, **changes)
+        plane = ControlPlane(policy=policy, registry=CapabilityRegistry([WRITER]), storage=bench.storage)
+        return replace(bench, control_plane=plane)
+
+    return under
+
+
+async def asked(bench, lease, index, **changes):
+    arguments = changes.pop("arguments", {"model": "small"})
+    proposal = bench.proposal(
+        lease, capability="text.write", step_index=index, step_id=f"s{index}", arguments=arguments, **changes
+    )
+    return await bench.control_plane.admit(proposal)
+
+
+def limit(scope, amount, unit="tokens", per="total", **more):
+    return {"scope": scope, "unit": unit, "per": per, "limit": amount, **more}
+
+
+async def test_two_runs_of_a_group_share_its_budget_and_a_third_without_it_does_not(writing):
+    bench = writing(limit("run_group", 200))
+    group = uuid.uuid4()
+    runs = [await bench.lease(await bench.run(run_group_id=group)) for _ in range(2)]
+    assert isinstance(await asked(bench, runs[0], 0), Granted)
+    assert isinstance(await asked(bench, runs[1], 0), Granted)
+    denied = await asked(bench, runs[0], 1)
+    assert (denied.reason, denied.rule) == (Reason.BUDGET_EXCEEDED, "limits.run_group.total.tokens")
+    assert (denied.limit["scope_id"], denied.limit["reserved"], denied.limit["needed"]) == (str(group), "200", "100")
+    assert "a higher run_group budget in tokens" in denied.unblock
+    assert isinstance(await asked(bench, await bench.lease(), 0), Granted)
+
+
+@pytest.mark.parametrize(
+    ("scope", "others"),
+    [
+        ("agent", {"agent": {"name": "other", "plan": {}}}),
+        ("user", {"principal": True}),
+        ("team", {"principal": True}),
+        ("model", {}),
+    ],
+)
+async def test_each_subject_has_a_budget_of_its_own(writing, scope, others):
+    bench = writing()
+    bench = writing(limit(scope, 100), teams={"own": [str(bench.requester.user_id)]})
+    stranger = replace(bench.requester, user_id=uuid.uuid4())
+    lease = await bench.lease()
+    assert isinstance(await asked(bench, lease, 0), Granted)
+    denied = await asked(bench, lease, 1)
+    assert (denied.reason, denied.limit["scope"]) == (Reason.BUDGET_EXCEEDED, scope)
+    if "principal" in others:
+        others = {"principal": stranger}
+    other = await bench.lease(await bench.run(**others))
+    arguments = {"model": "large" if scope == "model" else "small"}
+    assert isinstance(await asked(bench, other, 0, arguments=arguments), Granted)
+
+
+async def test_the_limit_of_one_subject_takes_the_place_of_the_general_one(writing):
+    bench = writing(limit("agent", 100), limit("agent", 300, subject="test"))
+    lease = await bench.lease()
+    answers = [await asked(bench, lease, index) for index in range(4)]
+    assert [isinstance(each, Granted) for each in answers] == [True, True, True, False]
+    assert answers[-1].limit["subject"] == "test"
+
+
+async def test_a_refusal_of_a_wide_budget_leaves_nothing_reserved_in_the_narrow_ones(writing):
+    bench = writing(limit("user", 500), limit("tenant", 50, per="day"))
+    lease = await bench.lease()
+    denied = await asked(bench, lease, 0)
+    assert denied.rule == "limits.tenant.day.tokens"
+    for each in await bench.storage.runs.budgets(bench.tenant, lease.run.id):
+        assert (each.spent, each.reserved) == (0, 0), each
+
+
+@pytest.mark.postgres_only
+async def test_a_window_that_is_over_holds_nothing_back_and_says_when_the_next_one_comes(writing):
+    bench = writing(limit("tenant", 100, per="day"))
+    lease = await bench.lease()
+    assert isinstance(await asked(bench, lease, 0), Granted)
+    denied = await asked(bench, lease, 1)
+    assert denied.limit["ends_at"] in denied.unblock
+    bench.sql("UPDATE budgets SET starts_at = starts_at - interval '1 day' WHERE period = 'day'")
+    bench.sql("UPDATE reservations SET starts_at = starts_at - interval '1 day' WHERE period = 'day'")
+    assert isinstance(await asked(bench, lease, 2), Granted)
+
+
+@pytest.mark.postgres_only
+async def test_a_call_is_charged_to_the_window_in_which_it_was_granted(writing):
+    bench = writing(limit("tenant", 100, per="day"))
+    lease = await bench.lease()
+    granted = await asked(bench, lease, 0)
+    await bench.begin(granted.grant, lease)
+    bench.sql("UPDATE budgets SET starts_at = starts_at - interval '1 day' WHERE period = 'day'")
+    bench.sql("UPDATE reservations SET starts_at = starts_at - interval '1 day' WHERE period = 'day'")
+    assert isinstance(await asked(bench, lease, 1), Granted)
+    plane = bench.control_plane
+    await plane.settle(
+        granted.grant,
+        outcome(usage={"tokens": Decimal(7)}),
+        capability=WRITER,
+        fencing_token=lease.fencing_token,
+        trace_id=lease.run.trace_id,
+        actor="test",
+    )
+    rows = bench.sql("SELECT spent::int, reserved::int FROM budgets WHERE period = 'day' ORDER BY starts_at")
+    assert rows == [(7, 0), (0, 100)]
+
+
+def outcome(**changes):
+    return Outcome(status=OutcomeStatus.SUCCEEDED, **changes)
+
+
+@pytest.mark.parametrize(
+    ("usage", "charged"),
+    [({"tokens": Decimal(30)}, 30), ({}, 100), (None, 100), ({"tokens": Decimal(130)}, 130), ({"tokens": -1}, 100)],
+    ids=["measured", "unmeasured", "unknown", "overspent", "nonsense"],
+)
+async def test_measured_usage_takes_the_place_of_the_bound(writing, usage, charged):
+    bench = writing(limit("agent", 1000))
+    lease = await bench.lease()
+    granted = await asked(bench, lease, 0)
+    await bench.begin(granted.grant, lease)
+    usage = None if usage is None else {unit: Decimal(amount) for unit, amount in usage.items()}
+    settlement = await bench.control_plane.settle(
+        granted.grant,
+        outcome(usage=usage),
+        capability=WRITER,
+        fencing_token=lease.fencing_token,
+        trace_id=lease.run.trace_id,
+        actor="test",
+    )
+    assert settlement.spent["tokens"] == str(charged)
+    (budget,) = [each for each in await bench.storage.runs.budgets(bench.tenant, lease.run.id) if each.scope == "agent"]
+    assert (budget.spent, budget.reserved, budget.subject) == (charged, 0, "test")
+
+
+async def test_what_never_started_comes_back_whole(writing):
+    bench = writing(limit("agent", 100))
+    lease = await bench.lease()
+    granted = await asked(bench, lease, 0)
+    await bench.control_plane.settle(
+        granted.grant,
+        replace(outcome(), status=OutcomeStatus.NOT_STARTED),
+        capability=WRITER,
+        fencing_token=lease.fencing_token,
+        trace_id=lease.run.trace_id,
+        actor="test",
+    )
+    assert isinstance(await asked(bench, lease, 1), Granted)
+
+
+async def test_a_unit_that_the_call_does_not_bound_is_charged_and_then_denied(writing):
+    bench = writing(limit("agent", 10, unit="emails"), units=["emails"])
+    lease = await bench.lease()
+    granted = await asked(bench, lease, 0)
+    await bench.begin(granted.grant, lease)
+    await bench.control_plane.settle(
+        granted.grant,
+        outcome(usage={"emails": Decimal(11)}),
+        capability=WRITER,
+        fencing_token=lease.fencing_token,
+        trace_id=lease.run.trace_id,
+        actor="test",
+    )
+    denied = await asked(bench, lease, 1)
+    assert (denied.reason, denied.limit["unit"], denied.limit["spent"]) == (Reason.BUDGET_EXCEEDED, "emails", "11")
+
+
+async def test_the_first_uses_of_a_budget_at_once_open_it_once(writing):
+    bench = writing(limit("user", 300), limit("team", 10_000), limit("tenant", 10_000, per="month"))
+    leases = [await bench.lease() for _ in range(8)]
+    answers = await asyncio.gather(*(asked(bench, lease, 0) for lease in leases))
+    assert sum(isinstance(each, Granted) for each in answers) == 3
+    assert {each.rule for each in answers if isinstance(each, Denied)} == {"limits.user.total.tokens"}
+    assert [each["reserved"] for each in bench.behind.rows("budgets") if each["scope_kind"] == "user"] == [300]
+
+
+@pytest.mark.parametrize(
+    ("allowed", "arguments", "granted"),
+    [
+        (["small", "mid-*"], {"model": "small"}, True),
+        (["small", "mid-*"], {"model": " MID-2 "}, True),
+        (["small", "mid-*"], {"model": "large"}, False),
+        (["small"], {}, False),
+        (["small"], {"model": 5}, False),
+        ([], {"model": "small"}, False),
+    ],
+)
+async def test_only_the_models_that_the_policy_allows_are_used(writing, allowed, arguments, granted):
+    bench = writing(models={"allowed": allowed})
+    answer = await asked(bench, await bench.lease(), 0, arguments=arguments)
+    assert isinstance(answer, Granted) == granted
+    if not granted:
+        assert (answer.reason, answer.rule) == (Reason.MODEL_NOT_ALLOWED, "models.allowed")
+
+
+async def test_a_model_is_counted_under_one_name_however_it_is_written(writing):
+    bench = writing(limit("model", 100, subject="Large"))
+    lease = await bench.lease()
+    assert isinstance(await asked(bench, lease, 0, arguments={"model": "LARGE"}), Granted)
+    assert isinstance(await asked(bench, lease, 1, arguments={"model": " large "}), Denied)
+    assert isinstance(await asked(bench, lease, 2, arguments={"model": "small"}), Granted)
+
+
+@pytest.mark.postgres_only
+async def test_an_agent_beyond_its_rate_takes_nothing_of_its_tenants(writing):
+    bench = writing(rate_limit={"per_second": 0.001, "burst": 2}, rate_limit_per_agent={"per_second": 0.01, "burst": 1})
+    lease = await bench.lease()
+    assert isinstance(await asked(bench, lease, 0), Granted)
+    denied = await asked(bench, lease, 1)
+    assert (denied.reason, denied.rule) == (Reason.RATE_LIMIT_EXCEEDED, "rate_limit_per_agent")
+    assert 90_000 < denied.retry_after_ms <= 100_000
+    other = await bench.lease(await bench.run(agent={"name": "other", "plan": {}}))
+    assert isinstance(await asked(bench, other, 0), Granted)
+    third = await bench.lease(await bench.run(agent={"name": "third", "plan": {}}))
+    denied = await asked(bench, third, 0)
+    assert denied.rule == "rate_limit"
+    assert 900_000 < denied.retry_after_ms <= 1_000_000
+    assert bench.sql("SELECT tokens::int FROM rate_buckets WHERE dimension = 'agent/third'") == [(1,)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"limits": [limit("agent", 1, unit="rows")]}, "limits.agent.total.rows counts rows, which units does not"),
+        ({"limits": [limit("agent", 1), limit("agent", 2)]}, "limits has limits.agent.total.tokens twice"),
+        ({"limits": [limit("run", 1)]}, "the limits of a run stand under budgets.run"),
+        ({"limits": [limit("tenant", 1)]}, "the limits of a tenant stand under budgets.tenant"),
+        ({"limits": [limit("tenant", 1, per="day", subject="x")]}, "a tenant limit has no subject"),
+        ({"limits": [limit("user", 1, subject="ann")]}, "the subject of a user limit is its id, a UUID"),
+        ({"units": ["tokens"]}, "units has tokens twice"),
+        ({"teams": {"a": [str(uuid.UUID(int=1))], "b": [str(uuid.UUID(int=1))]}}, "teams has"),
+    ],
+)
+def test_a_limit_that_cannot_be_kept_is_refused(make_policy, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_policy(**changes)
+
+
+def test_a_policy_that_says_nothing_of_it_keeps_its_digest(make_policy):
+    base = make_policy()
+    assert make_policy(limits=[], units=[], teams={}).digest == base.digest
+    assert PolicySnapshot.model_validate_json(base.model_dump_json()).digest == base.digest
+    assert make_policy(limits=[limit("agent", 1)]).digest != base.digest
+
+
+async def test_a_run_says_for_whom_it_works(writing):
+    bench = writing()
+    bench = writing(teams={"own": [str(bench.requester.user_id)]})
+    group = uuid.uuid4()
+    run = await bench.run(run_group_id=group)
+    expected = Subjects(agent_id="test", run_group_id=group, user_id=bench.requester.user_id, team="own")
+    assert (await bench.storage.runs.get(bench.tenant, run.id)).subjects == expected
