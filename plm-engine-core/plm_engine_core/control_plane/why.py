@@ -21,6 +21,7 @@ UNBLOCKED_BY: Mapping[str, str] = {
     Reason.RATE_LIMIT_EXCEEDED: "time: it is tried again by itself",
     Reason.CAPABILITY_UNKNOWN: "registering the capability and starting a new run",
     Reason.MISSING_SCOPES: "a new run, created with a token that holds the OAuth scopes",
+    Reason.MODEL_NOT_ALLOWED: "a model that the policy allows, or another policy",
     Reason.AUTONOMY_TOO_LOW: "a higher autonomy ceiling in the policy, or a tier that asks a human",
     Reason.POLICY_MISSING: "a process that can load the active policy, or activating one that this one can",
     Reason.CAPABILITY_BLOCKED: "another tier in the policy",
