@@ -24,7 +24,7 @@ from plugin_substrate.environments.uv import find_uv, install_libraries
 from plugin_substrate.errors import PluginConfigError, PluginError
 from plugin_substrate.manifest import load_manifest
 from plugin_substrate.platform import get_current_platform
-from plugin_substrate.stores.secret import LocalSecretStore
+from plugin_substrate.stores.secret import LocalSecretStore, default_secret_store
 
 PluginName = Annotated[str, typer.Argument(help="The plugin's name.")]
 Scope = Annotated[str | None, typer.Option("--scope", help="A tenant's id: only its workers see the secret.")]
@@ -164,7 +164,7 @@ def setup_runtime(
 
 
 def _secrets(data_dir: Path | None) -> LocalSecretStore:
-    return LocalSecretStore(data_folder(data_dir) / "secrets" / "secrets.json")
+    return default_secret_store(data_folder(data_dir))
 
 
 def _spec(plugins: Path | None, name: str) -> PluginSpec:

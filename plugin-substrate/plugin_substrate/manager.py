@@ -28,7 +28,7 @@ from plugin_substrate.stores.empirical import (
     EmpiricalResourceStore,
     LocalEmpiricalResourceStore,
 )
-from plugin_substrate.stores.secret import LocalSecretStore, SecretStore
+from plugin_substrate.stores.secret import SecretStore, default_secret_store
 from plugin_substrate.worker.isolation import IsolationProfile, parse_required_layers
 
 __all__ = ["PluginBinding", "PluginManager"]
@@ -83,7 +83,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         self._max_tenant_workers = max_tenant_workers
         self._revive = revive
         self._config_store = config_store or LocalPluginConfigStore(self._data_dir / "plugin_configs.db")
-        self._secret_store = secret_store or LocalSecretStore(self._data_dir / "secrets" / "secrets.json")
+        self._secret_store = secret_store or default_secret_store(self._data_dir)
         self._keeps_files = None in (config_store, secret_store) or (empirical_tracking and empirical_store is None)
         self._drift_detection = drift_detection
         self._prefetch_stall_seconds = prefetch_stall_threshold_seconds

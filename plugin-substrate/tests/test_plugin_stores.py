@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from cryptography.fernet import Fernet
 from plugin_substrate.errors import StoreError
 from plugin_substrate.stores.config import (
     InMemoryPluginConfigStore,
@@ -20,7 +21,8 @@ from plugin_substrate.stores.config import (
     PluginConfigRecord,
     PluginConfigStore,
 )
-from plugin_substrate.stores.secret import InMemorySecretStore, LocalSecretStore, SecretStore
+from plugin_substrate.stores.sealing import KEY_VARIABLE
+from plugin_substrate.stores.secret import InMemorySecretStore, LocalSecretStore, SecretStore, default_secret_store
 
 
 @pytest.fixture(params=["memory", "file"])
@@ -259,3 +261,56 @@ def test_hosts_that_start_at_once_make_one_store_and_lose_nothing(tmp_path: Path
     assert [host.returncode for host in hosts] == [0, 0, 0]
     for folder in range(10):
         assert len(LocalPluginConfigStore(tmp_path / str(folder) / "configs.db").list_all()) == 9
+
+
+# -- secrets that are encrypted
+
+
+def key() -> str:
+    return Fernet.generate_key().decode()
+
+
+def test_with_a_key_in_the_environment_no_secret_stands_in_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, key())
+    default_secret_store(tmp_path).set_secret("reader", "TOKEN", "s3cret", "a-tenant")
+    content = (tmp_path / "secrets" / "secrets.json").read_bytes()
+    assert not any(word in content for word in (b"s3cret", b"TOKEN", b"reader", b"a-tenant"))
+    assert default_secret_store(tmp_path).get_secret("reader", "TOKEN", "a-tenant") == "s3cret"
+
+
+def test_a_file_in_plain_text_is_encrypted_by_the_next_change(file: Path) -> None:
+    LocalSecretStore(file).set_secret("reader", "TOKEN", "s3cret")
+    store = LocalSecretStore(file, cipher=Fernet(key()))
+    assert store.get_secret("reader", "TOKEN") == "s3cret"
+    store.set_secret("reader", "OTHER", "x")
+    assert b"s3cret" not in file.read_bytes()
+    assert store.list_keys("reader") == ["OTHER", "TOKEN"]
+
+
+@pytest.mark.parametrize("cipher", [None, Fernet(Fernet.generate_key())], ids=["no key", "another key"])
+def test_without_its_key_an_encrypted_file_is_neither_read_nor_written(file: Path, cipher: Fernet | None) -> None:
+    LocalSecretStore(file, cipher=Fernet(key())).set_secret("reader", "TOKEN", "s3cret")
+    before = file.read_bytes()
+    store = LocalSecretStore(file, cipher=cipher)
+    for change in (lambda: store.set_secret("reader", "A", "x"), lambda: store.get_secret("reader", "TOKEN")):
+        with pytest.raises(StoreError, match=KEY_VARIABLE):
+            change()
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-8], lambda raw: raw[:50] + b"A" + raw[51:]])
+def test_an_encrypted_file_that_was_changed_is_refused(file: Path, damage: Callable[[bytes], bytes]) -> None:
+    store = LocalSecretStore(file, cipher=Fernet(key()))
+    store.set_secret("reader", "TOKEN", "s3cret")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(StoreError, match="damaged"):
+        store.get_secret("reader", "TOKEN")
+
+
+def test_what_is_no_key_is_said_without_repeating_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, "hunter2")
+    with pytest.raises(StoreError, match="32 bytes") as caught:
+        default_secret_store(tmp_path)
+    assert "hunter2" not in str(caught.value)

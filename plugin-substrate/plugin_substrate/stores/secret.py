@@ -10,6 +10,7 @@ from typing import Protocol
 
 from plugin_substrate.errors import StoreError
 from plugin_substrate.stores.files import locked, make_private, private_folder, replace_file
+from plugin_substrate.stores.sealing import Cipher, cipher_from_environment, seal, unseal
 
 DEFAULT_SCOPE = "__default__"
 
@@ -60,14 +61,18 @@ class InMemorySecretStore:
 
 
 class LocalSecretStore:
-    """Keeps secrets in one file of mode 0600 in a folder of mode 0700, in plain text: whoever is this user reads them.
+    """Keeps secrets in one file of mode 0600 in a folder of mode 0700.
+
+    With a ``cipher`` what is written is encrypted, a file from before included; without one it is plain text, and
+    whoever is this user reads it. A file that was encrypted is never written in plain text.
 
     A change is one atomic replacement under a lock, so that any number of processes may share the file. A file that
     cannot be read is a `StoreError`, for changes too: nothing is ever lost by writing over it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, cipher: Cipher | None = None) -> None:
         self._path = path
+        self._cipher = cipher
 
     def __repr__(self) -> str:
         return f"LocalSecretStore({str(self._path)!r})"
@@ -100,7 +105,8 @@ class LocalSecretStore:
             with locked(self._path.with_name(f".{self._path.name}.lock")):
                 tree = self._read()
                 yield tree
-                replace_file(self._path, (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode())
+                content = (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
+                replace_file(self._path, seal(content, self._cipher))
         except OSError as error:
             raise StoreError(f"secrets cannot be kept in {self._path}: {error}", path=str(self._path)) from error
 
@@ -108,7 +114,7 @@ class LocalSecretStore:
         make_private(self._path.parent, 0o700)
         make_private(self._path, 0o600)
         try:
-            return _checked(json.loads(self._path.read_bytes()))
+            return _checked(json.loads(unseal(self._path.read_bytes(), self._cipher, self._path)))
         except FileNotFoundError:
             return {}
         except OSError as error:
@@ -119,6 +125,11 @@ class LocalSecretStore:
                 f"{self._path} is not a file of secrets; mend it, or move it away and set the secrets anew",
                 path=str(self._path),
             ) from None
+
+
+def default_secret_store(data_dir: Path) -> LocalSecretStore:
+    """Return the store of a host's data folder, encrypted where the environment has a key for it."""
+    return LocalSecretStore(data_dir / "secrets" / "secrets.json", cipher=cipher_from_environment())
 
 
 def _checked(tree: object) -> _Tree:
