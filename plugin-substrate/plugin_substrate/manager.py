@@ -211,6 +211,10 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         self._home.adopt()
         return await self._instances.get(instance_id).cancel(call_id, on_force)
 
+    def slots_of(self, instance_id: str) -> int:
+        """Return how many calls one worker of an instance takes at a time, as `get_instance` does, but at no cost."""
+        return self._instances.get(instance_id).settings.max_concurrent_requests
+
     async def make_room(self, instance_id: str, resource: str = "", *, tenant_id: str = "") -> None:
         """End idle workers that hold memory, and the tenant's own worker of an instance if it is idle.
 

@@ -390,9 +390,7 @@ async def test_cancelling_goes_through_its_phases(make_queue: MakeQueue, probe: 
         assert (told, moves(events)[-1], queue.get_job(job_id).cancel_phase) == (phases, "cancelled", "completed")
 
 
-async def test_jobs_wait_while_others_are_cancelled_and_the_loop_goes_on(
-    make_queue: MakeQueue, probe: PluginManager
-) -> None:
+async def test_the_loop_goes_on_while_a_job_is_cancelled_by_force(make_queue: MakeQueue, probe: PluginManager) -> None:
     queue = make_queue()
     await queue.start()
     stubborn = await queue.submit("probe", action="probe.stubborn")

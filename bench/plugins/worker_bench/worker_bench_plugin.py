@@ -27,6 +27,8 @@ class WorkerBench(PluginInterface):
             while True:
                 self.check_cancel()
                 time.sleep(0.001)
+        if action == "sleep":
+            time.sleep(value)
         if action == "busy":  # in C, with the interpreter held
             self.report_progress(0.0)
             sum(range(10**18))

@@ -327,7 +327,7 @@ class Dispatcher:
     def _slots(self, instance_id: str) -> int:
         """How many jobs a worker takes; one where the instance is gone, so that its jobs fail in their turn."""
         try:
-            return self._manager.get_instance(instance_id).max_concurrent_requests
+            return self._manager.slots_of(instance_id)
         except PluginNotLoadedError:
             return 1
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -100,7 +99,8 @@ class InMemoryJobStore:
         """Return events of one sequence or of all jobs."""
         first = bisect.bisect_right(self._timeline, after, key=attrgetter("position"))
         found: list[JobEvent] = []
-        for event in itertools.islice(self._timeline, first, None):
+        for index in range(first, len(self._timeline)):
+            event = self._timeline[index]
             if len(found) == limit:
                 break
             if event.job_id in self._jobs and sequence_id in (None, event.sequence_id):

@@ -63,7 +63,7 @@ class GroupCommit:
 
     async def close(self) -> None:
         """Wait until everything is on disk, or cannot be, and end the process."""
-        if self._waiting:
+        while self._waiting:  # who hears that something is kept may write again
             await self._idle.wait()
         self._stop()
         await asyncio.to_thread(self._process.wait)
