@@ -111,6 +111,19 @@ async def test_a_plugin_reads_nothing_of_the_host_of_its_neighbours_or_of_other_
     assert all_refused(await attack("read", paths=[str(path) for path in paths]))
 
 
+async def test_a_plugin_inherits_an_empty_input_its_log_and_its_socket(
+    manager: PluginManager, attacker_meta: MetaFactory, outside: Path
+) -> None:
+    """The host has a file, a directory and a socket open that could be inherited."""
+    with (outside / "precious").open() as file, socket.socket() as listening:
+        directory = os.open(outside, os.O_RDONLY)
+        for descriptor in (file.fileno(), directory, listening.fileno()):
+            os.set_inheritable(descriptor, True)
+        await manager.load_plugin_async(attacker_meta())
+        assert await tried(manager, "inherited") == {"0": "device", "1": "pipe", "2": "pipe", "3": "socket"}
+        os.close(directory)
+
+
 async def test_a_plugin_changes_nothing_outside_its_own_folder(attack: Attack, outside: Path) -> None:
     outcomes = await attack("change", outside=str(outside))
     exceptions = {"hardlink in": "EXDEV", "hardlink out": "EXDEV", "rename in": "EXDEV", "rename out": "EXDEV"}
@@ -434,4 +447,4 @@ def test_all_this_holds_as_an_ordinary_user() -> None:
             capture_output=True, text=True, check=False, timeout=600,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "94 passed, 4 skipped" in done.stdout, "everything but what only root can do"
+    assert "95 passed, 4 skipped" in done.stdout, "everything but what only root can do"

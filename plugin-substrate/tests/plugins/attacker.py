@@ -6,6 +6,7 @@ It runs in a worker, never in the tests' process. What an attempt would break is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
 import fcntl
@@ -17,6 +18,7 @@ import shutil
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 import tempfile
@@ -100,6 +102,16 @@ class Attacker(PluginInterface):
             list(path.iterdir())
         else:
             path.read_bytes()
+
+    @plugin_action("attacker.inherited")
+    def inherited(self):
+        """What is open though this plugin did not open it, by its kind."""
+        kinds = {}
+        for descriptor in range(4096):
+            with contextlib.suppress(OSError):
+                kinds[str(descriptor)] = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        names = {stat.S_IFCHR: "device", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+        return {descriptor: names.get(kind, oct(kind)) for descriptor, kind in kinds.items()}
 
     @plugin_action("attacker.change")
     def change(self, outside):
