@@ -376,6 +376,19 @@ def make_bench(behind: PostgresBehind | MemoryBehind, storage: Storage) -> Bench
 
 
 @pytest.fixture
+def twin_benches(engine_database: DatabaseUrls) -> Callable[[Pool], list[Bench]]:
+    """Makes a bench on each storage, for the same people and a new tenant each time."""
+    memory, postgres = MemoryBehind(), PostgresBehind(engine_database)
+
+    def make(pool: Pool) -> list[Bench]:
+        one = make_bench(memory, memory.storage)
+        other = make_bench(postgres, PostgresStorage(pool, TableDelivery()))
+        return [one, replace(other, requester=one.requester, approver=one.approver)]
+
+    return make
+
+
+@pytest.fixture
 def storage_kind() -> str:
     """Which storage stands behind the bench; see `pytest_generate_tests`."""
     return "postgres"

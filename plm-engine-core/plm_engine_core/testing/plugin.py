@@ -1,4 +1,4 @@
-"""The pytest plugin: a database with plm-shared's and the engine's schema for each test that asks."""
+"""The pytest plugin: time to move, books in memory, and a migrated database of its own, for each test that asks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ import pytest
 if TYPE_CHECKING:
     from plm_shared.addresses import DatabaseUrls
     from plm_shared.testing.databases import TemplateDatabases
+
+    from plm_engine_core.control_plane.storage.memory import MemoryStorage
+    from plm_engine_core.testing.clock import FakeClock
+
+
+@pytest.fixture
+def fake_clock() -> FakeClock:
+    """The clock of `memory_storage`: it stands still until `move(seconds)`."""
+    from plm_engine_core.testing.clock import FakeClock
+
+    return FakeClock()
+
+
+@pytest.fixture
+def memory_storage(fake_clock: FakeClock) -> MemoryStorage:
+    """Empty books in memory, by the fake clock. `Governor.in_memory` and `ControlPlane` take them."""
+    from plm_engine_core.control_plane.storage.memory import MemoryStorage
+
+    return MemoryStorage(clock=fake_clock)
 
 
 @pytest.fixture

@@ -214,5 +214,5 @@ def halted(halt: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _halt_json(scope: str, row: Row) -> dict[str, Any]:
-    halt = {"id": str(row["id"]), "scope": scope, "epoch": row["epoch"], "reason": row["reason"]}
+    halt = {"id": str(row["id"]), "epoch": row["epoch"], "scope": scope, "reason": row["reason"]}
     return {**halt, "subject": row["subject"]} if row.get("subject") else halt

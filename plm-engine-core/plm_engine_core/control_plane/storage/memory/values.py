@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from copy import deepcopy
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
@@ -40,14 +39,17 @@ def json_text(value: Any) -> str:
     """The text of a kept JSON value, byte for byte as jsonb writes it: shorter keys first, numbers without exponent."""
     match value:
         case dict():
-            members = sorted(value.items(), key=lambda member: (len(key := member[0].encode()), key))
-            return "{" + ", ".join(f"{compact_json(key)}: {json_text(item)}" for key, item in members) + "}"
+            return "{" + ", ".join(f"{compact_json(key)}: {json_text(item)}" for key, item in _members(value)) + "}"
         case list():
             return "[" + ", ".join(map(json_text, value)) + "]"
         case float():
             return format(Decimal(repr(value)), "f")
         case _:
             return compact_json(value)
+
+
+def _members(value: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return sorted(value.items(), key=lambda member: (len(key := member[0].encode()), key))
 
 
 def text_at(value: Any, *path: str) -> str | None:
@@ -110,5 +112,11 @@ def _fraction(at: datetime) -> str:
 
 
 def fresh(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row that its reader may change: its JSON values are copies."""
-    return {key: deepcopy(value) if isinstance(value, dict | list) else value for key, value in row.items()}
+    """A row that its reader may change: its JSON values are copies, with their members in the order of jsonb."""
+    return {key: _copy(value) for key, value in row.items()}
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(item) for key, item in _members(value)}
+    return [_copy(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,43 @@
+"""Humans for tests: they approve or deny whatever waits, through the gate that real ones pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from uuid import UUID
+
+from plm_engine_core.control_plane.admission.proposal import Principal
+from plm_engine_core.control_plane.facade import ControlPlane
+from plm_engine_core.control_plane.hitl import ApprovalTicket
+from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.vocabulary import TicketDecision, TicketState
+
+_MOST = 10_000  # tickets at once
+
+
+async def approve_all(plane: ControlPlane, tenant_id: UUID, *, comment: str = "") -> Sequence[ApprovalTicket]:
+    """Approve every pending ticket of a tenant, by as many people as its policy asks; the tickets as they are then.
+
+    Separation of duties, deadlines and budgets hold as ever: these people are new, human, and hold what is demanded.
+    """
+    return [
+        await _decide(plane, ticket, TicketDecision.APPROVE, comment) for ticket in await _pending(plane, tenant_id)
+    ]
+
+
+async def deny_all(plane: ControlPlane, tenant_id: UUID, *, comment: str = "") -> Sequence[ApprovalTicket]:
+    """Deny every pending ticket of a tenant; the tickets as they are then."""
+    return [await _decide(plane, ticket, TicketDecision.DENY, comment) for ticket in await _pending(plane, tenant_id)]
+
+
+async def _pending(plane: ControlPlane, tenant_id: UUID) -> Sequence[ApprovalTicket]:
+    return await plane.storage.approvals.list(tenant_id, limit=_MOST, after=None, state=TicketState.PENDING)
+
+
+async def _decide(
+    plane: ControlPlane, ticket: ApprovalTicket, decision: TicketDecision, comment: str
+) -> ApprovalTicket:
+    demand = plane.approvals.demand(ticket)
+    while ticket.state is TicketState.PENDING:
+        human = Principal(user_id=new_id(), actor_kind="human", scopes=frozenset(demand.scopes))
+        ticket = await plane.decide(ticket.tenant_id, ticket.id, decision, approver=human, comment=comment)
+    return ticket

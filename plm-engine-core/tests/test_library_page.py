@@ -1,0 +1,66 @@
+"""The examples of the README and of the library's page run, and name everything that is public."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+
+import plm_engine_core
+import plm_engine_core.control_plane
+import pytest
+from plm_engine_core.control_plane import ControlPlane
+
+
+def examples(text):
+    return re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def page(package_root):
+    return (package_root.parent / "docs" / "library.md").read_text(encoding="utf-8")
+
+
+def ran(code):
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_examples_of_the_page_run_one_after_the_other(page):
+    ran("\n".join(examples(page)))
+
+
+def test_the_first_page_governs_a_function_in_five_lines(package_root):
+    readme = (package_root.parent / "README.md").read_text(encoding="utf-8")
+    (example,) = examples(readme)
+    statements = [line for line in example.splitlines() if line.strip() and not line.startswith(("#", "from "))]
+    assert len(statements) == 5
+    assert ran(example) == "there are 12 of bolt\n"
+
+
+def test_the_page_has_an_example_of_everything_public(page):
+    code = "\n".join(examples(page))
+    names = {*plm_engine_core.__all__, *plm_engine_core.control_plane.__all__}
+    methods = {name for name, _ in inspect.getmembers(ControlPlane, inspect.isfunction) if not name.startswith("_")}
+    missing = [name for name in names if not re.search(rf"\b{name}\b", code)]
+    missing += [name for name in methods if f".{name}(" not in code]
+    assert missing == []
+
+
+def test_every_public_name_of_the_package_is_there_and_no_other():
+    assert sorted(plm_engine_core.__all__) == list(plm_engine_core.__all__)
+    for name in plm_engine_core.__all__:
+        found = getattr(plm_engine_core, name)
+        assert found.__name__ == name
+        assert found.__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        plm_engine_core.nothing  # noqa: B018  # the look is the point
+
+
+def test_importing_the_package_alone_loads_nothing_else():
+    code = "import sys, plm_engine_core; print([n for n in sys.modules if n.startswith('plm_engine_core.')])"
+    assert ran(code) == "[]\n"

@@ -1,0 +1,306 @@
+"""Whatever is done, in whatever order: memory and PostgreSQL answer the same and write the same events, to the byte."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import uuid
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from plm_engine_core.control_plane import Granted, Outcome, Pending
+from plm_engine_core.control_plane.errors import ControlPlaneError
+from plm_engine_core.control_plane.events import run_stream
+from plm_engine_core.control_plane.storage.postgres import open_pool
+from plm_engine_core.control_plane.vocabulary import Evidence, HaltScope, OutcomeStatus, RunState, TicketDecision
+
+SOAK = float(os.environ.get("SOAK", "0.05"))
+RUNS, STEPS = 2, 2
+ENDS = [RunState.QUEUED, RunState.HALTED, RunState.SUCCEEDED, RunState.FAILED]
+
+_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+_TIME = re.compile(
+    r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?(\+00:00|\+00|Z)|datetime\.datetime\([^()]*(\([^()]*\))?\)"
+)
+_SPAN = re.compile(r"\b[0-9a-f]{16}\b")
+
+numbers = st.one_of(st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False))
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=8)
+leaves = st.one_of(st.none(), st.booleans(), numbers, texts)
+keys = st.text('aé\x7f"\\\n', max_size=3)
+values = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3), max_leaves=5
+)
+run_at, step_at = st.integers(0, RUNS - 1), st.integers(0, STEPS - 1)
+capabilities = st.sampled_from(["thing.read", "thing.write", "thing.fire", "thing.unknown"])
+errors = st.none() | st.fixed_dictionaries({"category": st.just("x"), "message": leaves})
+
+operations = st.one_of(
+    st.tuples(st.just("create"), run_at, st.sampled_from([None, "k"]), st.sampled_from(["d", "e"]), values),
+    st.tuples(st.just("take"), run_at),
+    st.tuples(st.just("renew"), run_at),
+    st.tuples(st.just("admit"), run_at, step_at, st.integers(1, 2), capabilities, values, st.booleans()),
+    st.tuples(st.just("begin"), run_at),
+    st.tuples(
+        st.just("settle"), run_at, st.sampled_from(OutcomeStatus), values, errors, st.none() | st.integers(0, 900)
+    ),
+    st.tuples(st.just("finish"), run_at, st.sampled_from(ENDS), values),
+    st.tuples(
+        st.just("decide"), run_at, st.sampled_from(TicketDecision), st.integers(0, 2), st.sampled_from(["", "no"])
+    ),
+    st.tuples(st.just("cancel"), run_at),
+    st.tuples(st.just("halt"), st.sampled_from([HaltScope.TENANT, HaltScope.RUN]), run_at),
+    st.tuples(st.just("lift"), st.integers(0, 2)),
+    st.tuples(st.just("reconcile"), run_at, st.booleans(), values),
+    st.tuples(st.just("revive"), run_at, st.sampled_from([0, 60])),
+    st.tuples(st.just("lease_ends"), run_at),
+    st.tuples(st.just("deadline_passes"), run_at),
+)
+started = [("create", 0, None, "d", {}), ("create", 1, None, "d", {}), ("take", 0), ("take", 1)]
+
+
+class World:
+    """One storage, and what was got from it so far."""
+
+    def __init__(self, bench: Any, people: list[Any]) -> None:
+        self.bench = bench
+        self.plane = bench.control_plane
+        self.people = people
+        self.names: dict[str, str] = {}
+        self.runs: dict[int, Any] = {}
+        self.leases: dict[int, Any] = {}
+        self.grants: dict[int, Any] = {}
+        self.tickets: dict[int, Any] = {}
+        self.halts: list[Any] = []
+
+    def plain(self, answer: Any) -> str:
+        """An answer in which ids are numbered as they appear, and times are all one."""
+        text = _TIME.sub("<time>", repr(answer) if not isinstance(answer, str) else answer)
+        for kind in (_UUID, _SPAN):
+            text = kind.sub(lambda found: self.names.setdefault(found.group(), f"<{len(self.names)}>"), text)
+        return re.sub(r"UUID\('(<\d+>)'\)", r"\1", text)
+
+    async def do(self, operation: tuple[Any, ...]) -> str:
+        name, *rest = operation
+        try:
+            return self.plain(await getattr(self, name)(*rest))
+        except ControlPlaneError as error:
+            return self.plain(f"{type(error).__name__} {error} {sorted(vars(error).items())}")
+        except KeyError as missing:
+            return f"nothing yet: {missing}"
+
+    async def create(self, at, key, digest, value):
+        request = self.bench.request(
+            trace_id=f"{at:032x}",
+            root_span_id=f"{at:016x}",
+            input={"v": value},
+            idempotency_key=key,
+            request_digest=digest,
+        )
+        run, replayed = await self.plane.create_run(request, principal=self.bench.requester)
+        self.runs[at] = run
+        return run, replayed
+
+    async def take(self, at):
+        lease = await self.bench.storage.runs.take(self.bench.tenant, self.runs[at].id, owner="w", seconds=600)
+        if lease is not None:
+            self.leases[at] = lease
+        return lease
+
+    async def renew(self, at):
+        lease = self.leases[at]
+        return await self.bench.storage.runs.renew(
+            self.bench.tenant, lease.run.id, fencing_token=lease.fencing_token, seconds=600
+        )
+
+    async def admit(self, at, step, attempt, capability, value, with_ticket):
+        changes = {"step_index": step, "attempt": attempt, "step_id": f"s{step}", "capability": capability}
+        ticket_id = self.tickets[at].ticket_id if with_ticket and at in self.tickets else None
+        admission = await self.plane.admit(
+            self.bench.proposal(self.leases[at], arguments={"name": value}, ticket_id=ticket_id, **changes)
+        )
+        if isinstance(admission, Granted):
+            self.grants[at] = (admission.grant, capability)
+        if isinstance(admission, Pending):
+            self.tickets[at] = admission
+        return admission
+
+    async def begin(self, at):
+        return await self.bench.begin(self.grants[at][0], self.leases[at])
+
+    async def settle(self, at, status, output, error, things):
+        grant, capability = self.grants[at]
+        usage = {"thing": things} if things is not None else None
+        outcome = Outcome(
+            status=status, output=output, error=error, usage=usage and _decimals(usage), evidence=Evidence.MEASURED
+        )
+        lease = self.leases[at]
+        return await self.plane.settle(
+            grant,
+            outcome,
+            capability=self.plane.capability(capability),
+            fencing_token=lease.fencing_token,
+            trace_id=lease.run.trace_id,
+            actor="worker:w",
+        )
+
+    async def finish(self, at, state, value):
+        lease = self.leases[at]
+        return await self.plane.finish(
+            lease.run, fencing_token=lease.fencing_token, state=state, actor="worker:w", reason="because", result=value
+        )
+
+    async def decide(self, at, decision, who, comment):
+        return await self.bench.decide(self.tickets[at], decision, approver=self.people[who], comment=comment)
+
+    async def cancel(self, at):
+        return await self.plane.cancel(self.bench.tenant, self.runs[at].id, by=self.bench.requester)
+
+    async def halt(self, scope, at):
+        halt = await self.bench.halt(scope, self.runs[at].id if scope is HaltScope.RUN else None)
+        self.halts.append(halt)
+        return halt
+
+    async def lift(self, back):
+        if len(self.halts) <= back:
+            raise KeyError("halt")
+        return await self.plane.lift(self.bench.tenant, self.halts[-1 - back].id, by=self.bench.approver)
+
+    async def reconcile(self, at, happened, output):
+        return await self.bench.storage.runs.reconcile(
+            self.bench.tenant, self.runs[at].id, happened=happened, output=output, actor="human:x"
+        )
+
+    async def revive(self, at, patience):
+        return await self.bench.storage.runs.revive(self.bench.tenant, self.runs[at].id, patience_seconds=patience)
+
+    async def lease_ends(self, at):
+        self.bench.behind.set_time(
+            "run_states", "lease_expires_at", -1, {"run_id": self.runs[at].id, "state": "running"}
+        )
+
+    async def deadline_passes(self, at):
+        self.bench.let_deadline_pass(self.tickets[at])
+
+    async def everything(self) -> dict[str, str]:
+        """Events, steps, budgets, tickets and jobs, as texts."""
+        storage, tenant = self.bench.storage, self.bench.tenant
+        found = {}
+        for at, run in self.runs.items():
+            found[f"run {at}"] = self.plain(await storage.runs.get(tenant, run.id))
+            found[f"steps {at}"] = self.plain(await storage.runs.steps(tenant, run.id))
+            found[f"budgets {at}"] = self.plain(sorted(map(_figures, await storage.runs.budgets(tenant, run.id))))
+            found[f"jobs {at}"] = str(self.bench.deliveries(run))
+            mcrc = await storage.runs.mcrc(tenant, run.id)
+            found[f"mcrc {at}"] = self.plain(_without_times(mcrc))
+            events = await storage.events.read(tenant, run_stream(run.id))
+            found[f"events {at}"] = "\n".join(self.plain(f"{e.seq} {e.kind} {e.actor} {e.payload}") for e in events)
+        events = await storage.events.read(tenant, "tenant")
+        found["tenant"] = "\n".join(self.plain(f"{e.seq} {e.kind} {e.actor} {e.payload}") for e in events)
+        tickets = await storage.approvals.list(tenant, limit=99, after=None, state=None)
+        found["tickets"] = self.plain(tickets)
+        found["votes"] = self.plain([await storage.approvals.votes(tenant, ticket.id) for ticket in tickets])
+        found["chains"] = str({each.consistent for each in await self.plane.verify_events(tenant)})
+        return found
+
+
+def _decimals(usage):
+    return {unit: Decimal(amount) / 100 for unit, amount in usage.items()}
+
+
+def _figures(budget):
+    return (
+        budget.scope.value,
+        str(budget.unit),
+        *(f"{each:.8f}" for each in (budget.limit, budget.spent, budget.reserved)),
+    )
+
+
+def _without_times(row):
+    return sorted(
+        (name, f"{float(value):.8f}" if "cost_eur" in name else value)
+        for name, value in row.items()
+        if not name.endswith("_at")
+    )
+
+
+@settings(
+    max_examples=max(15, int(400 * SOAK)),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(st.lists(operations, max_size=25))
+@example(
+    [
+        ("admit", 0, 0, 1, "thing.write", {"a": 1e20, "é": -0.0}, False),
+        ("decide", 0, TicketDecision.APPROVE, 0, ""),
+        ("decide", 0, TicketDecision.APPROVE, 1, "no"),
+        ("decide", 0, TicketDecision.DENY, 2, ""),
+        ("halt", HaltScope.RUN, 0),
+        ("take", 0),
+        ("renew", 0),
+        ("admit", 0, 0, 1, "thing.write", {"a": 1e20, "é": -0.0}, True),
+        ("finish", 0, RunState.HALTED, None),
+        ("lift", 0),
+        ("take", 0),
+        ("admit", 0, 0, 2, "thing.write", {"a": 1e20, "é": -0.0}, True),
+        ("begin", 0),
+        ("begin", 0),
+        ("lease_ends", 0),
+        ("settle", 0, OutcomeStatus.SUCCEEDED, {"x": [1e-7, 5e-324]}, None, 777),
+        ("take", 0),
+        ("admit", 0, 1, 1, "thing.fire", None, False),
+        ("begin", 0),
+        ("settle", 0, OutcomeStatus.OUTCOME_UNKNOWN, None, {"category": "x", "message": 0.5}, None),
+        ("reconcile", 0, True, {"b": 2, "a": 1}),
+        ("admit", 1, 0, 1, "thing.write", "x", False),
+        ("deadline_passes", 1),
+        ("revive", 1, 60),
+        ("decide", 1, TicketDecision.APPROVE, 1, ""),
+        ("take", 1),
+        ("admit", 1, 0, 1, "thing.write", "x", True),
+        ("finish", 1, RunState.FAILED, [1.0]),
+        ("cancel", 1),
+    ]
+)
+@example(
+    [
+        ("create", 0, "k", "d", None),
+        ("create", 1, "k", "d", None),
+        ("create", 1, "k", "e", None),
+        ("take", 0),
+        *(("admit", 0, step, 1, "thing.read", step, False) for step in range(12)),
+        ("cancel", 0),
+        ("begin", 0),
+        ("settle", 0, OutcomeStatus.NOT_STARTED, None, None, 0),
+        ("halt", HaltScope.TENANT, 0),
+        ("admit", 0, 20, 1, "thing.read", 1, False),
+    ]
+)
+def test_the_same_operations_have_the_same_answers_and_write_the_same_events(twins, operations):
+    asyncio.run(twins(started + operations))
+
+
+@pytest.fixture
+def twins(engine_database, twin_benches):
+    """Does operations on both storages, each time for tenants of their own."""
+
+    async def compare(operations):
+        async with open_pool(engine_database.app, max_size=2) as pool:
+            benches = twin_benches(pool)
+            approver = benches[0].approver
+            people = [benches[0].requester, approver, replace(approver, user_id=uuid.UUID(int=1))]
+            worlds = [World(bench, people) for bench in benches]
+            for operation in operations:
+                in_memory, in_postgres = [await world.do(operation) for world in worlds]
+                assert in_memory == in_postgres, operation
+            in_memory, in_postgres = [await world.everything() for world in worlds]
+            for name, found in in_memory.items():
+                assert found == in_postgres[name], name
+
+    return compare
