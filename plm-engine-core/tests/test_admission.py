@@ -123,6 +123,7 @@ async def test_a_budget_that_is_too_small_is_named_with_its_figures_and_nothing_
     assert denied.reason is Reason.BUDGET_EXCEEDED
     assert f"the {scope} budget is too small: limit 0.25 {unit.value}" in denied.message
     assert (denied.limit["scope"], denied.limit["unit"]) == (scope, unit.value)
+    assert denied.unblock == f"a higher {scope} budget in {unit.value}"
     assert (Decimal(denied.limit["limit"]), Decimal(denied.limit["needed"])) == (Decimal("0.25"), needed)
     for each in ("run", "tenant"):
         for counted in BudgetUnit:

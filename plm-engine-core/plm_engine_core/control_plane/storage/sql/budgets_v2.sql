@@ -100,7 +100,7 @@ BEGIN
         'rule', v_rule, 'message', format('the %s budget is too small: limit %s %s, spent %s, reserved %s, needed %s', v_name,
             v_limit ->> 'limit', v_unit, v_limit ->> 'spent', v_limit ->> 'reserved', v_limit ->> 'needed'),
         'unblock', format('a higher %s budget in %s', v_name, v_unit)
-            || COALESCE(format(', or waiting until %s', v_limit ->> 'ends_at'), '')));
+            || COALESCE(', or waiting until ' || (v_limit ->> 'ends_at'), '')));
 END
 $$;
 
