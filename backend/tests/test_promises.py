@@ -1,4 +1,4 @@
-"""The page of promises names tests that exist."""
+"""The pages of promises and of the security model name tests that exist."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "promises.md").read_text(encoding="utf-8")
-NAMED = sorted(set(re.findall(r"`([\w/-]+/tests/[\w/]+\.py(?:::\w+)?)`", PAGE)))
+SECURITY = (ROOT / "docs" / "security_model.md").read_text(encoding="utf-8")
+NAMED = sorted(set(re.findall(r"`([\w/-]+/tests/[\w/]+\.py(?:::\w+)?)`", PAGE + SECURITY)))
 
 
 @pytest.mark.parametrize("named", NAMED)
