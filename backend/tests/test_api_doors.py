@@ -19,7 +19,10 @@ LONGEST_HEAD = 64 * 1024
 def test_health_needs_no_token(platform: Any) -> None:
     anyone = platform.anonymous()
     assert anyone.get("/v1/health/live").json() == {"status": "alive", "checks": {}}
-    assert anyone.get("/v1/health/ready").json() == {"status": "ready", "checks": {"database": "ok"}}
+    assert anyone.get("/v1/health/ready").json() == {
+        "status": "ready",
+        "checks": {"database": "ok", "policy": "ok"},
+    }
 
 
 def test_the_caller_header_may_repeat_the_token_s_tenant(platform: Any) -> None:

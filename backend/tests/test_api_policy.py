@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import yaml
 
 OPERATOR = ("plm.policy.activate", "plm.runs.create")
@@ -50,6 +52,26 @@ def test_every_process_follows_an_activation_and_a_restart_with_another_file_say
         assert again["digest"] == before["file"]["digest"]
         until(lambda: client.get("/v1/policy").json()["deciding"] == before["file"], "the file's policy is back")
         assert first.client().finished(first.client().run("echo")["run_id"])["state"] == "succeeded"
+
+
+def test_a_process_that_cannot_load_the_active_policy_is_not_ready_and_says_so(launch: Any, until: Any) -> None:
+    with launch() as server:
+        client = server.client(scopes=OPERATOR)
+        text = json.dumps({"version": "of a later release", "unheard_of": True})
+        with psycopg.connect(server.environment["PG_ADMIN_DSN"], autocommit=True) as owner:
+            owner.execute(
+                "INSERT INTO policy_versions SELECT encode(sha256(%s), 'hex'), 'x', %s", [text.encode(), text]
+            )
+            owner.execute(
+                "INSERT INTO policy_activations (number, role, digest, reason, activated_by) "
+                "SELECT 1, 'active', digest, 'x', gen_random_uuid() FROM policy_versions"
+            )
+        until(lambda: client.get("/v1/health/ready").status_code == 503, "the process is not ready any more")
+        checks = client.get("/v1/health/ready").json()["checks"]
+        assert (checks["database"], checks["policy"]) == ("ok", "the active policy cannot be loaded")
+        assert client.post("/v1/runs", json={"agent": "echo"}).status_code == 503
+        digest = client.post("/v1/policy/activations", json=_body(_policy(), None)).json()
+        assert digest["reason"] == "policy_changed"
 
 
 def test_who_may_not_activate_is_refused_and_what_is_no_policy_is_named(platform: Any, client: Any) -> None:

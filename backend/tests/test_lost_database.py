@@ -155,7 +155,9 @@ def test_any_other_database_is_waited_for_and_a_run_worker_gives_up_in_the_end(
 
             assert asked(client) == {503}
             assert client.get("/v1/health/live").status_code == 200
-            assert client.get("/v1/health/ready").status_code == 503
+            ready = client.get("/v1/health/ready")
+            assert (ready.status_code, ready.json()["status"]) == (503, "unavailable")
+            assert ready.json()["checks"]["database"] != "ok"
             own.server.start()
             until(lambda: answers_again(client), "the API answers again")
             assert client.get("/v1/health/ready").status_code == 200
