@@ -29,7 +29,7 @@ def new_mark() -> int:
     """Return a mark for a supervisor of this process."""
     pid = os.getpid()
     mark = _SIGN << _PID_BITS | pid
-    mark = mark << _START_BITS | _bits(int(_start_of(pid) or 0), _START_BITS)
+    mark = mark << _START_BITS | _bits(int(start_of(pid) or 0), _START_BITS)
     return mark << _COUNT_BITS | _bits(next(_count), _COUNT_BITS)
 
 
@@ -52,9 +52,9 @@ def _kill_all(left_behind: Callable[[int], bool]) -> int:
     """Kill until nothing new is found; each is looked at again once its number cannot pass to another process."""
     killed: set[tuple[int, str]] = set()
     while True:
-        found = [pid for pid in _pids() if (pid, _start_of(pid)) not in killed and left_behind(pid)]
+        found = [pid for pid in _pids() if (pid, start_of(pid)) not in killed and left_behind(pid)]
         for pid in found:
-            killed.add((pid, _start_of(pid)))
+            killed.add((pid, start_of(pid)))
             with suppress(ProcessLookupError, PermissionError):
                 descriptor = os.pidfd_open(pid)
                 try:
@@ -89,7 +89,7 @@ def _host_is_dead(mark: int) -> bool:
     if not mark:
         return False
     host, start = _bits(mark >> (_START_BITS + _COUNT_BITS), _PID_BITS), _bits(mark >> _COUNT_BITS, _START_BITS)
-    living = _start_of(host)
+    living = start_of(host)
     return not living or _bits(int(living), _START_BITS) != start
 
 
@@ -110,7 +110,7 @@ def _may_be_ours(pid: int) -> bool:
     return False
 
 
-def _start_of(pid: int) -> str:
+def start_of(pid: int) -> str:
     """Return when a process started, in ticks since the machine did; empty when it is gone or a zombie."""
     fields = _stat(pid)
     return fields[_STAT_START] if fields and fields[_STAT_STATE] not in "ZX" else ""

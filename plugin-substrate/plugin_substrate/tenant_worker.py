@@ -25,7 +25,10 @@ from plugin_substrate.revival import Revival, Reviver
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker_folder import (
     SHARED_FOLDER,
+    clear_dead_runs,
+    new_run_folder,
     prepare_folder,
+    remove_run_folder,
     tenant_folder,
     tenant_log,
     worker_environment,
@@ -66,7 +69,7 @@ class Seat:
 
     @property
     def folder(self) -> str:
-        """The name of the folder it works in."""
+        """The name of the folder it works in; a confidential run has one of its own, see `new_run_folder`."""
         return SHARED_FOLDER if self.shared else tenant_folder(self.tenant_id)
 
 
@@ -93,6 +96,7 @@ class TenantWorker:
         self._log = LogFile(settings().log_path if seat.shared else tenant_log(settings().log_path, seat.tenant_id))
         self._reviving = asyncio.Lock()
         self._patience: asyncio.Timeout | None = None
+        self._folder_name = new_run_folder() if seat.run else seat.folder
         self._closed = False
         self._reviver = Reviver(self.ready) if settings().revive is Revival.AT_ONCE else None
 
@@ -165,13 +169,17 @@ class TenantWorker:
             self._patience.reschedule(0)  # what is being loaded now is no longer wanted
         await self.stop_process()
         self._log.close()
+        if self.seat.run:
+            await asyncio.to_thread(remove_run_folder, self._settings().data_dir / self._folder_name)
 
     async def _start(self) -> RemotePluginProxy:
         settings = self._settings()
-        code, folder = settings.meta.manifest.code, settings.data_dir / self.seat.folder
+        code, folder = settings.meta.manifest.code, settings.data_dir / self._folder_name
         phase, supervisor, proxy = "spawn", None, None
         try:
             async with asyncio.timeout(settings.load_timeout) as self._patience:
+                if self.seat.run:
+                    await asyncio.to_thread(clear_dead_runs, settings.data_dir)
                 prepare_folder(folder)
                 self._log.start(settings.meta.name, settings.meta.version)
                 supervisor = self._served_by = self._supervisor()

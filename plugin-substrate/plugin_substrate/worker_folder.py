@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import secrets
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from plugin_substrate.interface import DATA_DIR_VARIABLE
+from plugin_substrate.sweep import start_of
 
 #: The folder of calls that name no tenant: they are a tenant of their own.
 NO_TENANT_FOLDER = "no-tenant"
@@ -17,6 +20,7 @@ SHARED_FOLDER = "shared"
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _HASH_CHARACTERS = 40
+_RUN_FOLDER = re.compile(r"run-([0-9]+)-([0-9]+)-([0-9]*)-[0-9a-f]{16}")
 
 
 def tenant_folder(tenant_id: str) -> str:
@@ -29,6 +33,34 @@ def tenant_folder(tenant_id: str) -> str:
     if _UUID.fullmatch(tenant_id):
         return tenant_id
     return "t-" + hashlib.sha256(tenant_id.encode(errors="surrogatepass")).hexdigest()[:_HASH_CHARACTERS]
+
+
+def new_run_folder() -> str:
+    """Return the name of a folder for one confidential run, which tells whose it is: it must not outlive its host."""
+    return f"run-{_own_namespace()}-{os.getpid()}-{start_of(os.getpid())}-{secrets.token_hex(8)}"
+
+
+def remove_run_folder(folder: Path) -> None:
+    """Remove all that a confidential run left, as far as it can be removed."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_dead_runs(data_dir: Path) -> None:
+    """Remove what confidential runs of hosts that were killed left of one plugin.
+
+    Whether a host lives can only be told in its own process id namespace: containers may share the folder.
+    """
+    for folder in data_dir.glob("run-*"):
+        match = _RUN_FOLDER.fullmatch(folder.name)
+        if match and match[1] == _own_namespace() and start_of(int(match[2])) != match[3]:
+            remove_run_folder(folder)
+
+
+def _own_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").stat().st_ino)
+    except OSError:
+        return "0"
 
 
 def prepare_folder(folder: Path) -> None:

@@ -24,7 +24,7 @@ from plugin_substrate import (
     WorkerDiedError,
 )
 from plugin_substrate.manifest import DriftSection, compute_config_schema_hash, manifest_to_dict, parse_manifest
-from plugin_substrate.worker_folder import NO_TENANT_FOLDER, SHARED_FOLDER, tenant_folder
+from plugin_substrate.worker_folder import NO_TENANT_FOLDER, SHARED_FOLDER, new_run_folder, tenant_folder
 
 PLACES = 3
 A, B, C, D = "tenant-a", "tenant-b", "tenant-c", "tenant-d"
@@ -196,6 +196,41 @@ async def test_a_confidential_call_of_a_stateless_plugin_is_not_in_the_shared_wo
     shared = await ask(keeper, "pid", A, "shared")
     secret = of(A, run_id="run", confidential=True)
     assert await keeper.execute_plugin_async("shared", action="keeper.pid", call=secret) != shared
+
+
+def below(folder: Path, pattern: str) -> list[Path]:
+    return list(folder.rglob(pattern))
+
+
+async def test_the_files_of_a_confidential_run_go_with_its_worker(keeper: PluginManager, tmp_path: Path) -> None:
+    await ask(keeper, "keep", A, secret="everyday")
+    secret = of(A, run_id="run", confidential=True)
+    await keeper.execute_plugin_async("keeper", action="keeper.keep", secret="s3cret", call=secret)
+    found = await keeper.execute_plugin_async(
+        "keeper", action="keeper.find", call=of(A, run_id="next", confidential=True)
+    )
+    assert not found["files"], "neither the tenant's nor another run's"
+    await keeper.unload_plugin_async("keeper")
+    held = [path for path in below(tmp_path, "*") if path.is_file() and b"s3cret" in path.read_bytes()]
+    assert {path.suffix for path in held} <= {".log"}
+    assert below(tmp_path, "run-*") == []
+
+
+async def test_what_a_killed_host_left_of_a_confidential_run_goes_with_the_next(
+    keeper: PluginManager, tmp_path: Path
+) -> None:
+    await ask(keeper, "pid", A)
+    data_dir = below(tmp_path, f"data/keeper/{A}")[0].parent
+    mine = new_run_folder()
+    kind, namespace, pid, start, chance = mine.split("-")
+    dead = data_dir / "-".join([kind, namespace, pid, f"{int(start) - 1}", chance])
+    elsewhere = data_dir / "-".join([kind, "1", pid, "1", chance])
+    for folder in (dead, elsewhere, data_dir / mine):
+        (folder / "tmp").mkdir(parents=True)
+    await keeper.execute_plugin_async("keeper", action="keeper.pid", call=of(A, run_id="run", confidential=True))
+    assert not dead.exists()
+    assert elsewhere.exists(), "nobody here can tell whether its host lives"
+    assert (data_dir / mine).exists()
 
 
 # -- places
