@@ -220,7 +220,7 @@ async def test_what_a_killed_host_left_of_a_confidential_run_goes_with_the_next(
     keeper: PluginManager, tmp_path: Path
 ) -> None:
     await ask(keeper, "pid", A)
-    data_dir = below(tmp_path, f"data/keeper/{A}")[0].parent
+    data_dir = below(tmp_path, tenant_folder(A))[0].parent
     mine = new_run_folder()
     kind, namespace, pid, start, chance = mine.split("-")
     dead = data_dir / "-".join([kind, namespace, pid, f"{int(start) - 1}", chance])
