@@ -197,7 +197,13 @@ class ControlPlane:
         try:
             deciding = self.in_force.now
         except StorageUnavailable as error:
-            return Denied(reason=Reason.POLICY_MISSING, message=str(error), retry_after_ms=_LOOK_AGAIN_MS)
+            return Denied(
+                reason=Reason.POLICY_MISSING,
+                message=str(error),
+                rule="policy",
+                unblock="activating a policy that this process can load",
+                retry_after_ms=_LOOK_AGAIN_MS,
+            )
         admission = await admit(
             proposal,
             policy=deciding.policy,

@@ -31,6 +31,7 @@ def decide(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> Decision
             Stage.AUTHORIZATION,
             Reason.CAPABILITY_UNKNOWN,
             "the capability is not registered; ask the operator to register it",
+            rule="capabilities",
             unblock="registering the capability",
             resolution_step=RoutingResolutionStep.CAPABILITY_MATCH,
         )
@@ -38,7 +39,12 @@ def decide(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> Decision
         names = ", ".join(sorted(capability.required_scopes - facts.principal_scopes))
         words = f"the run's principal lacks the OAuth scopes {names}"
         return _refused(
-            (_RATE_OK,), Stage.AUTHORIZATION, Reason.MISSING_SCOPES, words, unblock=f"a principal that holds {names}"
+            (_RATE_OK,),
+            Stage.AUTHORIZATION,
+            Reason.MISSING_SCOPES,
+            words,
+            rule="required_scopes",
+            unblock=f"a principal that holds {names}",
         )
     if policy.models is not None and capability.model_argument:
         refused = _model_refused(proposal, policy.models, capability)
