@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from plugin_substrate.bootstrap import Pipeline, create_pipeline
 from plugin_substrate.declarations import PluginTaxonomy
 from plugin_substrate.errors import (
     CallNotStartedError,
@@ -120,6 +121,7 @@ __all__ = [
     "ManifestV2",
     "OutputFile",
     "PermissiveScheduler",
+    "Pipeline",
     "PluginBinding",
     "PluginCancelledError",
     "PluginConfigError",
@@ -165,6 +167,7 @@ __all__ = [
     "WorkerStats",
     "WorkerView",
     "collect_plugin_actions",
+    "create_pipeline",
     "load_manifest",
     "plugin_action",
     "write_manifest",

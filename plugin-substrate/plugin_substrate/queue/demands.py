@@ -21,15 +21,12 @@ class Demands:
         self._ledger = ledger
         self._measured: dict[str, tuple[float, float]] = {}  # by instance: when, and the peak in MB
 
-    def of(self, instance_id: str) -> Demand:
-        """Return what a job takes; nothing where the instance is gone, so that the job can fail."""
-        try:
-            stated = demand_of(self._manager.get_instance(instance_id).resources)
-        except PluginNotLoadedError:
-            return Demand()
+    def of(self, instance: PluginInstance) -> Demand:
+        """Return what a job takes."""
+        stated = demand_of(instance.resources)
         if SYSTEM_MEMORY not in stated.per_worker:
             return stated
-        _, peak = self._measured.get(instance_id, (0.0, 0.0))
+        _, peak = self._measured.get(instance.instance_id, (0.0, 0.0))
         measured = stated.at_least(SYSTEM_MEMORY, peak)
         # What was measured may be more than there is, as the kernel swaps and shares; that is no reason never to start.
         return stated if self._ledger.too_big(measured) else measured
@@ -45,9 +42,10 @@ class Demands:
         if now - when < _FRESH_SECONDS:
             return
         try:
-            if not self._manager.get_instance(instance_id).resources.min_system_ram_mb:
-                return
+            instance = self._manager.get_instance(instance_id)
             self._measured[instance_id] = now, self._measured.get(instance_id, (0.0, 0.0))[1]
+            if not instance.resources.min_system_ram_mb:
+                return
             records = await self._manager.get_empirical_records_async(instance_id)
         except (PluginNotLoadedError, StoreError):
             return

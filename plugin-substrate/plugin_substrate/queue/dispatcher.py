@@ -96,10 +96,10 @@ class Dispatcher:
             sequence_id=sequence_id,
             sequence_index=sequence_index,
         )
-        live = self._live(
-            KeptJob(job=job, request=request, order=self.journal.next_order(), idempotent=instance.idempotent)
-        )
-        return live, NewJob(KeptJob(job=job, request=request, order=live.order, idempotent=live.idempotent))
+        kept = KeptJob(job=job, request=request, order=self.journal.next_order(), idempotent=instance.idempotent)
+        live = self._live(kept)
+        self._place(live, instance)
+        return live, NewJob(kept)
 
     def _live(self, kept: KeptJob) -> LiveJob:
         job, request = kept.job, kept.request
@@ -111,7 +111,7 @@ class Dispatcher:
             job=job,
             request=request,
             context=call,
-            lane=self._lane_of(job.plugin_instance_id, call),
+            lane=(job.plugin_instance_id, call.tenant_id),
             order=kept.order,
             idempotent=kept.idempotent,
             events=kept.events,
@@ -162,9 +162,7 @@ class Dispatcher:
 
     def _wait(self, live: LiveJob) -> None:
         self._watch_deadline(live)
-        self.waiting.add(
-            live.job.id, live.lane, live.job.owner, self.rank(live), self._demands.of(live.job.plugin_instance_id)
-        )
+        self.waiting.add(live.job.id, live.lane, live.job.owner, self.rank(live), live.demand)
 
     def _begin_all(self, job_ids: Iterable[str]) -> None:
         if not self.running or self.journal.failure is not None:
@@ -316,13 +314,10 @@ class Dispatcher:
         """Return a job's place among those of its owner: priority is worth waiting time."""
         return live.job.submitted_at.timestamp() - live.job.priority * self._ageing, live.order
 
-    def _lane_of(self, instance_id: str, call: CallContext) -> LaneKey:
-        """Whose slots a job takes; those of a tenant, unless the plugin is known to serve all with one worker."""
-        try:
-            stateless = self._manager.get_instance(instance_id).stateless
-        except PluginNotLoadedError:
-            stateless = False
-        return instance_id, "" if stateless else call.tenant_id
+    def _place(self, live: LiveJob, instance: PluginInstance) -> None:
+        """Say whose slots a job takes, and what else."""
+        live.lane = instance.instance_id, "" if instance.stateless else live.context.tenant_id
+        live.demand = self._demands.of(instance)
 
     def _slots(self, instance_id: str) -> int:
         """How many jobs a worker takes; one where the instance is gone, so that its jobs fail in their turn."""
@@ -356,21 +351,28 @@ class Dispatcher:
                 live, WorkerDiedError("the host ended while this job was running; what it did is not known")
             )
             cancelled = kept.job.cancel_requested_at is not None
-            if not live.idempotent or cancelled or live.recoveries > _MAX_RECOVERIES:
+            if not self._may_repeat(live) or cancelled or live.recoveries > _MAX_RECOVERIES:
                 self.end(live, JobStatus.INTERRUPTED, error=error)
                 return
             self.runner.again(live, error, 0.0)
             live.again_after = None
         self._parked.setdefault(live.job.plugin_instance_id, deque()).append(live)
 
+    def _may_repeat(self, live: LiveJob) -> bool:
+        """Whether the plugin declared itself idempotent then, and does so now if it is loaded."""
+        try:
+            return live.idempotent and self._manager.get_instance(live.job.plugin_instance_id).idempotent
+        except PluginNotLoadedError:
+            return live.idempotent
+
     def _unpark(self, instance_id: str) -> None:
         """Have jobs of an earlier host wait for their turn, if their instance is there."""
         try:
-            self._manager.get_instance(instance_id)
+            instance = self._manager.get_instance(instance_id)
         except PluginNotLoadedError:
             return
         for live in self._parked.pop(instance_id):
-            live.lane = self._lane_of(instance_id, live.context)
+            self._place(live, instance)
             pause = 0.0
             if live.not_before is not None:
                 pause = (live.not_before - datetime.now(UTC)).total_seconds()

@@ -15,6 +15,7 @@ from plugin_substrate.errors import StoreError
 from plugin_substrate.interface import CallContext
 from plugin_substrate.queue.job import Job, JobEvent, JobEventType, JobStatus
 from plugin_substrate.queue.request import JobRequest
+from plugin_substrate.queue.resources import Demand
 from plugin_substrate.queue.store import (
     Change,
     ChangedJob,
@@ -47,6 +48,7 @@ class LiveJob:
     context: CallContext
     lane: LaneKey
     order: int
+    demand: Demand = field(default_factory=Demand)
     idempotent: bool = False
     events: int = 0
     recoveries: int = 0

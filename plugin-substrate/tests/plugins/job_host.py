@@ -107,7 +107,8 @@ class Host:
     async def drain(self) -> None:
         await asyncio.gather(*self.floods)
         while waiting := [*self.queue.get_running(), *self.queue.get_pending()]:
-            await self.queue.wait_for_job(waiting[0].id, 600)
+            for job in waiting:
+                await self.queue.wait_for_job(job.id, 3600)
 
 
 def tell(answer: Any) -> None:
