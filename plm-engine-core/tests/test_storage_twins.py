@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from plm_engine_core.control_plane import Granted, Outcome, Pending
 from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.events import run_stream
+from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.storage.postgres import open_pool
 from plm_engine_core.control_plane.vocabulary import Evidence, HaltScope, OutcomeStatus, RunState, TicketDecision
 
@@ -27,6 +28,9 @@ _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 _TIME = re.compile(
     r"\d{4}-\d\d-\d\d[ T]\d\d:\d\d:\d\d(\.\d+)?(\+00:00|\+00|Z)|datetime\.datetime\([^()]*(\([^()]*\))?\)"
 )
+_WAIT = re.compile(
+    r"(?<=retry_after_ms=)[1-9]\d*|(?<=\"retry_after_ms\": )[1-9]\d*|(?<='retry_after_ms': )[1-9]\d*|\d+(?= ms\b)"
+)
 _SPAN = re.compile(r"\b[0-9a-f]{16}\b")
 
 numbers = st.one_of(st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False))
@@ -36,6 +40,22 @@ keys = st.text('aé\x7f"\\\n', max_size=3)
 values = st.recursive(
     leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3), max_leaves=5
 )
+# A second policy, with every book that the first leaves out.
+RICH = {
+    "version": "rich",
+    "limits": [
+        {"scope": "agent", "per": "day", "unit": "calls", "limit": "3"},
+        {"scope": "user", "unit": "EUR", "limit": "2"},
+        {"scope": "run_group", "per": "week", "unit": "calls", "limit": "9"},
+        {"scope": "tenant", "per": "month", "unit": "calls", "limit": "5"},
+    ],
+    "rate_limit_per_agent": {"per_second": 0.0001, "burst": 9},
+    "approval": {
+        "quorum": 2,
+        "escalation": {"required_scope": "plm.halt"},
+        "standing": {"max_uses": 3, "max_seconds": 600, "max_risk": "high"},
+    },
+}
 run_at, step_at = st.integers(0, RUNS - 1), st.integers(0, STEPS - 1)
 capabilities = st.sampled_from(["thing.read", "thing.write", "thing.fire", "thing.unknown"])
 errors = st.none() | st.fixed_dictionaries({"category": st.just("x"), "message": leaves})
@@ -44,7 +64,7 @@ operations = st.one_of(
     st.tuples(st.just("create"), run_at, st.sampled_from([None, "k"]), st.sampled_from(["d", "e"]), values),
     st.tuples(st.just("take"), run_at),
     st.tuples(st.just("renew"), run_at),
-    st.tuples(st.just("admit"), run_at, step_at, st.integers(1, 2), capabilities, values, st.booleans()),
+    st.tuples(st.just("admit"), run_at, step_at, st.integers(1, 2), capabilities, values, st.booleans(), st.booleans()),
     st.tuples(st.just("begin"), run_at),
     st.tuples(
         st.just("settle"), run_at, st.sampled_from(OutcomeStatus), values, errors, st.none() | st.integers(0, 900)
@@ -53,6 +73,9 @@ operations = st.one_of(
     st.tuples(
         st.just("decide"), run_at, st.sampled_from(TicketDecision), st.integers(0, 2), st.sampled_from(["", "no"])
     ),
+    st.tuples(st.just("vote"), run_at, st.sampled_from(TicketDecision), st.integers(0, 2), st.booleans()),
+    st.tuples(st.just("comment"), run_at, texts),
+    st.tuples(st.just("revoke_scope")),
     st.tuples(st.just("cancel"), run_at),
     st.tuples(st.just("halt"), st.sampled_from([HaltScope.TENANT, HaltScope.RUN]), run_at),
     st.tuples(st.just("lift"), st.integers(0, 2)),
@@ -70,6 +93,7 @@ class World:
     def __init__(self, bench: Any, people: list[Any]) -> None:
         self.bench = bench
         self.plane = bench.control_plane
+        self.rich = bench.with_policy(**RICH).control_plane
         self.people = people
         self.names: dict[str, str] = {}
         self.runs: dict[int, Any] = {}
@@ -79,8 +103,9 @@ class World:
         self.halts: list[Any] = []
 
     def plain(self, answer: Any) -> str:
-        """An answer in which ids are numbered as they appear, and times are all one."""
+        """An answer in which ids are numbered as they appear, and times and waits are all one."""
         text = _TIME.sub("<time>", repr(answer) if not isinstance(answer, str) else answer)
+        text = _WAIT.sub("<wait>", text)
         for kind in (_UUID, _SPAN):
             text = kind.sub(lambda found: self.names.setdefault(found.group(), f"<{len(self.names)}>"), text)
         return re.sub(r"UUID\('(<\d+>)'\)", r"\1", text)
@@ -98,6 +123,7 @@ class World:
         request = self.bench.request(
             trace_id=f"{at:032x}",
             root_span_id=f"{at:016x}",
+            run_group_id=uuid.UUID(int=7),
             input={"v": value},
             idempotency_key=key,
             request_digest=digest,
@@ -118,10 +144,10 @@ class World:
             self.bench.tenant, lease.run.id, fencing_token=lease.fencing_token, seconds=600
         )
 
-    async def admit(self, at, step, attempt, capability, value, with_ticket):
+    async def admit(self, at, step, attempt, capability, value, with_ticket, rich=False):
         changes = {"step_index": step, "attempt": attempt, "step_id": f"s{step}", "capability": capability}
         ticket_id = self.tickets[at].ticket_id if with_ticket and at in self.tickets else None
-        admission = await self.plane.admit(
+        admission = await (self.rich if rich else self.plane).admit(
             self.bench.proposal(self.leases[at], arguments={"name": value}, ticket_id=ticket_id, **changes)
         )
         if isinstance(admission, Granted):
@@ -157,6 +183,21 @@ class World:
 
     async def decide(self, at, decision, who, comment):
         return await self.bench.decide(self.tickets[at], decision, approver=self.people[who], comment=comment)
+
+    async def vote(self, at, decision, who, standing):
+        terms = ScopeTerms(uses=2, seconds=60) if standing else None
+        ticket_id, approver = self.tickets[at].ticket_id, self.people[who]
+        return await self.rich.decide(self.bench.tenant, ticket_id, decision, approver=approver, scope=terms)
+
+    async def comment(self, at, body):
+        ticket_id = self.tickets[at].ticket_id
+        return await self.plane.approvals.comment(self.bench.tenant, ticket_id, body, author=self.people[1])
+
+    async def revoke_scope(self):
+        scopes = await self.bench.storage.approvals.scopes(self.bench.tenant, limit=9, after=None)
+        if not scopes:
+            raise KeyError("approval scope")
+        return await self.plane.approvals.revoke_scope(self.bench.tenant, scopes[0].id, by=self.people[1])
 
     async def cancel(self, at):
         return await self.plane.cancel(self.bench.tenant, self.runs[at].id, by=self.bench.requester)
@@ -205,6 +246,9 @@ class World:
         tickets = await storage.approvals.list(tenant, limit=99, after=None, state=None)
         found["tickets"] = self.plain(tickets)
         found["votes"] = self.plain([await storage.approvals.votes(tenant, ticket.id) for ticket in tickets])
+        found["comments"] = self.plain([await storage.approvals.comments(tenant, ticket.id) for ticket in tickets])
+        found["scopes"] = self.plain(await storage.approvals.scopes(tenant, limit=99, after=None))
+        found["feed"] = self.plain([(e.stream, e.seq) for e in (await storage.events.feed(tenant)).events])
         found["chains"] = str({each.consistent for each in await self.plane.verify_events(tenant)})
         return found
 
@@ -229,8 +273,9 @@ def _without_times(row):
     )
 
 
+@pytest.mark.timeout(900)
 @settings(
-    max_examples=max(15, int(400 * SOAK)),
+    max_examples=max(10, int(200 * SOAK)),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -266,6 +311,25 @@ def _without_times(row):
         ("admit", 1, 0, 1, "thing.write", "x", True),
         ("finish", 1, RunState.FAILED, [1.0]),
         ("cancel", 1),
+    ]
+)
+@example(
+    [
+        ("admit", 0, 0, 1, "thing.write", "x", False, True),
+        ("comment", 0, "why?"),
+        ("vote", 0, TicketDecision.APPROVE, 1, True),
+        ("vote", 0, TicketDecision.DENY, 1, False),
+        ("vote", 0, TicketDecision.APPROVE, 2, True),
+        ("take", 0),
+        ("admit", 0, 0, 1, "thing.write", "x", True, True),
+        ("admit", 0, 1, 1, "thing.write", "y", False, True),
+        *(("admit", 1, step, 1, "thing.read", step, False, True) for step in range(7)),
+        ("revoke_scope",),
+        ("admit", 0, 2, 1, "thing.write", "z", False, True),
+        ("deadline_passes", 0),
+        ("revive", 0, 60),
+        ("vote", 0, TicketDecision.APPROVE, 1, False),
+        ("take", 0),
     ]
 )
 @example(

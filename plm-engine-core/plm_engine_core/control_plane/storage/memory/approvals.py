@@ -148,7 +148,9 @@ def _count(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> s
     offered = vote["scope"] or dict.fromkeys(("uses", "seconds", "any_resource"))
     row = {name: vote[name] for name in ("vote", "comment", "authority")}
     row |= {"ticket_id": ticket["id"], "voter": voter, "voted_at": now}
-    row |= {f"scope_{name}": offered[name] for name in ("uses", "seconds", "any_resource")}
+    seconds = offered["seconds"]
+    row |= {"scope_uses": offered["uses"], "scope_any_resource": offered["any_resource"]}
+    row |= {"scope_seconds": float(seconds) if seconds is not None else None}
     books.approval_votes.put(group, voter, row)
     approvals = [each for each in books.approval_votes.rows(group) if each["vote"] == "approve"]
     approved = "approved" if len(approvals) >= vote["quorum"] else None

@@ -124,7 +124,9 @@ def open_ticket(books: Books, c: Mapping[str, Any]) -> dict[str, Any]:
     ticket |= {name: c[name] for name in names}
     ticket |= {name: text_at(c["decision"], name) for name in ("tier", "risk")}
     ticket |= {"requested_by": UUID(c["requester"]), "created_at": now, "deadline": deadline}
-    ticket |= {"escalate_seconds": c["ticket"]["escalate_seconds"], "supersedes": old["id"] if old else None}
+    escalate = c["ticket"]["escalate_seconds"]
+    ticket |= {"escalate_seconds": float(escalate) if escalate is not None else None}
+    ticket |= {"supersedes": old["id"] if old else None}
     ticket |= dict.fromkeys(("decided_at", "decided_by", "comment", "consumed_at", "escalated_at", "superseded_by"))
     books.approval_tickets.put(tenant_id, new, ticket)
     opened = {"ticket_id": str(new), "deadline": json_time(deadline)}
