@@ -1,8 +1,8 @@
 """What a plugin in a process of its own costs: loads, calls, echoes, streams, deaths, cancels and memory.
 
 Everything is real: supervisor, confined worker, the manager's public methods, default settings, a plugin that does
-nothing. Baselines are measured in the same run: the start of a bare interpreter, a fork that answers, and the echo of a
-forked process over a bare socket pair. BENCH_ROUNDS scales it.
+nothing. Baselines are measured in the same run: the start of a bare interpreter, a fork that answers, the echo of a
+forked process over a bare socket pair, and for preloaded imports the same load without preload. BENCH_ROUNDS scales it.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def make_environment(folder: Path) -> PluginMeta:
     """An environment with the plugin in it, as an installation leaves it."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (site_packages,) = (folder / "lib").glob("python*/site-packages")
-    source = HERE / "plugins" / "worker_bench" / "worker_bench_plugin.py"
-    (site_packages / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    for source in (HERE / "plugins" / "worker_bench").glob("*.py"):
+        (site_packages / source.name).write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     subprocess.run([str(folder / "bin/python"), "-m", "compileall", "-q", str(site_packages)], check=True)
     compile_our_files(folder / "bin/python")
     return make_meta(str(folder / "bin/python"))
 
 
-def make_meta(python: str) -> PluginMeta:
+def make_meta(python: str, module: str = "worker_bench_plugin", *, preload: bool = False) -> PluginMeta:
     return PluginMeta(
         manifest=ManifestV2(
             install=InstallSection(python_path=python),
@@ -58,7 +58,8 @@ def make_meta(python: str) -> PluginMeta:
                 name="worker-bench",
                 version="1.0",
                 description="Does nothing.",
-                module="worker_bench_plugin",
+                module=module,
+                preload=preload,
                 class_name="WorkerBench",
                 interface="plugin_substrate.interface.PluginInterface",
             ),
@@ -97,6 +98,11 @@ async def further_loads(meta: PluginMeta, folder: Path) -> list[float]:
             samples.append(await timed(lambda: manager.load_plugin_async(meta, instance_id="further")))
             await manager.unload_plugin_async("further")
     return samples
+
+
+async def further_loads_of_slow_imports(meta: PluginMeta, folder: Path, *, preload: bool) -> list[float]:
+    slow = make_meta(meta.manifest.install.python_path, "slow_bench_plugin", preload=preload)
+    return await further_loads(slow, folder)
 
 
 async def loads_at_once(meta: PluginMeta, folder: Path) -> list[float]:
@@ -331,6 +337,12 @@ async def measure(meta: PluginMeta, folder: Path) -> dict[str, Figure]:
     figures = {
         "load, first instance, p50": ms(await first_loads(meta, folder), 0.5, 60, start),
         "load, further instance, p50": ms(await further_loads(meta, folder), 0.5, 10, fork),
+        "load, further instance, 300 ms of imports preloaded, p50": ms(
+            await further_loads_of_slow_imports(meta, folder, preload=True),
+            0.5,
+            20,
+            await further_loads_of_slow_imports(meta, folder, preload=False),
+        ),
         "four loads at once, p50": ms(await loads_at_once(meta, folder), 0.5, 120),
     }
     async with loaded(meta, folder) as manager:

@@ -78,6 +78,7 @@ def list_plugins(
                     "capabilities": list(meta.capabilities),
                     "idempotent": meta.idempotent,
                     "stateless": meta.stateless,
+                    "preload": meta.preload,
                     "manifest": str(meta.source),
                 }
                 for meta in found

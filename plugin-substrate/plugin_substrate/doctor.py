@@ -142,7 +142,8 @@ def _bubblewrap() -> LayerReport:
 
 def _detail(name: str, abi: int, stops: str) -> str:
     if name in ("pid_namespace", "descendants_swept"):
-        return f"{stops}; for plugins that may have processes"
+        also = ", and for those that preload" if name == "descendants_swept" else ""
+        return f"{stops}; for plugins that may have processes{also}"
     missing = [what for since, what in _LANDLOCK_ADDS.items() if abi < since] if name == "landlock" else []
     return f"{stops}; this kernel's does not cover {', '.join(missing)}" if missing else stops
 
@@ -194,7 +195,8 @@ async def _layers_of(meta: PluginMeta, data_dir: Path, profile: IsolationProfile
     supervisor = Supervisor(python, meta.name)
     try:
         environment = worker_environment(python, folder, {}, keeps_data=True)
-        proxy = RemotePluginProxy(await supervisor.spawn(env=environment, cwd=folder, isolation=profile))
+        process = await supervisor.spawn(env=environment, cwd=folder, isolation=profile, template=meta.preload)
+        proxy = RemotePluginProxy(process)
         try:
             await proxy.require(["rlimits"])
             return proxy.layers

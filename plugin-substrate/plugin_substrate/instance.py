@@ -30,6 +30,7 @@ from plugin_substrate.proxy import RemotePluginProxy
 from plugin_substrate.recorder import Payer
 from plugin_substrate.stores.empirical import compute_config_hash
 from plugin_substrate.switch import Switch
+from plugin_substrate.templates import TemplateTable
 from plugin_substrate.tenant_worker import InstanceSettings, Seat, TenantWorker
 from plugin_substrate.worker_pool import WorkerPool
 
@@ -67,12 +68,18 @@ class CallListeners:
 class LoadedInstance:
     """A plugin's workers and their calls. Belongs to one event loop."""
 
-    def __init__(self, settings: InstanceSettings, supervisor: Callable[[], Supervisor], books: CallBooks) -> None:
+    def __init__(
+        self,
+        settings: InstanceSettings,
+        supervisor: Callable[[], Supervisor],
+        templates: TemplateTable,
+        books: CallBooks,
+    ) -> None:
         self.settings = settings
         self._books = books
         self._payer = _payer(settings)
         self.workers = WorkerPool(
-            lambda seat: TenantWorker(lambda: self.settings, seat, supervisor), settings.max_workers
+            lambda seat: TenantWorker(lambda: self.settings, seat, supervisor, templates), settings.max_workers
         )
         self.switch = Switch(settings.instance_id, settings.meta.name, enabled=settings.enabled, fire=self._fire)
         self.live_config_schema: Mapping[str, Any] | None = None

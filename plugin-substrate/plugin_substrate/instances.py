@@ -14,6 +14,7 @@ from plugin_substrate.metadata import PluginMeta
 from plugin_substrate.recorder import EmpiricalRecorder
 from plugin_substrate.scheduling import ResourceScheduler
 from plugin_substrate.supervisors import Key, SupervisorPool
+from plugin_substrate.templates import TemplateTable
 from plugin_substrate.tenant_worker import InstanceSettings
 from plugin_substrate.worker_pool import WorkerPool
 
@@ -38,6 +39,7 @@ class InstanceTable:
         self._loading: dict[str, _Loading] = {}
         self._unloading: set[asyncio.Task[bool]] = set()
         self._supervisors = SupervisorPool()
+        self._templates = TemplateTable()
 
     def __contains__(self, instance_id: str) -> bool:
         return instance_id in self._instances
@@ -99,7 +101,9 @@ class InstanceTable:
             key = _supervisor_key(settings.meta)
             self._supervisors.join(key)
             try:
-                loading.instance = LoadedInstance(settings, lambda: self._supervisors.get(key), self._books)
+                loading.instance = LoadedInstance(
+                    settings, lambda: self._supervisors.get(key), self._templates, self._books
+                )
                 await loading.instance.load(tenant_id)
                 self._instances[instance_id] = loading.instance
             except BaseException:

@@ -38,7 +38,8 @@ def interpreter_command(python: str, *arguments: str) -> list[str]:
 class WorkerProcess:
     """A forked worker: its socket, its log pipe's read end, and a future of its end.
 
-    ``wake_reaper`` is called when it is dead: who has to reap it, and to kill what it left, may have been stopped.
+    ``number`` is its name with its supervisor. ``wake_reaper`` is called when it is dead: who has to reap it, and to
+    kill what it left, may have been stopped.
     """
 
     connection: socket.socket
@@ -46,6 +47,7 @@ class WorkerProcess:
     pid: int
     pidfd: int
     exit: asyncio.Future[WorkerExit]
+    number: int = 0
     wake_reaper: Callable[[], object] = lambda: None
 
     @property
@@ -102,6 +104,7 @@ class Supervisor:
         self._may_leave_processes = False  # when it is killed, as far as its workers could have any
         self._turn = asyncio.Lock()
         self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
+        self._ordered: dict[int, asyncio.Future[None]] = {}
         self._asked: dict[int, asyncio.Future[dict[str, float | None]]] = {}
         self._exits: dict[int, asyncio.Future[WorkerExit]] = {}
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
@@ -150,46 +153,58 @@ class Supervisor:
         """Whether the process is dead and reaped."""
         return self._ended.done()
 
-    async def spawn(self, *, env: dict[str, str], cwd: Path, isolation: IsolationProfile) -> WorkerProcess:
-        """Fork a worker. A `PluginFatalError` when the supervisor cannot, or is gone."""
-        async with self._turn:  # one request at a time always fits into the socket
-            return await self._spawn(env, cwd, isolation)
+    async def spawn(
+        self,
+        *,
+        env: dict[str, str],
+        cwd: Path,
+        isolation: IsolationProfile,
+        template: bool = False,
+        copy_of: WorkerProcess | None = None,
+    ) -> WorkerProcess:
+        """Fork a worker. A `PluginFatalError` when the supervisor cannot, or is gone.
 
-    async def _spawn(self, env: dict[str, str], cwd: Path, isolation: IsolationProfile) -> WorkerProcess:
-        if not self.alive:
-            raise PluginFatalError(f"the supervisor is gone: {' | '.join(self._lines) or 'no last words'}")
-        self._counter += 1
-        number = self._counter
-        if isolation.processes and not self._may_leave_processes:
+        With ``template`` what is forked imports a plugin and is then copied: ``copy_of`` names it, and the copy has its
+        ``cwd`` and ``isolation``. A template has one copy made of it at a time. As foreign code has a hand in that, it
+        may take for ever; who no longer waits must kill the template.
+        """
+        request: dict[str, Any] = {
+            "env": env, "cwd": str(cwd), "isolation": profile_to_json(isolation), "uid": self._uid
+        }  # fmt: skip
+        if template:
+            request["template"] = True
+        if copy_of is not None:
+            request["copy_of"] = copy_of.number
+        may_leave_some = isolation.processes or template or copy_of is not None
+        if may_leave_some and not self._may_leave_processes:
             self._may_leave_processes = True
             await asyncio.to_thread(sweep_dead_hosts)
-        spawned = self._spawning[number] = self._loop.create_future()
-        exited = self._exits[number] = self._loop.create_future()
+        return await self._spawn(request)
+
+    async def _spawn(self, request: dict[str, Any]) -> WorkerProcess:
         connection, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         log_read, log_write = os.pipe()
+        spawned: asyncio.Future[tuple[int, int]] = self._loop.create_future()
         try:
             for end in (connection, remote):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
-            request = {
-                "spawn": number,
-                "env": env,
-                "cwd": str(cwd),
-                "isolation": profile_to_json(isolation),
-                "uid": self._uid,
-            }
-            self._send(request, [remote.fileno(), log_write])
-            self._wake()
+            async with self._turn:  # one request at a time always fits into the socket
+                number = self._order(request, spawned, [remote.fileno(), log_write])
+                exited = self._exits[number]
+                await (self._ordered[number] if "copy_of" in request else spawned)
             pid, pidfd = await spawned
         except BaseException:
             connection.close()
             os.close(log_read)
             if spawned.done() and not spawned.cancelled() and spawned.exception() is None:
                 os.close(spawned.result()[1])  # it came just when it was no longer waited for
+            spawned.cancel()
             raise
         finally:
             remote.close()
             os.close(log_write)
         return WorkerProcess(
+            number=number,
             connection=connection,
             log_descriptor=log_read,
             pid=pid,
@@ -197,6 +212,19 @@ class Supervisor:
             exit=exited,
             wake_reaper=self._wake,
         )
+
+    def _order(self, request: dict[str, Any], spawned: asyncio.Future[tuple[int, int]], descriptors: list[int]) -> int:
+        if not self.alive:
+            raise PluginFatalError(f"the supervisor is gone: {' | '.join(self._lines) or 'no last words'}")
+        self._counter += 1
+        number = self._counter
+        self._spawning[number] = spawned
+        self._exits[number] = self._loop.create_future()
+        if "copy_of" in request:
+            self._ordered[number] = self._loop.create_future()
+        self._send({"spawn": number, **request}, descriptors)
+        self._wake()
+        return number
 
     async def stats(self) -> dict[str, float | None]:
         """Return what it says of itself, see `worker.usage.process_stats`; a `PluginFatalError` when it is gone."""
@@ -252,8 +280,12 @@ class Supervisor:
         match message:
             case {"spawned": number, "pid": pid}:
                 _resolve(self._spawning.pop(number), (pid, descriptors[0]), lambda: os.close(descriptors[0]))
+            case {"ordered": number}:
+                _resolve(self._ordered.pop(number), None)
             case {"refused": number, "reason": reason}:
                 del self._exits[number]
+                if number in self._ordered:
+                    _resolve(self._ordered.pop(number), None)
                 _resolve(self._spawning.pop(number), PluginFatalError(f"the worker cannot be forked: {reason}"))
             case {"stats": number, "figures": figures}:
                 _resolve(self._asked.pop(number), figures)
@@ -269,11 +301,14 @@ class Supervisor:
         self._control.close()
         self._log.drain()
         waiting: list[asyncio.Future[Any]] = [*self._spawning.values(), *self._asked.values()]
+        for ordered in self._ordered.values():
+            _resolve(ordered, None)
         for future in waiting:
             _resolve(future, PluginFatalError(f"the supervisor died: {' | '.join(self._lines) or 'no last words'}"))
         for exited in self._exits.values():
             _resolve(exited, WorkerExit(None))
         self._spawning.clear()
+        self._ordered.clear()
         self._asked.clear()
         self._exits.clear()
 

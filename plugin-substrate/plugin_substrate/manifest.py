@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar, get_type_hints
 
 from plugin_substrate.declarations import parse_taxonomy, parse_worker_env
-from plugin_substrate.errors import ManifestError
+from plugin_substrate.errors import ManifestError, PluginConfigError
 from plugin_substrate.hashing import hash_dict_canonical
 from plugin_substrate.legacy_manifest import LEGACY_VERSION, upgraded
 from plugin_substrate.manifest_sections import CodeSection, DriftSection, InstallSection
@@ -64,7 +64,8 @@ _Parsed = TypeVar("_Parsed")
 class ManifestV2:
     """A valid manifest. ``overrides`` is the operator's: ``isolation`` grants, ``require`` names needed layers.
 
-    ``stateless: false`` there gives each tenant a worker of its own, whatever the plugin says of itself.
+    ``stateless: false`` there gives each tenant a worker of its own, whatever the plugin says of itself, and
+    ``preload: false`` has each worker import the plugin itself.
 
     ``format_version`` is what the file was read as; it is always written as 2.0.
     """
@@ -79,6 +80,11 @@ class ManifestV2:
     def resources(self) -> ResourceRequirements:
         """What the plugin needs of the machine; a `ManifestError` when it cannot be read."""
         return _no_problems(parse_requirements, self.code.resources, "code.resources")
+
+    @property
+    def preload(self) -> bool:
+        """Whether workers are copies of a template: the plugin asks for it, and the operator does not object."""
+        return self.code.preload and bool(self.overrides.get("preload", True))
 
     @property
     def asked_isolation(self) -> IsolationTerms:
@@ -98,9 +104,18 @@ class ManifestV2:
     def isolation_profile(self, default: IsolationProfile) -> IsolationProfile:
         """Return what the plugin may do; a `PluginConfigError` when it asks for more than it is granted.
 
+        It cannot have both processes and a template: only the supervisor, which makes no copies of foreign code, can
+        start a worker whose processes certainly end with it.
+
         Where its code lies outside its environment it may read that too: the installer knew, not the plugin.
         """
         profile = resolve_profile(self.code.name, self.asked_isolation, self.granted_isolation, default)
+        if self.preload and profile.processes:
+            raise PluginConfigError(
+                f"plugin {self.code.name!r} cannot have isolation.processes ({profile.processes}) together with "
+                "preload; write `preload: false` under its manifest's `overrides`, or grant `processes: 0`",
+                fields_invalid=["preload", "isolation.processes"],
+            )
         return replace(profile, read_paths=(*profile.read_paths, *self.install.source_paths))
 
 
@@ -152,8 +167,9 @@ def parse_manifest(data: object, *, source: str = "") -> ManifestV2:
     else:
         parse_terms(overrides.get("isolation", {}), "overrides.isolation", problems)
         parse_required_layers(overrides.get("require", []), "overrides.require", problems)
-        if not isinstance(overrides.get("stateless", False), bool):
-            problems.append(f"overrides.stateless must be true or false, not {overrides['stateless']!r:.80}")
+        for key in ("stateless", "preload"):
+            if not isinstance(overrides.get(key, False), bool):
+                problems.append(f"overrides.{key} must be true or false, not {overrides[key]!r:.80}")
         category = overrides.get("category_override", "")
         if not isinstance(category, str) or not category.isprintable():
             problems.append(f"overrides.category_override must be one printable line, not {category!r:.80}")

@@ -25,7 +25,10 @@ class InstallSection:
 
 @dataclass(frozen=True, kw_only=True)
 class CodeSection:
-    """What the plugin says about itself in its ``meta`` module."""
+    """What the plugin says about itself in its ``meta`` module.
+
+    ``preload`` asks for a template process that imports ``module`` once for all workers of a tenant.
+    """
 
     name: str
     version: str
@@ -35,6 +38,7 @@ class CodeSection:
     interface: str
     idempotent: bool = False
     stateless: bool = False
+    preload: bool = False
     capabilities: tuple[str, ...] = ()
     taxonomy: dict[str, Any] | None = None
     resources: dict[str, Any] | None = None

@@ -72,6 +72,11 @@ class PluginMeta:
         return self.manifest.code.stateless and bool(self.manifest.overrides.get("stateless", True))
 
     @property
+    def preload(self) -> bool:
+        """Whether its workers are copies of a template: the plugin asks for it, and the operator does not object."""
+        return self.manifest.preload
+
+    @property
     def resources(self) -> ResourceRequirements:
         """What it needs of the machine."""
         return self.manifest.resources
@@ -90,6 +95,15 @@ class PluginMeta:
     def worker_env(self) -> tuple[EnvVarSpec, ...]:
         """The variables its worker reads."""
         return parse_worker_env(self.manifest.code.worker_env, "code.worker_env", [])
+
+    @property
+    def plain_env(self) -> dict[str, str]:
+        """The variables of its workers that are no secrets: declared defaults, and over them the manifest's."""
+        declared = self.worker_env
+        secret = {spec.name for spec in declared if spec.secret}
+        defaults = {spec.name: spec.default for spec in declared if spec.default is not None}
+        found = {**defaults, **self.manifest.install.env_vars}
+        return {name: value for name, value in found.items() if name not in secret}
 
     @property
     def category(self) -> str:

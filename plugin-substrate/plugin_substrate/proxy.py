@@ -51,7 +51,9 @@ class RemotePluginProxy:
         on_line: Callable[[str, str], object] = lambda *_: None,
         *,
         shared: bool = False,
+        layers: tuple[str, ...] = (),
     ) -> None:
+        """``layers`` are those of the template that it is a copy of: what a copy says, foreign code may have said."""
         self._process = process
         self._on_line = on_line
         self._shared = shared
@@ -68,7 +70,7 @@ class RemotePluginProxy:
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._gone: asyncio.Future[PluginError] = self._loop.create_future()
         self._on_loading: Callable[[float, str], object] = lambda *_: None
-        self.layers: tuple[str, ...] = ()
+        self.layers = layers
         self.python_version = ""
         self._connection = WorkerConnection(
             process.connection, on_frame=self._handle, on_error=self._break_off, on_end=self._on_end_of_connection
@@ -81,6 +83,11 @@ class RemotePluginProxy:
     def pid(self) -> int:
         """The worker's process id, for display only."""
         return self._process.pid
+
+    @property
+    def process(self) -> WorkerProcess:
+        """The process, for its supervisor to copy."""
+        return self._process
 
     @property
     def alive(self) -> bool:
@@ -112,9 +119,18 @@ class RemotePluginProxy:
 
         ``on_progress`` hears what the plugin reports meanwhile, each report that differs from the one before.
         """
+        request = {"type": "load", "module": module, "class": class_name, "threads": threads}
+        await self._until_ready(request, pack_value(dict(config), "config"), on_progress)
+
+    async def preload(self, module: str, *, on_progress: Callable[[float, str], object] = lambda *_: None) -> None:
+        """Have a template import a module; raises and reports as `load` does."""
+        await self._until_ready({"type": "preload", "module": module}, [], on_progress)
+
+    async def _until_ready(
+        self, request: dict[str, Any], segments: list[bytes], on_progress: Callable[[float, str], object]
+    ) -> None:
         self._on_loading = _when_changed(on_progress)
-        segments = pack_value(dict(config), "config")
-        self._send({"type": "load", "module": module, "class": class_name, "threads": threads}, segments)
+        self._send(request, segments)
         ends: set[asyncio.Future[Any]] = {self._ready, self._gone}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if self._ready.done():
@@ -263,7 +279,8 @@ class RemotePluginProxy:
     def _on_hello(self, header: dict[str, Any]) -> None:
         if self.python_version:
             raise ProtocolError("a second hello")
-        self.layers, self.python_version = hello_of(header)
+        layers, self.python_version = hello_of(header)
+        self.layers = self.layers or layers
         self._greeted.set_result(None)
 
     def _on_load_failed(self, header: dict[str, Any]) -> None:

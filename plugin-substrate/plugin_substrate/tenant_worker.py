@@ -16,12 +16,13 @@ from plugin_substrate.errors import (
     PluginNotLoadedError,
     PluginTimeoutError,
 )
-from plugin_substrate.lifecycle import Supervisor
+from plugin_substrate.lifecycle import Supervisor, WorkerProcess
 from plugin_substrate.log_file import LogFile
 from plugin_substrate.metadata import PluginMeta, WorkerView
 from plugin_substrate.process_tree import CpuClock
 from plugin_substrate.proxy import RemotePluginProxy
 from plugin_substrate.revival import Revival, Reviver
+from plugin_substrate.templates import Template, TemplateKey, TemplateTable
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker_folder import (
     SHARED_FOLDER,
@@ -81,7 +82,11 @@ class TenantWorker:
     """
 
     def __init__(
-        self, settings: Callable[[], InstanceSettings], seat: Seat, supervisor: Callable[[], Supervisor]
+        self,
+        settings: Callable[[], InstanceSettings],
+        seat: Seat,
+        supervisor: Callable[[], Supervisor],
+        templates: TemplateTable,
     ) -> None:
         """``settings`` is asked at each start of a process."""
         self.seat = seat
@@ -92,6 +97,8 @@ class TenantWorker:
         self._settings = settings
         self._supervisor = supervisor
         self._served_by: Supervisor | None = None
+        self._templates = templates
+        self._copied_from: tuple[TemplateKey, Template] | None = None
         self._proxy: RemotePluginProxy | None = None
         self._log = LogFile(settings().log_path if seat.shared else tenant_log(settings().log_path, seat.tenant_id))
         self._reviving = asyncio.Lock()
@@ -168,6 +175,7 @@ class TenantWorker:
         if self._patience is not None:
             self._patience.reschedule(0)  # what is being loaded now is no longer wanted
         await self.stop_process()
+        await self._leave_template()
         self._log.close()
         if self.seat.run:
             await asyncio.to_thread(remove_run_folder, self._settings().data_dir / self._folder_name)
@@ -175,7 +183,8 @@ class TenantWorker:
     async def _start(self) -> RemotePluginProxy:
         settings = self._settings()
         code, folder = settings.meta.manifest.code, settings.data_dir / self._folder_name
-        phase, supervisor, proxy = "spawn", None, None
+        phase = "preload" if self._is_copied(settings) else "spawn"
+        supervisor, proxy = None, None
         try:
             async with asyncio.timeout(settings.load_timeout) as self._patience:
                 if self.seat.run:
@@ -183,10 +192,9 @@ class TenantWorker:
                 prepare_folder(folder)
                 self._log.start(settings.meta.name, settings.meta.version)
                 supervisor = self._served_by = self._supervisor()
-                process = await supervisor.spawn(
-                    env=self._environment(settings, folder), cwd=folder, isolation=settings.isolation
-                )
-                proxy = RemotePluginProxy(process, self._log.line, shared=self.seat.shared)
+                process = await self._spawn(supervisor, settings, folder)
+                layers = self._template.layers if self._template is not None else ()
+                proxy = RemotePluginProxy(process, self._log.line, shared=self.seat.shared, layers=layers)
                 phase = "confine"
                 await proxy.require(settings.required_layers)
                 phase = "load"
@@ -198,30 +206,79 @@ class TenantWorker:
                     on_progress=lambda *_: self._be_patient(settings.load_timeout),
                 )
         except BaseException as error:
-            if proxy is not None:
-                await proxy.kill()
-            elif supervisor is not None and isinstance(error, TimeoutError) and not self._closed:
-                supervisor.dismiss()  # it does not answer
-            self._log.close()
+            failure = error
             if isinstance(error, PluginError | OSError):
-                raise self._load_error(error, phase, proxy) from error.__cause__ or error
-            raise
+                failure = self._load_error(error, phase, proxy)
+            await self._clear_away(error, supervisor, proxy)
+            if failure is error:
+                raise
+            raise failure from error.__cause__ or error
         finally:
             self._patience = None
         return proxy
+
+    async def _clear_away(
+        self, error: BaseException, supervisor: Supervisor | None, proxy: RemotePluginProxy | None
+    ) -> None:
+        """See that a load that failed leaves no process."""
+        if proxy is not None:
+            await proxy.kill()
+        elif supervisor is not None and isinstance(error, TimeoutError) and not self._closed:
+            answered = self._template is not None and self._template.began
+            if not answered:
+                supervisor.dismiss()
+        self._log.close()
+        await self._leave_template()
+
+    def _is_copied(self, settings: InstanceSettings) -> bool:
+        """Whether its process is a copy of a template. A confidential run shares nothing, not even that."""
+        return settings.meta.preload and not self.seat.run
+
+    async def _spawn(self, supervisor: Supervisor, settings: InstanceSettings, folder: Path) -> WorkerProcess:
+        environment = self._environment(settings, folder, settings.worker_env(self.seat.tenant_id))
+        if not self._is_copied(settings):
+            return await supervisor.spawn(env=environment, cwd=folder, isolation=settings.isolation)
+        template = await self._join_template(settings, folder)
+        return await template.copy(
+            supervisor,
+            environment,
+            own_env=self._environment(settings, folder, settings.meta.plain_env),
+            required_layers=settings.required_layers,
+            on_line=self._log.line,
+            on_progress=lambda *_: self._be_patient(settings.load_timeout),
+        )
+
+    @property
+    def _template(self) -> Template | None:
+        return self._copied_from[1] if self._copied_from is not None else None
+
+    async def _join_template(self, settings: InstanceSettings, folder: Path) -> Template:
+        install, code = settings.meta.manifest.install, settings.meta.manifest.code
+        key = TemplateKey(
+            plugin_name=code.name,
+            python=install.python_path,
+            module=code.module,
+            folder=folder,
+            isolation=settings.isolation,
+        )
+        if self._copied_from is None or self._copied_from[0] != key:
+            await self._leave_template()
+            self._copied_from = key, self._templates.join(key)
+        return self._copied_from[1]
+
+    async def _leave_template(self) -> None:
+        if self._copied_from is not None:
+            (key, _), self._copied_from = self._copied_from, None
+            await self._templates.leave(key)
 
     def _be_patient(self, seconds: float) -> None:
         """Count anew: it is silence that is limited, not the time a load takes."""
         if self._patience is not None and not self._closed and not self._patience.expired():
             self._patience.reschedule(asyncio.get_running_loop().time() + seconds)
 
-    def _environment(self, settings: InstanceSettings, folder: Path) -> dict[str, str]:
-        return worker_environment(
-            settings.meta.manifest.install.python_path,
-            folder,
-            settings.worker_env(self.seat.tenant_id),
-            keeps_data=not settings.meta.stateless,
-        )
+    def _environment(self, settings: InstanceSettings, folder: Path, declared: Mapping[str, str]) -> dict[str, str]:
+        python = settings.meta.manifest.install.python_path
+        return worker_environment(python, folder, declared, keeps_data=not settings.meta.stateless)
 
     def _load_error(self, error: Exception, phase: str, proxy: RemotePluginProxy | None) -> PluginError:
         settings = self._settings()
@@ -233,9 +290,11 @@ class TenantWorker:
             return error
         if isinstance(error, PluginLoadError):
             phase = error.phase
+        lines = proxy.log_tail if proxy is not None else ()
+        if proxy is None and self._template is not None:
+            lines = self._template.log_tail
         if isinstance(error, TimeoutError):
             error = PluginTimeoutError(f"not ready after {settings.load_timeout} s without progress")
-        tail = proxy.log_tail[-20:] if proxy is not None else ()
         return PluginLoadError(
-            f"plugin {name!r} failed in phase {phase!r}: {error}", plugin_name=name, phase=phase, log_tail=tail
+            f"plugin {name!r} failed in phase {phase!r}: {error}", plugin_name=name, phase=phase, log_tail=lines[-20:]
         )

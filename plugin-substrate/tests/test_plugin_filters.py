@@ -8,18 +8,19 @@ import os
 import struct
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plugin_substrate.worker import kernel, landlock
+from plugin_substrate.worker import kernel, landlock, seccomp
 from plugin_substrate.worker.landlock import Access
 from plugin_substrate.worker.seccomp import FilterRules, assemble
 from plugin_substrate.worker.syscall_numbers import HIGHEST_KNOWN, NUMBERS
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-ALLOW, KILL = 0x7FFF0000, 0x80000000
+ALLOW, ASK, KILL = 0x7FFF0000, 0x7FC00000, 0x80000000
 PID = 4711
 STRICT = FilterRules(network=False, processes=False, pid=PID, landlock_abi=7)
 
@@ -48,10 +49,15 @@ def run(program: bytes, number: int, arguments: tuple[int, ...] = (), architectu
 
 
 def answer(machine: str, rules: FilterRules, name: str, *arguments: int) -> str:
-    """Return the errno's name a call gets, ``done`` for one that is answered without being made, else empty."""
+    """Return the errno's name a call gets, ``done`` for one that is answered without being made, else empty.
+
+    ``asked`` is one that the holder of the filter decides.
+    """
     verdict = run(assemble(machine, rules), NUMBERS[machine][name], arguments, ARCHITECTURES[machine])
     if verdict == ALLOW:
         return ""
+    if verdict == ASK:
+        return "asked"
     return errno.errorcode[verdict & 0xFFFF] if verdict & 0xFFFF else "done"
 
 
@@ -142,14 +148,15 @@ def test_landlock_holds_as_much_as_an_older_kernel_knows(abi: int, tmp_path: Pat
     report, write_end = os.pipe()
     child = os.fork()
     if child == 0:
-        kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
-        landlock.kernel_abi = lambda: abi
-        held = landlock.restrict([(str(own), Access.CHANGE), (str(tmp_path / "none"), Access.READ)], tcp=False)
-        answers = [held == abi, _fails(outside / "file", "r"), _fails(outside / "file", "w"), _fails(own / "new", "w")]
-        os.write(write_end, bytes(answers))
-        os._exit(0)
+        try:
+            kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+            landlock.restrict([(str(own), Access.CHANGE), (str(tmp_path / "none"), Access.READ)], abi, tcp=False)
+            answers = [_fails(outside / "file", "r"), _fails(outside / "file", "w"), _fails(own / "new", "w")]
+            os.write(write_end, bytes(answers))
+        finally:
+            os._exit(0)
     os.close(write_end)
-    assert list(os.read(report, 10)) == [True, True, True, False]
+    assert list(os.read(report, 10)) == [True, True, False]
     os.close(report)
     os.waitpid(child, 0)
 
@@ -178,3 +185,41 @@ def test_the_numbers_are_those_of_the_systems_headers() -> None:
         }
         differing = {name for name, number in NUMBERS[machine].items() if known.get(name, str(number)) != str(number)}
         assert differing == set()
+
+
+@pytest.mark.parametrize("machine", sorted(ARCHITECTURES))
+def test_a_template_asks_for_a_plain_fork_and_to_end_with_its_parent_and_for_nothing_else(machine: str) -> None:
+    sigchld, set_tid, clear_tid, of_a_thread = 17, 0x01000000, 0x00200000, 0x003D0F00
+    rules = FilterRules(network=False, processes=False, pid=PID, landlock_abi=7, asks_to_fork=True)
+    assert answer(machine, rules, "clone", set_tid | clear_tid | sigchld) == "asked"
+    assert answer(machine, rules, "clone", of_a_thread) == ""
+    for flag in (0x100, 0x4000, 0x8000, 0x1000, 0x400, 0x20000000, 0x10000000):  # memory, vfork, parent, pidfd, ...
+        assert answer(machine, rules, "clone", flag | sigchld) == "EPERM"
+    assert answer(machine, rules, "prctl", kernel.PR_SET_PDEATHSIG, 9) == "asked"
+    for other in (0, 15):
+        assert answer(machine, rules, "prctl", kernel.PR_SET_PDEATHSIG, other) == "EPERM"
+    assert answer(machine, rules, "prctl", kernel.PR_SET_DUMPABLE, 1) == "EPERM"
+    assert answer(machine, rules, "execve") == "EPERM"
+    assert answer(machine, rules, "socket", 2, 1) == "EPERM"
+    assert answer(machine, rules, "kill", PID + 1, 0) == "", "it ends at Landlock"
+    older = FilterRules(network=False, processes=False, pid=PID, landlock_abi=5, asks_to_fork=True)
+    assert answer(machine, older, "kill", PID, 0) == "EPERM"
+    assert answer(machine, older, "kill", 0, 0) == ""
+
+
+@pytest.mark.parametrize("machine", sorted(ARCHITECTURES))
+def test_what_a_copy_may_do_is_what_a_worker_may(machine: str) -> None:
+    """The stricter answer of its template's filter and its own holds."""
+    theirs = FilterRules(network=False, processes=False, pid=PID - 1, landlock_abi=7, asks_to_fork=True)
+    for name, arguments in {
+        "clone": (17,), "kill": (PID + 1,), "tgkill": (PID + 1,), "prctl": (kernel.PR_SET_PDEATHSIG, 9),
+        "ptrace": (), "socket": (2,), "execve": (), "unshare": (),
+    }.items():  # fmt: skip
+        assert answer(machine, STRICT, name, *arguments) == "EPERM"
+        assert answer(machine, theirs, name, *arguments) in ("EPERM", "asked", "")
+
+
+def test_a_program_made_before_its_process_is_the_one_made_for_it() -> None:
+    for rules in (STRICT, FilterRules(network=True, processes=True, pid=PID, landlock_abi=5)):
+        early = seccomp.prepare(replace(rules, pid=seccomp.ANY_PID))
+        assert early.replace(struct.pack("=I", seccomp.ANY_PID), struct.pack("=I", PID)) == seccomp.prepare(rules)

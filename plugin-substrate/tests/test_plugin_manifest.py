@@ -26,6 +26,7 @@ VALID: dict[str, Any] = {
         "interface": "plugin_substrate.interface.PluginInterface",
         "idempotent": True,
         "stateless": False,
+        "preload": False,
         "capabilities": ["bom.read"],
         "config_schema": {"type": "object"},
     },

@@ -51,8 +51,8 @@ _MAX_DESCRIPTION_BYTES = 1 << 20
 _NOT_SOURCE = {"__pycache__", ".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache"}
 _BUILD_OUTPUT = {"build", "dist"}
 _CODE_KEYS = frozenset({
-    "name", "version", "description", "module", "class", "interface", "idempotent", "stateless", "capabilities",
-    "taxonomy", "resources", "config_schema", "worker_env", "isolation",
+    "name", "version", "description", "module", "class", "interface", "idempotent", "stateless", "preload",
+    "capabilities", "taxonomy", "resources", "config_schema", "worker_env", "isolation",
 })  # fmt: skip
 
 

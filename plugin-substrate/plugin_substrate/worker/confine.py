@@ -6,12 +6,14 @@ cannot take back, so this is as strong as an outer launcher. Outside Linux the l
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
+import socket
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from plugin_substrate.worker import kernel, landlock, privileges, seccomp
 from plugin_substrate.worker.isolation import IsolationProfile
@@ -19,14 +21,16 @@ from plugin_substrate.worker.landlock import Access
 from plugin_substrate.worker.reach import OUR_FILES, PLAIN_DEVICES, environment_paths, readable_paths
 
 __all__ = [
-    "FIRST_FREE_DESCRIPTOR", "OUR_FILES", "Confinement", "ConfinementError", "close_descriptors", "confine_supervisor",
-    "confine_worker", "die_with_parent", "environment_paths",
+    "FIRST_FREE_DESCRIPTOR", "OUR_FILES", "Confinement", "ConfinementError", "Plan", "close_descriptors",
+    "confine_forked_worker", "confine_supervisor", "confine_worker", "die_with_parent", "environment_paths",
+    "make_plan",
 ]  # fmt: skip
 
 #: The first descriptor after standard input, output and error.
 FIRST_FREE_DESCRIPTOR = 3
 #: Not RLIMIT_NOFILE: what is open above a limit stays open when the limit is lowered. This is the kernel's own bound.
 _HIGHEST_DESCRIPTOR = 1 << 20
+_OUT_OF_THE_WAY = 16  # of the numbers that are given anew
 
 #: Private memory over the limit on resident memory: the stacks of 128 threads, which mostly are never touched.
 _UNTOUCHED_BYTES = 1 << 30
@@ -38,26 +42,57 @@ class ConfinementError(OSError):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the layers of a profile come to on this machine, all but what each worker has of its own.
+
+    It is made once, by the process that workers are forked from, which then share it: for each to make it anew would
+    touch some hundred pages of memory, and take longer than everything else that confines it.
+    """
+
+    profile: IsolationProfile
+    landlock_abi: int
+    file_rules: tuple[tuple[str, int], ...]
+    filter_program: bytes
+    asking_program: bytes = b""  #: the filter of a template
+
+
+@dataclass(frozen=True, kw_only=True)
 class Confinement:
     """How to confine one worker. ``folder`` is its own, ``parent`` the process whose end must be its own too.
 
     ``apart`` says that it is the first process of a process id namespace, and tied to its parent already; ``own_uid``
-    is who it has become, None where it is still its parent's user.
+    is who it has become, None where it is still its parent's user. ``ask_through`` is for a template: the socket to the
+    process that it has to ask before each fork, and which is sent the descriptor for that.
     """
 
-    profile: IsolationProfile
+    plan: Plan
     folder: str
     parent: int
     apart: bool = False
     own_uid: int | None = None
+    ask_through: socket.socket | None = None
+
+
+def make_plan(profile: IsolationProfile, *, template: bool = False) -> Plan:
+    """Work out what confines any worker with a profile, or a template and its copies."""
+    abi = landlock.spoken_abi() if _LINUX else 0
+    rules = seccomp.FilterRules(
+        network=profile.network, processes=profile.processes > 0, pid=seccomp.ANY_PID, landlock_abi=abi
+    )
+    return Plan(
+        profile=profile,
+        landlock_abi=abi,
+        file_rules=tuple((path, int(access)) for path, access in _file_rules(profile)),
+        filter_program=seccomp.prepare(rules),
+        asking_program=seccomp.prepare(replace(rules, asks_to_fork=True)) if template else b"",
+    )
 
 
 def confine_worker(confinement: Confinement) -> tuple[str, ...]:
     """Confine this process and return the layers that hold. Raises `ConfinementError`; the caller must then exit."""
-    profile = confinement.profile
     os.setsid()
     os.umask(0o077)
-    _limit_resources(profile)
+    _limit_resources(confinement.plan.profile)
     layers = ["clean_environment", "closed_descriptors", "new_session", "rlimits", "umask"]
     if _LINUX:
         try:
@@ -84,21 +119,22 @@ def die_with_parent(death_signal: signal.Signals, parent: int) -> None:
         raise ConfinementError("the parent process is gone")
 
 
-def close_descriptors(keep: int, errors_to: int) -> None:
-    """Keep one descriptor, renumbered to 3; send standard output and error to ``errors_to``; close everything else."""
-    keep = os.dup(keep)  # out of the way of the numbers that follow
+def close_descriptors(keep: Sequence[int], errors_to: int) -> None:
+    """Keep some, renumbered from 3 on; send standard output and error to ``errors_to``; close everything else."""
+    keep = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _OUT_OF_THE_WAY) for descriptor in keep]
     errors_to = os.dup(errors_to)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(errors_to, 1)
     os.dup2(errors_to, 2)
-    os.dup2(keep, FIRST_FREE_DESCRIPTOR, inheritable=False)
-    os.closerange(FIRST_FREE_DESCRIPTOR + 1, _HIGHEST_DESCRIPTOR)
+    for number, descriptor in enumerate(keep, FIRST_FREE_DESCRIPTOR):
+        os.dup2(descriptor, number, inheritable=False)
+    os.closerange(FIRST_FREE_DESCRIPTOR + len(keep), _HIGHEST_DESCRIPTOR)
 
 
 def _confine_on_linux(confinement: Confinement) -> list[str]:
     """Put the layers in place in the one order that works: each still needs what the next takes away."""
-    profile = confinement.profile
+    plan = confinement.plan
     if not confinement.apart:  # there, nobody can see the parent
         die_with_parent(signal.SIGKILL, confinement.parent)
     layers = ["disk_sampled", "memory_sampled", "parent_death_signal", *_end_of_descendants(confinement)]
@@ -109,33 +145,50 @@ def _confine_on_linux(confinement: Confinement) -> list[str]:
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     layers += ["no_new_privs", "not_dumpable"]
-    abi = landlock.restrict(_file_rules(confinement), tcp=profile.network)
-    if abi:
-        layers.append(f"landlock:{abi}")
-    rules = seccomp.FilterRules(
-        network=profile.network, processes=profile.processes > 0, pid=os.getpid(), landlock_abi=abi
-    )
-    if seccomp.install(rules):
+    if plan.landlock_abi:
+        own = (confinement.folder, int(Access.CHANGE))
+        landlock.restrict((*plan.file_rules, own), plan.landlock_abi, tcp=plan.profile.network)
+        layers.append(f"landlock:{plan.landlock_abi}")
+    if confinement.ask_through is not None:
+        _ask_before_forks(plan, confinement.ask_through)
+    elif plan.filter_program:
+        seccomp.install(plan.filter_program, os.getpid())
+    if plan.filter_program:
         layers.append("seccomp")
     return layers
+
+
+def confine_forked_worker(plan: Plan, supervisor: int) -> None:
+    """Do, in the child of a template, what a process does not inherit. The supervisor sees to it that it is done."""
+    os.setsid()
+    die_with_parent(signal.SIGKILL, supervisor)
+    seccomp.install(plan.filter_program, os.getpid())
+
+
+def _ask_before_forks(plan: Plan, supervisor: socket.socket) -> None:
+    gate = seccomp.install_asking(plan.asking_program, os.getpid())
+    try:
+        socket.send_fds(supervisor, [b"gate"], [gate])
+    finally:
+        os.close(gate)
 
 
 def _end_of_descendants(confinement: Confinement) -> list[str]:
     """Return what ends the processes that a plugin may have: the kernel, or who of us finds them."""
     if confinement.apart:
         return ["pid_namespace"]
-    return ["descendants_swept"] if confinement.profile.processes else []
+    may_leave_some = confinement.plan.profile.processes or confinement.ask_through
+    return ["descendants_swept"] if may_leave_some else []
 
 
-def _file_rules(confinement: Confinement) -> Iterator[tuple[str, Access]]:
-    """Return what may be done where. What a plugin wrote it may never execute."""
-    profile = confinement.profile
+def _file_rules(profile: IsolationProfile) -> Iterator[tuple[str, Access]]:
+    """Return what may be done where, besides the worker's own folder. What a plugin wrote it may never execute."""
     read = Access.RUN if profile.processes else Access.READ
     for path in (*environment_paths(), *readable_paths(network=profile.network), *profile.read_paths):
         yield path, read
     for path in (*PLAIN_DEVICES, *profile.devices):
         yield path, Access.DEVICE
-    for path in (confinement.folder, *profile.write_paths):
+    for path in profile.write_paths:
         yield path, Access.CHANGE
 
 

@@ -23,11 +23,13 @@ _STARTED_WITH = sys.flags
 
 
 def enter_environment() -> None:
-    """Run the environment's start-up code, and no longer say that it did not run.
+    """Run the environment's start-up code, and no longer say that it did not run; nothing where it ran already.
 
     A Python that plugin code starts inherits this process's flags in many libraries (multiprocessing's way of starting
     its helpers): with ``-S`` among them it would not find the environment.
     """
+    if sys.flags is not _STARTED_WITH:
+        return
     site.main()
     no_site = _STARTED_WITH.__match_args__.index("no_site")
     sys.flags = FlagsWithSite(0 if index == no_site else value for index, value in enumerate(_STARTED_WITH))  # type: ignore[assignment]

@@ -62,15 +62,19 @@ def kernel_abi() -> int:
         return 0
 
 
-def restrict(rules: Iterable[tuple[str, Access]], *, tcp: bool) -> int:
-    """Confine this process to the rules; returns the version in force, 0 when the kernel has no Landlock.
+def spoken_abi() -> int:
+    """Return the version that the kernel and this module both speak."""
+    return min(kernel_abi(), HIGHEST_ABI)
+
+
+def restrict(rules: Iterable[tuple[str, int]], abi: int, *, tcp: bool) -> None:
+    """Confine this process to the rules, rights below paths, in the version that `spoken_abi` returned; not for 0.
 
     Needs no_new_privs. A path that does not exist, or that this process may not see, gives nothing. Signals and
     abstract sockets reach only processes confined with it, TCP nobody unless ``tcp``; as far as the version knows them.
     """
-    abi = min(kernel_abi(), HIGHEST_ABI)
     if abi == 0:
-        return 0
+        return
     handled = _EVERYTHING
     for since, right in _SINCE:
         if abi < since:
@@ -80,11 +84,10 @@ def restrict(rules: Iterable[tuple[str, Access]], *, tcp: bool) -> int:
     ruleset = system_call(_CREATE_RULESET, attributes, size, 0)
     try:
         for path, access in rules:
-            _allow(ruleset, path, int(access) & handled)  # flags are slow to combine
+            _allow(ruleset, path, access & handled)
         system_call(_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
-    return abi
 
 
 def _allow(ruleset: int, path: str, access: int) -> None:

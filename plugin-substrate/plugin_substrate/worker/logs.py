@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import threading
@@ -54,11 +55,15 @@ class LogStream(io.RawIOBase):
             self._emit_line(call_id, line)
         return len(raw)
 
-    def write_directly(self) -> None:
-        """Forget calls and write to the descriptor; for a forked process, where a lock may be held for ever."""
+    def emit_to(self, emit: Emit) -> None:
+        """Forget open lines and send what is written from now on elsewhere; for a process where nobody else writes."""
         self._lock = threading.Lock()
         self._partial = {}
-        self._emit = lambda _, line: os.write(self._descriptor, f"{line}\n".encode(errors="replace"))
+        self._emit = emit
+
+    def write_directly(self) -> None:
+        """Forget calls and write to the descriptor; for a forked process, where a lock may be held for ever."""
+        self.emit_to(lambda _, line: os.write(self._descriptor, f"{line}\n".encode(errors="replace")))
 
     def end_call(self, call_id: str) -> None:
         """Emit the line that a finished call left open."""
@@ -79,3 +84,8 @@ def capture_output(emit: Emit) -> tuple[LogStream, LogStream]:
         for stream in streams
     )
     return streams
+
+
+def log_to_output() -> None:
+    """Have what is logged through `logging` become log lines too."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)

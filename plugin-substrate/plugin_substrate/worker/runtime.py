@@ -13,7 +13,6 @@ import logging
 import os
 import queue
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -24,11 +23,11 @@ from typing import Any, NoReturn
 from plugin_substrate.errors import PluginCancelledError, PluginConfigError, ProtocolError, WireValueError
 from plugin_substrate.interface import ActiveCall, CallContext, PluginInterface, current_call
 from plugin_substrate.worker import verbs
+from plugin_substrate.worker.conversation import Conversation
 from plugin_substrate.worker.failures import describe_error
-from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame
+from plugin_substrate.worker.frames import Frame
 from plugin_substrate.worker.interpreter import enter_environment
-from plugin_substrate.worker.logs import LOG_FORMAT, capture_output
-from plugin_substrate.worker.messages import Inbox, encode_message
+from plugin_substrate.worker.logs import LogStream, capture_output, log_to_output
 from plugin_substrate.worker.streams import ChunkStream, StreamSender
 from plugin_substrate.worker.usage import CallMeter
 from plugin_substrate.worker.values import pack_value, unpack_value
@@ -41,27 +40,26 @@ _CONTEXT_FIELDS = {field.name for field in fields(CallContext)}
 class WorkerRuntime:
     """Serves one socket until its host closes it or asks to unload."""
 
-    def __init__(self, connection: socket.socket, layers: tuple[str, ...]) -> None:
-        self._connection = connection
+    def __init__(
+        self, connection: socket.socket, layers: tuple[str, ...], output: tuple[LogStream, ...] | None = None
+    ) -> None:
+        """``output`` are the streams that take what is printed, where a template has put them in place already."""
+        self._conversation = Conversation(connection)
+        self._send = self._conversation.send
         self._layers = layers
-        self._send_lock = threading.Lock()
         self._tasks: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._calls: dict[str, ActiveCall] = {}
         self._streams: dict[str, ChunkStream] = {}
         self._stream_sender = StreamSender()
         self._plugin: PluginInterface | None = None
-        self._log_streams = capture_output(self._send_log)
+        self._log_streams = output or capture_output(self._conversation.send_log)
+        for stream in self._log_streams:
+            stream.emit_to(self._conversation.send_log)
 
     def serve(self) -> NoReturn:
         """Run until the end of the process: the main thread executes, a second one reads."""
         os.register_at_fork(after_in_child=self._leave_conversation)
-        self._send({
-            "type": "hello",
-            "protocol": PROTOCOL_VERSION,
-            "pid": os.getpid(),
-            "python": ".".join(map(str, sys.version_info[:3])),
-            "layers": list(self._layers),
-        })  # fmt: skip
+        self._conversation.greet(self._layers)
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         self._work()
 
@@ -71,11 +69,11 @@ class WorkerRuntime:
             while True:
                 self._tasks.get()()
         except BaseException:  # noqa: BLE001 - foreign code may have broken anything
-            _die()
+            die()
 
     def _read(self) -> NoReturn:
         """Hear the host; whatever ends this thread ends the process, as nobody could cancel a call any more."""
-        inbox = Inbox(self._connection)
+        inbox = self._conversation.inbox
         try:
             while count := inbox.receive():
                 for frame in inbox.frames(count):
@@ -83,7 +81,7 @@ class WorkerRuntime:
         except OSError:
             pass  # the host is gone, just as when the stream ends
         except BaseException:  # noqa: BLE001 - foreign code may have broken anything
-            _die()
+            die()
         os._exit(0)
 
     def _handle(self, frame: Frame) -> None:
@@ -107,10 +105,10 @@ class WorkerRuntime:
 
     def _load(self, frame: Frame) -> None:
         request, started, phase = frame.header, time.monotonic(), "environment"
-        entered = current_call.set(self._loading())
+        entered = current_call.set(self._conversation.loading())
         try:
             enter_environment()
-            logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
+            log_to_output()
             phase = "import"
             module = importlib.import_module(request["module"])
             phase = "class"
@@ -130,16 +128,6 @@ class WorkerRuntime:
         for number in range(1, request["threads"]):
             threading.Thread(target=self._work, name=f"executor-{number}", daemon=True).start()
         self._send({"type": "ready", "seconds": time.monotonic() - started})
-
-    def _loading(self) -> ActiveCall:
-        """Return what stands for a call while there is none, so that a slow start can report its progress."""
-        return ActiveCall(
-            CallContext(call_id=""),
-            on_progress=lambda progress, message: self._send(
-                {"type": "loading", "progress": progress, "message": message[:1000]}
-            ),
-            on_usage=lambda _: None,
-        )
 
     def _unload(self) -> None:
         if self._plugin is not None:
@@ -180,8 +168,8 @@ class WorkerRuntime:
     def _register(self, context: CallContext) -> ActiveCall:
         call = ActiveCall(
             context,
-            on_progress=lambda progress, message: self._send(
-                {"type": "progress", "id": call.context.call_id, "progress": progress, "message": message[:1000]}
+            on_progress=lambda progress, message: self._conversation.send_progress(
+                {"type": "progress", "id": call.context.call_id}, progress, message
             ),
             on_usage=lambda usage: self._send({"type": "usage", "id": call.context.call_id, "usage": usage}),
         )
@@ -243,30 +231,14 @@ class WorkerRuntime:
 
     def _leave_conversation(self) -> None:
         """Keep a forked process from speaking for the worker: it has no call, and the log pipe alone."""
-        self._connection.close()
+        self._conversation.connection.close()
         current_call.set(None)
         for stream in self._log_streams:
             stream.write_directly()
 
-    def _send_log(self, call_id: str, line: str) -> None:
-        self._send({"type": "log", "id": call_id, "line": line})
-
     def _flush_logs(self, call_id: str) -> None:
         for stream in self._log_streams:
             stream.end_call(call_id)
-
-    def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
-        message = encode_message(header, segments or [])
-        first, *rest = message.pieces
-        try:
-            with self._send_lock:
-                sent = socket.send_fds(self._connection, [first], message.descriptors) if message.descriptors else 0
-                self._connection.sendall(memoryview(first)[sent:])
-                for piece in rest:
-                    self._connection.sendall(piece)
-        except OSError:
-            os._exit(0)  # the host is gone, and with it everyone this work was for
-        message.close()
 
 
 def _call_plugin(plugin: PluginInterface, arguments: Any) -> Any:
@@ -289,7 +261,7 @@ def _stream_plugin(plugin: PluginInterface, arguments: Any, stream: ChunkStream)
             stream.flush()
 
 
-def _die() -> NoReturn:
+def die() -> NoReturn:
     """End the process with the traceback of what could not be survived."""
     try:
         os.write(2, traceback.format_exc().encode(errors="replace"))

@@ -9,26 +9,30 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import signal
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from plugin_substrate.worker.kernel import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, PR_SET_SECCOMP, prctl
+from plugin_substrate.worker.kernel import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, PR_SET_SECCOMP, prctl, system_call
 from plugin_substrate.worker.landlock import SIGNAL_ABI
-from plugin_substrate.worker.syscall_numbers import HIGHEST_KNOWN, NUMBERS
+from plugin_substrate.worker.syscall_numbers import HIGHEST_KNOWN, NUMBERS, SECCOMP
 
 _MODE_FILTER = 2
+_SET_FILTER, _GET_ACTION_AVAILABLE = 1, 2  # operations of seccomp(2)
+_NEW_LISTENER = 1 << 3
 
 # Classic BPF: operation codes, and where the kernel puts what in the data it shows to a filter.
 _LOAD, _EQUAL, _GREATER, _GREATER_EQUAL, _ANY_BIT, _RETURN = 0x20, 0x15, 0x25, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, 16
-_ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_ALLOW, _ASK, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x7FC00000, 0x80000000, 0x00050000
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _X32_BIT = 0x40000000
 _ALL_BITS = 0xFFFFFFFF
 
 _CLONE_THREAD = 0x00010000
 _CLONE_NEW_NAMESPACES = 0x7E020000
+_OF_A_FORK = 0x01200000 | 0xFF  # CLONE_CHILD_SETTID, CLONE_CHILD_CLEARTID, and the signal that tells of its end
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 _SOCK_STREAM, _SOCK_DGRAM, _SOCK_FLAGS = 1, 2, 0o2004000
 _SET_ID_BITS = 0o6000
@@ -62,18 +66,30 @@ _OF_OTHERS = ("sched_setaffinity", "sched_setparam", "sched_setscheduler", "sche
 #: RLIMIT_LOCKS, which the kernel keeps and no longer uses: supervisors are marked by it, see `plugin_substrate.sweep`.
 MARK_LIMIT = 10
 
+#: Stands for the process that will be filtered, where a program is made before there is one; no process has it.
+ANY_PID = 0x7E5A_1C3B
+_ANY_PID_BYTES = struct.pack("=I", ANY_PID)
+_INSTRUCTION = struct.Struct("=HBBI")
+
 _Instruction = tuple[int, int, int, int]
 _Block = list[_Instruction]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterRules:
-    """What a filter leaves open. ``pid`` is the process that is filtered, ``landlock_abi`` what else confines it."""
+    """What a filter leaves open. ``pid`` is the process that is filtered, ``landlock_abi`` what else confines it.
+
+    A program for `ANY_PID` is completed when it is installed.
+
+    With ``asks_to_fork`` a plain fork, and tying one's end to the parent's, are what the holder of the filter's
+    descriptor says; not together with ``processes``.
+    """
 
     network: bool
     processes: bool
     pid: int
     landlock_abi: int
+    asks_to_fork: bool = False
 
 
 def supported() -> bool:
@@ -81,18 +97,49 @@ def supported() -> bool:
     return os.uname().machine in _AUDIT_ARCHITECTURE
 
 
-def install(rules: FilterRules) -> bool:
-    """Filter this process and its children from now on; False where there is no filter for the architecture.
-
-    Needs no_new_privs. The kernel's refusal is an OSError.
-    """
+def prepare(rules: FilterRules) -> bytes:
+    """Return the program for this machine; empty where there is no filter for the architecture."""
     if not supported():
-        return False
+        return b""
     program = assemble(os.uname().machine, rules)
-    held = ctypes.create_string_buffer(program, len(program))
-    # struct sock_fprog: the number of instructions, padding, their address
-    prctl(PR_SET_SECCOMP, _MODE_FILTER, struct.pack("@HP", len(program) // 8, ctypes.addressof(held)))
+    numbers = [value for _, _, _, value in _INSTRUCTION.iter_unpack(program)]
+    if program.count(_ANY_PID_BYTES) != numbers.count(ANY_PID):
+        raise AssertionError("the place of a process id cannot be told from the rest of the program")
+    return program
+
+
+def install(program: bytes, pid: int) -> None:
+    """Filter this process and its children from now on. Needs no_new_privs. The kernel's refusal is an OSError."""
+    _, described = _of_process(program, pid)
+    prctl(PR_SET_SECCOMP, _MODE_FILTER, described)
+
+
+def can_ask() -> bool:
+    """Whether this machine's filters can put a system call to another process."""
+    machine = os.uname().machine
+    if machine not in SECCOMP or not supported():
+        return False
+    try:
+        system_call(SECCOMP[machine], _GET_ACTION_AVAILABLE, 0, struct.pack("=I", _ASK))
+    except OSError:
+        return False
     return True
+
+
+def install_asking(program: bytes, pid: int) -> int:
+    """Like `install`, of rules with ``asks_to_fork``; returns the descriptor that questions arrive on (`fork_gate`).
+
+    When nobody holds that any more, all that is asked is refused.
+    """
+    _, described = _of_process(program, pid)
+    return system_call(SECCOMP[os.uname().machine], _SET_FILTER, _NEW_LISTENER, described)
+
+
+def _of_process(program: bytes, pid: int) -> tuple[object, bytes]:
+    """Return struct sock_fprog (the number of instructions, padding, their address), and what must outlive its use."""
+    own = program.replace(_ANY_PID_BYTES, struct.pack("=I", pid))
+    held = ctypes.create_string_buffer(own, len(own))
+    return held, struct.pack("@HP", len(own) // _INSTRUCTION.size, ctypes.addressof(held))
 
 
 def assemble(machine: str, rules: FilterRules) -> bytes:
@@ -109,7 +156,7 @@ def assemble(machine: str, rules: FilterRules) -> bytes:
         if name in numbers:  # each architecture lacks some
             program += _when(_EQUAL, numbers[name], block)
     program.append((_RETURN, 0, 0, _ALLOW))
-    return b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+    return b"".join(_INSTRUCTION.pack(*instruction) for instruction in program)
 
 
 def _blocks(rules: FilterRules) -> Mapping[str, _Block]:
@@ -127,6 +174,8 @@ def _blocks(rules: FilterRules) -> Mapping[str, _Block]:
     blocks |= _file_modes()
     blocks |= _processes(rules)
     blocks |= _network(rules.network)
+    if rules.asks_to_fork:
+        blocks |= _forks_on_request(rules)
     if rules.landlock_abi < 3:
         blocks["truncate"] = _refuse()
     return blocks
@@ -176,6 +225,22 @@ def _processes(rules: FilterRules) -> dict[str, _Block]:
     return blocks
 
 
+def _forks_on_request(rules: FilterRules) -> dict[str, _Block]:
+    """Ask for what the C library's fork does and for nothing else; processes may signal themselves.
+
+    A filter cannot name the processes that are yet to come. What they may signal is bounded by Landlock where it knows
+    signals, and is else nobody, not even themselves.
+    """
+    others = [_argument(0), *_when(_ANY_BIT, ~_OF_A_FORK & 0xFFFFFFFF, _refuse()), *_ask()]
+    tie = [_argument(1), *_when(_EQUAL, signal.SIGKILL, _ask()), *_refuse()]
+    blocks = {
+        "clone": [_argument(0), *_when(_ANY_BIT, _CLONE_THREAD, _clone_of_thread()), *others],
+        "prctl": [_argument(0), *_when(_EQUAL, PR_SET_PDEATHSIG, tie), *_not_any(0, (PR_SET_DUMPABLE,))],
+    }
+    signals = ("kill", "tgkill", "rt_sigqueueinfo", "rt_tgsigqueueinfo")
+    return blocks | dict.fromkeys(signals, _pass() if rules.landlock_abi >= SIGNAL_ABI else _only(0, (0,)))
+
+
 def _clone_of_thread() -> _Block:
     return [*_when(_ANY_BIT, _CLONE_NEW_NAMESPACES, _refuse()), *_pass()]
 
@@ -200,6 +265,10 @@ def _argument(position: int) -> _Instruction:
 
 def _upper_half(position: int) -> _Instruction:
     return (_LOAD, 0, 0, _ARGUMENTS_AT + 8 * position + 4)
+
+
+def _ask() -> _Block:
+    return [(_RETURN, 0, 0, _ASK)]
 
 
 def _pass() -> _Block:

@@ -4,8 +4,10 @@ It stays single-threaded, so that forking is well defined, and listens to its co
 gone, however it went, the socket ends: everything below is killed and reaped until nothing is left, then it exits.
 
 Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "isolation": {...},
-"uid": n}`` (null to stay who we are) with two descriptors (the worker's socket and its log pipe). To the host:
-``{"spawned": n, "pid": p}`` with a pidfd, ``{"refused": n, "reason": ...}``, and ``{"exited": n, "returncode": r,
+"uid": n}`` (null to stay who we are) with two descriptors (the worker's socket and its log pipe); with ``"template":
+true`` it is a template that is forked, and with ``"copy_of": m`` the worker is forked from the one with that number,
+which is answered ``{"ordered": n}`` first. To the host: ``{"spawned": n, "pid": p}`` with a pidfd, ``{"refused": n,
+"reason": ...}``, and ``{"exited": n, "returncode": r,
 "excess": {...}}`` (a negative return code is the signal, as in subprocess; ``excess``, when not null, is what it was
 killed for). ``{"stats": n}`` is answered with ``{"stats": n, "figures": {...}}``, see `process_stats`.
 """
@@ -23,14 +25,16 @@ import sys
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from plugin_substrate.errors import PluginConfigError
-from plugin_substrate.worker import confine, disk, namespaces, own_user, privileges, runtime, watch
+from plugin_substrate.worker import confine, disk, namespaces, own_user, privileges, runtime, seccomp, watch
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.own_user import Reach
+from plugin_substrate.worker.template import Template
+from plugin_substrate.worker.templates import TemplateLink
 from plugin_substrate.worker.usage import process_stats
 
 MAX_MESSAGE_BYTES = 1 << 16
@@ -56,6 +60,7 @@ class _Worker:
     profile: IsolationProfile
     folder: disk.FolderWatch
     excess: watch.Excess | None = None  #: what it was killed for
+    link: TemplateLink | None = None  #: when it is a template
 
 
 class _Supervisor:
@@ -64,18 +69,19 @@ class _Supervisor:
         self._host = host
         self._workers: dict[int, _Worker] = {}  # by pid
         self._closed_to_others: set[tuple[str, ...]] = set()  # what a plugin's own user was found not to reach
+        self._plans: dict[tuple[IsolationProfile, bool], confine.Plan] = {}
         self._look_at = math.inf
+        self._poll = select.poll()
         self._wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in _WAKING:
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
 
     def serve(self) -> None:
-        poll = select.poll()
-        poll.register(self._control, select.POLLIN)
-        poll.register(self._wake, select.POLLIN)
+        self._poll.register(self._control, select.POLLIN)
+        self._poll.register(self._wake, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in poll.poll(self._until_next_look())}
+            ready = {descriptor for descriptor, _ in self._poll.poll(self._until_next_look())}
             try:
                 if self._wake in ready:
                     os.read(self._wake, 512)
@@ -84,6 +90,7 @@ class _Supervisor:
                         return
                 if self._control.fileno() in ready and not self._handle():
                     return
+                self._hear_templates(ready)
                 self._look()
             except (BrokenPipeError, ConnectionResetError):
                 return
@@ -105,26 +112,78 @@ class _Supervisor:
         return True
 
     def _spawn(self, request: dict[str, Any], descriptors: list[int]) -> None:
-        number, me = request["spawn"], os.getpid()
         try:
-            profile = IsolationProfile.from_json(request["isolation"])
-            uid = self._own_uid(request, profile)
-            pid, apart = _fork(profile, uid)
+            if "copy_of" in request:
+                self._link_of(request["copy_of"]).place(request, descriptors)
+                begun = None
+            elif request.get("template"):
+                begun = self._fork_template(request, descriptors)
+            else:
+                begun = self._fork_worker(request, descriptors)
         except (OSError, PluginConfigError) as error:
-            self._send({"refused": number, "reason": str(error)})
+            self._send({"refused": request["spawn"], "reason": str(error)})
             return
-        if pid == 0:
-            confinement = confine.Confinement(
-                profile=profile, folder=request["cwd"], parent=me, apart=apart, own_uid=uid
+        if begun is None:
+            self._send({"ordered": request["spawn"]})
+        else:
+            self._began(*begun)
+
+    def _fork_template(self, request: dict[str, Any], descriptors: list[int]) -> tuple[int, _Worker]:
+        if not seccomp.can_ask():
+            raise PluginConfigError(
+                "this kernel has no filter that could ask before a template forks; write `preload: false` under the "
+                "manifest's `overrides`"
             )
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            pid, worker = self._fork_worker(request, [*descriptors, theirs.fileno()])
+        worker.link = TemplateLink(ours, self._poll)
+        return pid, worker
+
+    def _fork_worker(self, request: dict[str, Any], descriptors: list[int]) -> tuple[int, _Worker]:
+        me, profile = os.getpid(), IsolationProfile.from_json(request["isolation"])
+        plan = self._plan(profile, template=request.get("template", False))
+        uid = self._own_uid(request, profile)
+        pid, apart = _fork(profile, uid)
+        if pid == 0:
+            confinement = confine.Confinement(plan=plan, folder=request["cwd"], parent=me, apart=apart, own_uid=uid)
             _become_worker(request, confinement, descriptors)
-        self._workers[pid] = _Worker(number, profile, disk.FolderWatch(request["cwd"], profile.disk_bytes))
+        return pid, _worker(request, profile)
+
+    def _plan(self, profile: IsolationProfile, *, template: bool) -> confine.Plan:
+        key = profile, template
+        if key not in self._plans:
+            self._plans[key] = confine.make_plan(profile, template=template)
+        return self._plans[key]
+
+    def _began(self, pid: int, worker: _Worker) -> None:
+        """Look after a worker from now on, and tell the host."""
+        self._workers[pid] = worker
         self._look_at = 0.0
         pidfd = os.pidfd_open(pid)  # still our unreaped child, so the pid cannot mean another process
         try:
-            self._send({"spawned": number, "pid": pid}, [pidfd])
+            self._send({"spawned": worker.number, "pid": pid}, [pidfd])
         finally:
             os.close(pidfd)
+
+    def _link_of(self, number: int) -> TemplateLink:
+        for worker in self._workers.values():
+            if worker.number == number and worker.link is not None:
+                return worker.link
+        raise PluginConfigError("its template has ended")
+
+    def _links(self) -> list[TemplateLink]:
+        return [worker.link for worker in self._workers.values() if worker.link is not None]
+
+    def _hear_templates(self, ready: set[int]) -> None:
+        for link in self._links():
+            complete = link.hear(self._workers) if link.watched in ready else None
+            if complete is not None:
+                pid, order = complete
+                profile = IsolationProfile.from_json(order.request["isolation"])
+                self._began(pid, _worker(order.request, profile))
+                order.hand_over()
+                self._kill_orphans()  # what was spared while this one was on its way
 
     def _reap(self) -> None:
         died = False
@@ -138,6 +197,7 @@ class _Supervisor:
             died = True
             if pid in self._workers:
                 worker = self._workers.pop(pid)
+                self._end_template(worker)
                 self._send({
                     "exited": worker.number,
                     "returncode": os.waitstatus_to_exitcode(status),
@@ -145,6 +205,12 @@ class _Supervisor:
                 })  # fmt: skip
         if died:
             self._kill_orphans()
+
+    def _end_template(self, worker: _Worker) -> None:
+        order = worker.link.close() if worker.link is not None else None
+        if order is not None:
+            order.close()
+            self._send({"refused": order.request["spawn"], "reason": "its template has ended"})
 
     def _until_next_look(self) -> float | None:
         """Return the milliseconds until the workers are looked at again, None while there are none."""
@@ -182,7 +248,12 @@ class _Supervisor:
         self._look_at = time.monotonic() + min(pauses)
 
     def _kill_orphans(self) -> None:
-        """Kill what dead workers left behind: each child that is no worker; its own children arrive as it is reaped."""
+        """Kill what dead workers left behind: each child that is no worker; its own children arrive as it is reaped.
+
+        Not while a template is forking: the child that nobody knows may be the worker that is wanted.
+        """
+        if any(link.order is not None for link in self._links()):
+            return
         for pid in _children():
             if pid not in self._workers:
                 _kill(pid)
@@ -202,6 +273,10 @@ class _Supervisor:
 
     def _send(self, message: dict[str, Any], descriptors: list[int] | None = None) -> None:
         socket.send_fds(self._control, [json.dumps(message).encode()], descriptors or [])
+
+
+def _worker(request: dict[str, Any], profile: IsolationProfile) -> _Worker:
+    return _Worker(request["spawn"], profile, disk.FolderWatch(request["cwd"], profile.disk_bytes))
 
 
 def _fork(profile: IsolationProfile, uid: int | None) -> tuple[int, bool]:
@@ -226,12 +301,17 @@ def _become_worker(request: dict[str, Any], confinement: confine.Confinement, de
         signal.set_wakeup_fd(-1)
         for number in _WAKING:
             signal.signal(number, signal.SIG_DFL)
-        confine.close_descriptors(descriptors[0], errors_to=descriptors[1])
+        is_template = request.get("template", False)
+        confine.close_descriptors([descriptors[0], *descriptors[2:]], errors_to=descriptors[1])
         os.environ.clear()
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
-        layers = confine.confine_worker(confinement)
-        runtime.WorkerRuntime(socket.socket(fileno=confine.FIRST_FREE_DESCRIPTOR), layers).serve()
+        connection = socket.socket(fileno=confine.FIRST_FREE_DESCRIPTOR)
+        if not is_template:
+            runtime.WorkerRuntime(connection, confine.confine_worker(confinement)).serve()
+        channel = socket.socket(fileno=confine.FIRST_FREE_DESCRIPTOR + 1)
+        layers = confine.confine_worker(replace(confinement, ask_through=channel))
+        Template(connection, channel, confinement.plan, layers).serve()
     except BaseException:  # noqa: BLE001 - nothing may climb into the supervisor's stack
         os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:

@@ -11,6 +11,7 @@ HIGHEST_KNOWN = 469
 
 CAPGET: Mapping[str, int] = {"x86_64": 125, "aarch64": 90}
 CAPSET: Mapping[str, int] = {"x86_64": 126, "aarch64": 91}
+SECCOMP: Mapping[str, int] = {"x86_64": 317, "aarch64": 277}
 
 NUMBERS: Mapping[str, Mapping[str, int]] = {
     "x86_64": {

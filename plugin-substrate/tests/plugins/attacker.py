@@ -229,12 +229,7 @@ class Attacker(PluginInterface):
 
     @plugin_action("attacker.privileges")
     def privileges(self):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
         return {
-            "capabilities": [int(status[name], 16) for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")],
-            "no_new_privs": status["NoNewPrivs"],
-            "seccomp": status["Seccomp"],
             "die with parent": refused(self._live_on),
             "dumpable": refused(self._be_dumpable),
         }

@@ -1,0 +1,64 @@
+"""The worker's end of the socket to its host: whole frames out, from any thread, and what each process says first."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import threading
+from typing import Any
+
+from plugin_substrate.interface import ActiveCall, CallContext
+from plugin_substrate.worker.frames import PROTOCOL_VERSION
+from plugin_substrate.worker.messages import Inbox, encode_message
+
+_MAX_PROGRESS_TEXT = 1000
+
+
+class Conversation:
+    """Speaks to one host. When the host is gone, so is everyone this was for: the process then ends."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.inbox = Inbox(connection)
+        self._send_lock = threading.Lock()
+
+    def greet(self, layers: tuple[str, ...]) -> None:
+        """Say who this is and what confines it: the first frame, before any code of the plugin is imported."""
+        self.send({
+            "type": "hello",
+            "protocol": PROTOCOL_VERSION,
+            "pid": os.getpid(),
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "layers": list(layers),
+        })  # fmt: skip
+
+    def send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
+        """Write a frame; one over the limits is a `ProtocolError`."""
+        message = encode_message(header, segments or [])
+        first, *rest = message.pieces
+        try:
+            with self._send_lock:
+                sent = socket.send_fds(self.connection, [first], message.descriptors) if message.descriptors else 0
+                self.connection.sendall(memoryview(first)[sent:])
+                for piece in rest:
+                    self.connection.sendall(piece)
+        except OSError:
+            os._exit(0)
+        message.close()
+
+    def send_log(self, call_id: str, line: str) -> None:
+        """Write a log line, of a call or of none."""
+        self.send({"type": "log", "id": call_id, "line": line})
+
+    def send_progress(self, place: dict[str, str], progress: float, message: str) -> None:
+        """Write a progress report; ``place`` is the header that says of what."""
+        self.send({**place, "progress": progress, "message": message[:_MAX_PROGRESS_TEXT]})
+
+    def loading(self) -> ActiveCall:
+        """Return what stands for a call while there is none, so that a slow start can report its progress."""
+        return ActiveCall(
+            CallContext(call_id=""),
+            on_progress=lambda progress, message: self.send_progress({"type": "loading"}, progress, message),
+            on_usage=lambda _: None,
+        )
