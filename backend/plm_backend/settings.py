@@ -28,6 +28,9 @@ class Settings(BaseSettings):
     policy: Path = REPOSITORY / "dev" / "policy.yaml"
     capabilities: Path = REPOSITORY / "dev" / "capabilities.yaml"
     agents: Path = REPOSITORY / "dev" / "agents"
+    agent_register: Path | None = None
+    """The register of agents with their ceilings; with one, no agent that is not in it may propose anything."""
+
     artifacts_dir: Path | None = None
     plugins_dir: Path | None = None
     events_key: Path | None = None

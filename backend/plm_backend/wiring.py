@@ -24,7 +24,7 @@ from plm_engine_core.control_plane.in_force import PolicyKeeper
 from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy
 from plm_engine_core.control_plane.policy.lint import require_known_names
 from plm_engine_core.control_plane.recovery import Recovery
-from plm_engine_core.control_plane.registry import CapabilityRegistry, load_capabilities
+from plm_engine_core.control_plane.registry import CapabilityRegistry, load_agents, load_capabilities
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.storage.postgres.gateway import Pool
 from plm_shared.addresses import driver_dsn
@@ -88,6 +88,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
         storage=PostgresStorage(pool, ProcrastinateDelivery()),
         signals=PostgresSignals(pool),
         evaluators=EvaluatorRegistry.installed(),
+        agents=load_agents(settings.agent_register) if settings.agent_register is not None else None,
     )
     keeper = PolicyKeeper(control_plane.in_force, control_plane.storage.policies, file=policy, news=hub.policy_news)
     async with pool, background(hub.listen, "signal hub"):
@@ -216,10 +217,17 @@ def _check_capabilities(registry: CapabilityRegistry, manager: PluginManager) ->
                 capability.plugin,
                 capability.id,
             )
-        elif capability.idempotent and not meta.idempotent:
+            continue
+        for word in ("idempotent", "stateless"):
+            if getattr(capability, word) and not getattr(meta, word):
+                raise SetupError(
+                    f"capability {capability.id} is registered as {word}, but plugin {meta.name} does not "
+                    "declare itself so; correct one of them"
+                )
+        if meta.manifest.asked_isolation.network and not capability.network:
             raise SetupError(
-                f"capability {capability.id} is registered as idempotent, but plugin {meta.name} does not "
-                "declare itself so; correct one of them"
+                f"plugin {meta.name} reaches a network, so a call of {capability.id} may cost anything: register it "
+                "with network: true and cost.max_eur, the most one call may cost"
             )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -24,10 +25,19 @@ from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, Sco
 from plm_engine_core.control_plane.in_force import PolicyInForce
 from plm_engine_core.control_plane.limits import Subjects
 from plm_engine_core.control_plane.policy import PolicySnapshot
-from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry
+from plm_engine_core.control_plane.registry import (
+    AgentDescriptor,
+    AgentRegistry,
+    CapabilityDescriptor,
+    CapabilityRegistry,
+    Delegation,
+    narrowed,
+    share_of,
+)
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run
 from plm_engine_core.control_plane.storage.ports import Connection, Storage
 from plm_engine_core.control_plane.vocabulary import (
+    BudgetScope,
     HaltScope,
     PolicyRole,
     Reason,
@@ -38,6 +48,9 @@ from plm_engine_core.control_plane.vocabulary import (
 
 _TRACE_ID = re.compile("[0-9a-f]{32}")
 _SPAN_ID = re.compile("[0-9a-f]{16}")
+
+_DELEGATIONS = 4
+"""How many hands work may pass through where no agent is registered."""
 
 CREATE_SCOPE = "plm.runs.create"
 OVERRIDE_SCOPE = "plm.cost.override"
@@ -69,7 +82,8 @@ class RunRequest:
 class ControlPlane:
     """Decides and keeps the books. It never performs an effect itself.
 
-    `evaluators` are the kinds that the policy may use; without them, the built-in ones.
+    `evaluators` are the kinds that the policy may use; without them, the built-in ones. With `agents` only those may
+    propose, and none beyond its ceilings; without them every agent may do what policy and principal allow.
 
     Raises:
         InvalidRequest: the policy declares an evaluator that is not there, or configures one wrongly.
@@ -83,10 +97,12 @@ class ControlPlane:
         storage: Storage,
         signals: Signals | None = None,
         evaluators: EvaluatorRegistry | None = None,
+        agents: AgentRegistry | None = None,
     ) -> None:
         evaluators = evaluators or EvaluatorRegistry()
         self.in_force = PolicyInForce(policy, evaluators)
         self.registry = registry
+        self.agents = agents
         self.storage = storage
         self.signals: Signals = signals or NoSignals()
         self._desk = PolicyDesk(storage.policies, registry=registry, evaluators=evaluators)
@@ -135,7 +151,8 @@ class ControlPlane:
 
         Raises:
             InvalidRequest: a value of the request cannot be used; names the field.
-            Forbidden: the principal lacks `plm.runs.create`, or raises a limit without `plm.cost.override`.
+            Forbidden: the principal lacks `plm.runs.create`, raises a limit without `plm.cost.override`, or its
+                delegation has ended; or agents are registered and this one is not, or is not active.
             IdempotencyConflict: the key was used for another request.
             NotFound: the tenant does not exist.
         """
@@ -148,6 +165,10 @@ class ControlPlane:
         for name, pattern in (("trace_id", _TRACE_ID), ("root_span_id", _SPAN_ID)):
             if not pattern.fullmatch(getattr(request, name)):
                 raise InvalidRequest(f"{name} {getattr(request, name)!r} is no W3C trace context id", field=name)
+        agent = self._active_agent(request)
+        if principal.expires_at is not None and principal.expires_at <= datetime.now(UTC):
+            raise Forbidden(f"the delegation ended at {principal.expires_at.isoformat()}", reason="delegation_expired")
+        limits = self._limits(request.budget, principal)
         run, replayed = await self.storage.runs.create(
             NewRun(
                 tenant_id=request.tenant_id,
@@ -159,10 +180,10 @@ class ControlPlane:
                 policy_digest=self.policy.digest,
                 trace_id=request.trace_id,
                 root_span_id=request.root_span_id,
-                budget=self._limits(request.budget, principal),
+                budget=agent.within(limits) if agent is not None else limits,
                 tenant_budget=self.policy.budgets.tenant,
                 subjects=Subjects(
-                    agent_id=str(request.agent.get("name") or "") or None,
+                    agent_id=_agent_id(request.agent) or None,
                     run_group_id=request.run_group_id,
                     user_id=principal.user_id,
                     team=self.policy.team_of(principal.user_id),
@@ -174,6 +195,44 @@ class ControlPlane:
         )
         await self.signals.changed(run.tenant_id, run.id)
         return run, replayed
+
+    async def delegate(self, parent: Run, delegation: Delegation, request: RunRequest) -> tuple[Run, bool]:
+        """Create a run that acts for the principal of `parent`, with no more than `delegation` hands on.
+
+        It spends at most its share of what `parent` had left. What several such runs spend together is bounded by a
+        budget of their run group.
+
+        Raises:
+            Forbidden: the delegation is wider than its delegator in any way, or the delegator's agent may not delegate;
+                or what `create_run` refuses.
+            InvalidRequest: the share or the end of the delegation cannot be used; or what `create_run` refuses.
+        """
+        agent = self._registered(_agent_id(parent.agent))
+        depth = agent.delegations if agent is not None else _DELEGATIONS
+        principal = narrowed(parent.principal, delegation, depth=depth, now=datetime.now(UTC))
+        budgets = await self.storage.runs.budgets(parent.tenant_id, parent.id)
+        left = {each.unit: each.limit - each.spent - each.reserved for each in budgets if each.scope is BudgetScope.RUN}
+        share = share_of(left, delegation)
+        budget = {unit: min(request.budget.get(unit, amount), amount) for unit, amount in share.items()}
+        return await self.create_run(replace(request, budget=budget), principal=principal)
+
+    def _active_agent(self, request: RunRequest) -> AgentDescriptor | None:
+        """The registration of a run's agent, where agents are registered."""
+        agent = self._registered(_agent_id(request.agent))
+        if agent is not None and agent.inactive:
+            raise Forbidden(agent.inactive, reason="agent_inactive")
+        return agent
+
+    def _registered(self, agent_id: str) -> AgentDescriptor | None:
+        if self.agents is None:
+            return None
+        agent = self.agents.get(agent_id)
+        if agent is None:
+            raise Forbidden(
+                f"agent {agent_id or 'without a name'} is not registered; ask the operator to register it",
+                reason="agent_inactive",
+            )
+        return agent
 
     def _limits(self, asked: Mapping[str, Decimal], principal: Principal) -> dict[str, Decimal]:
         limits = dict(self.policy.budgets.run)
@@ -211,6 +270,7 @@ class ControlPlane:
             storage=self.storage.admission,
             evaluators=deciding.evaluators,
             shadow=deciding.shadow,
+            agents=self.agents,
             connection=connection,
         )
         if connection is None:
@@ -335,3 +395,7 @@ class ControlPlane:
     async def verify_events(self, tenant_id: UUID) -> list[Verification]:
         """Check every stream of a tenant from its first event to its head."""
         return await verify_tenant(self.storage, tenant_id)
+
+
+def _agent_id(agent: Mapping[str, Any]) -> str:
+    return str(agent.get("name") or "")

@@ -49,6 +49,23 @@ class CapabilityMode(StrEnum):
     EXECUTE_WRITE = "execute-write"  # changes something
 
 
+class CapabilityStatus(StrEnum):
+    """Life of one version of a capability."""
+
+    DRAFT = "draft"  # may not be proposed yet
+    ACTIVE = "active"
+    DEPRECATED = "deprecated"  # may still be proposed
+    RETIRED = "retired"  # may no longer be proposed
+
+
+class AgentStatus(StrEnum):
+    """Life of one version of an agent."""
+
+    ACTIVE = "active"
+    SUSPENDED = "suspended"  # may propose nothing for the time being
+    RETIRED = "retired"  # may propose nothing any more
+
+
 class Stage(StrEnum):
     """The locked order of the stages of a decision; the first refusal ends it."""
 
@@ -216,6 +233,10 @@ class Reason(StrEnum):
 
     RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     CAPABILITY_UNKNOWN = "capability_unknown"
+    CAPABILITY_INACTIVE = "capability_inactive"
+    AGENT_INACTIVE = "agent_inactive"
+    AGENT_CEILING = "agent_ceiling"
+    DELEGATION_EXPIRED = "delegation_expired"
     MISSING_SCOPES = "missing_scopes"
     MODEL_NOT_ALLOWED = "model_not_allowed"
     AUTONOMY_TOO_LOW = "autonomy_too_low"

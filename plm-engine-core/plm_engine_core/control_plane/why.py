@@ -20,6 +20,10 @@ from plm_engine_core.control_plane.vocabulary import BudgetScope, Reason, RunSta
 UNBLOCKED_BY: Mapping[str, str] = {
     Reason.RATE_LIMIT_EXCEEDED: "time: it is tried again by itself",
     Reason.CAPABILITY_UNKNOWN: "registering the capability and starting a new run",
+    Reason.CAPABILITY_INACTIVE: "an active version of the capability, and a new run",
+    Reason.AGENT_INACTIVE: "an active registration of the agent, and a new run",
+    Reason.AGENT_CEILING: "a wider registration of the agent, by its owner, and a new run",
+    Reason.DELEGATION_EXPIRED: "a new delegation, and a new run",
     Reason.MISSING_SCOPES: "a new run, created with a token that holds the OAuth scopes",
     Reason.MODEL_NOT_ALLOWED: "a model that the policy allows, or another policy",
     Reason.AUTONOMY_TOO_LOW: "a higher autonomy ceiling in the policy, or a tier that asks a human",

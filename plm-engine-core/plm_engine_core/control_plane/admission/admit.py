@@ -19,7 +19,7 @@ from plm_engine_core.control_plane.limits import Reserve, Subjects
 from plm_engine_core.control_plane.policy import Decision, Facts, Needs, PolicySnapshot, Proposed, Verdict, decide
 from plm_engine_core.control_plane.policy.models import normal
 from plm_engine_core.control_plane.policy.shadow import shadow_record
-from plm_engine_core.control_plane.registry import CapabilityRegistry
+from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCommand, Connection
 from plm_engine_core.control_plane.vocabulary import Reason
 
@@ -74,6 +74,7 @@ async def admit(
     registry: CapabilityRegistry,
     storage: AdmissionStore,
     evaluators: ParallelPolicyEvaluator,
+    agents: AgentRegistry | None = None,
     shadow: PolicySnapshot | None = None,
     connection: Connection | None = None,
 ) -> Admission:
@@ -91,7 +92,7 @@ async def admit(
     digest = proposal_digest(proposal, registry.get(proposal.capability))
     check_claims(proposal.claims)
     try:
-        facts, subjects = await prepare(proposal, policy=policy, registry=registry, storage=storage)
+        facts, subjects = await prepare(proposal, policy=policy, registry=registry, storage=storage, agents=agents)
         decision, facts = await decided(proposal, policy, facts, evaluators)
         record = {**decision.to_json(), "facts": facts.to_json()}
         if shadow is not None:

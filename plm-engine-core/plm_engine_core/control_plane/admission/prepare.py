@@ -8,15 +8,22 @@ from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.limits import Bucket, Dimension, Subjects
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot
 from plm_engine_core.control_plane.policy.run_risk import MOST_STEPS, RunSoFar
-from plm_engine_core.control_plane.registry import CapabilityRegistry
+from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore
 from plm_engine_core.control_plane.vocabulary import AutonomyLevel, RiskLevel
 
 
 async def prepare(
-    proposal: Proposal, *, policy: PolicySnapshot, registry: CapabilityRegistry, storage: AdmissionStore
+    proposal: Proposal,
+    *,
+    policy: PolicySnapshot,
+    registry: CapabilityRegistry,
+    storage: AdmissionStore,
+    agents: AgentRegistry | None = None,
 ) -> tuple[Facts, Subjects | None]:
-    """Read the rate, the capability and the principal of one proposal, and for whom its run works.
+    """Read the rate, the capability, the principal and the agent of one proposal, and for whom its run works.
+
+    Without `agents` no agent has a ceiling of its own.
 
     Raises:
         StorageUnavailable: a fact could not be had; nothing was decided.
@@ -26,12 +33,12 @@ async def prepare(
         proposal.run_id,
         buckets=_buckets(policy),
     )
+    agent = agents.get(proposal.agent) if agents is not None else None
     facts = Facts(
         capability=registry.get(proposal.capability),
         principal_scopes=proposal.principal.scopes,
         requester=proposal.principal.user_id,
-        # The level an agent may ask for is a ceiling of its registration; until then everyone gets the policy's.
-        autonomy=AutonomyLevel.L3,
+        autonomy=agent.autonomy if agent is not None else AutonomyLevel.L3,
         rate_allowed=prepared.rate.allowed,
         retry_after_ms=prepared.rate.retry_after_ms,
         rate_dimension=prepared.rate.dimension or "",
@@ -39,6 +46,9 @@ async def prepare(
         agent=proposal.agent,
         claims=proposal.claims,
         at=datetime.now(UTC),
+        registration=agent,
+        unregistered=agents is not None and agent is None,
+        principal_until=proposal.principal.expires_at,
         run=await _run_so_far(proposal, policy=policy, registry=registry, storage=storage),
     )
     return facts, prepared.subjects

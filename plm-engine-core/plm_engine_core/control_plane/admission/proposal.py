@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -20,12 +21,15 @@ class Principal:
     """On whose behalf a run acts; a run worker never has more than this.
 
     `delegated_by` are those who had this principal ask, the first of them first: they decide none of its approvals.
+    Under a delegation, `expires_at` is when it ends and `delegations_left` how often it may be handed on.
     """
 
     user_id: UUID
     actor_kind: str
     scopes: frozenset[str]
     delegated_by: tuple[UUID, ...] = ()
+    expires_at: datetime | None = None
+    delegations_left: int | None = None
 
     @property
     def actor(self) -> str:
@@ -39,7 +43,13 @@ class Principal:
             "actor_kind": self.actor_kind,
             "scopes": sorted(self.scopes),
         }
-        return {**stored, "delegated_by": [str(each) for each in self.delegated_by]} if self.delegated_by else stored
+        if self.delegated_by:
+            stored["delegated_by"] = [str(each) for each in self.delegated_by]
+        if self.expires_at is not None:
+            stored["expires_at"] = self.expires_at.isoformat()
+        if self.delegations_left is not None:
+            stored["delegations_left"] = self.delegations_left
+        return stored
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Principal:
@@ -49,6 +59,8 @@ class Principal:
             actor_kind=stored["actor_kind"],
             scopes=frozenset(stored["scopes"]),
             delegated_by=tuple(UUID(each) for each in stored.get("delegated_by", ())),
+            expires_at=datetime.fromisoformat(stored["expires_at"]) if "expires_at" in stored else None,
+            delegations_left=stored.get("delegations_left"),
         )
 
 

@@ -8,6 +8,7 @@ from plm_engine_core.control_plane.policy.models import ModelRule
 from plm_engine_core.control_plane.policy.plan import Plan
 from plm_engine_core.control_plane.policy.routing import claimed_risk, routed, view_of
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot
+from plm_engine_core.control_plane.registry.agents import AgentDescriptor
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import ActionTier, Reason, RoutingResolutionStep, Stage
 
@@ -26,26 +27,10 @@ def decide(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> Decision
         return _rate_limited(facts)
     capability = facts.capability
     if capability is None:
-        return _refused(
-            (_RATE_OK,),
-            Stage.AUTHORIZATION,
-            Reason.CAPABILITY_UNKNOWN,
-            "the capability is not registered; ask the operator to register it",
-            rule="capabilities",
-            unblock="registering the capability",
-            resolution_step=RoutingResolutionStep.CAPABILITY_MATCH,
-        )
-    if not capability.required_scopes <= facts.principal_scopes:
-        names = ", ".join(sorted(capability.required_scopes - facts.principal_scopes))
-        words = f"the run's principal lacks the OAuth scopes {names}"
-        return _refused(
-            (_RATE_OK,),
-            Stage.AUTHORIZATION,
-            Reason.MISSING_SCOPES,
-            words,
-            rule="required_scopes",
-            unblock=f"a principal that holds {names}",
-        )
+        return _unregistered()
+    refusal = _unauthorized(capability, facts)
+    if refusal is not None:
+        return refusal
     if policy.models is not None and capability.model_argument:
         refused = _model_refused(proposal, policy.models, capability)
         if refused is not None:
@@ -61,6 +46,8 @@ def decide(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> Decision
             rule="autonomy_ceiling",
             unblock="a higher autonomy of agent and policy, or for a certified write a tier that asks a human",
         )
+    if facts.registration is not None and plan.tier not in facts.registration.tiers:
+        return _beyond_agent(facts.registration, f"use what is {plan.tier.value}", autonomy)
     if plan.looks or plan.gates:
         return _classified(proposal, policy, plan, facts)
     key = (facts.autonomy, claimed_risk(facts.claims))
@@ -86,6 +73,60 @@ def _model_refused(proposal: Proposed, models: ModelRule, capability: Capability
         f" {capability.model_argument}",
         rule="models.allowed",
         unblock=f"a model that the policy allows: {', '.join(models.allowed) or 'none'}",
+    )
+
+
+def _unauthorized(capability: CapabilityDescriptor, facts: Facts) -> Decision | None:
+    """Why this principal and this agent may not propose this capability at all; None when they may."""
+    if capability.inactive:
+        return _unauthorized_as(
+            Reason.CAPABILITY_INACTIVE, capability.inactive, "an active version of the capability", "capability.status"
+        )
+    if not capability.required_scopes <= facts.principal_scopes:
+        names = ", ".join(sorted(capability.required_scopes - facts.principal_scopes))
+        words = f"the run's principal lacks the OAuth scopes {names}"
+        return _unauthorized_as(Reason.MISSING_SCOPES, words, f"a principal that holds {names}", "required_scopes")
+    if facts.principal_until is not None and (facts.at is None or facts.at >= facts.principal_until):
+        words = f"the delegation under which it would act ended at {facts.principal_until.isoformat()}"
+        return _unauthorized_as(Reason.DELEGATION_EXPIRED, words, "a new delegation", "delegation.expires_at")
+    if facts.unregistered:
+        words = f"agent {facts.agent or 'without a name'} is not registered; ask the operator to register it"
+        return _unauthorized_as(Reason.AGENT_INACTIVE, words, "registering the agent", "agents")
+    agent = facts.registration
+    if agent is None:
+        return None
+    if agent.inactive:
+        return _unauthorized_as(Reason.AGENT_INACTIVE, agent.inactive, "an active version of the agent", "agent.status")
+    if agent.capabilities is not None and capability.id not in agent.capabilities:
+        return _beyond_agent(agent, f"use {capability.id}")
+    return None
+
+
+def _unregistered() -> Decision:
+    return _refused(
+        (_RATE_OK,),
+        Stage.AUTHORIZATION,
+        Reason.CAPABILITY_UNKNOWN,
+        "the capability is not registered; ask the operator to register it",
+        rule="capabilities",
+        unblock="registering the capability",
+        resolution_step=RoutingResolutionStep.CAPABILITY_MATCH,
+    )
+
+
+def _unauthorized_as(reason: Reason, message: str, unblock: str, rule: str) -> Decision:
+    return _refused((_RATE_OK,), Stage.AUTHORIZATION, reason, message, unblock=unblock, rule=rule)
+
+
+def _beyond_agent(agent: AgentDescriptor, what: str, autonomy: StageResult | None = None) -> Decision:
+    """A refusal by the agent's own registration: of the capability, or after its autonomy of the tier."""
+    return _refused(
+        (_RATE_OK,) if autonomy is None else (_RATE_OK, _AUTHORIZED, autonomy),
+        Stage.AUTHORIZATION if autonomy is None else Stage.CLASSIFY,
+        Reason.AGENT_CEILING,
+        f"version {agent.version} of agent {agent.id} is not registered to {what}",
+        rule="agent.capabilities" if autonomy is None else "agent.tiers",
+        unblock=f"a wider registration of the agent, by {agent.owner}",
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 from plm_engine_core.control_plane.policy.run_risk import RunSoFar
+from plm_engine_core.control_plane.registry.agents import AgentDescriptor
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus
 
@@ -90,7 +91,8 @@ class Facts:
 
     `claims` is what the agent says of its proposal (`risk`, `weight`, `score`); it never lowers a risk. `at` is when
     the facts were gathered, in UTC. `evaluations` is None until the evaluators were asked; `run` is what the policy's
-    `run_risk` needs of the run's earlier steps.
+    `run_risk` needs of the run's earlier steps. `registration` is the agent's, where agents are registered at all, and
+    `unregistered` says that this one is not. `principal_until` is when a delegation ends.
     """
 
     capability: CapabilityDescriptor | None
@@ -106,6 +108,9 @@ class Facts:
     at: datetime | None = None
     evaluations: tuple[Evaluation, ...] | None = None
     run: RunSoFar | None = None
+    registration: AgentDescriptor | None = None
+    unregistered: bool = False
+    principal_until: datetime | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The stored form, from which the decision can be made again."""
@@ -134,6 +139,12 @@ class Facts:
             record["evaluations"] = [each.to_json() for each in self.evaluations]
         if self.run is not None:
             record["run"] = self.run.to_json()
+        if self.registration is not None:
+            record["registration"] = _registration_to_json(self.registration)
+        if self.unregistered:
+            record["unregistered"] = True
+        if self.principal_until is not None:
+            record["principal_until"] = self.principal_until.isoformat()
         return record
 
     @classmethod
@@ -157,4 +168,13 @@ class Facts:
             at=datetime.fromisoformat(at) if at is not None else None,
             evaluations=tuple(map(Evaluation.from_json, evaluations)) if evaluations is not None else None,
             run=RunSoFar.from_json(run) if run is not None else None,
+            registration=AgentDescriptor.model_validate(stored["registration"]) if "registration" in stored else None,
+            unregistered=stored.get("unregistered", False),
+            principal_until=datetime.fromisoformat(stored["principal_until"]) if "principal_until" in stored else None,
         )
+
+
+def _registration_to_json(agent: AgentDescriptor) -> dict[str, Any]:
+    """Sets have no order of their own, and what is stored has to be the same each time."""
+    record = agent.model_dump(mode="json")
+    return {name: sorted(value) if isinstance(value, list) else value for name, value in record.items()}

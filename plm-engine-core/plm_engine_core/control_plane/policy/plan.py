@@ -90,6 +90,9 @@ class Plans:
         policy, mode = self._policy, capability.mode
         own = capability.id in policy.tiers
         tier = policy.tier_of(capability.id, mode)
+        marked = capability.approval and tier in (ActionTier.AUTO_APPROVE, ActionTier.UNRESTRICTED)
+        if marked:
+            tier = ActionTier.ALWAYS_APPROVE
         rules = [rule for matches, rule in self._rules if matches(capability.id)]
         reserve = {BudgetUnit.EUR: capability.cost.max_eur, BudgetUnit.CALLS: Decimal(1), **capability.cost.max_usage}
         risk = _risk(policy, capability)
@@ -97,7 +100,11 @@ class Plans:
             capability=capability,
             fields=described(capability),
             tier=tier,
-            tier_at=f"tiers.{capability.id}" if own else f"tier_by_mode.{mode.value}",
+            tier_at="capability.approval"
+            if marked
+            else f"tiers.{capability.id}"
+            if own
+            else f"tier_by_mode.{mode.value}",
             tier_step=RoutingResolutionStep.POLICY_LIST_MATCH if own else RoutingResolutionStep.RISK_TIER_MATCH,
             risk=risk,
             rank=risk.rank,

@@ -1,10 +1,23 @@
-"""What may be proposed: the registered capabilities."""
+"""What may be proposed and by whom: the registered capabilities and agents, and what is handed on."""
 
+from plm_engine_core.control_plane.registry.agents import AgentDescriptor, AgentRegistry, load_agents
 from plm_engine_core.control_plane.registry.capabilities import (
     CapabilityDescriptor,
     CapabilityRegistry,
     CostBound,
     load_capabilities,
 )
+from plm_engine_core.control_plane.registry.delegation import Delegation, narrowed, share_of
 
-__all__ = ["CapabilityDescriptor", "CapabilityRegistry", "CostBound", "load_capabilities"]
+__all__ = [
+    "AgentDescriptor",
+    "AgentRegistry",
+    "CapabilityDescriptor",
+    "CapabilityRegistry",
+    "CostBound",
+    "Delegation",
+    "load_agents",
+    "load_capabilities",
+    "narrowed",
+    "share_of",
+]

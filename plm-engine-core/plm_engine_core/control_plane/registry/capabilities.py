@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Unit
-from plm_engine_core.control_plane.vocabulary import BudgetUnit, CapabilityMode
+from plm_engine_core.control_plane.vocabulary import BudgetUnit, CapabilityMode, CapabilityStatus
 
 
 class CostBound(BaseModel):
@@ -41,20 +42,26 @@ class CostBound(BaseModel):
 
 
 class CapabilityDescriptor(BaseModel):
-    """One registered operation.
+    """One registered version of an operation.
 
     `security_relevant` lists the arguments an approval is bound to; empty means all of them. `model_argument` names the
-    argument that says which language model the call uses.
+    argument that says which language model the call uses. `approval` has a human approve every use, whatever tier the
+    policy gives it. `stateless` says that one plugin worker may serve several tenants. One whose plugin reaches a
+    `network` has to declare its cost bound: what it calls may cost anything.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(pattern=r"^[a-z][a-z0-9_]*(\.[a-z][a-z0-9_]*)+$", max_length=120)
     version: str = Field(default="1", min_length=1)
+    status: CapabilityStatus = CapabilityStatus.ACTIVE
     description: str = Field(min_length=1)
     mode: CapabilityMode
     certified: bool = False
     idempotent: bool = False
+    stateless: bool = False
+    network: bool = False
+    approval: bool = False
     plugin: str = Field(min_length=1)
     required_scopes: frozenset[str] = frozenset()
     security_relevant: tuple[str, ...] = ()
@@ -62,24 +69,60 @@ class CapabilityDescriptor(BaseModel):
     cost: CostBound = CostBound()
     timeout_seconds: float = Field(default=300.0, gt=0, le=86400)
 
+    @model_validator(mode="after")
+    def _bounded(self) -> Self:
+        if self.network and "max_eur" not in self.cost.model_fields_set:
+            raise ValueError("a capability that reaches a network declares cost.max_eur, the most one call may cost")
+        return self
+
+    @property
+    def inactive(self) -> str:
+        """Why it may not be proposed; empty when it may."""
+        if self.status in (CapabilityStatus.ACTIVE, CapabilityStatus.DEPRECATED):
+            return ""
+        return f"version {self.version} of capability {self.id} is {self.status.value}"
+
+
+_PRECEDENCE = (
+    CapabilityStatus.ACTIVE,
+    CapabilityStatus.DEPRECATED,
+    CapabilityStatus.DRAFT,
+    CapabilityStatus.RETIRED,
+)
+
 
 class CapabilityRegistry:
-    """An immutable set of capabilities; whoever needs it is handed it."""
+    """An immutable set of capabilities; whoever needs it is handed it.
+
+    Several versions of one capability may stand in it. What may be proposed is the active one, else the deprecated one.
+    """
 
     def __init__(self, capabilities: Iterable[CapabilityDescriptor]) -> None:
         self._by_id: dict[str, CapabilityDescriptor] = {}
+        by_place: dict[tuple[str, CapabilityStatus], CapabilityDescriptor] = {}
+        versions: set[tuple[str, str]] = set()
         for capability in capabilities:
-            if capability.id in self._by_id:
+            if (capability.id, capability.version) in versions:
                 raise InvalidRequest(
                     f"capability {capability.id} is registered twice; remove one of the two", field="capabilities"
                 )
-            self._by_id[capability.id] = capability
+            versions.add((capability.id, capability.version))
+            other = by_place.get((capability.id, capability.status))
+            if other is not None and not capability.inactive:
+                raise InvalidRequest(
+                    f"versions {other.version} and {capability.version} of capability {capability.id} are both "
+                    f"{capability.status.value}; which one is meant?",
+                    field="capabilities",
+                )
+            by_place[capability.id, capability.status] = capability
+        for status in reversed(_PRECEDENCE):
+            self._by_id |= {name: each for (name, stands), each in by_place.items() if stands is status}
 
     def __iter__(self) -> Iterator[CapabilityDescriptor]:
         return iter(self._by_id.values())
 
     def get(self, capability_id: str) -> CapabilityDescriptor | None:
-        """The capability with this id, or None: an unknown one is refused by admission, with its own name."""
+        """The version of a capability that counts, or None: an unknown one is refused by admission, by its own name."""
         return self._by_id.get(capability_id)
 
 
