@@ -90,10 +90,11 @@ class CommentBody(_Body):
 
 
 class HaltCreate(_Body):
-    """What to stop, and why."""
+    """What to stop, and why: `scope_id` is the run or run group, `subject` the name of the agent or capability."""
 
     scope: HaltScope
     scope_id: UUID | None = None
+    subject: StorableText | None = Field(default=None, min_length=1, max_length=200)
     reason: StorableText = Field(min_length=1, max_length=2000)
 
 
@@ -302,18 +303,37 @@ class TicketPage(BaseModel):
     next: str | None
 
 
+class HaltCallsDocument(BaseModel):
+    """What a halt met in the tenant: grants it revoked, and calls in flight; `open` ones are not seen to end yet."""
+
+    revoked: int
+    in_flight: int
+    open: int
+    last_ended_at: datetime | None
+
+
 class HaltDocument(BaseModel):
-    """One halt."""
+    """One halt. Calls in flight are to have ended `cancel_seconds` after `triggered_at`."""
 
     halt_id: UUID
     scope: HaltScope
     scope_id: UUID | None
+    subject: str | None
     epoch: int
     reason: str
     triggered_by: UUID
     triggered_at: datetime
     lifted_by: UUID | None
     lifted_at: datetime | None
+    cancel_seconds: float | None
+    calls: HaltCallsDocument
+
+
+class HaltPage(BaseModel):
+    """Halts, newest first."""
+
+    items: list[HaltDocument]
+    next: str | None
 
 
 class EventDocument(BaseModel):
@@ -475,12 +495,15 @@ def halt_document(halt: Halt) -> HaltDocument:
         halt_id=halt.id,
         scope=halt.scope,
         scope_id=halt.scope_id,
+        subject=halt.subject,
         epoch=halt.epoch,
         reason=halt.reason,
         triggered_by=halt.triggered_by,
         triggered_at=halt.triggered_at,
         lifted_by=halt.lifted_by,
         lifted_at=halt.lifted_at,
+        cancel_seconds=halt.cancel_seconds,
+        calls=HaltCallsDocument(**asdict(halt.calls)),
     )
 
 

@@ -46,6 +46,8 @@ from plm_backend.tasks import end
 logger = logging.getLogger(__name__)
 
 _BEGIN_ANEW_SECONDS = 1.0
+# After the heartbeat in which a run worker hears of a halt at the latest: the plugin is asked, then killed.
+_CANCEL_SECONDS = 10.0
 _CANCEL_AGAIN_SECONDS = 20.0  # the delivery gives its drives a moment, and then the engine its connections
 
 
@@ -89,6 +91,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
         signals=PostgresSignals(pool),
         evaluators=EvaluatorRegistry.installed(),
         agents=load_agents(settings.agent_register) if settings.agent_register is not None else None,
+        cancel_seconds=settings.lease_seconds + _CANCEL_SECONDS,
     )
     keeper = PolicyKeeper(control_plane.in_force, control_plane.storage.policies, file=policy, news=hub.policy_news)
     async with pool, background(hub.listen, "signal hub"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -30,6 +31,23 @@ def test_a_halted_run_parks_and_goes_on_when_the_halt_is_lifted(client: Any, gat
     gate.open()
     assert _lift(client, halt)["lifted_at"] is not None
     assert _lift(client, halt)["lifted_at"] is not None, "lifting twice answers the same"
+    assert client.finished(run_id)["state"] == "succeeded"
+
+
+def test_calls_in_flight_end_within_the_bound_that_the_record_of_the_halt_states(platform: Any, gate: Any) -> None:
+    client = platform.client(tenant=platform.other_tenant)
+    run_id = client.run("hold-then-echo", gate=str(gate))["run_id"]
+    gate.entered()
+    halt = client.post("/v1/halts", json={"scope": "agent", "subject": "hold-then-echo", "reason": "stop"}).json()
+    assert halt["calls"] == {"revoked": 0, "in_flight": 1, "open": 1, "last_ended_at": None}
+    client.wait(run_id, "run_parked")
+    seen = client.get(f"/v1/halts/{halt['halt_id']}").json()
+    assert seen["calls"]["open"] == 0
+    ended = datetime.fromisoformat(seen["calls"]["last_ended_at"])
+    assert 0 < (ended - datetime.fromisoformat(seen["triggered_at"])).total_seconds() <= seen["cancel_seconds"]
+    assert halt["halt_id"] in [each["halt_id"] for each in client.get("/v1/halts?standing=true").json()["items"]]
+    gate.open()
+    _lift(client, halt)
     assert client.finished(run_id)["state"] == "succeeded"
 
 

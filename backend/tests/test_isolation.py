@@ -203,6 +203,7 @@ BY_ID: dict[str, Callable[[Target], tuple[str, str, Any]]] = {
     "revokeApprovalScope": lambda ids: ("DELETE", f"/v1/approval-scopes/{ids.scope}", None),
     "decideApproval": lambda ids: ("POST", f"/v1/approvals/{ids.ticket}/decision", {"decision": "approve"}),
     "triggerHalt": lambda ids: ("POST", "/v1/halts", {"scope": "run", "scope_id": ids.waiting, "reason": "spying"}),
+    "getHalt": lambda ids: ("GET", f"/v1/halts/{ids.halt}", None),
     "liftHalt": lambda ids: ("DELETE", f"/v1/halts/{ids.halt}", None),
 }
 UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -248,6 +249,12 @@ def _fed(spy: Household, other: Household) -> tuple[bool, str]:
     return any(each in texts for each in other.runs), texts
 
 
+def _halts(spy: Household, other: Household) -> tuple[bool, str]:
+    """Whether the halts hold another's."""
+    answer = spy.client.get("/v1/halts?limit=200")
+    return other.halt in answer.text, answer.text
+
+
 def _standing(spy: Household, other: Household) -> tuple[bool, str]:
     """Whether the approval scopes hold another's."""
     answer = spy.client.get("/v1/approval-scopes?limit=200")
@@ -260,6 +267,7 @@ SCENARIOS: dict[str, Callable[[Household, Household], tuple[bool, str]]] = {
     "listApprovals": lambda *two: _listed("approvals", *two),
     "listEvents": _fed,
     "listApprovalScopes": _standing,
+    "listHalts": _halts,
     "createRun": _created,
 }
 WITHOUT_TENANT = {"live": "/v1/health/live", "ready": "/v1/health/ready"}

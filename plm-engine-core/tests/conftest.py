@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
@@ -14,6 +17,7 @@ from uuid import UUID
 
 import psycopg
 import pytest
+from plm_engine_core.cli import build_app
 from plm_engine_core.control_plane import (
     Begun,
     ControlPlane,
@@ -29,6 +33,7 @@ from plm_engine_core.control_plane import (
 from plm_engine_core.control_plane.events import run_stream
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl import ApprovalTicket
+from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, CostBound
@@ -48,6 +53,7 @@ from plm_engine_core.control_plane.vocabulary import (
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import create_tenants
 from psycopg.rows import dict_row
+from typer.testing import CliRunner
 
 ALL_SCOPES = frozenset(
     {"plm.runs.create", "plm.hitl.resolve", "plm.halt", "plm.halt.system", "things.read", "things.write"}
@@ -322,8 +328,20 @@ class Bench:
         keywords = {"approver": self.approver, **changes}
         return await self.control_plane.decide(self.tenant, pending.ticket_id, decision, **keywords)
 
-    async def halt(self, scope: HaltScope, scope_id: UUID | None = None, reason: str = "stop") -> Halt:
-        return await self.control_plane.halt(self.tenant, scope, scope_id, reason=reason, by=self.approver)
+    async def halt(
+        self, scope: HaltScope, scope_id: UUID | None = None, reason: str = "stop", subject: str | None = None
+    ) -> Halt:
+        return await self.control_plane.halt(
+            self.tenant, scope, scope_id, subject=subject, reason=reason, by=self.approver
+        )
+
+    async def halt_over(self, scope: HaltScope, run: Run, *, capability: str = "thing.read") -> Halt:
+        """A halt of that scope in which the run is, and its call of `capability`."""
+        group = uuid.uuid5(run.id, "group")
+        self.behind.set_rows("run_states", {"run_id": run.id}, run_group_id=group)
+        ids = {HaltScope.RUN: run.id, HaltScope.RUN_GROUP: group}
+        names = {HaltScope.AGENT: str(run.agent["name"]), HaltScope.CAPABILITY: capability}
+        return await self.halt(scope, ids.get(scope), subject=names.get(scope))
 
     async def kinds(self, run: Run) -> list[str]:
         """The kinds of the events in a run's stream."""
@@ -439,3 +457,51 @@ def registry() -> CapabilityRegistry:
 def package_root() -> Path:
     """The folder of this distribution."""
     return Path(__file__).resolve().parents[1]
+
+
+SECRET = secrets.token_hex(32)
+
+
+class Terminal:
+    """`plm-cli` with the settings of one installation; each command has a thread, for its own event loop."""
+
+    def __init__(self, bench: Any, policy: Any, folder: Any) -> None:
+        self.bench = bench
+        self.policy = folder / "policy.json"
+        self.policy.write_text(policy.model_dump_json(), encoding="utf-8")
+        self.environment = {
+            "PG_DSN": bench.database.app,
+            "PLM_IDENTITY_HS256_SECRET_ACTIVE": SECRET,
+            "PLM_POLICY": str(self.policy),
+        }
+
+    def token(self, user: Any = None, scopes: tuple[str, ...] = ("plm.hitl.resolve", "plm.halt"), **claims: Any) -> str:
+        now = int(time.time())
+        standard = {"actor_kind": "human", "scopes": list(scopes), "iat": now, "exp": now + 600}
+        names = {"sub": str(user or uuid.uuid4()), "tenant_id": str(self.bench.tenant)}
+        return Hs256JwtIdentityProvider(active_secret=SECRET).issue_token({**standard, **names, **claims})
+
+    async def run(self, *arguments: Any, status: int = 0, token: str | None = None, **environment: str) -> Any:
+        settings = {**self.environment, "PLM_TOKEN": self.token() if token is None else token, **environment}
+        said = await asyncio.to_thread(CliRunner().invoke, build_app(), [*map(str, arguments)], env=settings)
+        assert said.exit_code == status, said.stdout + said.stderr
+        return said
+
+    async def json(self, *arguments: Any, **options: Any) -> Any:
+        return json.loads((await self.run(*arguments, "--json", **options)).stdout)
+
+
+# The installed application's delivery engine, which commands find by its entry point; it is not what is tested here.
+DELIVERY = """
+CREATE SCHEMA delivery;
+CREATE FUNCTION delivery.enqueue_drive_v1(uuid, uuid) RETURNS void LANGUAGE sql AS 'SELECT';
+GRANT USAGE ON SCHEMA delivery TO plm_engine_writer;
+"""
+
+
+@pytest.fixture
+def terminal(bench, make_policy, tmp_path):
+    bench.sql(DELIVERY)
+    return Terminal(
+        bench, make_policy(approval={"standing": {"max_uses": 5, "max_seconds": 60, "max_risk": "high"}}), tmp_path
+    )

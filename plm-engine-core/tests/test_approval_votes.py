@@ -444,15 +444,20 @@ class TestScopesUsed:
             bench.behind.set_rows("approval_scopes", {}, **change)
             assert isinstance(await self.admitted(bench), Pending)
 
-    async def test_a_refused_budget_and_a_halt_use_nothing_up(self, bench):
+    async def test_a_refused_budget_uses_nothing_up(self, bench):
         scope = await self.standing(bench)
-        lease = await bench.lease()
-        halt = await bench.halt(HaltScope.TENANT)
+        bench.behind.set_rows("budgets", {"scope_kind": "tenant", "unit": "calls"}, spent=Decimal(1000))
+        assert (await self.admitted(bench)).reason is Reason.BUDGET_EXCEEDED
+        assert await self.used(bench, scope) == 0
+
+    @pytest.mark.parametrize("halted", [(HaltScope.TENANT, None), (HaltScope.AGENT, "test")])
+    async def test_a_halt_ends_it_for_good(self, bench, halted):
+        await self.standing(bench)
+        lease, (scope, subject) = await bench.lease(), halted
+        halt = await bench.halt(scope, subject=subject)
         assert (await self.admitted(bench, lease)).reason is Reason.HALTED
         await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
-        bench.behind.set_rows("budgets", {"scope_kind": "tenant", "unit": "calls"}, spent=Decimal(1000))
-        assert (await self.admitted(bench, lease, attempt=2)).reason is Reason.BUDGET_EXCEEDED
-        assert await self.used(bench, scope) == 0
+        assert isinstance(await self.admitted(bench, lease, attempt=2), Pending)
 
 
 class TestAnotherCall:

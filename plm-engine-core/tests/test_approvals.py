@@ -241,8 +241,10 @@ class TestWhatIsApproved:
     async def test_a_halt_or_a_full_rate_does_not_use_it_up(self, bench):
         lease, pending = await bench.ask()
         await bench.decide(pending, APPROVE)
+        lease = await bench.lease(lease.run)
         halt = await bench.halt(HaltScope.TENANT)
-        lease, denied = await again(bench, pending, lease.run)
+        values = {"capability": "thing.write", "ticket_id": pending.ticket_id}
+        denied = await bench.control_plane.admit(bench.proposal(lease, **values))
         assert denied.reason is Reason.HALTED
         await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
         values = {"capability": "thing.write", "ticket_id": pending.ticket_id, "attempt": 2}

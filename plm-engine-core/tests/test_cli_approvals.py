@@ -2,65 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import secrets
-import time
 import uuid
-from typing import Any
 
 import pytest
-from plm_engine_core.cli import build_app
-from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider
 from plm_engine_core.control_plane.vocabulary import TicketState
-from typer.testing import CliRunner
-
-SECRET = secrets.token_hex(32)
-
-
-class Terminal:
-    """`plm-cli` with the settings of one installation; each command has a thread, for its own event loop."""
-
-    def __init__(self, bench: Any, policy: Any, folder: Any) -> None:
-        self.bench = bench
-        self.policy = folder / "policy.json"
-        self.policy.write_text(policy.model_dump_json(), encoding="utf-8")
-        self.environment = {
-            "PG_DSN": bench.database.app,
-            "PLM_IDENTITY_HS256_SECRET_ACTIVE": SECRET,
-            "PLM_POLICY": str(self.policy),
-        }
-
-    def token(self, user: Any = None, scopes: tuple[str, ...] = ("plm.hitl.resolve", "plm.halt"), **claims: Any) -> str:
-        now = int(time.time())
-        standard = {"actor_kind": "human", "scopes": list(scopes), "iat": now, "exp": now + 600}
-        names = {"sub": str(user or uuid.uuid4()), "tenant_id": str(self.bench.tenant)}
-        return Hs256JwtIdentityProvider(active_secret=SECRET).issue_token({**standard, **names, **claims})
-
-    async def run(self, *arguments: Any, status: int = 0, token: str | None = None, **environment: str) -> Any:
-        settings = {**self.environment, "PLM_TOKEN": self.token() if token is None else token, **environment}
-        said = await asyncio.to_thread(CliRunner().invoke, build_app(), [*map(str, arguments)], env=settings)
-        assert said.exit_code == status, said.stdout + said.stderr
-        return said
-
-    async def json(self, *arguments: Any, **options: Any) -> Any:
-        return json.loads((await self.run(*arguments, "--json", **options)).stdout)
-
-
-# The installed application's delivery engine, which commands find by its entry point; it is not what is tested here.
-DELIVERY = """
-CREATE SCHEMA delivery;
-CREATE FUNCTION delivery.enqueue_drive_v1(uuid, uuid) RETURNS void LANGUAGE sql AS 'SELECT';
-GRANT USAGE ON SCHEMA delivery TO plm_engine_writer;
-"""
-
-
-@pytest.fixture
-def terminal(bench, make_policy, tmp_path):
-    bench.sql(DELIVERY)
-    return Terminal(
-        bench, make_policy(approval={"standing": {"max_uses": 5, "max_seconds": 60, "max_risk": "high"}}), tmp_path
-    )
 
 
 async def test_a_ticket_is_listed_shown_commented_and_approved(terminal, bench):

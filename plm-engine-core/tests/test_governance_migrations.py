@@ -14,7 +14,7 @@ from plm_shared.schema_lint import lint
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = ("0013", "0014", "0015", "0016", "0017", "0018", "0019", "0020", "0021", "0022", "0023", "0024")
+REVISIONS = ("0013", "0014", "0015", "0016", "0017", "0018", "0019", "0020", "0021", "0022", "0023", "0024", "0025")
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -98,8 +98,10 @@ def test_only_the_look_for_abandoned_runs_goes_across_tenants_and_only_pruning_h
     functions = query(engine_database.admin, FUNCTIONS)
     definers = [(signature, owner) for signature, owner, definer in functions if definer]
     assert sorted(definers) == [
+        ("engine_abandoned_halts_v1(integer)", "plm_migrator"),
         ("engine_abandoned_runs_v1(integer)", "plm_migrator"),
         ("engine_abandoned_runs_v2(integer,double precision)", "plm_migrator"),
+        ("engine_abandoned_runs_v3(integer,double precision)", "plm_migrator"),
         ("engine_prune_events_v1(uuid,text)", "plm_owner"),  # under row-level security, like everyone
     ]
 

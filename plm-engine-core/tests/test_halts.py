@@ -3,40 +3,68 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import uuid
 from dataclasses import replace
 
 import pytest
 from plm_engine_core.control_plane import Granted
-from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, NotFound
+from plm_engine_core.control_plane.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.recovery import Recovery
-from plm_engine_core.control_plane.vocabulary import HaltScope, Reason, RunState
+from plm_engine_core.control_plane.vocabulary import (
+    BudgetUnit,
+    HaltScope,
+    OutcomeStatus,
+    Reason,
+    RunState,
+    TicketDecision,
+)
 
 pytestmark = pytest.mark.every_storage
 
+NOT_STARTED = OutcomeStatus.NOT_STARTED
+GROUP = uuid.UUID(int=7)
+NAMED = {
+    HaltScope.SYSTEM: {},
+    HaltScope.TENANT: {},
+    HaltScope.AGENT: {"subject": "test"},
+    HaltScope.RUN_GROUP: {"scope_id": GROUP},
+    HaltScope.RUN: {},
+    HaltScope.CAPABILITY: {"subject": "thing.read"},
+}
+
 
 async def park(bench, run=None):
-    """Drive a run into the standing halt, as a run worker would."""
-    lease = await bench.lease(run)
-    denied = await bench.control_plane.admit(bench.proposal(lease))
+    """Have a run worker take up a queued run under a standing halt."""
+    run = run or await bench.run()
+    assert await bench.storage.runs.take(bench.tenant, run.id, owner="w", seconds=60) is None
+    return run, await bench.state(run)
+
+
+async def drive_into(bench, lease, **changes):
+    """Propose under a standing halt, and park the run as its driver does."""
+    denied = await bench.control_plane.admit(bench.proposal(lease, **changes))
     assert denied.reason is Reason.HALTED
-    left = await bench.control_plane.finish(
+    return await bench.control_plane.finish(
         lease.run, fencing_token=lease.fencing_token, state=RunState.HALTED, actor="worker:w", reason="halted"
     )
-    return lease.run, left
 
 
 async def lift(bench, halt):
     return await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
 
 
+@pytest.mark.parametrize("taken", [False, True], ids=["queued", "in the hands of a worker"])
 @pytest.mark.parametrize("scope", list(HaltScope))
-async def test_a_halt_parks_its_runs_and_lifting_it_queues_them_in_the_same_commit(bench, scope):
-    run = await bench.run()
-    halt = await bench.halt(scope, run.id if scope is HaltScope.RUN else None)
-    _, left = await park(bench, run)
+async def test_a_halt_parks_its_runs_and_lifting_it_queues_them_in_the_same_commit(bench, scope, taken):
+    run = await bench.run(run_group_id=GROUP)
+    lease = await bench.lease(run) if taken or scope is HaltScope.CAPABILITY else None
+    halt = await bench.halt(scope, **({"scope_id": run.id} if scope is HaltScope.RUN else NAMED[scope]))
+    left = await drive_into(bench, lease) if lease else (await park(bench, run))[1]
     assert left is RunState.HALTED
     before = bench.deliveries(run)
+    assert await Recovery(bench.storage).sweep() == 0
     lifted = await lift(bench, halt)
     assert lifted.lifted_by == bench.approver.user_id
     assert await bench.state(run) is RunState.QUEUED
@@ -46,6 +74,153 @@ async def test_a_halt_parks_its_runs_and_lifting_it_queues_them_in_the_same_comm
     assert bench.deliveries(run) == before + 1
     lease = await bench.lease(run)
     assert isinstance(await bench.control_plane.admit(bench.proposal(lease, attempt=2)), Granted)
+
+
+@pytest.mark.parametrize("scope", [HaltScope.AGENT, HaltScope.RUN_GROUP, HaltScope.CAPABILITY])
+async def test_what_a_halt_is_not_about_goes_on(bench, scope):
+    named = {"agent": {"name": "another"}, "run_group_id": uuid.UUID(int=8)}
+    await bench.run(run_group_id=GROUP)
+    other = await bench.lease(await bench.run(**named))
+    await bench.halt(scope, **NAMED[scope])
+    capability = "thing.fire" if scope is HaltScope.CAPABILITY else "thing.read"
+    assert isinstance(await bench.control_plane.admit(bench.proposal(other, capability=capability)), Granted)
+
+
+async def test_a_run_parked_by_its_capability_stays_while_another_halt_is_lifted(bench):
+    lease = await bench.lease()
+    capability = await bench.halt(HaltScope.CAPABILITY, subject="thing.read")
+    tenant = await bench.halt(HaltScope.TENANT)
+    await drive_into(bench, lease)
+    await lift(bench, tenant)
+    assert await bench.state(lease.run) is RunState.HALTED
+    assert await Recovery(bench.storage).sweep() == 0
+    await lift(bench, capability)
+    assert await bench.state(lease.run) is RunState.QUEUED
+
+
+class TestWhatItEnds:
+    """Unused grants are revoked, calls in flight are told of, and the record says what became of them."""
+
+    async def test_a_grant_from_before_begins_neither_under_the_halt_nor_after_it(self, bench):
+        lease = await bench.lease()
+        grant = await bench.grant(lease)
+        halt = await bench.halt(HaltScope.TENANT)
+        assert (halt.calls.revoked, halt.calls.in_flight) == (1, 0)
+        assert (await bench.begin(grant, lease)).reason is Reason.HALTED
+        await lift(bench, halt)
+        begun = await bench.begin(grant, lease)
+        assert (begun.accepted, begun.reason) == (False, Reason.HALTED)
+        with pytest.raises(Conflict):
+            await bench.settle(grant, lease)
+        await bench.settle(grant, lease, OutcomeStatus.NOT_STARTED)
+        assert await bench.budget(lease.run, "tenant", BudgetUnit.CALLS) == (0, 0)
+
+    async def test_the_end_of_the_calls_in_flight_is_seen_in_its_record(self, bench):
+        leases = [await bench.lease() for _ in range(3)]
+        grants = [await bench.begun(lease) for lease in leases]
+        await bench.settle(grants[0], leases[0])
+        halt = await bench.halt(HaltScope.TENANT)
+        assert halt.cancel_seconds == 30.0
+        assert (halt.calls.in_flight, halt.calls.open, halt.calls.last_ended_at) == (2, 2, None)
+        for number in (1, 2):
+            beat = await bench.storage.runs.renew(
+                bench.tenant, leases[number].run.id, fencing_token=leases[number].fencing_token, seconds=60
+            )
+            assert beat.halt["reason"] == "stop"
+            await bench.settle(grants[number], leases[number], OutcomeStatus.CANCELLED)
+            halt = await bench.storage.halts.get(bench.tenant, halt.id)
+            assert (halt.calls.in_flight, halt.calls.open) == (2, 2 - number)
+            assert halt.calls.last_ended_at > halt.triggered_at
+
+    @pytest.mark.parametrize("scope", list(HaltScope))
+    async def test_calls_in_flight_hear_of_a_halt_of_any_scope(self, bench, scope):
+        lease = await bench.lease(await bench.run(run_group_id=GROUP))
+        await bench.begun(lease)
+        halt = await bench.halt(scope, **({"scope_id": lease.run.id} if scope is HaltScope.RUN else NAMED[scope]))
+        beat = await bench.storage.runs.renew(bench.tenant, lease.run.id, fencing_token=lease.fencing_token, seconds=60)
+        assert (beat.halt["scope"], halt.calls.in_flight) == (scope.value, 1)
+
+    async def test_a_system_halt_ends_the_grants_of_every_tenant(self, bench):
+        neighbour = bench.other()
+        lease = await neighbour.lease()
+        grant = await neighbour.grant(lease)
+        halt = await bench.halt(HaltScope.SYSTEM)
+        assert [each["state"] for each in bench.behind.rows("grants") if each["id"] == grant.id] == ["revoked"]
+        assert (await bench.storage.halts.get(neighbour.tenant, halt.id)).calls.revoked == 1
+        assert (await bench.storage.halts.get(bench.tenant, halt.id)).calls.revoked == 0
+
+    async def test_what_could_not_be_ended_at_once_is_ended_by_recovery(self, bench, monkeypatch, caplog):
+        lease = await bench.lease()
+        grant = await bench.grant(lease)
+        end_halted = bench.storage.halts.end_halted
+
+        async def failing(tenant_id):
+            raise RuntimeError("gone")
+
+        monkeypatch.setattr(bench.storage.halts, "end_halted", failing)
+        halt = await bench.halt(HaltScope.TENANT)
+        assert "could not be ended yet" in caplog.text
+        assert (await bench.begin(grant, lease)).reason is Reason.HALTED
+        monkeypatch.setattr(bench.storage.halts, "end_halted", end_halted)
+        await asyncio.gather(*(Recovery(bench.storage).sweep() for _ in range(3)))
+        assert (await bench.storage.halts.get(bench.tenant, halt.id)).calls.revoked == 1
+        assert await bench.storage.halts.unfinished(9) == []
+
+
+@pytest.mark.postgres_only
+class TestDamage:
+    """A halt stands whatever state other rows are in."""
+
+    async def test_a_grant_that_cannot_be_changed_keeps_no_other_from_being_revoked(self, bench, caplog):
+        leases = [await bench.lease() for _ in range(3)]
+        grants = [await bench.grant(lease) for lease in leases]
+        bench.sql(
+            f"CREATE FUNCTION damage() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.id = '{grants[1].id}' THEN "
+            "RAISE 'damaged'; END IF; RETURN NEW; END $$"
+        )
+        bench.sql("CREATE TRIGGER damage BEFORE UPDATE ON grants FOR EACH ROW EXECUTE FUNCTION damage()")
+        halt = await bench.halt(HaltScope.TENANT)
+        assert halt.lifted_at is None
+        assert "could not end 1 grants" in caplog.text
+        states = dict(bench.sql("SELECT id, state FROM grants"))
+        assert [states[grant.id] for grant in grants] == ["revoked", "issued", "revoked"]
+        for grant, lease in zip(grants, leases, strict=True):
+            assert (await bench.begin(grant, lease)).reason is Reason.HALTED
+
+    async def test_a_damaged_stream_of_the_tenant_does_not_keep_it_from_standing(self, bench, caplog):
+        await lift(bench, await bench.halt(HaltScope.TENANT))
+        bench.sql("UPDATE event_streams SET last_seq = 0 WHERE stream = 'tenant'")
+        lease = await bench.lease()
+        await bench.halt(HaltScope.TENANT)
+        assert "its event is missing" in caplog.text
+        assert (await bench.control_plane.admit(bench.proposal(lease))).reason is Reason.HALTED
+
+
+async def test_a_halt_names_something_that_exists(bench):
+    await bench.run()
+    for named in (
+        {"scope": HaltScope.AGENT, "subject": "tset"},
+        {"scope": HaltScope.CAPABILITY, "subject": "thing.raed"},
+        {"scope": HaltScope.RUN_GROUP, "scope_id": GROUP},
+    ):
+        with pytest.raises(NotFound):
+            await bench.halt(**named)
+    for named in ({"scope": HaltScope.AGENT}, {"scope": HaltScope.TENANT, "subject": "test"}):
+        with pytest.raises(InvalidRequest, match="subject"):
+            await bench.halt(**named)
+
+
+async def test_halts_are_listed_newest_first_page_by_page(bench):
+    await bench.run()
+    halts = [await bench.halt(scope, **NAMED[scope]) for scope in (HaltScope.SYSTEM, HaltScope.TENANT, HaltScope.AGENT)]
+    await lift(bench, halts[1])
+    seen, before = [], None
+    while page := await bench.storage.halts.list(bench.tenant, limit=1, before=before, standing=False):
+        seen += [each.id for each in page]
+        before = (page[-1].created_at, page[-1].id)
+    assert seen == [each.id for each in reversed(halts)]
+    standing = await bench.storage.halts.list(bench.tenant, limit=9, before=None, standing=True)
+    assert [each.id for each in standing] == [halts[2].id, halts[0].id]
 
 
 async def test_a_run_under_two_halts_goes_on_after_the_second_is_lifted(bench):
@@ -68,8 +243,8 @@ async def test_two_lifts_at_once_do_not_leave_a_run_behind(bench):
 
 
 async def test_a_halt_lifted_before_the_run_was_parked_does_not_park_it(bench):
-    halt = await bench.halt(HaltScope.TENANT)
     lease = await bench.lease()
+    halt = await bench.halt(HaltScope.TENANT)
     await bench.control_plane.admit(bench.proposal(lease))
     await lift(bench, halt)
     before = bench.deliveries(lease.run)
@@ -82,8 +257,8 @@ async def test_a_halt_lifted_before_the_run_was_parked_does_not_park_it(bench):
 
 async def test_parking_and_lifting_at_once_never_leave_a_run_parked_without_a_halt(bench):
     for _ in range(25):
-        halt = await bench.halt(HaltScope.TENANT)
         lease = await bench.lease()
+        halt = await bench.halt(HaltScope.TENANT)
         parking = bench.control_plane.finish(
             lease.run, fencing_token=lease.fencing_token, state=RunState.HALTED, actor="worker:w"
         )
@@ -160,6 +335,59 @@ async def test_no_grant_and_no_begin_is_committed_after_a_committed_halt(bench):
     grants = bench.behind.rows("grants")
     assert max(grant["issued_at"] for grant in grants) < halt["triggered_at"]
     assert max(grant["begun_at"] for grant in grants if grant["begun_at"]) < halt["triggered_at"]
+
+
+@pytest.mark.postgres_only
+async def test_many_runs_halted_in_one_call_while_others_admit_and_decide(bench):
+    """Runs are queued, wait for approval and work; eight clients admit meanwhile, and approvals come in."""
+    wide = {"EUR": 99_999, "calls": 99_999}
+    bench = bench.with_policy(budgets={"run": wide, "tenant": wide}, rate_limit={"per_second": 1e6, "burst": 1e6})
+    number = max(48, int(1000 * float(os.environ.get("SOAK", "0.05"))))
+    queued = [await bench.run() for _ in range(number // 2)]
+    asked = [await bench.ask() for _ in range(number - len(queued) - 8)]
+    leases = [await bench.lease() for _ in range(8)]
+    warm, halted = asyncio.Event(), asyncio.Event()
+
+    async def admit(lease):
+        for index in range(100_000):
+            if index == 3:
+                warm.set()
+            admission = await bench.control_plane.admit(bench.proposal(lease, step_index=index, step_id=f"s{index}"))
+            if not isinstance(admission, Granted):
+                assert admission.reason is Reason.HALTED
+                return
+            begun = await bench.begin(admission.grant, lease)
+            await bench.settle(admission.grant, lease, OutcomeStatus.SUCCEEDED if begun.accepted else NOT_STARTED)
+
+    async def decide():
+        for _, pending in asked:
+            await bench.decide(pending, TicketDecision.APPROVE)
+
+    async def resume():
+        for run in [*queued, *(lease.run for lease, _ in asked)]:
+            await halted.wait()
+            assert await bench.storage.runs.take(bench.tenant, run.id, owner="w", seconds=60) is None
+
+    async def halt():
+        await warm.wait()
+        made = await bench.halt(HaltScope.TENANT)
+        halted.set()
+        return made
+
+    made, *_ = await asyncio.gather(halt(), decide(), resume(), *(admit(lease) for lease in leases))
+    late = "SELECT count(*) FROM grants WHERE issued_at > %s OR begun_at > %s"
+    assert bench.sql(late, made.triggered_at, made.triggered_at) == [(0,)]
+    taken = "SELECT count(*) FROM events WHERE kind = 'run_taken' AND occurred_at > %s"
+    assert bench.sql(taken, made.triggered_at) == [(0,)]
+    for run in (lease.run for lease, _ in asked):
+        await bench.storage.runs.take(bench.tenant, run.id, owner="w", seconds=60)
+    states = dict(bench.sql("SELECT state, count(*) FROM run_states GROUP BY state"))
+    assert states == {"halted": number - 8, "running": 8}
+    await lift(bench, made)
+    assert dict(bench.sql("SELECT state, count(*) FROM run_states GROUP BY state")) == {
+        "queued": number - 8,
+        "running": 8,
+    }
 
 
 @pytest.mark.postgres_only

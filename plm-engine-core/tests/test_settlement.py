@@ -51,7 +51,7 @@ class TestBegin:
     async def test_a_grant_dies_with_a_halt(self, bench, scope):
         lease = await bench.lease()
         grant = await bench.grant(lease)
-        await bench.halt(scope, lease.run.id if scope is HaltScope.RUN else None)
+        await bench.halt_over(scope, lease.run)
         assert (await bench.begin(grant, lease)).reason is Reason.HALTED
 
     async def test_a_run_that_is_being_cancelled_starts_nothing(self, bench):
@@ -75,9 +75,11 @@ class TestBegin:
         lease = await bench.lease()
         grant = await bench.grant(lease)
         halt = await bench.halt(HaltScope.RUN, lease.run.id)
-        await bench.begin(grant, lease)
-        await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
-        assert (await bench.begin(grant, lease)).accepted
+        before = (await bench.kinds(lease.run), await bench.storage.runs.steps(bench.tenant, lease.run.id))
+        for _ in range(2):
+            assert not (await bench.begin(grant, lease)).accepted
+            await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
+        assert (await bench.kinds(lease.run), await bench.storage.runs.steps(bench.tenant, lease.run.id)) == before
 
 
 async def test_what_was_measured_is_charged_and_the_rest_released(bench):

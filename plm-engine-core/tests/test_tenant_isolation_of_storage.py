@@ -53,6 +53,8 @@ ABSENT = {
     "approvals.revoke_scope": NotFound,
     "halts.trigger": NotFound,
     "halts.get": NotFound,
+    "halts.list": [],
+    "halts.end_halted": 0,
     "halts.lift": NotFound,
     "events.read": [],
     "events.heads": [],
@@ -69,7 +71,12 @@ ABSENT = {
     "checkpoints.covered": [],
     "checkpoints.links": [],
 }
-SPANS_TENANTS = {"runs.create", "runs.abandoned", "checkpoints.tenants"}  # makes its own; answer ids only, by design
+SPANS_TENANTS = {
+    "runs.create",
+    "runs.abandoned",
+    "checkpoints.tenants",
+    "halts.unfinished",
+}  # makes its own; answer ids only, by design
 OF_THE_INSTALLATION = {"policies.standing", "policies.content", "policies.history", "policies.activate"}
 
 
@@ -158,8 +165,17 @@ async def foreign(bench):
             other, scope.id, by=by.user_id, actor=by.actor
         ),
         "halts.trigger": lambda: storage.halts.trigger(
-            other, HaltScope.RUN, run.id, reason="x", by=by.user_id, actor=by.actor
+            other,
+            HaltScope.RUN,
+            run.id,
+            subject=None,
+            reason="x",
+            by=by.user_id,
+            actor=by.actor,
+            cancel_seconds=9,
         ),
+        "halts.list": lambda: storage.halts.list(other, limit=9, before=None, standing=False),
+        "halts.end_halted": lambda: storage.halts.end_halted(other),
         "halts.get": lambda: storage.halts.get(other, halt.id),
         "halts.lift": lambda: storage.halts.lift(other, halt, by=by.user_id, actor=by.actor),
         "events.read": lambda: storage.events.read(other, run_stream(run.id)),
@@ -192,6 +208,7 @@ def everything(bench):
     """Every row of the engine."""
     tables = ["run_states", "run_steps", "approval_tickets", "grants", "budgets", "halts", "events", "event_streams"]
     tables += ["event_checkpoints", "event_exports", "approval_votes", "approval_comments", "approval_scopes"]
+    tables += ["halt_calls"]
     return {table: sorted(map(str, bench.behind.rows(table))) for table in tables}
 
 

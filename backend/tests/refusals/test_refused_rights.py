@@ -144,10 +144,18 @@ class Cases:
         assert self._client.post("/v1/halts", json={"scope": "galaxy", "reason": "too far"}).status_code == 422
         return self._client.post("/v1/halts", json={"scope": "run", "reason": "which?"}), "'scope_id'", "correct it"
 
+    def halt_of_an_agent_that_is_not_named(self) -> Refusal:
+        named = {"scope": "tenant", "subject": "echo", "reason": "whose?"}
+        assert self._client.post("/v1/halts", json=named).status_code == 422
+        return self._client.post("/v1/halts", json={"scope": "agent", "reason": "which?"}), "'subject'", "correct it"
+
     def halt_of_nothing(self) -> Refusal:
         nothing = str(uuid.uuid4())
         assert self._client.delete(f"/v1/halts/{nothing}").status_code == 404
         assert self._decide(self._approver, nothing).status_code == 404
+        for scope, name in (("agent", "nobody"), ("capability", "probe.nothing")):
+            unknown = {"scope": scope, "subject": name, "reason": "?"}
+            assert self._client.post("/v1/halts", json=unknown).status_code == 404
         body = {"scope": "run", "scope_id": nothing, "reason": "?"}
         return self._client.post("/v1/halts", json=body), nothing, "does not exist"
 

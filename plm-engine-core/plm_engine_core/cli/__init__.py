@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import typer
 
-from plm_engine_core.cli import approvals, auth, db, doctor, events, policy, run
+from plm_engine_core.cli import approvals, auth, db, doctor, events, halt, policy, run
 from plm_engine_core.cli.why import why_command
 
 __all__ = ["COMMANDS_GROUP", "GROUPS", "build_app", "main"]
@@ -27,6 +27,7 @@ GROUPS: dict[str, typer.Typer] = {
     "db": db.app,
     "doctor": doctor.app,
     "events": events.app,
+    "halt": halt.app,
     "policy": policy.app,
     "run": run.app,
 }

@@ -20,7 +20,7 @@ from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, 
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.events import Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
-from plm_engine_core.control_plane.halts import Halt, KillSwitch
+from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, KillSwitch
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
 from plm_engine_core.control_plane.in_force import PolicyInForce
 from plm_engine_core.control_plane.limits import Subjects
@@ -84,6 +84,7 @@ class ControlPlane:
 
     `evaluators` are the kinds that the policy may use; without them, the built-in ones. With `agents` only those may
     propose, and none beyond its ceilings; without them every agent may do what policy and principal allow.
+    `cancel_seconds` is the bound within which whoever drives runs ends their calls after a halt; its record states it.
 
     Raises:
         InvalidRequest: the policy declares an evaluator that is not there, or configures one wrongly.
@@ -98,6 +99,7 @@ class ControlPlane:
         signals: Signals | None = None,
         evaluators: EvaluatorRegistry | None = None,
         agents: AgentRegistry | None = None,
+        cancel_seconds: float = CANCEL_SECONDS,
     ) -> None:
         evaluators = evaluators or EvaluatorRegistry()
         self.in_force = PolicyInForce(policy, evaluators)
@@ -106,7 +108,7 @@ class ControlPlane:
         self.storage = storage
         self.signals: Signals = signals or NoSignals()
         self._desk = PolicyDesk(storage.policies, registry=registry, evaluators=evaluators)
-        self._kill_switch = KillSwitch(storage.halts)
+        self._kill_switch = KillSwitch(storage.halts, registry=registry, cancel_seconds=cancel_seconds)
 
     @property
     def policy(self) -> PolicySnapshot:
@@ -379,13 +381,21 @@ class ControlPlane:
         return ticket
 
     async def halt(
-        self, tenant_id: UUID, scope: HaltScope, scope_id: UUID | None, *, reason: str, by: Principal
+        self,
+        tenant_id: UUID,
+        scope: HaltScope,
+        scope_id: UUID | None = None,
+        *,
+        reason: str,
+        by: Principal,
+        subject: str | None = None,
     ) -> Halt:
-        """Halt a run, a tenant or the system; see `KillSwitch.trigger`."""
-        halt = await self._kill_switch.trigger(tenant_id, scope, scope_id, reason=reason, by=by)
-        await self.signals.interrupt(None if scope is HaltScope.SYSTEM else tenant_id, halt.scope_id)
-        if halt.scope_id is not None:
-            await self.signals.changed(tenant_id, halt.scope_id)
+        """Halt a run, run group, agent, capability, tenant or the system; see `KillSwitch.trigger`."""
+        halt = await self._kill_switch.trigger(tenant_id, scope, scope_id, subject=subject, reason=reason, by=by)
+        run_id = halt.scope_id if scope is HaltScope.RUN else None
+        await self.signals.interrupt(None if scope is HaltScope.SYSTEM else tenant_id, run_id)
+        if run_id is not None:
+            await self.signals.changed(tenant_id, run_id)
         return halt
 
     async def lift(self, tenant_id: UUID, halt_id: UUID, *, by: Principal) -> Halt:

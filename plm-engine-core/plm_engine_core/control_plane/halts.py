@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.admission.proposal import Principal
-from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest
+from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, NotFound
+from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import HaltStore
 from plm_engine_core.control_plane.vocabulary import HaltScope
 
+logger = logging.getLogger(__name__)
+
 OPERATOR_SCOPE = "plm.halt"
 SYSTEM_OPERATOR_SCOPE = "plm.halt.system"
+CANCEL_SECONDS = 30.0
+
+_MOST_TENANTS = 10_000
+
+BY_ID = frozenset({HaltScope.RUN_GROUP, HaltScope.RUN})
+BY_NAME = frozenset({HaltScope.AGENT, HaltScope.CAPABILITY})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HaltCalls:
+    """What a halt met in the tenant that asks: grants it revoked, and calls in flight, which it had cancelled.
+
+    Of the calls `open` have not been seen to end yet; `last_ended_at` is when the last one of those that have was.
+    """
+
+    revoked: int = 0
+    in_flight: int = 0
+    open: int = 0
+    last_ended_at: datetime | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Halt:
-    """One halt. `epoch` grows with every halt; `scope_id` is empty for the whole system."""
+    """One halt. `epoch` grows with every halt of its scope.
+
+    `scope_id` is the run or run group, `subject` the name of the agent or capability; both are empty for what is wider.
+    Calls in flight are to have ended `cancel_seconds` after `triggered_at`, the bound that was in force then.
+    """
 
     id: UUID
     scope: HaltScope
@@ -27,8 +54,16 @@ class Halt:
     reason: str
     triggered_by: UUID
     triggered_at: datetime
+    subject: str | None = None
     lifted_by: UUID | None = None
     lifted_at: datetime | None = None
+    cancel_seconds: float | None = None
+    calls: HaltCalls = HaltCalls()
+
+    @property
+    def created_at(self) -> datetime:
+        """When it came to be, as listings are ordered."""
+        return self.triggered_at
 
     def to_json(self) -> dict[str, Any]:
         """What the events of a halt carry."""
@@ -42,27 +77,79 @@ class Halt:
 
 
 class KillSwitch:
-    """Triggers and lifts halts. A committed halt is followed by no grant and no begin in its scope."""
+    """Triggers and lifts halts. A committed halt is followed by no grant and no begin in its scope.
 
-    def __init__(self, store: HaltStore) -> None:
+    `cancel_seconds` is what each halt's record promises of calls in flight: whoever drives them hears of the halt and
+    has them ended within it.
+    """
+
+    def __init__(
+        self,
+        store: HaltStore,
+        *,
+        registry: CapabilityRegistry | None = None,
+        cancel_seconds: float = CANCEL_SECONDS,
+    ) -> None:
         self._store = store
+        self._registry = registry
+        self._cancel_seconds = cancel_seconds
 
     async def trigger(
-        self, tenant_id: UUID, scope: HaltScope, scope_id: UUID | None, *, reason: str, by: Principal
+        self,
+        tenant_id: UUID,
+        scope: HaltScope,
+        scope_id: UUID | None,
+        *,
+        reason: str,
+        by: Principal,
+        subject: str | None = None,
     ) -> Halt:
-        """Halt a run, the tenant or the system; a halt that already stands in that scope is answered as it is.
+        """Halt a run, run group, agent, capability, the tenant or the system.
+
+        A halt that already stands in that scope is answered as it is. When this answers nothing begins in the scope any
+        more, unused grants are revoked, and calls in flight are being cancelled. One damaged row prevents none of it.
 
         Raises:
             Forbidden: the caller lacks `plm.halt`, or `plm.halt.system` for the system.
-            InvalidRequest: no reason, or a run scope without a run.
-            NotFound: no such run in this tenant.
+            InvalidRequest: no reason; or the scope is not named as it must be.
+            NotFound: nothing of that name in this tenant, so that a slip of the pen halts nothing unnoticed.
         """
         _authorise(scope, by)
         if not reason.strip():
             raise InvalidRequest("a halt needs a reason, which everyone it stops will read", field="reason")
-        if (scope is HaltScope.RUN) != (scope_id is not None):
-            raise InvalidRequest("'scope_id' names the run of a run halt, and nothing else", field="scope_id")
-        return await self._store.trigger(tenant_id, scope, scope_id, reason=reason, by=by.user_id, actor=by.actor)
+        if (scope in BY_ID) != (scope_id is not None):
+            raise InvalidRequest(
+                "'scope_id' names the run or run group of its halt, and nothing else", field="scope_id"
+            )
+        if (scope in BY_NAME) != bool(subject):
+            raise InvalidRequest(
+                "'subject' names the agent or capability of its halt, and nothing else", field="subject"
+            )
+        if scope is HaltScope.CAPABILITY and self._registry is not None and self._registry.get(subject or "") is None:
+            raise NotFound("capability", subject)
+        halt = await self._store.trigger(
+            tenant_id,
+            scope,
+            scope_id,
+            subject=subject,
+            reason=reason,
+            by=by.user_id,
+            actor=by.actor,
+            cancel_seconds=self._cancel_seconds,
+        )
+        try:
+            await self._end_halted(tenant_id, scope)
+            return await self._store.get(tenant_id, halt.id)
+        except Exception:
+            logger.exception("what a halt ends could not be ended yet", extra={"halt_id": str(halt.id)})
+            return halt
+
+    async def _end_halted(self, tenant_id: UUID, scope: HaltScope) -> None:
+        """The halt stands already, whatever happens here; recovery finds what could not be ended."""
+        others = await self._store.unfinished(_MOST_TENANTS) if scope is HaltScope.SYSTEM else ()
+        for each in {tenant_id, *others}:
+            if damaged := await self._store.end_halted(each):
+                logger.error("a halt could not end %d grants; none of them can begin", damaged)
 
     async def lift(self, tenant_id: UUID, halt_id: UUID, *, by: Principal) -> Halt:
         """Lift a halt; the runs it parked are queued again in the same commit. Lifting twice answers the same.

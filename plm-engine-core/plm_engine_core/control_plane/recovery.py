@@ -14,10 +14,12 @@ _BATCH = 200
 
 
 class Recovery:
-    """Finds runs whose worker is gone, whose job was lost or whose ticket has expired, and has them driven again.
+    """The one sweeper of everything that time or a death leaves open.
 
-    It decides nothing itself: whoever then takes the lease closes the abandoned grant, and never guesses. An enqueued
-    run that nobody took for `patience_seconds` counts as lost on its way and is enqueued once more.
+    It finds runs whose worker is gone, whose job was lost, whose ticket ran out of time or whose halt was lifted, and
+    has them driven again; and tenants in which a halt could not end everything at once. It decides nothing itself:
+    whoever then takes a lease closes the abandoned grant, and parks what nobody can know. An enqueued run that nobody
+    took for `patience_seconds` counts as lost on its way and is enqueued once more.
     """
 
     def __init__(self, storage: Storage, *, every_seconds: float = 10.0, patience_seconds: float = 30.0) -> None:
@@ -26,7 +28,8 @@ class Recovery:
         self._patience = patience_seconds
 
     async def sweep(self) -> int:
-        """One pass; answers how many runs were enqueued."""
+        """One pass; answers how many runs were enqueued. What fails for one row or tenant is left to the next pass."""
+        await self._end_halted()
         revived = 0
         runs = self._storage.runs
         for tenant_id, run_id in await runs.abandoned(_BATCH, patience_seconds=self._patience):
@@ -35,6 +38,15 @@ class Recovery:
             except ControlPlaneError:
                 logger.warning("a run could not be brought back yet", extra={"run_id": str(run_id)}, exc_info=True)
         return revived
+
+    async def _end_halted(self) -> None:
+        """Finish what the trigger of a halt could not."""
+        halts = self._storage.halts
+        for tenant_id in await halts.unfinished(_BATCH):
+            try:
+                await halts.end_halted(tenant_id)
+            except ControlPlaneError:
+                logger.warning("a halt is not finished yet", extra={"tenant_id": str(tenant_id)}, exc_info=True)
 
     async def run(self) -> None:
         """Sweep until cancelled; a failed pass is logged and the next one tries again."""

@@ -169,6 +169,7 @@ class GrantState(StrEnum):
     ISSUED = "issued"
     BEGUN = "begun"
     SETTLED = "settled"
+    REVOKED = "revoked"  # by a halt, before its call began; only to be settled as not started
 
 
 class TicketState(StrEnum):
@@ -193,7 +194,10 @@ class HaltScope(StrEnum):
 
     SYSTEM = "system"
     TENANT = "tenant"
+    AGENT = "agent"
+    RUN_GROUP = "run_group"
     RUN = "run"
+    CAPABILITY = "capability"
 
 
 class BudgetScope(StrEnum):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from plm_engine_core.control_plane.vocabulary import RunState
 
 TRANSITIONS: Mapping[RunState, frozenset[RunState]] = {
-    RunState.QUEUED: frozenset({RunState.RUNNING, RunState.CANCELLED}),
+    RunState.QUEUED: frozenset({RunState.RUNNING, RunState.HALTED, RunState.CANCELLED}),
     RunState.RUNNING: frozenset(
         {
             RunState.RUNNING,  # taken over from a worker whose lease ran out

@@ -285,17 +285,43 @@ class HaltStore(Protocol):
     """Halts."""
 
     async def trigger(
-        self, tenant_id: UUID, scope: HaltScope, scope_id: UUID | None, *, reason: str, by: UUID, actor: str
+        self,
+        tenant_id: UUID,
+        scope: HaltScope,
+        scope_id: UUID | None,
+        *,
+        subject: str | None,
+        reason: str,
+        by: UUID,
+        actor: str,
+        cancel_seconds: float,
     ) -> Halt:
-        """Commit a halt once nothing admitted before it is still uncommitted."""
+        """Commit a halt once nothing admitted before it is still uncommitted, or answer the one that stands."""
         ...
 
     async def get(self, tenant_id: UUID, halt_id: UUID) -> Halt:
         """One halt of the tenant or of the system."""
         ...
 
+    async def list(
+        self, tenant_id: UUID, *, limit: int, before: tuple[datetime, UUID] | None, standing: bool
+    ) -> Sequence[Halt]:
+        """Halts of the tenant and of the system, newest first, strictly older than `before`; only those that stand."""
+        ...
+
     async def lift(self, tenant_id: UUID, halt: Halt, *, by: UUID, actor: str) -> Halt:
         """Lift a halt and enqueue the runs it parked."""
+        ...
+
+    async def unfinished(self, limit: int) -> Sequence[UUID]:
+        """Tenants, over all, in which a standing halt has not ended everything yet."""
+        ...
+
+    async def end_halted(self, tenant_id: UUID) -> int:
+        """Revoke the unused grants under the tenant's standing halts, and note the calls in flight; safe to repeat.
+
+        Answers how many rows could not be changed.
+        """
         ...
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.events.event import Event
 from plm_engine_core.control_plane.events.standing import BudgetKey, BudgetStanding
-from plm_engine_core.control_plane.halts import Halt
+from plm_engine_core.control_plane.halts import BY_ID, Halt, HaltCalls
 from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
 from plm_engine_core.control_plane.limits.budgets import Budget
 from plm_engine_core.control_plane.limits.subjects import Subjects
@@ -140,17 +140,22 @@ def scope_row(row: Mapping[str, Any]) -> ApprovalScope:
 
 
 def halt_row(row: Mapping[str, Any]) -> Halt:
-    """One row of `halts` or `halts_system`."""
+    """One halt, of the tenant or of the system, with its calls in the tenant."""
+    scope = HaltScope(row["scope"])
+    calls = ("revoked", "in_flight", "open", "last_ended_at")
     return Halt(
         id=row["id"],
-        scope=HaltScope(row["scope"]) if "scope" in row else HaltScope.SYSTEM,
-        scope_id=row["scope_id"] if row.get("scope") == HaltScope.RUN else None,
+        scope=scope,
+        scope_id=row["scope_id"] if scope in BY_ID else None,
+        subject=row["subject"],
         epoch=row["epoch"],
         reason=row["reason"],
         triggered_by=row["triggered_by"],
         triggered_at=row["triggered_at"],
         lifted_by=row["lifted_by"],
         lifted_at=row["lifted_at"],
+        cancel_seconds=row["cancel_seconds"],
+        calls=HaltCalls(**{name: row[name] for name in calls}),
     )
 
 

@@ -84,6 +84,8 @@ class MemoryAdmission(MemorySettlement):
                 raise NotFound("grant", grant_id)
             if grant["fencing_token"] != fencing_token:
                 raise FencingLost(f"grant {grant_id} belongs to an earlier holder of the lease of run {run_id}")
+            if grant["state"] == "revoked":
+                return _refused("halted", f"grant {grant_id} was revoked by a halt; its call has to be admitted anew")
             if grant["state"] != "issued":
                 return _refused("grant_used", f"grant {grant_id} is {grant['state']}; a grant is used once")
             if grant["expires_at"] <= books.now():

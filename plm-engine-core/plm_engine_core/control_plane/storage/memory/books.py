@@ -37,6 +37,9 @@ def deliver_nothing(tenant_id: UUID, run_id: UUID) -> None:
     """For who drives runs without being told."""
 
 
+_OPEN = frozenset({"awaiting_approval", "granted", "running", "not_started", "cancelled", "superseded"})
+
+
 class Table:
     """Rows by group and key, as columns by name. A row is replaced, never changed; each group belongs to one tenant."""
 
@@ -94,6 +97,7 @@ class Books:
         self.budgets = self._table()  # by tenant and name: (scope, scope id, unit, period, start)
         self.halts = self._table()  # by tenant and id
         self.halts_system = self._table()  # all in one group, by id
+        self.halt_calls = self._table()  # by (tenant, halt) and grant
         self.policy_versions = self._table()  # all in one group, by digest
         self.policy_activations = self._table()  # all in one group, by number
         self.idempotency_records = self._table()  # by tenant and (operation, command id)
@@ -170,6 +174,14 @@ class Books:
             if row["lifted_at"] is None and (row["subject"] or row["scope_id"]) == above[row["scope"]]
         }
         return next((_halt_json(scope, standing[scope]) for scope in above if scope in standing), None)
+
+    def run_halt(self, tenant_id: UUID, run_id: UUID) -> dict[str, Any] | None:
+        """The widest standing halt over a run as it is now; see `engine_run_halt_v2`."""
+        steps = self.run_steps.rows((tenant_id, run_id))
+        last = max(steps, key=lambda step: (step["step_index"], step["attempt"]), default=None)
+        wanted = last is not None and (last["state"] in _OPEN or (last["error"] or {}).get("reason") == "halted")
+        capability = last["capability"] if last is not None and wanted else None
+        return self.standing_halt(tenant_id, run_id, capability=capability)
 
     def queue_again(self, tenant_id: UUID, run_id: UUID, *, was: RunState) -> None:
         """Queue a parked run; the caller delivers it and records why."""

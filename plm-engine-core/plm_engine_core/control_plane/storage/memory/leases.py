@@ -29,11 +29,15 @@ class MemoryLeases:
     async def take(
         self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float, kind: RunKind = RunKind.HOSTED
     ) -> Lease | None:
-        """Take the lease; the fencing token grows with every holder."""
+        """Take the lease; the fencing token grows with every holder. A queued run under a halt is parked instead."""
         async with self._books.turn() as books:
             time_out_tickets(books, tenant_id, run_id, RECOVERY)
             run, now = books.run_states.get(tenant_id, run_id), books.now()
             if run is None or run["kind"] != kind.value or not _takeable(run, now):
+                return None
+            halt = books.run_halt(tenant_id, run_id)
+            if halt is not None and run["state"] == "queued":
+                _park(books, run, halt, owner)
                 return None
             taken: dict[str, Any] = {"state": "running", "lease_owner": storable_text(owner)}
             taken |= {
@@ -57,7 +61,7 @@ class MemoryLeases:
             expires_at = books.now() + timedelta(seconds=seconds)
             books.run_states.change(tenant_id, run_id, lease_expires_at=expires_at)
             cancel = run["cancel_requested_at"] is not None
-            return Heartbeat(held=True, cancel_requested=cancel, halt=books.standing_halt(tenant_id, run_id))
+            return Heartbeat(held=True, cancel_requested=cancel, halt=books.run_halt(tenant_id, run_id))
 
     async def finish(
         self,
@@ -74,7 +78,7 @@ class MemoryLeases:
         """Give the lease back; a run is parked as halted only while a halt stands, else it is queued again."""
         kept = kept_json(result, root="result") if result is not None else None
         async with self._books.turn() as books:
-            if state is RunState.HALTED and books.standing_halt(tenant_id, run_id) is None:
+            if state is RunState.HALTED and books.run_halt(tenant_id, run_id) is None:
                 state, reason, message = RunState.QUEUED, None, None
             run = books.run_states.get(tenant_id, run_id)
             if run is None or run["fencing_token"] != fencing_token or run["state"] != "running":
@@ -117,6 +121,13 @@ class MemoryLeases:
             return True
 
 
+def _park(books: Books, run: Row, halt: dict[str, Any], owner: str) -> None:
+    """Park a queued run under a halt."""
+    told = {"state": "halted", "reason": "halted", "message": f"a {halt['scope']} halt stands: {halt['reason']}"}
+    books.run_states.change(run["tenant_id"], run["run_id"], **told, updated_at=books.now())
+    books.append(run["tenant_id"], run_stream(run["run_id"]), EventKind.RUN_PARKED, f"worker:{owner}", told)
+
+
 def _text(value: str | None) -> str | None:
     return storable_text(value) if value is not None else None
 
@@ -142,7 +153,7 @@ def _is_abandoned(books: Books, run: Row, patience_seconds: float) -> bool:
             tickets = tickets_of(books, run["tenant_id"], run["run_id"])
             return not any(each["state"] == "pending" and each["deadline"] > now for each in tickets)
         case "halted":
-            return books.standing_halt(run["tenant_id"], run["run_id"]) is None
+            return books.run_halt(run["tenant_id"], run["run_id"]) is None
         case _:
             return False
 

@@ -38,7 +38,7 @@ class MemorySettlement:
                 _write_ledger(books, command.tenant_id, command.run_id, entry)
             if grant["state"] == "settled":
                 return {"status": grant["outcome"], "spent": spent(books, *name), "replayed": True}
-            if grant["state"] == "issued" and outcome["status"] != "not_started":
+            if grant["state"] in ("issued", "revoked") and outcome["status"] != "not_started":
                 raise Conflict(
                     f"grant {grant['id']} was never begun, so its call cannot have ended as {outcome['status']}",
                     reason="state",

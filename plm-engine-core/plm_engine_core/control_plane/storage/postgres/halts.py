@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from uuid import UUID
+
+import psycopg
 
 from plm_engine_core.control_plane.errors import NotFound
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, run_stream
@@ -13,7 +18,35 @@ from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Sess
 from plm_engine_core.control_plane.storage.rows import halt_row
 from plm_engine_core.control_plane.vocabulary import EventKind, HaltScope, RunState
 
+logger = logging.getLogger(__name__)
+
 _SYSTEM = "halt/system"
+
+_HALTS = """
+SELECT h.*, c.revoked, c.in_flight, c.open, c.last_ended_at FROM (
+    SELECT id, scope, scope_id, subject, epoch, reason, triggered_by, triggered_at, lifted_by, lifted_at, cancel_seconds
+        FROM halts WHERE tenant_id = %(tenant)s
+    UNION ALL SELECT id, 'system', NULL, NULL, epoch, reason, triggered_by, triggered_at, lifted_by, lifted_at,
+        cancel_seconds FROM halts_system
+) AS h CROSS JOIN LATERAL (
+    SELECT count(*) FILTER (WHERE NOT k.began) AS revoked, count(*) FILTER (WHERE k.began) AS in_flight,
+           count(*) FILTER (WHERE k.began AND g.settled_at IS NULL) AS open,
+           max(g.settled_at) FILTER (WHERE k.began) AS last_ended_at
+    FROM halt_calls AS k JOIN grants AS g ON g.id = k.grant_id AND g.tenant_id = %(tenant)s
+    WHERE k.tenant_id = %(tenant)s AND k.halt_id = h.id
+) AS c
+"""
+_ONE = _HALTS + " WHERE h.id = %(id)s"
+_LIST = (
+    _HALTS + " WHERE (%(at)s::timestamptz IS NULL OR (h.triggered_at, h.id) < (%(at)s, %(halt)s::uuid)) "
+    "AND (NOT %(standing)s OR h.lifted_at IS NULL) ORDER BY h.triggered_at DESC, h.id DESC LIMIT %(limit)s"
+)
+
+_KNOWN = {
+    HaltScope.RUN: "SELECT FROM run_states WHERE tenant_id = %(tenant)s AND run_id = %(scope_id)s LIMIT 1",
+    HaltScope.RUN_GROUP: "SELECT FROM run_states WHERE tenant_id = %(tenant)s AND run_group_id = %(scope_id)s LIMIT 1",
+    HaltScope.AGENT: "SELECT FROM run_states WHERE tenant_id = %(tenant)s AND agent_id = %(subject)s LIMIT 1",
+}
 
 
 class PostgresHalts:
@@ -24,59 +57,85 @@ class PostgresHalts:
         self._delivery = delivery
 
     async def trigger(
-        self, tenant_id: UUID, scope: HaltScope, scope_id: UUID | None, *, reason: str, by: UUID, actor: str
+        self,
+        tenant_id: UUID,
+        scope: HaltScope,
+        scope_id: UUID | None,
+        *,
+        subject: str | None,
+        reason: str,
+        by: UUID,
+        actor: str,
+        cancel_seconds: float,
     ) -> Halt:
         """Commit a halt, or answer the one that stands in this scope."""
+        values = {
+            "tenant": tenant_id,
+            "id": new_id(),
+            "scope": scope.value,
+            "scope_id": tenant_id if scope is HaltScope.TENANT else scope_id,
+            "subject": subject,
+            "reason": reason,
+            "by": by,
+            "cancel_seconds": cancel_seconds,
+        }
         async with self._gateway.transaction(tenant_id) as connection:
-            target = scope_id or tenant_id
-            name = _SYSTEM if scope is HaltScope.SYSTEM else f"halt/{scope.value}/{target}"
-            await _lock(connection, name)
-            standing = await self._standing(connection, tenant_id, scope, target)
+            await _lock(connection, _lock_name(tenant_id, scope, scope_id, subject))
+            standing = await self._standing(connection, scope, values)
             if standing is not None:
-                return standing
-            if scope is HaltScope.SYSTEM:
-                cursor = await connection.execute(
-                    "INSERT INTO halts_system (id, reason, triggered_by) VALUES (%s, %s, %s) RETURNING *",
-                    [new_id(), reason, by],
-                )
-            else:
-                if scope is HaltScope.RUN:
-                    await self._require_run(connection, tenant_id, target)
-                cursor = await connection.execute(
-                    "INSERT INTO halts (tenant_id, id, scope, scope_id, epoch, reason, triggered_by) "
-                    "SELECT %(tenant)s, %(id)s, %(scope)s, %(target)s, COALESCE(max(epoch), 0) + 1, %(reason)s, %(by)s "
-                    "FROM halts WHERE tenant_id = %(tenant)s AND scope = %(scope)s AND scope_id = %(target)s "
-                    "RETURNING *",
-                    {
-                        "tenant": tenant_id,
-                        "id": new_id(),
-                        "scope": scope.value,
-                        "target": target,
-                        "reason": reason,
-                        "by": by,
-                    },
-                )
-            row = await cursor.fetchone()
-            if row is None:
-                raise NotFound("halt", name)
-            halt = halt_row(row)
-            await self._gateway.append(
-                connection, tenant_id, TENANT_STREAM, EventKind.HALT_TRIGGERED, actor, halt.to_json()
-            )
+                return await self._read(connection, tenant_id, standing)
+            if scope in _KNOWN:
+                cursor = await connection.execute(_KNOWN[scope].encode(), values)
+                if not cursor.rowcount:
+                    raise NotFound(scope.value.replace("_", " "), subject or scope_id)
+            await self._insert(connection, scope, values)
+            halt = await self._read(connection, tenant_id, values["id"])
+            await self._record(connection, tenant_id, EventKind.HALT_TRIGGERED, actor, halt)
             return halt
+
+    async def _insert(self, connection: Session, scope: HaltScope, values: Mapping[str, object]) -> None:
+        if scope is HaltScope.SYSTEM:
+            await connection.execute(
+                "INSERT INTO halts_system (id, reason, triggered_by, cancel_seconds) "
+                "VALUES (%(id)s, %(reason)s, %(by)s, %(cancel_seconds)s)",
+                values,
+            )
+            return
+        await connection.execute(
+            "INSERT INTO halts (tenant_id, id, scope, scope_id, subject, epoch, reason, triggered_by, cancel_seconds) "
+            "SELECT %(tenant)s, %(id)s, %(scope)s, %(scope_id)s, %(subject)s, COALESCE(max(epoch), 0) + 1, %(reason)s, "
+            "%(by)s, %(cancel_seconds)s FROM halts WHERE tenant_id = %(tenant)s AND scope = %(scope)s "
+            "AND scope_id IS NOT DISTINCT FROM %(scope_id)s::uuid AND subject IS NOT DISTINCT FROM %(subject)s::text",
+            values,
+        )
+
+    async def end_halted(self, tenant_id: UUID) -> int:
+        """Revoke unused grants and note calls in flight under the standing halts; answers how many rows would not."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute("SELECT engine_end_halted_v2(%s) AS damaged", [tenant_id])
+            row = await cursor.fetchone()
+            return int(row["damaged"]) if row is not None else 0
+
+    async def unfinished(self, limit: int) -> Sequence[UUID]:
+        """Tenants, over all, in which a standing halt has not ended everything yet."""
+        async with self._gateway.connection() as connection:
+            cursor = await connection.execute("SELECT tenant_id FROM engine_abandoned_halts_v1(%s)", [limit])
+            return [row["tenant_id"] for row in await cursor.fetchall()]
 
     async def get(self, tenant_id: UUID, halt_id: UUID) -> Halt:
         """One halt of the tenant, or of the system."""
         async with self._gateway.transaction(tenant_id) as connection:
-            for query in (
-                "SELECT * FROM halts WHERE tenant_id = %(tenant)s AND id = %(id)s",
-                "SELECT * FROM halts_system WHERE id = %(id)s",
-            ):
-                cursor = await connection.execute(query.encode(), {"tenant": tenant_id, "id": halt_id})
-                row = await cursor.fetchone()
-                if row is not None:
-                    return halt_row(row)
-        raise NotFound("halt", halt_id)
+            return await self._read(connection, tenant_id, halt_id)
+
+    async def list(
+        self, tenant_id: UUID, *, limit: int, before: tuple[datetime, UUID] | None, standing: bool
+    ) -> Sequence[Halt]:
+        """Newest first."""
+        at, halt_id = before or (None, None)
+        values = {"tenant": tenant_id, "at": at, "halt": halt_id, "standing": standing, "limit": limit}
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(_LIST.encode(), values)
+            return [halt_row(row) for row in await cursor.fetchall()]
 
     async def lift(self, tenant_id: UUID, halt: Halt, *, by: UUID, actor: str) -> Halt:
         """Lift a halt and queue this tenant's runs it parked; runs of other tenants follow by recovery."""
@@ -88,52 +147,72 @@ class PostgresHalts:
             await _lock(connection, f"halt/tenant/{tenant_id}")
             cursor = await connection.execute(
                 f"UPDATE {table} SET lifted_by = %s, lifted_at = clock_timestamp() "  # noqa: S608  # one of two literals
-                "WHERE id = %s AND lifted_at IS NULL RETURNING *".encode(),
+                "WHERE id = %s AND lifted_at IS NULL".encode(),
                 [by, halt.id],
             )
-            row = await cursor.fetchone()
-            if row is not None:
-                lifted = halt_row(row)
-                parked = await connection.execute(
-                    "UPDATE run_states SET state = 'queued', reason = NULL, message = NULL, "
-                    "updated_at = clock_timestamp() WHERE tenant_id = %(tenant)s AND state = 'halted' "
-                    "AND engine_standing_halt_v2(tenant_id, run_id, run_group_id, agent_id, NULL) IS NULL "
-                    "RETURNING run_id",
-                    {"tenant": tenant_id},
-                )
-                for each in await parked.fetchall():
-                    await self._delivery.enqueue(connection, tenant_id, each["run_id"])
-                    await self._gateway.append(
-                        connection,
-                        tenant_id,
-                        run_stream(each["run_id"]),
-                        EventKind.RUN_RESUMED,
-                        actor,
-                        {"was": RunState.HALTED.value, "halt_id": str(halt.id)},
-                    )
-                await self._gateway.append(
-                    connection, tenant_id, TENANT_STREAM, EventKind.HALT_LIFTED, actor, lifted.to_json()
-                )
-                return lifted
-        return await self.get(tenant_id, halt.id)
+            if cursor.rowcount:
+                await self._queue_parked(connection, tenant_id, halt, actor)
+            lifted = await self._read(connection, tenant_id, halt.id)
+            if cursor.rowcount:
+                await self._record(connection, tenant_id, EventKind.HALT_LIFTED, actor, lifted)
+            return lifted
 
-    async def _standing(self, connection: Session, tenant_id: UUID, scope: HaltScope, target: UUID) -> Halt | None:
+    async def _queue_parked(self, connection: Session, tenant_id: UUID, halt: Halt, actor: str) -> None:
+        parked = await connection.execute(
+            "UPDATE run_states SET state = 'queued', reason = NULL, message = NULL, updated_at = clock_timestamp() "
+            "WHERE tenant_id = %(tenant)s AND state = 'halted' "
+            "AND engine_run_halt_v2(%(tenant)s, run_id, false) IS NULL RETURNING run_id",
+            {"tenant": tenant_id},
+        )
+        for each in await parked.fetchall():
+            await self._delivery.enqueue(connection, tenant_id, each["run_id"])
+            await self._gateway.append(
+                connection,
+                tenant_id,
+                run_stream(each["run_id"]),
+                EventKind.RUN_RESUMED,
+                actor,
+                {"was": RunState.HALTED.value, "halt_id": str(halt.id)},
+            )
+
+    async def _record(self, connection: Session, tenant_id: UUID, kind: EventKind, actor: str, halt: Halt) -> None:
+        """The halt's event; a stream that is damaged must not keep a halt from standing."""
+        try:
+            async with connection.transaction():
+                await self._gateway.append(connection, tenant_id, TENANT_STREAM, kind, actor, halt.to_json())
+        except psycopg.errors.IntegrityError:
+            if kind is not EventKind.HALT_TRIGGERED:
+                raise
+            logger.exception("the stream of the tenant is damaged; the halt stands, its event is missing")
+
+    async def _standing(self, connection: Session, scope: HaltScope, values: Mapping[str, object]) -> UUID | None:
         if scope is HaltScope.SYSTEM:
-            cursor = await connection.execute("SELECT * FROM halts_system WHERE lifted_at IS NULL")
+            cursor = await connection.execute("SELECT id FROM halts_system WHERE lifted_at IS NULL")
         else:
             cursor = await connection.execute(
-                "SELECT * FROM halts WHERE tenant_id = %s AND scope = %s AND scope_id = %s AND lifted_at IS NULL",
-                [tenant_id, scope.value, target],
+                "SELECT id FROM halts WHERE tenant_id = %(tenant)s AND scope = %(scope)s AND lifted_at IS NULL "
+                "AND scope_id IS NOT DISTINCT FROM %(scope_id)s::uuid "
+                "AND subject IS NOT DISTINCT FROM %(subject)s::text",
+                values,
             )
         row = await cursor.fetchone()
-        return halt_row(row) if row is not None else None
+        return row["id"] if row is not None else None
 
-    async def _require_run(self, connection: Session, tenant_id: UUID, run_id: UUID) -> None:
-        cursor = await connection.execute(
-            "SELECT 1 FROM run_states WHERE tenant_id = %s AND run_id = %s", [tenant_id, run_id]
-        )
-        if await cursor.fetchone() is None:
-            raise NotFound("run", run_id)
+    async def _read(self, connection: Session, tenant_id: UUID, halt_id: object) -> Halt:
+        cursor = await connection.execute(_ONE.encode(), {"tenant": tenant_id, "id": halt_id})
+        row = await cursor.fetchone()
+        if row is None:
+            raise NotFound("halt", halt_id)
+        return halt_row(row)
+
+
+def _lock_name(tenant_id: UUID, scope: HaltScope, scope_id: UUID | None, subject: str | None) -> str:
+    """The name that `engine_lock_halts_v2` knows the scope by."""
+    if scope is HaltScope.SYSTEM:
+        return _SYSTEM
+    if subject is not None:
+        return f"halt/{scope.value}/{tenant_id}/{subject}"
+    return f"halt/{scope.value}/{scope_id or tenant_id}"
 
 
 async def _lock(connection: Session, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -47,9 +47,12 @@ class PostgresLeases:
     async def take(
         self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float, kind: RunKind = RunKind.HOSTED
     ) -> Lease | None:
-        """Take the lease; the fencing token grows with every holder."""
+        """Take the lease; the fencing token grows with every holder. A queued run under a halt is parked instead."""
         async with self._gateway.transaction(tenant_id) as connection:
+            halt = await _standing_halt(connection, tenant_id, run_id)
             await self._time_out_tickets(connection, tenant_id, run_id)
+            if halt is not None and await self._park(connection, tenant_id, run_id, halt, owner):
+                return None
             cursor = await connection.execute(
                 "UPDATE run_states SET state = 'running', lease_owner = %(owner)s, reason = NULL, message = NULL, "
                 "lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s), "
@@ -79,7 +82,7 @@ class PostgresLeases:
                 "UPDATE run_states SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s) "
                 "WHERE tenant_id = %(tenant)s AND run_id = %(run)s AND fencing_token = %(token)s AND state = 'running' "
                 "RETURNING cancel_requested_at IS NOT NULL AS cancel, "
-                "engine_standing_halt_v2(tenant_id, run_id, run_group_id, agent_id, NULL) AS halt",
+                "engine_run_halt_v2(tenant_id, run_id, false) AS halt",
                 {"tenant": tenant_id, "run": run_id, "token": fencing_token, "seconds": seconds},
             )
             row = await cursor.fetchone()
@@ -101,7 +104,7 @@ class PostgresLeases:
     ) -> RunState:
         """Give the lease back; a run is parked as halted only while a halt stands, else it is queued again."""
         async with self._gateway.transaction(tenant_id) as connection:
-            if state is RunState.HALTED and not await _halt_stands(connection, tenant_id, run_id):
+            if state is RunState.HALTED and await _standing_halt(connection, tenant_id, run_id) is None:
                 state, reason, message = RunState.QUEUED, None, None
             terminal = state in TERMINAL_RUN_STATES
             cursor = await connection.execute(
@@ -141,7 +144,7 @@ class PostgresLeases:
         """Runs that nobody drives although somebody should, over all tenants."""
         async with self._gateway.connection() as connection:
             cursor = await connection.execute(
-                "SELECT tenant_id, run_id FROM engine_abandoned_runs_v2(%s, %s)", [limit, patience_seconds]
+                "SELECT tenant_id, run_id FROM engine_abandoned_runs_v3(%s, %s)", [limit, patience_seconds]
             )
             return [(row["tenant_id"], row["run_id"]) for row in await cursor.fetchall()]
 
@@ -151,7 +154,7 @@ class PostgresLeases:
             expired = await self._time_out_tickets(connection, tenant_id, run_id)
             cursor = await connection.execute(
                 "UPDATE run_states SET updated_at = clock_timestamp() "
-                "WHERE tenant_id = %s AND run_id = %s AND engine_is_abandoned_v2(run_states, %s) "
+                "WHERE tenant_id = %s AND run_id = %s AND engine_is_abandoned_v3(run_states, %s) "
                 "RETURNING state",
                 [tenant_id, run_id, patience_seconds],
             )
@@ -166,6 +169,27 @@ class PostgresLeases:
                 )
             await self._delivery.enqueue(connection, tenant_id, run_id)
             return True
+
+    async def _park(
+        self, connection: Session, tenant_id: UUID, run_id: UUID, halt: Mapping[str, Any], owner: str
+    ) -> bool:
+        """Park a queued run under a halt; one whose worker is gone has to be closed first, by whoever takes it over."""
+        message = f"a {halt['scope']} halt stands: {halt['reason']}"
+        cursor = await connection.execute(
+            "UPDATE run_states SET state = 'halted', reason = 'halted', message = %s, updated_at = clock_timestamp() "
+            "WHERE tenant_id = %s AND run_id = %s AND state = 'queued'",
+            [message, tenant_id, run_id],
+        )
+        if cursor.rowcount:
+            await self._gateway.append(
+                connection,
+                tenant_id,
+                run_stream(run_id),
+                EventKind.RUN_PARKED,
+                f"worker:{owner}",
+                {"state": RunState.HALTED.value, "reason": "halted", "message": message},
+            )
+        return bool(cursor.rowcount)
 
     async def _time_out_tickets(self, connection: Session, tenant_id: UUID, run_id: UUID) -> bool:
         """Lock the run and time its ticket out if the deadline passed; says whether the run was queued by that."""
@@ -194,17 +218,8 @@ async def close_books(connection: Session, tenant_id: UUID, run_id: UUID) -> Non
     await connection.execute(_SET_QUALITY, {"tenant": tenant_id, "run": run_id})
 
 
-async def _halt_stands(connection: Session, tenant_id: UUID, run_id: UUID) -> bool:
-    """Whether a halt stands, under a lock that keeps it so until the transaction ends."""
-    await connection.execute(
-        "SELECT engine_lock_halts_v2(tenant_id, run_id, run_group_id, agent_id, NULL) FROM run_states "
-        "WHERE tenant_id = %s AND run_id = %s",
-        [tenant_id, run_id],
-    )
-    cursor = await connection.execute(
-        "SELECT engine_standing_halt_v2(tenant_id, run_id, run_group_id, agent_id, NULL) IS NOT NULL AS stands "
-        "FROM run_states WHERE tenant_id = %s AND run_id = %s",
-        [tenant_id, run_id],
-    )
+async def _standing_halt(connection: Session, tenant_id: UUID, run_id: UUID) -> Mapping[str, Any] | None:
+    """The halt over a run, under locks that keep it so until the transaction ends; call it before the run is locked."""
+    cursor = await connection.execute("SELECT engine_run_halt_v2(%s, %s, true) AS halt", [tenant_id, run_id])
     row = await cursor.fetchone()
-    return row is not None and bool(row["stands"])
+    return row["halt"] if row is not None else None

@@ -51,6 +51,9 @@ BEGIN
     ELSIF v_grant.fencing_token <> p_fencing THEN
         RAISE EXCEPTION USING ERRCODE = 'PLF01', MESSAGE = format(
             'grant %s belongs to an earlier holder of the lease of run %s', p_grant, p_run);
+    ELSIF v_grant.state = 'revoked' THEN
+        RETURN jsonb_build_object('status', 'refused', 'reason', 'halted',
+            'message', format('grant %s was revoked by a halt; its call has to be admitted anew', p_grant));
     ELSIF v_grant.state <> 'issued' THEN
         RETURN jsonb_build_object('status', 'refused', 'reason', 'grant_used',
             'message', format('grant %s is %s; a grant is used once', p_grant, v_grant.state));

@@ -25,7 +25,7 @@ BEGIN
     IF v_grant.state = 'settled' THEN
         RETURN jsonb_build_object('status', v_grant.outcome, 'spent', engine_spent_v2(v_tenant, v_id), 'replayed', true);
     END IF;
-    IF v_grant.state = 'issued' AND v_status <> 'not_started' THEN
+    IF v_grant.state IN ('issued', 'revoked') AND v_status <> 'not_started' THEN
         RAISE EXCEPTION USING ERRCODE = 'PLS01', MESSAGE = format(
             'grant %s was never begun, so its call cannot have ended as %s', v_id, v_status);
     END IF;
