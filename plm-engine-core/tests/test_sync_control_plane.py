@@ -19,6 +19,7 @@ import pytest
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted, Pending, Proposal, RunRequest, SyncControlPlane
 from plm_engine_core.control_plane.errors import Conflict, NotFound
 from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.loop_thread import LoopThread
 from plm_engine_core.control_plane.storage.memory import MemoryStorage
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, Reason, TicketDecision
@@ -233,6 +234,30 @@ def test_who_is_interrupted_takes_the_call_back_and_may_go_on(sync):
         sync.call(interrupting)
     assert cancelled.wait(WAIT)
     assert sync.verify_events(uuid.uuid4()) == []
+
+
+def test_an_interrupt_between_handing_over_and_waiting_takes_the_call_back_too():
+    cancelled = threading.Event()
+
+    class Interrupted(LoopThread):
+        def submit(self, work):
+            super().submit(work)
+            assert begun.wait(WAIT)
+            raise KeyboardInterrupt
+
+    async def endless():
+        begun.set()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            cancelled.set()
+
+    begun = threading.Event()
+    thread = Interrupted("a thread")
+    with pytest.raises(KeyboardInterrupt):
+        thread.run(endless)
+    assert cancelled.wait(WAIT)
+    thread.close()
 
 
 FORKED = """

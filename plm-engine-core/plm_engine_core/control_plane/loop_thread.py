@@ -7,7 +7,7 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -36,15 +36,15 @@ class LoopThread:
         """
         if _inside_a_loop():
             raise RuntimeError(f"{self._name} waits, and would block the event loop that runs here; await instead")
-        future = self.submit(work)
+        handed = _HandedOver(work)
         try:
-            return future.result()
+            return self.submit(handed).result()
         except concurrent.futures.CancelledError:
             raise RuntimeError(
                 f"{self._name} was closed while this call was under way; read what became of it"
             ) from None
         except BaseException:
-            future.cancel()
+            handed.take_back()  # also where the interrupt came before there was anything to wait for
             raise
 
     def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
@@ -120,9 +120,33 @@ class LoopThread:
                 loop.run_until_complete(loop.shutdown_default_executor())
                 loop.close()
 
-        self._loop = loop
-        self._thread = threading.Thread(target=live, name=self._name, daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=live, name=self._name, daemon=True)
+        thread.start()
+        self._thread, self._loop = thread, loop
+
+
+class _HandedOver(Generic[T]):
+    """Work that its caller may take back at any moment, before it has begun too."""
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        self._work = work
+        self._lock = threading.Lock()
+        self._taken_back = False
+        self._at: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
+
+    async def __call__(self) -> T:
+        with self._lock:
+            if self._taken_back:
+                raise asyncio.CancelledError
+            self._at = asyncio.get_running_loop(), cast("asyncio.Task[Any]", asyncio.current_task())
+        return await self._work()
+
+    def take_back(self) -> None:
+        with self._lock:
+            self._taken_back = True
+            at = self._at
+        if at is not None and not at[0].is_closed():
+            at[0].call_soon_threadsafe(at[1].cancel)
 
 
 def _inside_a_loop() -> bool:
