@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,6 +36,7 @@ from plugin_substrate import (
     ResultFile,
     RetryPolicy,
     SequenceStep,
+    StoreError,
     WireValueError,
 )
 
@@ -179,6 +182,26 @@ async def test_jobs_wait_for_what_others_hold_and_say_what_it_is(
     assert "needs 1 of device:scanner, and 0 are free; held by" in reason.text
     told = [event async for event in take(queue.events(second), 1)]
     assert (kinds(told), told[0].payload["resource"]) == (["block_reason_changed"], "device:scanner")
+    await queue.cancel(first)
+    assert (await ended(queue, second)).status is JobStatus.COMPLETED
+
+
+async def test_memory_counts_as_it_was_measured_when_that_is_more_than_was_stated(
+    make_queue: MakeQueue, manager: PluginManager, jobber_meta: MetaFactory
+) -> None:
+    for name in ("one", "two"):
+        await manager.load_plugin_async(jobber_meta(name, resources={"min_system_ram_mb": 0.1}))
+        await manager.execute_plugin_async(name, action="job.value")
+    peaks = {each.instance_id: each.memory_mb_peak_max or 0.0 for each in await manager.get_empirical_records_async()}
+    assert min(peaks.values()) > 1, "a worker takes more than was stated"
+    queue = make_queue(resources=MachineResources(cpu_slots=2, memory_mb=1.5 * max(peaks.values())))
+    await queue.start()
+    first = await queue.submit("one", action="job.silent")
+    await running(queue, first)
+    second = await queue.submit("two", action="job.value")
+    reason = queue.get_job(second).block_reason
+    assert reason is not None
+    assert (reason.resource, reason.needed, reason.holders) == ("memory_mb", peaks["two"], (first,))
     await queue.cancel(first)
     assert (await ended(queue, second)).status is JobStatus.COMPLETED
 
@@ -552,6 +575,62 @@ async def test_a_large_result_is_a_file_and_serves_later_steps_all_the_same(
         for result in sequence.results:
             assert isinstance(result.result, ResultFile)
             assert result.result.load() == b"x" * 5000
+
+
+async def test_memory_stays_flat_however_many_jobs_there_were(make_queue: MakeQueue, jobber: PluginManager) -> None:
+    queue = make_queue(max_history=20)
+    await queue.start()
+
+    async def run(count: int) -> int:
+        for _ in range(count // 20):
+            ids = [await queue.submit("jobber", action="job.steps", count=2, owner=f"owner-{n}") for n in range(20)]
+            await asyncio.gather(*(ended_or_gone(queue, job_id) for job_id in ids))
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = await run(100)
+        after = await run(300)
+    finally:
+        tracemalloc.stop()
+    assert after - before < 300 * 500, "less than a job takes"
+    assert jobber.get_instance("jobber").running_calls == 0
+
+
+async def test_when_nothing_can_be_kept_any_more_nothing_is_started_or_confirmed(
+    jobber: PluginManager, tmp_path: Path
+) -> None:
+    store = LocalJobStore(tmp_path / "jobs.db")
+    queue = JobQueue(jobber, store=store)
+    await queue.start()
+    runs = await queue.submit("jobber", action="job.silent")
+    await running(queue, runs)
+    waits = await queue.submit("jobber", action="job.value")
+    follower = asyncio.create_task(follow_to_the_end(queue, waits))
+    await asyncio.sleep(0)
+    assert store._writer is not None
+    os.kill(store._writer._process.pid, signal.SIGKILL)
+    store._writer._process.wait()
+    with pytest.raises(StoreError, match="cannot be written"):
+        await queue.submit("jobber", action="job.value")
+    with pytest.raises(StoreError, match="cannot be written"):
+        await follower
+    reason = queue.get_job(waits).block_reason
+    assert reason is not None
+    assert "cannot be written" in reason.text
+    await queue.cancel(runs)
+    with pytest.raises(StoreError, match="cannot be written"):
+        await queue.wait_for_job(runs, 60)
+    await queue.close(0.0)
+    async with JobQueue(jobber, store=LocalJobStore(tmp_path / "jobs.db")) as again:
+        assert (await ended(again, waits)).status is JobStatus.COMPLETED, "nothing that was confirmed is lost"
+        assert again.get_job(runs).status is JobStatus.INTERRUPTED
+
+
+async def follow_to_the_end(queue: JobQueue, job_id: str) -> None:
+    async for _ in queue.events(job_id):
+        pass
 
 
 async def test_snapshots_are_taken_while_a_job_runs(make_queue: MakeQueue, jobber: PluginManager) -> None:

@@ -290,7 +290,7 @@ class Dispatcher:
 
     def why(self, live: LiveJob) -> BlockReason:
         """Say why a job waits, with how many go before it."""
-        if live.task is None and self.running and live.job.id in self.waiting:
+        if self.journal.failure is None and self.running and live.job.id in self.waiting:
             return self.waiting.why(live.job.id)
         return self._reason(live)
 

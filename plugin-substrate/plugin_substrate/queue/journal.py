@@ -223,10 +223,12 @@ class Journal:
     def retain_sequence(self, sequence_id: str) -> None:
         """Take note of an ended sequence; as many are kept as jobs."""
         self._ended_sequences.append(sequence_id)
-        while len(self._ended_sequences) > self._max_history:
+        while len(self._ended_sequences) > self._max_history and self.failure is None:
             self.write([ForgetSequence(self._ended_sequences.popleft())])
 
     def _forget(self) -> None:
+        if self.failure is not None:
+            return
         oldest = None if self._max_age is None else datetime.now(UTC) - self._max_age
         gone: list[Change] = []
         while self._history and (
@@ -243,8 +245,7 @@ class Journal:
 
     def _aged(self) -> None:
         self._age_timer = None
-        if self.failure is None:
-            self._forget()
+        self._forget()
 
     def stop(self) -> None:
         """Give up the timer."""

@@ -79,8 +79,9 @@ class Runner:
         await self._cancel_call(live)
 
     def phase(self, live: LiveJob, phase: CancelPhase) -> None:
-        """Note how far cancelling is."""
-        self._journal.write(self.phases(live, phase))
+        """Note how far cancelling is; where nothing can be kept any more, it goes on all the same."""
+        if self._journal.failure is None:
+            self._journal.write(self.phases(live, phase))
 
     def phases(self, live: LiveJob, *phases: CancelPhase) -> list[Any]:
         """Return the changes that take cancelling through some phases."""
