@@ -70,10 +70,10 @@ def spent_of(header: Header) -> Spent:
     spent = header.get("spent", {})
     if not isinstance(spent, dict):
         raise ProtocolError(f"spent is {spent!r:.80}, not an object")
-    figures = Spent(*(spent.get(name) for name in Spent._fields))
-    if not all(figure is None or is_amount(figure) for figure in figures):
+    cpu, peak = spent.get("cpu_seconds"), spent.get("peak_bytes")
+    if not (cpu is None or is_amount(cpu)) or not (peak is None or is_amount(peak)):
         raise ProtocolError(f"spent is {spent!r:.80}, not amounts")
-    return figures
+    return Spent(cpu, peak)
 
 
 def counts_of(header: Header, segments: int) -> list[int]:

@@ -72,13 +72,16 @@ class _HandedOver(Generic[T]):
     """Work that another thread's event loop does while this one waits on a lock.
 
     `asyncio.run_coroutine_threadsafe` does the same with a condition, a second future and two more trips to the loop,
-    which is more than a call of a plugin costs.
+    which is more than a call of a plugin costs. The lock is released in the last step of the work, not in the round
+    after it: everything that is written here before that may be read when it has been taken.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
         self._loop = loop
         self._work = work
-        self._task: asyncio.Task[T] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._outcome: list[T] = []
+        self._error: BaseException = asyncio.CancelledError()  # when it was ended before it began
         self._given_up = False
         self._ended = threading.Lock()
         self._ended.acquire()
@@ -91,14 +94,31 @@ class _HandedOver(Generic[T]):
         except BaseException:
             self._loop.call_soon_threadsafe(self._give_up)
             raise
-        assert self._task is not None  # noqa: S101 - only its end releases the lock
-        return self._task.result()
+        if self._outcome:
+            return self._outcome[0]
+        error = self._error
+        del self._error  # its traceback leads here
+        raise error
 
     def _start(self) -> None:
         if self._given_up:
             return
-        self._task = self._loop.create_task(self._work())
-        self._task.add_done_callback(lambda _: self._ended.release())
+        self._task = self._loop.create_task(self._run())
+        self._task.add_done_callback(self._see_to_the_end)
+
+    async def _run(self) -> None:
+        try:
+            self._outcome.append(await self._work())
+        except BaseException as error:
+            self._error = error
+            if not isinstance(error, Exception):
+                raise  # the loop has to know too
+        self._ended.release()
+
+    def _see_to_the_end(self, task: asyncio.Task[None]) -> None:
+        """Let go of who waits for a task that was ended before its last step."""
+        if (task.cancelled() or task.exception() is not None) and self._ended.locked():
+            self._ended.release()
 
     def _give_up(self) -> None:
         self._given_up = True

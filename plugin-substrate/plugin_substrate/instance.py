@@ -378,13 +378,13 @@ class LoadedInstance:
             await asyncio.wait({pending.value}, timeout=max(0.0, remaining))
             if not pending.value.done():
                 await self._end_late_call(pending, remaining)
-        return await asyncio.shield(pending.value)
+        return await pending.outcome()
 
     async def _end_late_call(self, pending: PendingCall, seconds: float) -> None:
         """Cancel a call past its deadline; a result that arrives meanwhile is still its result."""
         await asyncio.shield(self._cancel_soon(pending.context.call_id))
         with suppress(PluginError):
-            await asyncio.shield(pending.value)
+            await pending.outcome()
             return
         raise self._too_late(pending, seconds) from pending.value.exception()
 

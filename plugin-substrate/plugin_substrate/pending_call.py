@@ -35,6 +35,7 @@ class PendingCall:
         self.sent_at: float | None = None
         self.spent = Spent()
         self.value: asyncio.Future[Any] = (loop or asyncio.get_running_loop()).create_future()
+        self._waiting: list[asyncio.Future[None]] = []
         self._on_progress = on_progress
         self._on_usage = on_usage
         self._on_log = on_log
@@ -57,12 +58,31 @@ class PendingCall:
         """End with a value."""
         if not self.value.done():
             self.value.set_result(value)
+            self._wake()
 
     def fail(self, error: Exception) -> None:
         """End with an error."""
         if not self.value.done():
             self.value.set_exception(error)
             self.value.exception()  # read once here: a caller that went away must not cause a warning
+            self._wake()
+
+    async def outcome(self) -> Any:
+        """Return its value or raise its error, once both are known; who stops waiting leaves the call as it is.
+
+        ``asyncio.shield`` does the same with one more round of the loop in every call.
+        """
+        if not self.value.done():
+            end: asyncio.Future[None] = self.value.get_loop().create_future()
+            self._waiting.append(end)
+            await end
+        return self.value.result()
+
+    def _wake(self) -> None:
+        """Wake who waits, after those who were to hear of the end first."""
+        for end in self._waiting:
+            if not end.done():
+                end.set_result(None)
 
 
 def _tell(callback: Callable[..., object] | None, *values: Any) -> None:
