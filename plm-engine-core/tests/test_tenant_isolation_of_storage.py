@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import replace
 from datetime import UTC, datetime
+from decimal import Decimal
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -16,16 +17,19 @@ from plm_engine_core.control_plane.events.signing import Signer
 from plm_engine_core.control_plane.events.standing import Standing
 from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.limits import BudgetKey
 from plm_engine_core.control_plane.storage.ports import (
     ApprovalStore,
+    BudgetStore,
     CheckpointStore,
+    Correction,
     EventStore,
     HaltStore,
     PolicyStore,
     RunStore,
     VoteCommand,
 )
-from plm_engine_core.control_plane.vocabulary import HaltScope, RunState, StepState, TicketDecision
+from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, RunState, StepState, TicketDecision
 
 pytestmark = pytest.mark.every_storage
 
@@ -51,6 +55,8 @@ ABSENT = {
     "approvals.comment": NotFound,
     "approvals.scopes": [],
     "approvals.revoke_scope": NotFound,
+    "budgets.list": [],
+    "budgets.correct": NotFound,
     "halts.trigger": NotFound,
     "halts.get": NotFound,
     "halts.list": [],
@@ -73,6 +79,7 @@ ABSENT = {
 }
 SPANS_TENANTS = {
     "runs.create",
+    "budgets.set_limit",
     "runs.abandoned",
     "checkpoints.tenants",
     "halts.unfinished",
@@ -84,6 +91,7 @@ def test_every_operation_of_every_port_is_tried():
     ports = {
         "runs": RunStore,
         "approvals": ApprovalStore,
+        "budgets": BudgetStore,
         "halts": HaltStore,
         "events": EventStore,
         "checkpoints": CheckpointStore,
@@ -163,6 +171,18 @@ async def foreign(bench):
         "approvals.scopes": lambda: storage.approvals.scopes(other, limit=9, after=None),
         "approvals.revoke_scope": lambda: storage.approvals.revoke_scope(
             other, scope.id, by=by.user_id, actor=by.actor
+        ),
+        "budgets.list": lambda: storage.budgets.list(other, limit=9),
+        "budgets.correct": lambda: storage.budgets.correct(
+            other,
+            Correction(
+                key=BudgetKey(scope=BudgetScope.RUN, scope_id=run.id, unit="calls"),
+                amount=Decimal(1),
+                reason="x",
+                command_id="x",
+                digest="x",
+            ),
+            actor=by.actor,
         ),
         "halts.trigger": lambda: storage.halts.trigger(
             other,

@@ -23,7 +23,8 @@ from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, KillSwitch
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
 from plm_engine_core.control_plane.in_force import PolicyInForce
-from plm_engine_core.control_plane.limits import Subjects
+from plm_engine_core.control_plane.limits import Budget, BudgetKey, Subjects
+from plm_engine_core.control_plane.limits.desk import BudgetDesk
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import (
     AgentDescriptor,
@@ -379,6 +380,17 @@ class ControlPlane:
         )
         await self.signals.changed(tenant_id, ticket.run_id)
         return ticket
+
+    async def set_budget(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, by: Principal) -> Budget:
+        """Set the limit of a budget; see `BudgetDesk.set_limit`."""
+        return await BudgetDesk(self.storage.budgets).set_limit(tenant_id, key, limit, by=by)
+
+    async def correct_budget(
+        self, tenant_id: UUID, key: BudgetKey, amount: Decimal, *, reason: str, command_id: str, by: Principal
+    ) -> Budget:
+        """Correct what a budget has spent by a counter-entry; see `BudgetDesk.correct`."""
+        desk = BudgetDesk(self.storage.budgets)
+        return await desk.correct(tenant_id, key, amount, reason=reason, command_id=command_id, by=by)
 
     async def halt(
         self,

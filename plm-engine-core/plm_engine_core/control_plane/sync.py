@@ -54,6 +54,8 @@ class SyncControlPlane:
     finish = _waiting(ControlPlane.finish)
     cancel = _waiting(ControlPlane.cancel)
     decide = _waiting(ControlPlane.decide)
+    set_budget = _waiting(ControlPlane.set_budget)
+    correct_budget = _waiting(ControlPlane.correct_budget)
     halt = _waiting(ControlPlane.halt)
     lift = _waiting(ControlPlane.lift)
     verify_events = _waiting(ControlPlane.verify_events)

@@ -37,6 +37,7 @@ CHANGES_NOTHING = frozenset(
         EventKind.HALT_TRIGGERED,
         EventKind.HALT_LIFTED,
         EventKind.POLICY_ACTIVATED,
+        EventKind.BUDGET_SET,
         EventKind.SHADOW_CHANGED,
         EventKind.EVENTS_PRUNED,
     }
@@ -76,10 +77,12 @@ class Projections:
     @property
     def folded_kinds(self) -> frozenset[str]:
         """Kinds of event that change a run, a ticket or a budget."""
-        return frozenset(self._folds)
+        return frozenset({*self._folds, EventKind.BUDGET_CORRECTED})
 
     def apply(self, event: Event) -> None:
         """Go one event further. An event of a run whose beginning is not known is left out."""
+        if event.kind == EventKind.BUDGET_CORRECTED:
+            self._book(event.data, spent=Decimal(event.data["amount"]))
         if not event.stream.startswith(_RUN):
             return
         run_id = UUID(event.stream.removeprefix(_RUN))

@@ -8,14 +8,16 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
 
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitLlmCallArgs, EmitTelemetryArgs
 
-from plm_engine_core.control_plane.limits.budgets import Budget, Reserve
+from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, Reserve
 from plm_engine_core.control_plane.limits.rate_limit import Bucket, Prepared
 from plm_engine_core.control_plane.vocabulary import (
+    BudgetScope,
     Evidence,
     ExecutorKind,
     HaltScope,
@@ -281,6 +283,33 @@ class ApprovalStore(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Correction:
+    """A counter-entry, ready to be booked: `amount` is added to what was spent."""
+
+    key: BudgetKey
+    amount: Decimal
+    reason: str
+    command_id: str
+    digest: str
+
+
+class BudgetStore(Protocol):
+    """Budgets, as an operator sees and changes them; calls draw on them through admission."""
+
+    async def list(self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None) -> Sequence[Budget]:
+        """Total budgets and present windows, from narrow to wide, at most `limit`."""
+        ...
+
+    async def set_limit(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, actor: str) -> Budget:
+        """Set and pin the limit of the present window, opening it where it is not there."""
+        ...
+
+    async def correct(self, tenant_id: UUID, correction: Correction, *, actor: str) -> Budget:
+        """Book a counter-entry once, unless it would leave less than nothing spent."""
+        ...
+
+
 class HaltStore(Protocol):
     """Halts."""
 
@@ -460,6 +489,11 @@ class Storage(Protocol):
     @property
     def approvals(self) -> ApprovalStore:
         """Tickets."""
+        ...
+
+    @property
+    def budgets(self) -> BudgetStore:
+        """Budgets."""
         ...
 
     @property

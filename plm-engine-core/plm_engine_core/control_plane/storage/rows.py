@@ -102,6 +102,18 @@ def budget_row(row: Mapping[str, Any]) -> Budget:
     )
 
 
+def budget_told(row: Mapping[str, Any]) -> dict[str, str]:
+    """How an event names a budget and its window."""
+    return {
+        "scope_kind": row["scope_kind"],
+        "scope_id": str(row["scope_id"]),
+        "unit": row["unit"],
+        "period": row["period"],
+        "starts_at": row["starts_at"].isoformat(),
+        **({"subject": row["subject"]} if row["subject"] is not None else {}),
+    }
+
+
 def ticket_row(row: Mapping[str, Any]) -> ApprovalTicket:
     """One row of `approval_tickets`."""
     return ApprovalTicket(**{**row, "state": TicketState(row["state"])})

@@ -7,6 +7,7 @@ from uuid import UUID
 from plm_engine_core.control_plane.storage.memory.admission import MemoryAdmission
 from plm_engine_core.control_plane.storage.memory.approvals import MemoryApprovals
 from plm_engine_core.control_plane.storage.memory.books import Books, Clock, Deliver, deliver_nothing, system_clock
+from plm_engine_core.control_plane.storage.memory.budget_desk import MemoryBudgets
 from plm_engine_core.control_plane.storage.memory.events import MemoryCheckpoints, MemoryEvents
 from plm_engine_core.control_plane.storage.memory.halts import MemoryHalts
 from plm_engine_core.control_plane.storage.memory.policies import MemoryPolicies
@@ -27,6 +28,7 @@ class MemoryStorage:
         self.admission = MemoryAdmission(self.books)
         self.runs = MemoryRuns(self.books)
         self.approvals = MemoryApprovals(self.books)
+        self.budgets = MemoryBudgets(self.books)
         self.halts = MemoryHalts(self.books)
         self.events = MemoryEvents(self.books)
         self.checkpoints = MemoryCheckpoints(self.books)

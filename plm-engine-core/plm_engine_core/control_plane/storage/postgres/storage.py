@@ -9,6 +9,7 @@ from psycopg_pool import AsyncConnectionPool
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres.admission import PostgresAdmission
 from plm_engine_core.control_plane.storage.postgres.approvals import PostgresApprovals
+from plm_engine_core.control_plane.storage.postgres.budgets import PostgresBudgets
 from plm_engine_core.control_plane.storage.postgres.checkpoints import PostgresCheckpoints
 from plm_engine_core.control_plane.storage.postgres.events import PostgresEvents
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Pool
@@ -54,6 +55,7 @@ class PostgresStorage:
         self.admission = PostgresAdmission(gateway)
         self.runs = PostgresRuns(gateway, delivery)
         self.approvals = PostgresApprovals(gateway, delivery)
+        self.budgets = PostgresBudgets(gateway)
         self.halts = PostgresHalts(gateway, delivery)
         self.events = PostgresEvents(gateway)
         self.checkpoints = PostgresCheckpoints(gateway)

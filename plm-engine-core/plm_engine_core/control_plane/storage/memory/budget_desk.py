@@ -1,0 +1,91 @@
+"""Budgets in memory, as an operator sees and changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from plm_engine_core.control_plane.errors import IdempotencyConflict, InvalidRequest, NotFound
+from plm_engine_core.control_plane.events.event import TENANT_STREAM
+from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
+from plm_engine_core.control_plane.storage.memory.books import Books
+from plm_engine_core.control_plane.storage.memory.budgets import open_budget, window_start
+from plm_engine_core.control_plane.storage.memory.values import booked
+from plm_engine_core.control_plane.storage.ports import Correction
+from plm_engine_core.control_plane.storage.rows import budget_row, budget_told
+from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind
+
+_CORRECT = "budgets.correct"
+
+
+class MemoryBudgets:
+    """Budgets in memory."""
+
+    def __init__(self, books: Books) -> None:
+        self._books = books
+
+    async def list(self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None) -> Sequence[Budget]:
+        """Total budgets and present windows, from narrow to wide, at most `limit`."""
+        async with self._books.turn() as books:
+            found = [
+                budget_row(row)
+                for row in books.budgets.rows(tenant_id)
+                if row["starts_at"] == window_start(row["period"], books.now())
+                and (scope is None or row["scope_kind"] == scope.value)
+            ]
+            return sorted(found, key=_place)[:limit]
+
+    async def set_limit(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, actor: str) -> Budget:
+        """Set and pin the limit of the present window, opening it where it is not there."""
+        async with self._books.turn() as books:
+            books.require_tenant(tenant_id)
+            name = _name(books, key)
+            open_budget(books, tenant_id, name, limit, key.subject)
+            row = books.budgets.change(tenant_id, name, limit_amount=booked(limit), pinned=True)
+            told = {**budget_told(row), "limit": str(limit)}
+            books.append(tenant_id, TENANT_STREAM, EventKind.BUDGET_SET, actor, told)
+            return budget_row(row)
+
+    async def correct(self, tenant_id: UUID, correction: Correction, *, actor: str) -> Budget:
+        """Book a counter-entry once, unless it would leave less than nothing spent."""
+        async with self._books.turn() as books:
+            books.require_tenant(tenant_id)
+            key, name = correction.key, _name(books, correction.key)
+            replayed = _claim(books, tenant_id, correction)
+            row = books.budgets.get(tenant_id, name)
+            if row is None:
+                raise NotFound("budget", f"{key.scope.value}/{key.scope_id}/{key.unit}")
+            if replayed:
+                return budget_row(row)
+            if row["spent"] + correction.amount < 0:
+                raise InvalidRequest(
+                    f"only {row['spent'].normalize():f} {key.unit} were spent; no more can be given back",
+                    field="amount",
+                )
+            row = books.budgets.change(tenant_id, name, spent=booked(row["spent"] + correction.amount))
+            told = {**budget_told(row), "amount": str(correction.amount), "reason": correction.reason}
+            books.append(tenant_id, TENANT_STREAM, EventKind.BUDGET_CORRECTED, actor, told)
+            return budget_row(row)
+
+
+def _claim(books: Books, tenant_id: UUID, correction: Correction) -> bool:
+    name = (_CORRECT, correction.command_id)
+    record = books.idempotency_records.get(tenant_id, name)
+    if record is None:
+        books.idempotency_records.put(tenant_id, name, {"digest": correction.digest, "result": None})
+        return False
+    if record["digest"] != correction.digest:
+        raise IdempotencyConflict(f"command {correction.command_id} was already used for another correction")
+    return True
+
+
+def _name(books: Books, key: BudgetKey) -> tuple[Any, ...]:
+    period = key.period.value
+    return (key.scope.value, key.scope_id, key.unit, period, window_start(period, books.now()))
+
+
+def _place(budget: Budget) -> tuple[Any, ...]:
+    scope, unit, period = budget.width
+    return (scope, budget.subject is None, budget.subject or "", budget.scope_id, unit, period)

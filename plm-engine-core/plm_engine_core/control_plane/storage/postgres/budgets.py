@@ -1,0 +1,136 @@
+"""Budgets, as an operator sees and changes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from decimal import Decimal
+from typing import Any
+from uuid import UUID
+
+from plm_engine_core.control_plane.errors import IdempotencyConflict, InvalidRequest, NotFound
+from plm_engine_core.control_plane.events.event import TENANT_STREAM
+from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
+from plm_engine_core.control_plane.storage.ports import Correction
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
+from plm_engine_core.control_plane.storage.rows import budget_row, budget_told
+from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind
+
+_CORRECT = "budgets.correct"
+_NAMED = (
+    "tenant_id = %(tenant)s AND scope_kind = %(scope)s AND scope_id = %(scope_id)s AND unit = %(unit)s "
+    "AND period = %(period)s AND starts_at = engine_window_v2(%(period)s)"
+)
+
+
+class PostgresBudgets:
+    """Budgets in PostgreSQL."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def list(self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None) -> Sequence[Budget]:
+        """Total budgets and present windows, from narrow to wide, at most `limit`."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT * FROM budgets WHERE tenant_id = %(tenant)s AND starts_at = engine_window_v2(period) "
+                "AND (%(scope)s::text IS NULL OR scope_kind = %(scope)s) "
+                "ORDER BY array_position(%(widths)s::text[], scope_kind), subject, scope_id, unit, period "
+                "LIMIT %(limit)s",
+                {
+                    "tenant": tenant_id,
+                    "scope": scope and scope.value,
+                    "widths": [each.value for each in BudgetScope],
+                    "limit": limit,
+                },
+            )
+            return [budget_row(row) for row in await cursor.fetchall()]
+
+    async def set_limit(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, actor: str) -> Budget:
+        """Set and pin the limit of the present window, opening it where it is not there."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "INSERT INTO budgets (tenant_id, scope_kind, scope_id, unit, period, starts_at, subject, limit_amount, "
+                "pinned) VALUES (%(tenant)s, %(scope)s, %(scope_id)s, %(unit)s, %(period)s, "
+                "engine_window_v2(%(period)s), %(subject)s, %(limit)s, true) "
+                "ON CONFLICT (tenant_id, scope_kind, scope_id, unit, period, starts_at) "
+                "DO UPDATE SET limit_amount = EXCLUDED.limit_amount, pinned = true RETURNING *",
+                {**_names(tenant_id, key), "subject": key.subject, "limit": limit},
+            )
+            row = await cursor.fetchone()
+            if row is None:
+                raise NotFound("budget", key.unit)
+            await self._gateway.append(
+                connection,
+                tenant_id,
+                TENANT_STREAM,
+                EventKind.BUDGET_SET,
+                actor,
+                {**budget_told(row), "limit": str(limit)},
+            )
+            return budget_row(row)
+
+    async def correct(self, tenant_id: UUID, correction: Correction, *, actor: str) -> Budget:
+        """Book a counter-entry once, unless it would leave less than nothing spent."""
+        key = correction.key
+        async with self._gateway.transaction(tenant_id) as connection:
+            named = _names(tenant_id, key)
+            replayed = await self._claim(connection, tenant_id, correction)
+            change = (
+                "SELECT * FROM budgets WHERE " if replayed else "UPDATE budgets SET spent = spent + %(amount)s WHERE "
+            )
+            allowed = "" if replayed else " AND spent + %(amount)s >= 0 RETURNING *"
+            cursor = await connection.execute(
+                f"{change}{_NAMED}{allowed}".encode(), {**named, "amount": correction.amount}
+            )
+            row = await cursor.fetchone()
+            if row is None:
+                raise await self._refusal(connection, named)
+            if not replayed:
+                await self._gateway.append(
+                    connection,
+                    tenant_id,
+                    TENANT_STREAM,
+                    EventKind.BUDGET_CORRECTED,
+                    actor,
+                    {**budget_told(row), "amount": str(correction.amount), "reason": correction.reason},
+                )
+            return budget_row(row)
+
+    async def _claim(self, connection: Session, tenant_id: UUID, correction: Correction) -> bool:
+        """Take the command id; true when it was taken by the same correction before."""
+        named = {"tenant": tenant_id, "operation": _CORRECT, "command": correction.command_id}
+        claimed = await connection.execute(
+            "INSERT INTO idempotency_records (tenant_id, operation, command_id, digest) "
+            "VALUES (%(tenant)s, %(operation)s, %(command)s, %(digest)s) ON CONFLICT DO NOTHING",
+            {**named, "digest": correction.digest},
+        )
+        if claimed.rowcount:
+            return False
+        cursor = await connection.execute(
+            "SELECT digest FROM idempotency_records WHERE tenant_id = %(tenant)s AND operation = %(operation)s "
+            "AND command_id = %(command)s",
+            named,
+        )
+        record = await cursor.fetchone()
+        if record is None or record["digest"] != correction.digest:
+            raise IdempotencyConflict(f"command {correction.command_id} was already used for another correction")
+        return True
+
+    async def _refusal(self, connection: Session, named: dict[str, Any]) -> Exception:
+        cursor = await connection.execute(f"SELECT spent FROM budgets WHERE {_NAMED}".encode(), named)  # noqa: S608  # a literal
+        row = await cursor.fetchone()
+        if row is None:
+            return NotFound("budget", f"{named['scope']}/{named['scope_id']}/{named['unit']}")
+        return InvalidRequest(
+            f"only {row['spent'].normalize():f} {named['unit']} were spent; no more can be given back", field="amount"
+        )
+
+
+def _names(tenant_id: UUID, key: BudgetKey) -> dict[str, Any]:
+    return {
+        "tenant": tenant_id,
+        "scope": key.scope.value,
+        "scope_id": key.scope_id,
+        "unit": key.unit,
+        "period": key.period.value,
+    }

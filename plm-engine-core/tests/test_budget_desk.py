@@ -1,0 +1,145 @@
+"""What an operator does to budgets: in both storages, and at the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+import uuid
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from plm_engine_core.cli import build_app
+from plm_engine_core.control_plane import Denied, Granted, Principal
+from plm_engine_core.control_plane.errors import Forbidden, IdempotencyConflict, InvalidRequest, NotFound
+from plm_engine_core.control_plane.events.event import TENANT_STREAM
+from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider
+from plm_engine_core.control_plane.limits import BudgetKey
+from plm_engine_core.control_plane.vocabulary import BudgetScope, Period, Reason
+from typer.testing import CliRunner
+
+pytestmark = pytest.mark.every_storage
+
+OPERATOR = Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=frozenset({"plm.budgets"}))
+DAILY = BudgetKey.of(BudgetScope.AGENT, "test", "calls", Period.DAY)
+
+
+def calls_of(bench: Any) -> BudgetKey:
+    return BudgetKey(scope=BudgetScope.TENANT, scope_id=bench.tenant, unit="calls")
+
+
+async def correct(bench: Any, key: BudgetKey, amount: str, **changes: Any) -> Any:
+    said = {"reason": "booked twice", "command_id": "c1", "by": OPERATOR, **changes}
+    return await bench.control_plane.correct_budget(bench.tenant, key, Decimal(amount), **said)
+
+
+async def told(bench: Any) -> list[Any]:
+    events = await bench.storage.events.read(bench.tenant, TENANT_STREAM)
+    return [(event.kind, event.data) for event in events if event.kind.startswith("budget_")]
+
+
+async def test_a_limit_that_was_set_counts_at_once_and_is_told(bench: Any) -> None:
+    lease = await bench.lease()
+    await bench.control_plane.set_budget(bench.tenant, calls_of(bench), Decimal(0), by=OPERATOR)
+    denied = await bench.control_plane.admit(bench.proposal(lease))
+    assert isinstance(denied, Denied)
+    assert (denied.reason, denied.limit["limit"]) == (Reason.BUDGET_EXCEEDED, "0")
+    await bench.control_plane.set_budget(bench.tenant, calls_of(bench), Decimal(1), by=OPERATOR)
+    assert isinstance(await bench.control_plane.admit(bench.proposal(lease, step_index=1)), Granted)
+    assert [(kind, data["limit"]) for kind, data in await told(bench)] == [("budget_set", "0"), ("budget_set", "1")]
+
+
+@pytest.mark.postgres_only
+async def test_a_limit_that_was_set_holds_for_later_windows_whatever_the_policy_says(bench: Any) -> None:
+    bench = bench.with_policy(limits=[{"scope": "agent", "per": "day", "unit": "calls", "limit": 5}])
+    lease = await bench.lease()
+    await bench.control_plane.set_budget(bench.tenant, DAILY, Decimal(0), by=OPERATOR)
+    (budget,) = await bench.storage.budgets.list(bench.tenant, limit=9, scope=BudgetScope.AGENT)
+    assert (budget.limit, budget.pinned, budget.subject) == (0, True, "test")
+    bench.sql("UPDATE budgets SET starts_at = starts_at - interval '1 day' WHERE period = 'day'")
+    denied = await bench.control_plane.admit(bench.proposal(lease))
+    assert (denied.reason, denied.limit["limit"]) == (Reason.BUDGET_EXCEEDED, "0")
+    rows = [each["pinned"] for each in bench.behind.rows("budgets") if each["period"] == "day"]
+    assert rows == [True, True], "the new window has it too"
+
+
+async def test_a_correction_is_a_counter_entry_that_is_booked_once(bench: Any) -> None:
+    lease = await bench.lease()
+    grant = await bench.begun(lease)
+    await bench.settle(grant, lease)
+    budgets = [await correct(bench, calls_of(bench), "-1") for _ in range(2)]
+    assert [each.spent for each in budgets] == [0, 0]
+    assert [(kind, data["amount"], data["reason"]) for kind, data in await told(bench)] == [
+        ("budget_corrected", "-1", "booked twice")
+    ]
+    with pytest.raises(IdempotencyConflict, match="another correction"):
+        await correct(bench, calls_of(bench), "1")
+    assert (await correct(bench, calls_of(bench), "2.5", command_id="c2")).spent == Decimal("2.5")
+
+
+async def test_no_more_is_given_back_than_was_spent(bench: Any) -> None:
+    await bench.run()
+    with pytest.raises(InvalidRequest, match="only 0 calls were spent"):
+        await correct(bench, calls_of(bench), "-1")
+    assert (await correct(bench, calls_of(bench), "1")).spent == 1, "the refused command was not used up"
+
+
+@pytest.mark.parametrize("amount", ["0", "NaN", "Infinity", "1e12", "0.000000001"])
+async def test_an_amount_that_the_books_cannot_hold_is_refused(bench: Any, amount: str) -> None:
+    await bench.run()
+    with pytest.raises(InvalidRequest) as caught:
+        await correct(bench, calls_of(bench), amount)
+    assert caught.value.field == "amount"
+
+
+@pytest.mark.parametrize("missing", ["reason", "command_id"])
+async def test_a_correction_says_why_and_which(bench: Any, missing: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await correct(bench, calls_of(bench), "1", **{missing: " "})
+    assert caught.value.field == missing
+
+
+async def test_nobody_changes_a_budget_without_the_scope(bench: Any) -> None:
+    with pytest.raises(Forbidden):
+        await correct(bench, calls_of(bench), "1", by=bench.requester)
+    with pytest.raises(Forbidden):
+        await bench.control_plane.set_budget(bench.tenant, DAILY, Decimal(1), by=bench.requester)
+
+
+async def test_a_budget_that_is_not_there_is_not_corrected(bench: Any) -> None:
+    with pytest.raises(NotFound):
+        await correct(bench, DAILY, "1")
+
+
+@pytest.fixture
+def command(bench: Any) -> Any:
+    """`plm-cli` as an operator; each command has a thread, for its own event loop."""
+    secret = secrets.token_hex(32)
+
+    async def run(*arguments: str, scopes: tuple[str, ...] = ("plm.budgets",)) -> Any:
+        now = int(time.time())
+        claims = {"sub": str(uuid.uuid4()), "tenant_id": str(bench.tenant), "actor_kind": "human"}
+        claims |= {"scopes": list(scopes), "iat": now, "exp": now + 600}
+        token = Hs256JwtIdentityProvider(active_secret=secret).issue_token(claims)
+        settings = {"PG_DSN": bench.database.app, "PLM_IDENTITY_HS256_SECRET_ACTIVE": secret, "PLM_TOKEN": token}
+        return await asyncio.to_thread(CliRunner().invoke, build_app(), ["budget", *arguments], env=settings)
+
+    return run
+
+
+@pytest.mark.postgres_only
+async def test_an_operator_sees_sets_and_corrects_budgets_at_the_terminal(bench: Any, command: Any) -> None:
+    lease = await bench.lease()
+    await bench.settle(await bench.begun(lease), lease)
+    tenant = str(bench.tenant)
+    assert (await command("set", "tenant", tenant, "calls", "7")).exit_code == 0
+    said = await command("correct", "tenant", tenant, "calls", "-1", "--reason", "a test", "--id", "x", "--json")
+    assert json.loads(said.stdout)["spent"].startswith("0")
+    said = await command("show", "--scope", "tenant")
+    assert f"tenant {tenant}: 0 spent and 0 reserved of 7 calls, set by an operator" in said.stdout
+    refused = await command("set", "tenant", tenant, "calls", "9", scopes=())
+    assert (refused.exit_code, "plm.budgets" in refused.stderr) == (1, True)
+    assert (await command("set", "user", "ann", "calls", "9")).exit_code == 2
+    assert (await command("set", "agent", "ann", "calls", "many")).exit_code == 2
