@@ -22,18 +22,21 @@ error says what to convert.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime
-from decimal import Decimal
 from pathlib import Path, PurePath
-from typing import Any
-from uuid import UUID
+from typing import TYPE_CHECKING, Any
 
 from plugin_substrate.errors import ProtocolError, WireValueError
 from plugin_substrate.interface import InputFile, OutputFile
 from plugin_substrate.worker.arrays import array_from, array_parts, is_array
 from plugin_substrate.worker.frames import parse_json, to_json
 from plugin_substrate.worker.parked import Parked, Segment
+
+if TYPE_CHECKING:  # each takes a supervisor's start a millisecond or two, and few plugins use them
+    from decimal import Decimal
+    from uuid import UUID
 
 MAX_DEPTH = 64
 #: More than this is not a value but data, and belongs into bytes or files: reading JSON holds up everything else.
@@ -111,7 +114,7 @@ def _encode(value: Any, segments: list[bytes], depth: int) -> Any:
         return value
     if depth > MAX_DEPTH:
         raise _RefusedError(f"nested deeper than {MAX_DEPTH} levels")
-    encoder = _ENCODERS.get(type(value))
+    encoder = _ENCODERS.get(type(value)) or _RARE_ENCODERS.get(_rare_name(value))
     if encoder is not None:
         return encoder(value, segments, depth)
     if isinstance(value, PurePath):
@@ -119,6 +122,14 @@ def _encode(value: Any, segments: list[bytes], depth: int) -> Any:
     if is_array(value):
         return _array(value, segments)
     raise _type_refused(value)
+
+
+def _rare_name(value: object) -> str:
+    """Return the name of a type whose module nobody else may need; it can have a value only where that is imported."""
+    cls = type(value)
+    module = sys.modules.get(cls.__module__)
+    known = cls.__module__ in ("decimal", "uuid") and getattr(module, cls.__name__, None) is cls
+    return cls.__name__ if known else ""
 
 
 def _int(value: int, _segments: list[bytes], _depth: int) -> int:
@@ -187,7 +198,8 @@ def _segment(data: bytes, segments: list[bytes]) -> int:
 
 def _type_refused(value: object) -> _RefusedError:
     cls = type(value)
-    allowed = (str, int, float, bytes, list, tuple, dict, datetime, date, Decimal)
+    allowed = [str, int, float, bytes, list, tuple, dict, datetime, date]
+    allowed += [sys.modules["decimal"].Decimal] if "decimal" in sys.modules else []
     base = next((known.__name__ for known in allowed if isinstance(value, known)), "")
     remedy = f"convert it, for example with {base}(value)" if base else "convert it to a value that can"
     return _RefusedError(f"{cls.__module__}.{cls.__qualname__} cannot cross the process border; {remedy}")
@@ -198,14 +210,16 @@ _ENCODERS: dict[type, Encoder] = {
     float: _float,
     list: _items,
     dict: _dict,
-    Decimal: _decimal,
     InputFile: _file,
     OutputFile: _file,
     tuple: lambda value, segments, depth: {_TAG: "tuple", "items": _items(value, segments, depth)},
     bytes: lambda value, segments, _: {_TAG: "bytes", "segment": _segment(value, segments)},
     datetime: lambda value, _segments, _depth: {_TAG: "datetime", "text": value.isoformat()},
     date: lambda value, _segments, _depth: {_TAG: "date", "text": value.isoformat()},
-    UUID: lambda value, _segments, _depth: {_TAG: "uuid", "text": str(value)},
+}
+_RARE_ENCODERS: dict[str, Encoder] = {
+    "Decimal": _decimal,
+    "UUID": lambda value, _segments, _depth: {_TAG: "uuid", "text": str(value)},
 }
 
 
@@ -260,10 +274,18 @@ def _place_of_array(encoded: Any) -> str | None:
 
 
 def _finite_decimal(text: str) -> Decimal:
+    from decimal import Decimal
+
     value = Decimal(text)
     if not value.is_finite():
         raise ValueError(f"{value} is not a finite number")
     return value
+
+
+def _uuid(text: str) -> UUID:
+    from uuid import UUID
+
+    return UUID(text)
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
@@ -271,5 +293,5 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "datetime": datetime.fromisoformat,
     "date": date.fromisoformat,
     "decimal": _finite_decimal,
-    "uuid": UUID,
+    "uuid": _uuid,
 }
