@@ -1,0 +1,207 @@
+"""Budgets and grants beside a small oracle: whatever is done in whichever order, the books are what plain sums say."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from functools import partial
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from plm_engine_core.control_plane import (
+    ControlPlane,
+    Denied,
+    Grant,
+    Granted,
+    Outcome,
+    Principal,
+    Proposal,
+    RunRequest,
+    SyncControlPlane,
+)
+from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, InvalidRequest
+from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.limits import BudgetKey
+from plm_engine_core.control_plane.storage.memory import MemoryStorage
+from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
+from plm_engine_core.control_plane.vocabulary import BudgetScope, OutcomeStatus, Reason
+from plm_shared.testing.databases import create_tenants
+
+SOAK = float(os.environ.get("SOAK", "0.05"))
+SCOPES = frozenset({"plm.runs.create", "things.read", "plm.budgets"})
+WHO = Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=SCOPES)
+FIRST_LIMIT = 3
+STATUSES = [OutcomeStatus.SUCCEEDED, OutcomeStatus.FAILED, OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED]
+FREE = {OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED}
+
+
+class NoDelivery:
+    """The machine moves its runs itself."""
+
+    async def enqueue(self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID) -> None:
+        pass
+
+
+class Spending(RuleBasedStateMachine):
+    """One tenant's budget in calls, and the grants that draw on it."""
+
+    def __init__(self, plane: SyncControlPlane, tenant: uuid.UUID) -> None:
+        super().__init__()
+        self.plane, self.tenant = plane, tenant
+        request = RunRequest(
+            tenant_id=tenant, run_id=new_id(), agent={"name": "a"}, input={}, trace_id=uuid.uuid4().hex
+        )
+        run, _ = plane.create_run(request, principal=WHO)
+        lease = plane.call(lambda core: core.storage.runs.take(tenant, run.id, owner="w", seconds=600))
+        assert lease is not None
+        self.lease = lease
+        self.steps = count()
+        self.limit, self.spent, self.reserved = Decimal(FIRST_LIMIT), Decimal(0), 0
+        self.grants: list[Grant] = []
+        self.states: list[str] = []
+        self.outcomes: dict[int, OutcomeStatus] = {}
+
+    @property
+    def key(self) -> BudgetKey:
+        return BudgetKey(scope=BudgetScope.TENANT, scope_id=self.tenant, unit="calls")
+
+    @rule()
+    def admit(self) -> None:
+        step = next(self.steps)
+        proposal = Proposal(
+            tenant_id=self.tenant,
+            run_id=self.lease.run.id,
+            fencing_token=self.lease.fencing_token,
+            step_index=step,
+            attempt=1,
+            step_id=f"s{step}",
+            capability="thing.read",
+            resource="thing",
+            arguments={},
+            principal=WHO,
+        )
+        answer = self.plane.admit(proposal)
+        if self.spent + self.reserved + 1 > self.limit:
+            assert isinstance(answer, Denied)
+            assert answer.reason is Reason.BUDGET_EXCEEDED
+        else:
+            assert isinstance(answer, Granted)
+            self.grants.append(answer.grant)
+            self.states.append("issued")
+            self.reserved += 1
+            assert self.plane.admit(proposal) == answer, "asked twice, decided once"
+
+    @precondition(lambda self: self.grants)
+    @rule(which=st.integers(0, 99))
+    def begin(self, which: int) -> None:
+        which %= len(self.grants)
+        begun = self.plane.begin(self.grants[which], fencing_token=self.lease.fencing_token, actor="test")
+        assert begun.accepted == (self.states[which] == "issued")
+        if begun.accepted:
+            self.states[which] = "begun"
+
+    @precondition(lambda self: self.grants)
+    @rule(which=st.integers(0, 99), status=st.sampled_from(STATUSES))
+    def settle(self, which: int, status: OutcomeStatus) -> None:
+        which %= len(self.grants)
+        settle = partial(
+            self.plane.settle,
+            self.grants[which],
+            Outcome(status=status),
+            capability=self.plane.call(capability),
+            fencing_token=self.lease.fencing_token,
+            trace_id=self.lease.run.trace_id,
+            actor="test",
+        )
+        if self.states[which] == "settled" and self.outcomes[which] is not status:
+            with pytest.raises(IdempotencyConflict):
+                settle()
+        elif self.states[which] == "issued" and status is not OutcomeStatus.NOT_STARTED:
+            with pytest.raises(Conflict):
+                settle()
+        else:
+            cost = 0 if status in FREE else 1
+            assert settle().spent["calls"] == str(cost)
+            if self.states[which] != "settled":
+                self.states[which], self.outcomes[which] = "settled", status
+                self.reserved -= 1
+                self.spent += cost
+
+    @rule(amount=st.sampled_from(["-2", "-1", "-0.5", "0.5", "1"]))
+    def correct(self, amount: str) -> None:
+        correct = partial(
+            self.plane.correct_budget,
+            self.tenant,
+            self.key,
+            Decimal(amount),
+            reason="x",
+            command_id=uuid.uuid4().hex,
+            by=WHO,
+        )
+        if self.spent + Decimal(amount) < 0:
+            with pytest.raises(InvalidRequest):
+                correct()
+        else:
+            correct()
+            self.spent += Decimal(amount)
+
+    @rule(limit=st.integers(0, 6))
+    def set_limit(self, limit: int) -> None:
+        self.plane.set_budget(self.tenant, self.key, Decimal(limit), by=WHO)
+        self.limit = Decimal(limit)
+
+    @invariant()
+    def the_books_are_the_plain_sums(self) -> None:
+        budgets = self.plane.call(
+            lambda core: core.storage.budgets.list(self.tenant, limit=9, scope=BudgetScope.TENANT)
+        )
+        (calls,) = [each for each in budgets if each.unit == "calls"]
+        assert (calls.limit, calls.spent, calls.reserved) == (self.limit, self.spent, self.reserved)
+
+
+async def capability(core: ControlPlane) -> Any:
+    return core.capability("thing.read")
+
+
+@pytest.mark.parametrize("storage", ["postgres", "memory"])
+def test_any_sequence_leaves_what_plain_sums_say(storage: str, request: Any, make_policy: Any, registry: Any) -> None:
+    limits = {"run": {"EUR": "1000", "calls": "1000"}, "tenant": {"EUR": "1000", "calls": FIRST_LIMIT}}
+    policy = make_policy(budgets=limits, rate_limit={"per_second": 1e6, "burst": 1e6})
+    numbers = count()
+    if storage == "memory":
+        memory = MemoryStorage()
+        opened: Any = ControlPlane(policy=policy, registry=registry, storage=memory)
+
+        def new_tenant() -> uuid.UUID:
+            return memory.add_tenant(uuid.uuid4())
+
+    else:
+        database = request.getfixturevalue("engine_database")
+
+        @asynccontextmanager
+        async def over_postgres() -> AsyncIterator[ControlPlane]:
+            async with open_pool(database.app, max_size=2) as pool:
+                yield ControlPlane(policy=policy, registry=registry, storage=PostgresStorage(pool, NoDelivery()))
+
+        opened = over_postgres()
+
+        def new_tenant() -> uuid.UUID:
+            return create_tenants(database, f"t{next(numbers)}")[0]
+
+    with SyncControlPlane(opened) as plane:
+        run_state_machine_as_test(
+            lambda: Spending(plane, new_tenant()),
+            settings=settings(
+                max_examples=max(5, int(100 * SOAK)),
+                stateful_step_count=25,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
