@@ -83,7 +83,9 @@ def _opened(database):
 
 @pytest.fixture
 def memory():
-    with Governor.in_memory(CAPABILITIES) as governor:
+    with Governor.in_memory(
+        CAPABILITIES | {"shop.steal": "read"}, policy={"tiers": {"shop.steal": "blocked"}}
+    ) as governor:
         yield governor
 
 
@@ -148,17 +150,29 @@ def test_what_is_refused_does_not_run_and_says_why(memory):
     assert ran == []
 
 
-def test_a_refused_call_ends_its_run_with_the_reason(memory):
-    @governed("shop.look", by=memory)
+def test_a_call_under_a_halt_is_refused_and_does_not_come_back_when_it_is_lifted(governor):
+    @governed("shop.look", by=governor)
     def look():
         raise AssertionError("it ran")
 
-    memory.plane.halt(memory.tenant_id, HaltScope.TENANT, None, reason="smoke", by=BOSS)
+    halt = governor.plane.halt(governor.tenant_id, HaltScope.TENANT, None, reason="smoke", by=BOSS)
     with pytest.raises(CallDenied, match="a tenant halt stands: smoke") as caught:
         look()
+    assert (caught.value.reason, caught.value.unblock) == (Reason.HALTED, "lifting the halt")
+    governor.plane.lift(governor.tenant_id, halt.id, by=BOSS)
+    (run,) = runs(governor)
+    assert (run.id, run.state) == (caught.value.run_id, RunState.CANCELLED)
+
+
+def test_a_refused_call_ends_its_run_with_the_reason(memory):
+    @governed("shop.steal", by=memory)
+    def steal():
+        raise AssertionError("it ran")
+
+    with pytest.raises(CallDenied, match=r"the policy blocks shop\.steal"):
+        steal()
     (run,) = runs(memory)
-    assert (run.id, run.state, run.reason) == (caught.value.run_id, RunState.FAILED, "halted")
-    assert "lifting the halt" in caught.value.unblock
+    assert (run.state, run.reason) == (RunState.FAILED, "capability_blocked")
 
 
 def test_a_budget_that_is_too_small_is_named():
@@ -191,6 +205,20 @@ def test_a_steered_call_says_what_to_call_instead():
 
 class TestApproval:
     """A call that waits for a human."""
+
+    def test_a_halt_after_the_approval_only_puts_it_off(self, memory):
+        @governed("shop.order", by=memory)
+        def order():
+            return "done"
+
+        with pytest.raises(CallPending) as caught:
+            order()
+        approve(memory, caught.value)
+        halt = memory.plane.halt(memory.tenant_id, HaltScope.TENANT, None, reason="smoke", by=BOSS)
+        with pytest.raises(CallDenied, match="smoke"):
+            caught.value.resume()
+        memory.plane.lift(memory.tenant_id, halt.id, by=BOSS)
+        assert caught.value.resume() == "done"
 
     def test_it_is_made_once_after_the_approval_with_the_arguments_that_were_approved(self, memory):
         made = []
@@ -317,8 +345,8 @@ class TestMisuse:
     """Defects of the caller are told early and by name."""
 
     def test_a_capability_that_is_not_registered(self, memory):
-        with pytest.raises(InvalidRequest, match=r"shop\.steal is not registered"):
-            governed("shop.steal", by=memory)
+        with pytest.raises(InvalidRequest, match=r"shop\.burn is not registered"):
+            governed("shop.burn", by=memory)
 
     def test_arguments_that_are_no_json_by_path_unless_left_out(self, memory):
         @governed("shop.look", by=memory)

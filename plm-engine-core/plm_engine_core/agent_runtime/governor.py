@@ -147,7 +147,7 @@ class Governor:
             run.tenant_id, run.id, owner=self._agent, seconds=_LEASE_SECONDS, kind=RunKind.EXTERNAL
         )
         if lease is None:
-            raise await _not_takeable(core, run)
+            raise await self._not_takeable(core, run, resumed=ticket_id is not None)
         proposal = Proposal(
             tenant_id=run.tenant_id,
             run_id=run.id,
@@ -174,6 +174,22 @@ class Governor:
             reason = admission.reason if isinstance(admission, Denied) else Reason.STEERED
             await self._finish(core, lease, RunState.FAILED, reason=reason.value, message=admission.message)
         raise _refusal(core, run, admission)
+
+    async def _not_takeable(self, core: ControlPlane, run: Run, *, resumed: bool) -> Exception:
+        """Why the run of a call cannot be taken up: a halt stands, nobody has decided yet, or it was made already.
+
+        A call that a halt refused does not come back when the halt is lifted, unless somebody approved it before.
+        """
+        current = await core.storage.runs.get(run.tenant_id, run.id)
+        if current.state is RunState.AWAITING_APPROVAL:
+            return await _undecided(core, run)
+        if current.state is RunState.HALTED:
+            if not resumed:
+                await core.cancel(run.tenant_id, run.id, by=self.principal)
+            words = current.message or "a halt stands"
+            return CallDenied(words, run_id=run.id, reason=Reason.HALTED, unblock="lifting the halt")
+        words = f"run {run.id} is {current.state.value}, so its call cannot be made"
+        return CallDenied(words, run_id=run.id, reason=Reason.APPROVAL_MISMATCH, unblock="calling the function anew")
 
     async def _begin(self, core: ControlPlane, lease: Lease, grant: Grant, capability: str) -> Opened:
         opened = Opened(run=lease.run, lease=lease, grant=grant, capability=capability)
@@ -243,14 +259,11 @@ def _refusal(core: ControlPlane, run: Run, admission: Admission) -> Exception:
             raise TypeError(f"a granted call is no refusal: {admission}")
 
 
-async def _not_takeable(core: ControlPlane, run: Run) -> Exception:
-    """Why the run of a call cannot be taken up: nobody has decided yet, or it was made already."""
-    current = await core.storage.runs.get(run.tenant_id, run.id)
-    words = f"run {run.id} is {current.state.value}, so its call cannot be made"
-    if current.state is not RunState.AWAITING_APPROVAL:
-        return CallDenied(words, run_id=run.id, reason=Reason.APPROVAL_MISMATCH, unblock="calling the function anew")
+async def _undecided(core: ControlPlane, run: Run) -> Exception:
+    """The question that a run still waits for."""
     (step,) = await core.storage.runs.steps(run.tenant_id, run.id)
     assert step.ticket_id is not None  # noqa: S101  # it is what the run waits for
     ticket = await core.storage.approvals.get(run.tenant_id, step.ticket_id)
     unblock = f"a human with {core.policy.approval.required_scope} approves ticket {ticket.id}"
+    words = f"nobody has decided ticket {ticket.id} yet"
     return CallPending(words, run=run, ticket_id=ticket.id, deadline=ticket.deadline, unblock=unblock)

@@ -48,6 +48,7 @@ class SyncControlPlane:
 
     activate_policy = _waiting(ControlPlane.activate_policy)
     create_run = _waiting(ControlPlane.create_run)
+    delegate = _waiting(ControlPlane.delegate)
     admit = _waiting(ControlPlane.admit)
     begin = _waiting(ControlPlane.begin)
     settle = _waiting(ControlPlane.settle)
