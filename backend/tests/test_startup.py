@@ -50,6 +50,7 @@ def settings(platform: Any) -> dict[str, str]:
         ({"ENVIRONMENT": "prod"}, ("ENVIRONMENT=prod", "hs256")),
         ({"ENVIRONMENT": " PROD ", "PG_DSN": ""}, ("ENVIRONMENT=PROD", "hs256")),
         ({"IDENTITY_PROVIDER_MODE": "off"}, ("IDENTITY_PROVIDER_MODE", "off")),
+        ({"ENVIRONMENT": "production", "PLM_OIDC_ISSUER": "https://id.example"}, ("PLM_OIDC_AUDIENCE",)),
         ({"ENVIRONMENT": "development", "IDENTITY_PROVIDER_MODE": "none"}, ("IDENTITY_PROVIDER_MODE", "none")),
         ({"PLM_POLICY": "/does/not/exist.yaml"}, ("/does/not/exist.yaml",)),
         ({"PLM_AGENTS": "/does/not/exist"}, ("/does/not/exist", "PLM_AGENTS")),
