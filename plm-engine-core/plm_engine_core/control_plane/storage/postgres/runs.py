@@ -184,7 +184,7 @@ class PostgresRuns(PostgresLeases):
                 "SELECT b.* FROM run_states AS r JOIN budgets AS b ON b.tenant_id = r.tenant_id "
                 "AND b.starts_at = engine_window_v2(b.period) AND CASE b.scope_kind "
                 "WHEN 'run' THEN b.scope_id = r.run_id WHEN 'run_group' THEN b.scope_id = r.run_group_id "
-                "WHEN 'user' THEN b.scope_id = r.user_id WHEN 'tenant' THEN b.scope_id = r.tenant_id "
+                "WHEN 'user' THEN b.scope_id = r.user_id WHEN 'tenant' THEN true "
                 "WHEN 'agent' THEN b.subject = r.agent_id WHEN 'team' THEN b.subject = r.team END "
                 "WHERE r.tenant_id = %s AND r.run_id = %s",
                 [tenant_id, run_id],
