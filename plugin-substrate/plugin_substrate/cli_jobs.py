@@ -223,7 +223,7 @@ def _submitted(desk: JobDesk, answer: dict[str, Any] | None, *, follow: bool, as
         if as_json:
             _print({"id": None})
         else:
-            typer.echo("no host runs over this file; the next one will take it up", err=True)
+            typer.echo("no host runs over this file; the next one will take it up, or refuse it", err=True)
         return
     job_id = answer["job_id"]
     if follow:

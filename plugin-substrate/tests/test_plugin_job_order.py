@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plugin_substrate import MachineResources, ResourceRequirements, RetryPolicy
+from plugin_substrate import JobRequest, MachineResources, ResourceRequirements, RetryPolicy
 from plugin_substrate.errors import JobError, PluginInputError, PluginTransientError
 from plugin_substrate.queue.resources import Demand, Ledger, demand_of
 from plugin_substrate.queue.waiting import WaitingJobs
@@ -176,6 +177,30 @@ def test_a_pause_grows_within_its_bounds_and_is_never_shorter_than_told(count: i
     else:
         assert pause is not None
         assert max(told or 0, min(300, 2.0 ** min(count, 60)) / 2) <= pause <= 300
+
+
+@pytest.mark.parametrize("told", [float("nan"), float("inf"), -5, "soon", True, [1]])
+def test_advice_that_makes_no_sense_is_not_heard(told: Any) -> None:
+    error = replace(JobError.from_exception(PluginTransientError("later")), retry_after_seconds=told)
+    pause = RetryPolicy(base_seconds=0, max_seconds=1).pause(error, 0, idempotent=False)
+    assert pause is not None
+    assert 0 <= pause <= 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("priority", 10**30),
+        ("owner", "a\ud800"),
+        ("owner", "a\nb"),
+        ("deadline_seconds", 0),
+        ("deadline_seconds", float("nan")),
+        ("no_progress_seconds", float("inf")),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=field):
+        JobRequest(plugin_instance_id="probe", **{field: value})
 
 
 def test_what_nobody_knows_the_outcome_of_is_repeated_only_where_that_does_no_harm() -> None:

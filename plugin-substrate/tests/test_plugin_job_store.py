@@ -331,6 +331,14 @@ async def test_a_file_that_cannot_be_used_says_so(path: Path, damage: str) -> No
         LocalJobStore(path).open()
 
 
+async def test_a_result_that_cannot_be_kept_is_told_before_it_is_written(path: Path) -> None:
+    """A plugin can send text that is longer here than it was on the wire."""
+    store = LocalJobStore(path)
+    store.check_result(b"x" * (10 << 20))
+    with pytest.raises(WireValueError, match="result"):
+        store.check_result("ä" * (3 << 20))
+
+
 async def test_arguments_that_cannot_be_kept_are_named(path: Path) -> None:
     store = LocalJobStore(path)
     with pytest.raises(WireValueError, match=r"args\[1\]\.rows"):

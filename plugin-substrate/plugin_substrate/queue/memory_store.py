@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from operator import attrgetter
+from typing import Any
 
 from plugin_substrate.queue.job import Job, JobEvent
 from plugin_substrate.queue.request import JobRequest
@@ -45,6 +46,9 @@ class InMemoryJobStore:
         return Leftover()
 
     def check(self, request: JobRequest) -> None:
+        """Take anything."""
+
+    def check_result(self, result: Any) -> None:
         """Take anything."""
 
     def write(self, changes: Sequence[Change]) -> asyncio.Future[None] | None:

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plugin_substrate.errors import ErrorCategory, JobError
-from plugin_substrate.interface import CallContext
+from plugin_substrate.interface import CallContext, is_amount
+
+_MAX_PRIORITY = 10**6
+_MAX_SECONDS = 1e9
 
 BeforeStart = Callable[[], Awaitable[bool]]
 OnProgress = Callable[[float, str], object]
@@ -34,10 +37,10 @@ class RetryPolicy:
     on_shortage: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_attempts < 1 or self.base_seconds < 0 or self.max_seconds < self.base_seconds:
+        if self.max_attempts < 1 or not 0 <= self.base_seconds <= self.max_seconds <= _MAX_SECONDS:
             raise ValueError(
                 f"max_attempts {self.max_attempts} must be at least 1, and base_seconds {self.base_seconds} from 0 to "
-                f"max_seconds {self.max_seconds}"
+                f"max_seconds {self.max_seconds}, which is at most {_MAX_SECONDS:g}"
             )
 
     def pause(self, error: JobError, retry_count: int, *, idempotent: bool) -> float | None:
@@ -46,7 +49,8 @@ class RetryPolicy:
             return None
         if not (error.outcome_known or idempotent):
             return None
-        told = error.retry_after_seconds or 0.0
+        told = error.retry_after_seconds if is_amount(error.retry_after_seconds) else None  # a plugin says this
+        told = told or 0.0
         if told > self.max_seconds:
             return None
         longest = min(self.max_seconds, self.base_seconds * 2.0 ** min(retry_count, 60))
@@ -77,5 +81,9 @@ class JobRequest:
     def __post_init__(self) -> None:
         for name in ("deadline_seconds", "no_progress_seconds"):
             seconds = getattr(self, name)
-            if seconds is not None and not seconds > 0:
-                raise ValueError(f"{name} must be over 0, not {seconds}")
+            if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
+                raise ValueError(f"{name} must be over 0 and at most {_MAX_SECONDS:g}, not {seconds}")
+        if not -_MAX_PRIORITY <= self.priority <= _MAX_PRIORITY:
+            raise ValueError(f"priority must be from -{_MAX_PRIORITY} to {_MAX_PRIORITY}, not {self.priority}")
+        if not self.owner.isprintable():
+            raise ValueError(f"owner must be printable text, not {self.owner!r:.80}")

@@ -18,6 +18,7 @@ from plugin_substrate.errors import (
     PluginNotLoadedError,
     PluginResourceError,
     PluginTimeoutError,
+    WireValueError,
 )
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.metadata import CallResult
@@ -169,6 +170,11 @@ class Runner:
 
     def _on_result(self, live: LiveJob, result: CallResult) -> None:
         live.job = replace(live.job, usage=dict(result.usage))
+        try:
+            self._journal.store.check_result(result.value)
+        except WireValueError as error:
+            self._on_error(live, error)
+            return
         if live.job.cancel_requested_at is None:
             self._end(live, JobStatus.COMPLETED, result=result.value, progress=1.0)
         else:

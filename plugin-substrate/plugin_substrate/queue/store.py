@@ -147,6 +147,10 @@ class JobStore(Protocol):
         """Raise a `WireValueError` that names what of the arguments cannot be kept."""
         ...
 
+    def check_result(self, result: Any) -> None:
+        """Raise a `WireValueError` when a result cannot be kept: a plugin made it."""
+        ...
+
     def write(self, changes: Sequence[Change]) -> asyncio.Future[None] | None:
         """Keep changes, all or none, after those written before; the future ends when they are safe, None: they are.
 

@@ -101,7 +101,7 @@ def main() -> None:
             write_until_the_end(Path(sys.argv[1]), channel)
         except BrokenPipeError:
             return  # the host is gone; what it had sent is committed
-        except (sqlite3.Error, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, the host must hear of it
             channel.sendall(LENGTH.pack(FAILED) + str(error).encode()[:1000])
 
 

@@ -88,6 +88,10 @@ class LocalJobStore:
         to_bytes(list(request.args), "args")
         to_bytes(dict(request.kwargs), "")
 
+    def check_result(self, result: Any) -> None:
+        """Raise a `WireValueError` when a result cannot be kept."""
+        to_bytes(result, "result")
+
     def write(self, changes: Sequence[Change]) -> asyncio.Future[None]:
         """Have changes kept with the next commit; the future ends when they are on disk."""
         if self._writer is None:
