@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import psycopg
 from figures import Figure, command_line, percentile, report
+from governance_events import recording
 from plm_backend.database import upgrade_all
 from plm_engine_core.control_plane import ControlPlane, Granted, Outcome, Principal, Proposal, RunRequest
 from plm_engine_core.control_plane.admission.evaluators import Configured, EvaluatorResult, ParallelPolicyEvaluator
@@ -353,7 +354,7 @@ def main() -> dict[str, Figure]:
     with tempfile.TemporaryDirectory(prefix="plm-bench-") as name:
         folder = Path(name)
         folder.chmod(0o711)  # the database's account must pass through it when this runs as root
-        return {**figures, **asyncio.run(booking(folder))}
+        return {**figures, **asyncio.run(booking(folder)), **asyncio.run(recording(folder))}
 
 
 if __name__ == "__main__":
