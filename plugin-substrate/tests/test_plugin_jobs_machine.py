@@ -29,7 +29,7 @@ from plugin_substrate.queue.store import JobFilter
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
 STEPS = 50 if SOAK >= 1 else 20
-EXAMPLES = 60 if SOAK >= 1 else 2
+EXAMPLES = 60 if SOAK >= 1 else max(2, int(20 * SOAK))
 JOBS = 50_000 if SOAK >= 1 else max(500, int(10_000 * SOAK))
 
 PLUGINS = st.sampled_from(["plain", "twice"])
