@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,11 @@ MetaFactory = Callable[..., PluginMeta]
 
 
 def child_processes() -> set[int]:
-    """The children of every thread of this process."""
-    tasks = Path("/proc/self/task").iterdir()
-    return {int(pid) for task in tasks for pid in (task / "children").read_text(encoding="ascii").split()}
+    """The children of every thread of this process; looked for again when a thread ends meanwhile, as they pass on."""
+    while True:
+        tasks = Path("/proc/self/task").iterdir()
+        with suppress(FileNotFoundError):
+            return {int(pid) for task in tasks for pid in (task / "children").read_text(encoding="ascii").split()}
 
 
 def open_descriptors() -> int:
@@ -215,11 +218,11 @@ def test_any_thread_may_look_at_an_instance_while_calls_run(tmp_path: Path, prob
         except (RuntimeError, AssertionError) as error:
             failed.append(error)
 
+    assert manager.load_plugin(probe_meta())
+    threads = [threading.Thread(target=look) for _ in range(3)]
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)  # threads take turns as often as they can
     try:
-        assert manager.load_plugin(probe_meta())
-        threads = [threading.Thread(target=look) for _ in range(3)]
         for thread in threads:
             thread.start()
         for _ in range(100):
@@ -227,9 +230,9 @@ def test_any_thread_may_look_at_an_instance_while_calls_run(tmp_path: Path, prob
     finally:
         done.set()
         sys.setswitchinterval(usual)
+        for thread in threads:
+            thread.join()  # before the instance goes: whoever has begun to look would find it dead
         manager.unload_all()
-    for thread in threads:
-        thread.join()
     assert failed == []
 
 
