@@ -1,0 +1,250 @@
+"""A run, its tickets and the halts over it beside a small oracle: whatever is done in whichever order."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from plm_engine_core.control_plane import (
+    ControlPlane,
+    Denied,
+    Granted,
+    Outcome,
+    Pending,
+    Principal,
+    Proposal,
+    RunRequest,
+    SyncControlPlane,
+)
+from plm_engine_core.control_plane.errors import Conflict, Forbidden
+from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.storage.memory import MemoryStorage
+from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
+from plm_engine_core.control_plane.vocabulary import HaltScope, OutcomeStatus, Reason, RunState, TicketDecision
+from plm_shared.testing.databases import create_tenants
+
+SOAK = float(os.environ.get("SOAK", "0.05"))
+QUORUM = 2
+READ, WRITE = "thing.read", "thing.write"
+SCOPES = frozenset({"plm.runs.create", "plm.hitl.resolve", "plm.halt", "things.read", "things.write"})
+PEOPLE = [Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=SCOPES) for _ in range(4)]
+REQUESTER = PEOPLE[0]
+HALTS = (HaltScope.TENANT, HaltScope.AGENT, HaltScope.RUN, HaltScope.CAPABILITY)
+
+
+class NoDelivery:
+    """The machine moves its run itself."""
+
+    async def enqueue(self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID) -> None:
+        pass
+
+
+class Governed(RuleBasedStateMachine):
+    """One run of one tenant. What should be true of it is in plain attributes, and held against the books each time."""
+
+    def __init__(self, plane: SyncControlPlane, tenant: uuid.UUID) -> None:
+        super().__init__()
+        self.plane, self.tenant = plane, tenant
+        request = RunRequest(
+            tenant_id=tenant, run_id=new_id(), agent={"name": "a"}, input={}, trace_id=uuid.uuid4().hex
+        )
+        self.run, _ = plane.create_run(request, principal=REQUESTER)
+        self.state = RunState.QUEUED
+        self.lease: Any = None
+        self.step, self.attempt = 0, 1
+        self.wanted: str | None = None  # the capability that the last attempt still wants to use
+        self.refused_by_halt = False
+        self.ticket: uuid.UUID | None = None  # goes along with the next proposal
+        self.newest: uuid.UUID | None = None
+        self.ticket_state = ""
+        self.votes: dict[int, TicketDecision] = {}
+        self.halts: dict[HaltScope, uuid.UUID] = {}
+
+    def halted(self, capability: str | None) -> bool:
+        return bool(self.halts.keys() - {HaltScope.CAPABILITY}) or (
+            HaltScope.CAPABILITY in self.halts and capability == WRITE
+        )
+
+    @rule()
+    def take(self) -> None:
+        lease = self.plane.call(lambda core: core.storage.runs.take(self.tenant, self.run.id, owner="w", seconds=600))
+        if self.state is RunState.QUEUED and not self.halted(self.wanted):
+            self.state, self.lease = RunState.RUNNING, lease
+            assert lease is not None
+        else:
+            assert lease is None
+            self.state = RunState.HALTED if self.state is RunState.QUEUED else self.state
+
+    @precondition(lambda self: self.state is RunState.RUNNING)
+    @rule(capability=st.sampled_from([READ, WRITE, WRITE]))
+    def propose(self, capability: str) -> None:
+        capability = WRITE if self.ticket else capability
+        answer = self.plane.admit(
+            Proposal(
+                tenant_id=self.tenant,
+                run_id=self.run.id,
+                fencing_token=self.lease.fencing_token,
+                step_index=self.step,
+                attempt=self.attempt,
+                step_id=f"s{self.step}",
+                capability=capability,
+                resource="thing/1",
+                arguments={"name": "one"},
+                principal=REQUESTER,
+                ticket_id=self.ticket,
+            )
+        )
+        self.wanted, self.refused_by_halt = capability, False
+        if self.halted(capability):
+            assert isinstance(answer, Denied)
+            assert answer.reason is Reason.HALTED
+            self.attempt, self.refused_by_halt = self.attempt + 1, True
+        elif capability == WRITE and self.ticket is None:
+            assert isinstance(answer, Pending)
+            self.ticket = self.newest = answer.ticket_id
+            self.ticket_state, self.votes, self.state = "pending", {}, RunState.AWAITING_APPROVAL
+        elif self.ticket is not None and self.ticket_state == "denied":
+            assert isinstance(answer, Denied)
+            assert answer.reason is Reason.APPROVAL_DENIED
+            self.attempt, self.ticket, self.wanted = self.attempt + 1, None, None
+        else:
+            assert isinstance(answer, Granted)
+            self._call(answer)
+
+    def _call(self, granted: Granted) -> None:
+        token = self.lease.fencing_token
+        assert self.plane.begin(granted.grant, fencing_token=token, actor="test").accepted
+        self.plane.settle(
+            granted.grant,
+            Outcome(status=OutcomeStatus.SUCCEEDED),
+            capability=self.plane.call(described),
+            fencing_token=token,
+            trace_id=self.run.trace_id,
+            actor="test",
+        )
+        self.step, self.attempt, self.ticket, self.wanted = self.step + 1, 1, None, None
+
+    @precondition(lambda self: self.state is RunState.RUNNING and self.refused_by_halt)
+    @rule()
+    def park(self) -> None:
+        left = self.plane.finish(
+            self.run, fencing_token=self.lease.fencing_token, state=RunState.HALTED, actor="worker:w"
+        )
+        self.state = RunState.HALTED if self.halted(self.wanted) else RunState.QUEUED
+        assert left is self.state
+
+    @precondition(lambda self: self.newest is not None)
+    @rule(person=st.integers(0, len(PEOPLE) - 1), decision=st.sampled_from(TicketDecision))
+    def vote(self, person: int, decision: TicketDecision) -> None:
+        try:
+            self.plane.decide(self.tenant, self.newest, decision, approver=PEOPLE[person])  # type: ignore[arg-type]
+            refusal = ""
+        except (Forbidden, Conflict) as error:
+            refusal = error.reason
+        if person == 0:
+            assert refusal == "separation_of_duties"
+        elif self.votes.get(person) is decision:
+            assert refusal == "", "the same word again"
+        elif self.ticket_state != "pending":
+            assert refusal == "already_decided"
+        elif person in self.votes:
+            assert refusal == "already_voted"
+        else:
+            assert refusal == ""
+            self.votes[person] = decision
+            approvals = sum(each is TicketDecision.APPROVE for each in self.votes.values())
+            if decision is TicketDecision.DENY or approvals == QUORUM:
+                self.ticket_state = "denied" if decision is TicketDecision.DENY else "approved"
+                self.state = RunState.QUEUED if self.state is RunState.AWAITING_APPROVAL else self.state
+
+    @rule(scope=st.sampled_from(HALTS))
+    def halt(self, scope: HaltScope) -> None:
+        named = {HaltScope.AGENT: "a", HaltScope.CAPABILITY: WRITE}
+        scope_id = self.run.id if scope is HaltScope.RUN else None
+        halt = self.plane.halt(self.tenant, scope, scope_id, subject=named.get(scope), reason="x", by=PEOPLE[1])
+        assert self.halts.setdefault(scope, halt.id) == halt.id, "a standing halt is answered as it is"
+
+    @precondition(lambda self: self.halts)
+    @rule(data=st.data())
+    def lift(self, data: Any) -> None:
+        scope = data.draw(st.sampled_from(sorted(self.halts)))
+        self.plane.lift(self.tenant, self.halts.pop(scope), by=PEOPLE[1])
+        if self.state is RunState.HALTED and not self.halted(self.wanted):
+            self.state = RunState.QUEUED
+
+    @precondition(lambda self: self.state in (RunState.QUEUED, RunState.HALTED, RunState.AWAITING_APPROVAL))
+    @precondition(lambda self: self.step > 1)
+    @rule()
+    def cancel(self) -> None:
+        self.plane.cancel(self.tenant, self.run.id, by=REQUESTER)
+        self.state = RunState.CANCELLED
+        self.ticket_state = "cancelled" if self.ticket_state == "pending" else self.ticket_state
+
+    @invariant()
+    def the_books_say_the_same(self) -> None:
+        assert self.plane.call(lambda core: core.storage.runs.get(self.tenant, self.run.id)).state is self.state
+        standing = self.plane.call(
+            lambda core: core.storage.halts.list(self.tenant, limit=9, before=None, standing=True)
+        )
+        assert {each.scope: each.id for each in standing} == self.halts
+        if self.newest is not None:
+            newest = self.newest
+            ticket = self.plane.call(lambda core: core.storage.approvals.get(self.tenant, newest))
+            votes = self.plane.call(lambda core: core.storage.approvals.votes(self.tenant, newest))
+            assert ticket.state.value == self.ticket_state
+            assert {each.voter: each.vote for each in votes} == {
+                PEOPLE[person].user_id: vote for person, vote in self.votes.items()
+            }
+
+
+async def described(core: ControlPlane) -> Any:
+    return core.capability(READ)
+
+
+@pytest.mark.parametrize("storage", ["postgres", "memory"])
+def test_any_sequence_leaves_what_the_oracle_says(storage: str, request: Any, make_policy: Any, registry: Any) -> None:
+    wide = {"EUR": "1000", "calls": "1000"}
+    policy = make_policy(
+        approval={"quorum": QUORUM},
+        budgets={"run": wide, "tenant": wide},
+        rate_limit={"per_second": 1e6, "burst": 1e6},
+    )
+    numbers = count()
+    if storage == "memory":
+        memory = MemoryStorage()
+        opened: Any = ControlPlane(policy=policy, registry=registry, storage=memory)
+
+        def new_tenant() -> uuid.UUID:
+            return memory.add_tenant(uuid.uuid4())
+
+    else:
+        database = request.getfixturevalue("engine_database")
+
+        @asynccontextmanager
+        async def over_postgres() -> AsyncIterator[ControlPlane]:
+            async with open_pool(database.app, max_size=2) as pool:
+                yield ControlPlane(policy=policy, registry=registry, storage=PostgresStorage(pool, NoDelivery()))
+
+        opened = over_postgres()
+
+        def new_tenant() -> uuid.UUID:
+            return create_tenants(database, f"t{next(numbers)}")[0]
+
+    with SyncControlPlane(opened) as plane:
+        run_state_machine_as_test(
+            lambda: Governed(plane, new_tenant()),
+            settings=settings(
+                max_examples=max(5, int(100 * SOAK)),
+                stateful_step_count=40,
+                deadline=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
