@@ -17,8 +17,17 @@ from plm_engine_core.control_plane import Granted, Outcome, Pending
 from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.events import run_stream
 from plm_engine_core.control_plane.hitl import ScopeTerms
+from plm_engine_core.control_plane.limits import BudgetKey
 from plm_engine_core.control_plane.storage.postgres import open_pool
-from plm_engine_core.control_plane.vocabulary import Evidence, HaltScope, OutcomeStatus, RunState, TicketDecision
+from plm_engine_core.control_plane.vocabulary import (
+    BudgetScope,
+    Evidence,
+    HaltScope,
+    OutcomeStatus,
+    Period,
+    RunState,
+    TicketDecision,
+)
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
 RUNS, STEPS = 2, 2
@@ -31,6 +40,7 @@ _TIME = re.compile(
 _WAIT = re.compile(
     r"(?<=retry_after_ms=)[1-9]\d*|(?<=\"retry_after_ms\": )[1-9]\d*|(?<='retry_after_ms': )[1-9]\d*|\d+(?= ms\b)"
 )
+_AMOUNT = re.compile(r"Decimal\('([^']*)'\)")
 _SPAN = re.compile(r"\b[0-9a-f]{16}\b")
 
 numbers = st.one_of(st.integers(-(2**70), 2**70), st.floats(allow_nan=False, allow_infinity=False))
@@ -56,6 +66,7 @@ RICH = {
         "standing": {"max_uses": 3, "max_seconds": 600, "max_risk": "high"},
     },
 }
+BUDGETS = [(BudgetScope.AGENT, Period.DAY), (BudgetScope.TENANT, Period.TOTAL)]
 run_at, step_at = st.integers(0, RUNS - 1), st.integers(0, STEPS - 1)
 capabilities = st.sampled_from(["thing.read", "thing.write", "thing.fire", "thing.unknown"])
 errors = st.none() | st.fixed_dictionaries({"category": st.just("x"), "message": leaves})
@@ -78,6 +89,10 @@ operations = st.one_of(
     st.tuples(st.just("revoke_scope")),
     st.tuples(st.just("cancel"), run_at),
     st.tuples(st.just("halt"), st.sampled_from([HaltScope.TENANT, HaltScope.RUN]), run_at),
+    st.tuples(st.just("halt_by_name"), st.sampled_from([HaltScope.AGENT, HaltScope.CAPABILITY])),
+    st.tuples(st.just("end_halted")),
+    st.tuples(st.just("set_budget"), st.sampled_from(BUDGETS), st.integers(0, 9)),
+    st.tuples(st.just("correct_budget"), st.sampled_from(BUDGETS), st.integers(-2, 2), st.sampled_from("ab")),
     st.tuples(st.just("lift"), st.integers(0, 2)),
     st.tuples(st.just("reconcile"), run_at, st.booleans(), values),
     st.tuples(st.just("revive"), run_at, st.sampled_from([0, 60])),
@@ -95,6 +110,7 @@ class World:
         self.plane = bench.control_plane
         self.rich = bench.with_policy(**RICH).control_plane
         self.people = people
+        self.treasurer = replace(people[1], scopes=people[1].scopes | {"plm.budgets"})
         self.names: dict[str, str] = {}
         self.runs: dict[int, Any] = {}
         self.leases: dict[int, Any] = {}
@@ -106,6 +122,7 @@ class World:
         """An answer in which ids are numbered as they appear, and times and waits are all one."""
         text = _TIME.sub("<time>", repr(answer) if not isinstance(answer, str) else answer)
         text = _WAIT.sub("<wait>", text)
+        text = _AMOUNT.sub(lambda found: format(Decimal(found.group(1)).normalize(), "f"), text)
         for kind in (_UUID, _SPAN):
             text = kind.sub(lambda found: self.names.setdefault(found.group(), f"<{len(self.names)}>"), text)
         return re.sub(r"UUID\('(<\d+>)'\)", r"\1", text)
@@ -206,6 +223,30 @@ class World:
         halt = await self.bench.halt(scope, self.runs[at].id if scope is HaltScope.RUN else None)
         self.halts.append(halt)
         return halt
+
+    async def halt_by_name(self, scope):
+        subject = "test" if scope is HaltScope.AGENT else "thing.read"
+        halt = await self.plane.halt(
+            self.bench.tenant, scope, None, subject=subject, reason="stop", by=self.bench.approver
+        )
+        self.halts.append(halt)
+        return halt
+
+    async def end_halted(self):
+        return await self.bench.storage.halts.end_halted(self.bench.tenant)
+
+    def key(self, budget):
+        scope, period = budget
+        subject = "test" if scope is BudgetScope.AGENT else str(self.bench.tenant)
+        return BudgetKey.of(scope, subject, "calls", period)
+
+    async def set_budget(self, budget, limit):
+        return await self.plane.set_budget(self.bench.tenant, self.key(budget), Decimal(limit), by=self.treasurer)
+
+    async def correct_budget(self, budget, amount, command):
+        return await self.plane.correct_budget(
+            self.bench.tenant, self.key(budget), Decimal(amount), reason="x", command_id=command, by=self.treasurer
+        )
 
     async def lift(self, back):
         if len(self.halts) <= back:
@@ -330,6 +371,28 @@ def _without_times(row):
         ("revive", 0, 60),
         ("vote", 0, TicketDecision.APPROVE, 1, False),
         ("take", 0),
+    ]
+)
+@example(
+    [
+        ("set_budget", BUDGETS[0], 2),
+        ("admit", 0, 0, 1, "thing.read", 1, False, True),
+        ("correct_budget", BUDGETS[0], 1, "a"),
+        ("correct_budget", BUDGETS[0], 1, "a"),
+        ("correct_budget", BUDGETS[0], -9, "b"),
+        ("admit", 1, 0, 1, "thing.read", 1, False, True),
+        ("set_budget", BUDGETS[1], 0),
+        ("begin", 0),
+        ("halt_by_name", HaltScope.CAPABILITY),
+        ("end_halted",),
+        ("renew", 0),
+        ("admit", 1, 1, 1, "thing.read", 1, False),
+        ("settle", 0, OutcomeStatus.CANCELLED, None, None, 3),
+        ("lift", 0),
+        ("halt_by_name", HaltScope.AGENT),
+        ("end_halted",),
+        ("finish", 1, RunState.HALTED, None),
+        ("lift", 0),
     ]
 )
 @example(
