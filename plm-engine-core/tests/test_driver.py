@@ -24,6 +24,8 @@ READ, WRITE, FIRE = "thing.read", "thing.write", "thing.fire"
 
 NAN = float("nan")
 
+pytestmark = pytest.mark.every_storage
+
 
 class ScriptedExecutor:
     """Answers each capability with the next entry of its script: an outcome, an exception, or something to await."""
