@@ -105,8 +105,7 @@ async def test_what_a_dead_host_and_its_dead_supervisor_left_is_swept_by_the_nex
     wait_for_the_end([host.supervisor])
     host.process.kill()
     wait_for_the_end(host.descriptors[:3])
-    daemon = host.descriptors[4]
-    assert not ended(daemon), "nobody was left to see to it"
+    daemon = host.descriptors[4]  # which lives, unless another host of this machine has swept it already
     await manager.load_plugin_async(probe_meta(granted={"processes": 1}))
     wait_for_the_end([daemon])
 

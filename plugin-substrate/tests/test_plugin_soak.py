@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,13 +35,16 @@ class Held:
 
 def held(folder: Path) -> Held:
     gc.collect()
-    tasks = Path("/proc/self/task").iterdir()
-    children = [pid for task in tasks for pid in (task / "children").read_text(encoding="ascii").split()]
+    children: set[int] = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended since
+            children.update(map(int, (task / "children").read_text(encoding="ascii").split()))
     return Held(
-        processes=frozenset(int(pid) for pid in children),
+        processes=frozenset(children),
         descriptors=len(list(Path("/proc/self/fd").iterdir())),
         threads=threading.active_count(),
-        files=frozenset(str(path.relative_to(folder)) for path in folder.rglob("*")),
+        # "cleanups" is what the plugin writes at its end, if a busy machine lets it in its grace
+        files=frozenset(str(path.relative_to(folder)) for path in folder.rglob("*") if path.name != "cleanups"),
         memory=tracemalloc.get_traced_memory()[0],
     )
 
