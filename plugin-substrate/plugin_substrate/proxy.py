@@ -32,7 +32,7 @@ from plugin_substrate.worker.isolation import missing_layers
 from plugin_substrate.worker.messages import Message, encode_message
 from plugin_substrate.worker.values import pack_value, unpack_value
 
-_EXIT_REPORT_SECONDS = 2.0
+_EXIT_REPORT_SECONDS = 10.0  # hundreds of processes of a fork bomb die before the report that they did
 _LAST_WORDS_SECONDS = 0.5
 _QUICK_BYTES = 64 << 10
 
