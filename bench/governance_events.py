@@ -67,7 +67,8 @@ async def recording(folder: Path) -> dict[str, Figure]:
 
 def _append_adds(app: str, tenant: uuid.UUID) -> float:
     """Milliseconds that an event adds to a transaction of one row, the two kinds of transaction taking turns."""
-    plain, with_event = [], []
+    plain: list[float] = []
+    with_event: list[float] = []
     with psycopg.connect(app, autocommit=True) as connection:
         for number in range(2 * APPENDS):
             started = time.perf_counter()

@@ -48,7 +48,7 @@ UNIT = [
 ]
 
 # Most tests wait: for processes, locks and leases. The tests of one file stay together and share what they started.
-SIDE_BY_SIDE = ["-n", "3", "--dist", "loadfile"]
+SIDE_BY_SIDE = ["-n", "2", "--dist", "loadfile"]
 
 IMPORT_EVERYTHING = """
 import importlib, pkgutil, sys

@@ -43,13 +43,14 @@ TEST_PLATFORM = Path(__file__).parent / "platform"
 SECRET = secrets.token_hex(32)
 ALL_SCOPES = ("plm.runs.create", "plm.halt", "bom.read", "bom.write", "probe.write")
 PATIENCE = 60.0
+LONG_PATIENCE = 100.0  # longer than the minute for which a role lets a paused session keep its locks
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
     """What a condition answers once it holds; a failure that says what did not come true."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + LONG_PATIENCE
     while not (answer := condition()):
-        assert time.monotonic() < deadline, f"in {PATIENCE:g} s it did not come true: {what}"
+        assert time.monotonic() < deadline, f"in {LONG_PATIENCE:g} s it did not come true: {what}"
         time.sleep(0.02)
     return answer
 

@@ -247,6 +247,18 @@ class Cluster:
         rows = self.query(taken, f"run/{run_id}")
         return int(rows[0][0].rpartition("/")[2]) if rows else 0
 
+    def report(self) -> str:
+        """What stands in the way of a run that nobody takes, as far as the database and the logs know."""
+        questions = {
+            "runs": "SELECT run_id, state, lease_owner, lease_expires_at, updated_at, now() FROM run_states "
+            "WHERE finished_at IS NULL",
+            "jobs": "SELECT id, status, worker_id, args FROM delivery.procrastinate_jobs",
+            "sessions": "SELECT pid, state, wait_event, now() - state_change, pg_blocking_pids(pid), left(query, 100) "
+            "FROM pg_stat_activity WHERE datname = current_database() AND state <> 'idle'",
+        }
+        found = [f"{name}: {self.query(question)}" for name, question in questions.items()]
+        return "\n".join([*found, *(f"{node.log}: {node.log.read_text()[-1500:]}" for node in self.nodes)])
+
     def consistent(self) -> None:
         """Every event chain of the tenant holds, and nothing is reserved for a call that has ended."""
         done = self.cli("events", "verify", "--tenant-id", str(self.tenant), "--json")

@@ -68,6 +68,27 @@ def a_halt(cluster: Any, journal: Any, trap: Any) -> None:
     assert journal.effects() == EFFECTS
 
 
+def a_standing_approval(cluster: Any, journal: Any, trap: Any) -> None:
+    """Comment on the run's ticket, approve it for further calls too, and take that back."""
+    run_id = cluster.create("repeatable", key=str(journal.folder), journal=str(journal.folder))
+    cluster.until(lambda: cluster.run(run_id)["state"] == "awaiting_approval", "the run is parked")
+    tickets = cluster.ask("GET", "/v1/approvals?state=pending&limit=200").json()["items"]
+    (ticket,) = (each["ticket_id"] for each in tickets if each["run_id"] == run_id)
+    path = f"/v1/approvals/{ticket}"
+    assert cluster.ask("POST", f"{path}/comments", token=cluster.approver, json={"body": "fine"}).status_code == 201
+    said = {comment["body"] for comment in cluster.ask("GET", path).json()["comments"]}
+    assert said == {"fine"}
+    approval = {"decision": "approve", "scope": {"uses": 2, "seconds": 600}}
+    answer = cluster.ask("POST", f"{path}/decision", token=cluster.approver, json=approval)
+    assert answer.status_code == 200, answer.text
+    ((scope,),) = cluster.query("SELECT id FROM approval_scopes WHERE ticket_id = %s", ticket)
+    answer = cluster.ask("DELETE", f"/v1/approval-scopes/{scope}", token=cluster.approver)
+    assert answer.status_code == 200, answer.text
+    run, _ = cluster.finish(run_id, journal)
+    assert run["state"] == "succeeded", run  # a grant that died with its process has to be asked for again
+    assert journal.effects() == EFFECTS
+
+
 def a_cancel(cluster: Any, journal: Any, trap: Any) -> None:
     """Cancel a run whose call is at work."""
     journal.close("act")
@@ -110,8 +131,11 @@ def a_dead_worker(cluster: Any, journal: Any, trap: Any) -> None:
 
 
 STORIES: dict[str, Story] = {
+    "approvals.comment": a_standing_approval,
+    "approvals.revoke_scope": a_standing_approval,
     "artifacts.discard": a_repeated_request,
     "executor.cancel": a_halt,
+    "halts.end_halted": a_halt,
     "halts.lift": a_halt,
     "halts.trigger": a_halt,
     "runs.reconcile": an_unknown_outcome,

@@ -48,7 +48,10 @@ PORTS: Mapping[str, type] = {
 }
 """What is wrapped, under the names that the points carry."""
 
-READS = frozenset({"abandoned", "artifact", "budgets", "fetch", "get", "history", "list", "mcrc", "steps"})
+READS = frozenset({
+    "abandoned", "artifact", "budgets", "comments", "fetch", "get", "history", "list", "mcrc", "scopes", "steps",
+    "unfinished", "votes",
+})  # fmt: skip
 """Operations that change nothing and hand nothing over: no point stands there."""
 
 Reach = Callable[[str, UUID | None], Awaitable[None]]
