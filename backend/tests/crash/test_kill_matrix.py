@@ -35,13 +35,13 @@ WHOLE = float(os.environ.get("SOAK", "0.05")) >= 1
 
 
 def _cases(*victims: str) -> list[tuple[str, str, str]]:
-    """Every victim, fault and moment; short of a soak every second of them, each with each at least three times."""
+    """Every victim, fault and moment; short of a soak every fourth of them, so that each is met."""
     return [
         (victim, fault, moment)
         for row, victim in enumerate(victims)
         for column, fault in enumerate(FAULTS)
         for place, moment in enumerate(MOMENTS)
-        if WHOLE or (row + column + place) % 2 == 0
+        if WHOLE or (row + 2 * column + place) % 4 == 0
     ]
 
 
@@ -145,7 +145,7 @@ def _bring_to(cluster: Any, moment: str, runs: dict[str, str], journals: dict[st
 
 def _parked(run: dict[str, Any]) -> bool:
     """Whether it waits for its approval, to which nothing has stood in the way so far."""
-    assert run["state"] in ("queued", "running", "awaiting_approval"), run
+    assert run["state"] in ("queued", "running", "awaiting_approval"), (run["reason"], run["message"], run)
     return bool(run["state"] == "awaiting_approval")
 
 
