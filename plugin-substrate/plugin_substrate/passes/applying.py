@@ -10,12 +10,9 @@ from pathlib import Path
 
 from plugin_substrate.passes.changes import Changes, shown
 from plugin_substrate.passes.staging import copy_file
-from plugin_substrate.passes.tree import Entry, Kind, look, open_below
+from plugin_substrate.passes.tree import CREATE, READ, Entry, Kind, look, open_below
 
 __all__ = ["TreeChangedError", "apply", "refuse_if_changed"]
-
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class TreeChangedError(Exception):
@@ -81,7 +78,7 @@ class _Transaction:
                 os.symlink(os.readlink(name, dir_fd=there), temporary, dir_fd=self._original)
                 self._undo.append(lambda: _remove(self._original, temporary))
             else:
-                source = os.open(name, _READ, dir_fd=there)
+                source = os.open(name, READ, dir_fd=there)
                 try:
                     self._write(source, temporary, entry, old if old and old.kind is Kind.FILE else None, path)
                 finally:
@@ -89,7 +86,7 @@ class _Transaction:
         self._ready[path] = temporary
 
     def _write(self, source: int, temporary: str, entry: Entry, old: Entry | None, path: str) -> None:
-        target = os.open(temporary, _CREATE, 0o600, dir_fd=self._original)
+        target = os.open(temporary, CREATE, 0o600, dir_fd=self._original)
         self._undo.append(lambda: _remove(self._original, temporary))
         try:
             copy_file(source, target, entry.size)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import posixpath
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from plugin_substrate.passes.records import PassLimits, ProtectedPaths
-from plugin_substrate.passes.tree import Entry, Kind, open_below
+from plugin_substrate.passes.staging import same_content
+from plugin_substrate.passes.tree import READ, Entry, Kind, open_below, opened
 from plugin_substrate.worker.text import clean_line
 
 __all__ = ["Changes", "compare", "shown"]
 
 _SET_ID = 0o7000
-_PORTION = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +142,10 @@ def _differ(path: str, old: Entry, new: Entry, original: int, staged: int) -> bo
 
 def _same_content(path: str, original: int, staged: int) -> bool:
     parent, _, name = path.rpartition("/")
-    with open_below(original, parent) as here, open_below(staged, parent) as there:
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with (
-            open(os.open(name, flags, dir_fd=here), "rb", buffering=0) as first,  # noqa: PTH123 - a descriptor
-            open(os.open(name, flags, dir_fd=there), "rb", buffering=0) as second,  # noqa: PTH123
-        ):
-            while True:
-                left, right = first.read(_PORTION), second.read(_PORTION)
-                if left != right:
-                    return False
-                if not left:
-                    return True
+    with (
+        open_below(original, parent) as here,
+        open_below(staged, parent) as there,
+        opened(name, READ, here) as first,
+        opened(name, READ, there) as second,
+    ):
+        return same_content(first, second)

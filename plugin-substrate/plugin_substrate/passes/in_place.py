@@ -7,15 +7,10 @@ from pathlib import Path
 
 from plugin_substrate.passes.changes import Changes, shown
 from plugin_substrate.passes.records import PassLimits, ProtectedPaths
-from plugin_substrate.passes.staging import copy_file
-from plugin_substrate.passes.tree import Entry, Kind, look, open_below, scan
+from plugin_substrate.passes.staging import copy_file, same_content
+from plugin_substrate.passes.tree import CREATE, FOLDER, READ, Entry, Kind, look, open_below, opened, scan
 
 __all__ = ["ProtectedBackup"]
-
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_PORTION = 1 << 20
 
 
 class ProtectedBackup:
@@ -23,8 +18,8 @@ class ProtectedBackup:
 
     def __init__(self, root: Path, store: Path, *, protected: ProtectedPaths, limits: PassLimits) -> None:
         """Copy from ``root`` into the empty folder ``store``; both stay open until `close`."""
-        self._root = os.open(root, _FOLDER)
-        self._store = os.open(store, _FOLDER)
+        self._root = os.open(root, FOLDER)
+        self._store = os.open(store, FOLDER)
         self._protected = protected
         self._limits = limits
         self._before = scan(self._root, depth=limits.tree_depth)
@@ -76,9 +71,9 @@ class ProtectedBackup:
     def _copy(self, path: str) -> None:
         parent, _, name = path.rpartition("/")
         with open_below(self._root, parent) as folder:
-            source = os.open(name, _READ, dir_fd=folder)
+            source = os.open(name, READ, dir_fd=folder)
         try:
-            target = os.open(self._copies[path], _CREATE, 0o600, dir_fd=self._store)
+            target = os.open(self._copies[path], CREATE, 0o600, dir_fd=self._store)
             try:
                 copy_file(source, target, os.fstat(source).st_size)
             finally:
@@ -88,17 +83,12 @@ class ProtectedBackup:
 
     def _is_copy(self, path: str) -> bool:
         parent, _, name = path.rpartition("/")
-        with open_below(self._root, parent) as folder:
-            here = os.open(name, _READ, dir_fd=folder)
-        with open(here, "rb", buffering=0) as first:  # noqa: PTH123 - a descriptor
-            there = os.open(self._copies[path], _READ, dir_fd=self._store)
-            with open(there, "rb", buffering=0) as second:  # noqa: PTH123
-                while True:
-                    left, right = first.read(_PORTION), second.read(_PORTION)
-                    if left != right:
-                        return False
-                    if not left:
-                        return True
+        with (
+            open_below(self._root, parent) as folder,
+            opened(name, READ, folder) as now,
+            opened(self._copies[path], READ, self._store) as kept,
+        ):
+            return same_content(now, kept)
 
     def _take_away(self, path: str, entry: Entry) -> None:
         parent, _, name = path.rpartition("/")
@@ -127,9 +117,9 @@ class ProtectedBackup:
 
     def _write_back(self, folder: int, name: str, path: str, entry: Entry) -> None:
         temporary = f".{name[:100]}.restored"
-        source = os.open(self._copies[path], _READ, dir_fd=self._store)
+        source = os.open(self._copies[path], READ, dir_fd=self._store)
         try:
-            target = os.open(temporary, _CREATE, 0o600, dir_fd=folder)
+            target = os.open(temporary, CREATE, 0o600, dir_fd=folder)
             try:
                 copy_file(source, target, entry.size)
                 os.fchmod(target, entry.mode)

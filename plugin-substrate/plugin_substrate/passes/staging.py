@@ -7,13 +7,14 @@ import fcntl
 import os
 from collections.abc import Mapping
 
-from plugin_substrate.passes.tree import Entry, Kind, open_below
+from plugin_substrate.passes.tree import CREATE, READ, Entry, Kind, open_below, opened
 
-__all__ = ["copy_file", "copy_tree", "too_large"]
+__all__ = ["copy_file", "copy_tree", "same_content", "too_large"]
 
 _FICLONE = 0x40049409  # ioctl_ficlone(2): share the blocks until one of the two is written to
 _NOT_HERE = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM)
 _PORTION = 1 << 24
+_COMPARED = 1 << 20
 
 
 def too_large(tree: Mapping[str, Entry], *, most_files: int, most_bytes: int) -> str:
@@ -55,13 +56,13 @@ def _copy(here: int, there: int, name: str, entry: Entry) -> None:
         os.symlink(entry.target, name, dir_fd=there)
         _set_times(there, name, entry)
     elif entry.kind is Kind.FILE:
-        with _Opened(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, here) as source:
+        with opened(name, READ, here) as source:
             status = os.fstat(source)
             if (status.st_dev, status.st_ino) != entry.identity:
                 raise OSError(errno.ESTALE, "it was replaced while it was copied", name)
             # Readable and writable by us even where the original is not: the mode of the original is not touched.
             mode = 0o600 | entry.mode & 0o777
-            with _Opened(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, there, mode) as target:
+            with opened(name, CREATE, there, mode) as target:
                 copy_file(source, target, status.st_size)
                 os.utime(target, ns=(entry.modified, entry.modified))
 
@@ -86,6 +87,17 @@ def copy_file(source: int, target: int, size: int) -> None:
         _copy_plainly(source, target)  # copy_file_range(2) copies nothing of files that only claim to be empty
 
 
+def same_content(first: int, second: int) -> bool:
+    """Whether two open files hold the same bytes, from where they stand to their ends."""
+    while True:
+        portion = os.read(first, _COMPARED)
+        other = os.read(second, _COMPARED)
+        if portion != other:
+            return False
+        if not portion:
+            return True
+
+
 def _copy_plainly(source: int, target: int) -> None:
     os.lseek(source, 0, os.SEEK_SET)
     os.lseek(target, 0, os.SEEK_SET)
@@ -96,16 +108,3 @@ def _copy_plainly(source: int, target: int) -> None:
 
 def _set_times(folder: int, name: str, entry: Entry) -> None:
     os.utime(name, ns=(entry.modified, entry.modified), dir_fd=folder, follow_symlinks=False)
-
-
-class _Opened:
-    """An open descriptor for the length of a with-block."""
-
-    def __init__(self, name: str, flags: int, folder: int, mode: int = 0o600) -> None:
-        self.descriptor = os.open(name, flags | os.O_CLOEXEC, mode, dir_fd=folder)
-
-    def __enter__(self) -> int:
-        return self.descriptor
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self.descriptor)

@@ -10,9 +10,24 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-__all__ = ["Entry", "Kind", "TreeTooLargeError", "open_below", "open_folder", "scan"]
+__all__ = [
+    "CREATE",
+    "FOLDER",
+    "READ",
+    "Entry",
+    "Kind",
+    "TreeTooLargeError",
+    "look",
+    "open_below",
+    "open_folder",
+    "opened",
+    "scan",
+]
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+#: How anything in a tree is opened: never through a link, and never waiting for the other end of a pipe.
+READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Kind(StrEnum):
@@ -51,7 +66,7 @@ class TreeTooLargeError(Exception):
 @contextmanager
 def open_folder(path: Path) -> Iterator[int]:
     """Open a folder by its path; the last part of it is no link."""
-    descriptor = os.open(path, _FOLDER)
+    descriptor = os.open(path, FOLDER)
     try:
         yield descriptor
     finally:
@@ -64,9 +79,19 @@ def open_below(root: int, path: str) -> Iterator[int]:
     descriptor = os.dup(root)
     try:
         for name in filter(None, path.split("/")):
-            below = os.open(name, _FOLDER, dir_fd=descriptor)
+            below = os.open(name, FOLDER, dir_fd=descriptor)
             os.close(descriptor)
             descriptor = below
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def opened(name: str, flags: int, folder: int, mode: int = 0o600) -> Iterator[int]:
+    """Open a name in a folder for the length of a with-block."""
+    descriptor = os.open(name, flags, mode, dir_fd=folder)
+    try:
         yield descriptor
     finally:
         os.close(descriptor)
@@ -96,7 +121,7 @@ def _scan(folder: int, prefix: str, depth: int, most: int | None, found: dict[st
             if most is not None and len(found) > most:
                 raise TreeTooLargeError(f"it holds more than {most} entries")
     for name in below:
-        descriptor = os.open(name, _FOLDER, dir_fd=folder)
+        descriptor = os.open(name, FOLDER, dir_fd=folder)
         try:
             _scan(descriptor, f"{prefix}{name}/", depth - 1, most, found)
         finally:
