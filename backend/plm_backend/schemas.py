@@ -1,4 +1,7 @@
-"""The documents of the API, version 1."""
+"""The documents of the API, version 1.
+
+One module although it is long: it is the whole contract with clients, and is read and reviewed as one page.
+"""
 
 from __future__ import annotations
 

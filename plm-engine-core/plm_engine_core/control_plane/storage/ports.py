@@ -1,6 +1,7 @@
 """The ports: what the control plane asks of storage, in terms of intent.
 
-Rules live in core code; a port stores, and makes every change conditional on the state it expects.
+Rules live in core code; a port stores, and makes every change conditional on the state it expects. One module although
+it is long: whoever writes a storage needs all of it, and most of it is what the operations promise.
 """
 
 from __future__ import annotations
