@@ -55,7 +55,7 @@ class ResourceShortfall:
 class PluginError(Exception):
     """Base of every error of this package; subclasses add fields that cross the process border unchanged."""
 
-    category: ClassVar[ErrorCategory] = ErrorCategory.FATAL
+    category: ErrorCategory = ErrorCategory.FATAL
     retriable_by_default: ClassVar[bool] = False
     wire_fields: ClassVar[tuple[str, ...]] = ()
 
@@ -244,13 +244,23 @@ class CallNotStartedError(PluginError):
 
 
 class WireValueError(PluginError, TypeError):
-    """A value cannot cross the process border; ``path`` says where it stands, like ``args[0].rows[3].weight``."""
+    """A value cannot cross the process border; ``path`` says where it stands, like ``args[0].rows[3].weight``.
+
+    Its category is ``user_input`` when it stands in the caller's arguments, else ``fatal``: then the plugin made it.
+    """
 
     wire_fields = ("path",)
 
     def __init__(self, message: str = "", *, path: str = "", **options: Any) -> None:
         super().__init__(message, **options)
         self.path = path
+        if self.of_caller:
+            self.category = ErrorCategory.USER_INPUT
+
+    @property
+    def of_caller(self) -> bool:
+        """Whether the value stands in the arguments of a call."""
+        return self.path.startswith(("args", "kwargs"))
 
 
 class ProtocolError(PluginError):

@@ -455,6 +455,15 @@ async def test_missing_variables_are_found_before_anything_runs(packages: Path, 
     assert record["error"] == "required variable 'owner' is missing or empty"
 
 
+async def test_variables_that_cannot_cross_are_no_crash_of_the_plugin(packages: Path, tree: Path, write: Write) -> None:
+    write()
+    before = snapshot(tree)
+    record = await one(packages, tree, variables={"owner": object()})
+    assert (record["status"], record.get("crash", False)) == ("failed", False)
+    assert "variables.owner" in record["error"]
+    assert snapshot(tree) == before
+
+
 async def test_code_that_is_not_what_its_manifest_says_does_not_run(packages: Path, tree: Path, write: Write) -> None:
     folder = write(transform="path.write_text('x')")
     code = (folder / "__init__.py").read_text()

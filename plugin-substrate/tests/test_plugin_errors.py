@@ -20,6 +20,7 @@ from plugin_substrate import (
     PluginTransientError,
     ResourceShortfall,
     TracebackPolicy,
+    WireValueError,
     WorkerOOMError,
 )
 from plugin_substrate.errors import WIRE_ERRORS, classify_exception, map_bare_exception_to_job_error
@@ -47,6 +48,14 @@ def test_each_class_has_its_category_and_whether_to_try_again(
     error = cls("x")
     assert (error.category, error.retriable) == (category, retriable)
     assert cls("x", retriable=not retriable).retriable is not retriable
+
+
+@pytest.mark.parametrize(
+    ("path", "category"),
+    [("args[0].when", "user_input"), ("kwargs.variables.x", "user_input"), ("result.rows[3]", "fatal"), ("", "fatal")],
+)
+def test_a_value_that_cannot_cross_is_the_fault_of_who_made_it(path: str, category: str) -> None:
+    assert JobError.from_exception(WireValueError("x", path=path)).category == category
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from plugin_substrate.errors import PluginError, PluginTimeoutError, WorkerDiedError, WorkerOOMError
+from plugin_substrate.errors import PluginError, PluginTimeoutError, WireValueError, WorkerDiedError, WorkerOOMError
 from plugin_substrate.passes.changes import Changes
 from plugin_substrate.passes.pass_worker import PassWorker
 from plugin_substrate.passes.records import PluginRecord, PluginStatus
@@ -56,7 +56,8 @@ class Part:
         elif isinstance(error, WorkerDiedError):
             self.fail(EXIT_HOST if error.returncode is None else error.returncode, str(error))
         else:
-            self.fail(EXIT_HOST, str(error), crash=not str(error).startswith("spawn_failed"))
+            of_caller = isinstance(error, WireValueError) and error.of_caller
+            self.fail(EXIT_HOST, str(error), crash=not of_caller and not str(error).startswith("spawn_failed"))
 
     def heard(self, result: Mapping[str, Any]) -> None:
         """Take over what a worker said of its run."""
