@@ -121,6 +121,18 @@ def list_secrets(name: PluginName, scope: Scope = None, data_dir: DataDir = None
         typer.echo(key)
 
 
+def rotate_secrets_key(data_dir: DataDir = None) -> None:
+    """Encrypt the secrets anew, with the first key in $CJM_SECRETS_KEY; the others there are tried for reading.
+
+    Give hosts both keys, the new one first; run this; then take the old one away. If it is killed, run it again.
+    """
+    try:
+        done = _secrets(data_dir).seal_anew()
+    except PluginError as error:
+        fail(error)
+    typer.echo("encrypted with the first key; the others may go" if done else "there are no secrets")
+
+
 def setup_host(plugins: PluginsFile = None, yes: Yes = False) -> None:
     """Install into this environment what plugins and host both need: the interface_libs of all plugins."""
     try:
@@ -181,6 +193,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "estimate-size": estimate_size,
     "set-secret": set_secret,
     "list-secrets": list_secrets,
+    "rotate-secrets-key": rotate_secrets_key,
     "setup-host": setup_host,
     "setup-runtime": setup_runtime,
 }

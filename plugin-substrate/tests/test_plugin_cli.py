@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from cryptography.fernet import Fernet
 from plugin_substrate import PluginManager, load_manifest, write_manifest
 from plugin_substrate.cli import app
 from plugin_substrate.manifest import CodeSection, DriftSection, InstallSection, ManifestV2, manifest_to_dict
@@ -214,6 +215,18 @@ def test_secrets_are_set_without_being_shown_and_listed_by_name(host: Host) -> N
     done = host("set-secret", "tiny", "TOKEN", "--value", "x")
     assert done.exit_code == 1
     assert "is not a file of secrets" in done.stderr
+
+
+def test_the_key_of_the_secrets_is_changed(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = (Fernet.generate_key().decode() for _ in range(2))
+    done = host("rotate-secrets-key")
+    assert (done.exit_code, "set CJM_SECRETS_KEY" in done.stderr) == (1, True)
+    monkeypatch.setenv("CJM_SECRETS_KEY", f"{new},{old}")
+    assert host("rotate-secrets-key").output == "there are no secrets\n"
+    file = host.data_dir / "secrets" / "secrets.json"
+    LocalSecretStore(file, cipher=Fernet(old)).set_secret("tiny", "TOKEN", "s3cret")
+    assert host("rotate-secrets-key").exit_code == 0
+    assert LocalSecretStore(file, cipher=Fernet(new)).get_secret("tiny", "TOKEN") == "s3cret"
 
 
 def test_the_settings_file_counts_for_every_command(host: Host) -> None:

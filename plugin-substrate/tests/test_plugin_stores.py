@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sqlite3
 import stat
 import subprocess
@@ -300,7 +301,9 @@ def test_without_its_key_an_encrypted_file_is_neither_read_nor_written(file: Pat
     assert file.read_bytes() == before
 
 
-@pytest.mark.parametrize("damage", [lambda raw: raw[:-8], lambda raw: raw[:50] + b"A" + raw[51:]])
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:-8], lambda raw: raw[:50] + (b"B" if raw[50:51] == b"A" else b"A") + raw[51:]]
+)
 def test_an_encrypted_file_that_was_changed_is_refused(file: Path, damage: Callable[[bytes], bytes]) -> None:
     store = LocalSecretStore(file, cipher=Fernet(key()))
     store.set_secret("reader", "TOKEN", "s3cret")
@@ -309,8 +312,61 @@ def test_an_encrypted_file_that_was_changed_is_refused(file: Path, damage: Calla
         store.get_secret("reader", "TOKEN")
 
 
-def test_what_is_no_key_is_said_without_repeating_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(KEY_VARIABLE, "hunter2")
+# Runs in a process of its own, which kills itself at one of its calls.
+ROTATION = """
+import os, pathlib, signal, sys
+from plugin_substrate.stores.secret import default_secret_store
+
+def die(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+match sys.argv[2]:
+    case "before it is on the disk": os.fsync = die
+    case "before it is in place": pathlib.Path.replace = die
+    case "when it is in place":
+        is_folder = lambda descriptor: os.path.isdir(f"/proc/self/fd/{descriptor}")
+        os.fsync = lambda descriptor: die() if is_folder(descriptor) else None
+default_secret_store(pathlib.Path(sys.argv[1])).seal_anew()
+"""
+
+
+@pytest.mark.parametrize(
+    "moment", ["before it is on the disk", "before it is in place", "when it is in place", "never"]
+)
+def test_keys_are_changed_while_hosts_run_and_a_change_that_is_killed_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    old, new = key(), key()
+
+    def with_keys(*keys: str) -> SecretStore:
+        monkeypatch.setenv(KEY_VARIABLE, ",".join(keys))
+        return default_secret_store(tmp_path)
+
+    with_keys(old).set_secret("reader", "TOKEN", "s3cret")
+    with_keys(new, old)
+    done = subprocess.run([sys.executable, "-c", ROTATION, str(tmp_path), moment], check=False)
+    assert done.returncode == (0 if moment == "never" else -signal.SIGKILL)
+    assert with_keys(new, old).get_secret("reader", "TOKEN") == "s3cret", "a host that has both reads it in any case"
+    assert default_secret_store(tmp_path).seal_anew()
+    assert with_keys(new).get_secret("reader", "TOKEN") == "s3cret"
+    with pytest.raises(StoreError):
+        with_keys(old).get_secret("reader", "TOKEN")
+    assert sorted(left.name for left in (tmp_path / "secrets").iterdir()) == [".secrets.json.lock", "secrets.json"]
+
+
+def test_what_a_killed_writer_left_in_plain_text_goes_with_the_next_change(file: Path) -> None:
+    store = LocalSecretStore(file)
+    store.set_secret("reader", "TOKEN", "s3cret")
+    (file.parent / f".{file.name}.abandoned").write_bytes(file.read_bytes())
+    LocalSecretStore(file, cipher=Fernet(key())).seal_anew()
+    assert not any(b"s3cret" in left.read_bytes() for left in file.parent.iterdir())
+
+
+@pytest.mark.parametrize("text", ["hunter2", "hunter2,", f"{Fernet.generate_key().decode()},hunter2"])
+def test_what_is_no_key_is_said_without_repeating_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv(KEY_VARIABLE, text)
     with pytest.raises(StoreError, match="32 bytes") as caught:
         default_secret_store(tmp_path)
     assert "hunter2" not in str(caught.value)

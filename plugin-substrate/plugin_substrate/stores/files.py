@@ -69,6 +69,18 @@ def replace_file(path: Path, data: bytes) -> None:
         os.close(folder)
 
 
+def lock_of(path: Path) -> Path:
+    """Return the path that those lock who replace a file."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what killed writers of a file left beside it, while its lock is held: it holds what the file did."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        if left != lock_of(path):
+            left.unlink(missing_ok=True)
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Keep other processes and threads that lock this path out."""

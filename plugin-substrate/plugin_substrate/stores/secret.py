@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from plugin_substrate.errors import StoreError
-from plugin_substrate.stores.files import locked, make_private, private_folder, replace_file
-from plugin_substrate.stores.sealing import Cipher, cipher_from_environment, seal, unseal
+from plugin_substrate.stores.files import lock_of, locked, make_private, private_folder, remove_abandoned, replace_file
+from plugin_substrate.stores.sealing import KEY_VARIABLE, Cipher, cipher_from_environment, seal, unseal
 
 DEFAULT_SCOPE = "__default__"
 
@@ -98,13 +98,27 @@ class LocalSecretStore:
         """Return the names of a plugin's secrets, sorted."""
         return _keys(self._read(), plugin_name, scope)
 
+    def seal_anew(self) -> bool:
+        """Encrypt the file with the cipher as it is now; False when there is none. Without a cipher a `StoreError`.
+
+        Whoever is killed in the middle leaves the file as it was, or done; doing it again does no harm.
+        """
+        if self._cipher is None:
+            raise StoreError(f"there is no key to encrypt {self._path} with; set {KEY_VARIABLE}", path=str(self._path))
+        if not self._path.exists():
+            return False
+        with self._changing():
+            pass
+        return True
+
     @contextmanager
     def _changing(self) -> Iterator[_Tree]:
         try:
             private_folder(self._path.parent)
-            with locked(self._path.with_name(f".{self._path.name}.lock")):
+            with locked(lock_of(self._path)):
                 tree = self._read()
                 yield tree
+                remove_abandoned(self._path)
                 content = (json.dumps(tree, indent=2, sort_keys=True) + "\n").encode()
                 replace_file(self._path, seal(content, self._cipher))
         except OSError as error:
