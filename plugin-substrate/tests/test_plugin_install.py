@@ -197,7 +197,7 @@ def test_a_grant_is_seen_without_installing_anew(workspace: Workspace) -> None:
 def test_nothing_of_ours_is_installed_in_the_plugins_environment(workspace: Workspace) -> None:
     workspace.install()
     python = load_manifest(workspace.data_dir / "manifests/tiny.json").install.python_path
-    ours = subprocess.run([python, "-c", "import plugin_substrate"], capture_output=True, check=False)
+    ours = subprocess.run([python, "-I", "-c", "import plugin_substrate"], capture_output=True, check=False)
     assert b"ModuleNotFoundError" in ours.stderr
 
 

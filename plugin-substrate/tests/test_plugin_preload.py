@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from plugin_substrate.testing.leftovers import descendants
 MetaFactory = Callable[..., PluginMeta]
 A, B = "tenant-a", "tenant-b"
 SECRET = "s3cret-value"
+SILENCE_SECONDS = 5  # so long may a load that goes well say nothing on a busy machine
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="templates are forked under filters of Linux")
 
@@ -48,24 +50,28 @@ async def preloaded(manager: PluginManager, preloaded_meta: MetaFactory) -> Plug
     return manager
 
 
-@pytest.fixture
-async def impatient(tmp_path: Path) -> AsyncIterator[PluginManager]:
-    """A manager that soon gives up a load which says nothing."""
-    async with PluginManager(data_dir=tmp_path / "data", grace_seconds=0.3, load_timeout=5) as owner:
+@asynccontextmanager
+async def impatient(tmp_path: Path, case: str) -> AsyncIterator[PluginManager]:
+    """A manager with a folder of its own, which soon gives up a load that says nothing; it leaves no process."""
+    async with PluginManager(data_dir=tmp_path / case, grace_seconds=0.3, load_timeout=SILENCE_SECONDS) as owner:
         yield owner
 
 
 @pytest.fixture
-def unwilling(tmp_path: Path, probe_meta: MetaFactory) -> Callable[[str], PluginMeta]:
-    """Make the description of a plugin whose import does a deed."""
+def unwilling(tmp_path: Path, probe_meta: MetaFactory) -> Callable[..., PluginMeta]:
+    """Make the description of a plugin whose import does a deed; ``data_dir`` is its manager's."""
 
-    def make(deed: str) -> PluginMeta:
-        folder = tmp_path / "data/data/unwilling/no-tenant"
+    def make(deed: str, data_dir: str = "data") -> PluginMeta:
+        folder = unwilling_folder(tmp_path, data_dir)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "deed").write_text(deed)
         return probe_meta("Unwilling", "unwilling", "unwilling", preload=True)
 
     return make
+
+
+def unwilling_folder(tmp_path: Path, data_dir: str) -> Path:
+    return tmp_path / data_dir / "data/unwilling/no-tenant"
 
 
 async def ask(manager: PluginManager, action: str, instance: str = "preloaded", **arguments: Any) -> Any:
@@ -202,22 +208,6 @@ async def test_copies_outlive_their_template_and_the_next_load_makes_another(
     assert (await ask(preloaded, "where", "two"))["imported_by"] != before["imported_by"]
 
 
-async def test_a_template_that_does_not_answer_fails_one_load_and_is_replaced(
-    impatient: PluginManager, preloaded_meta: MetaFactory
-) -> None:
-    await impatient.load_plugin_async(preloaded_meta())
-    before = await ask(impatient, "where")
-    template = os.pidfd_open(before["imported_by"])
-    signal.pidfd_send_signal(template, signal.SIGSTOP)
-    with pytest.raises(PluginLoadError, match="without progress") as caught:
-        await impatient.load_plugin_async(preloaded_meta(), instance_id="two")
-    assert caught.value.phase == "preload"
-    await all_ended([template])
-    assert await ask(impatient, "where") == before
-    await impatient.load_plugin_async(preloaded_meta(), instance_id="two")
-    assert (await ask(impatient, "where", "two"))["imported_by"] != before["imported_by"]
-
-
 async def test_unloading_the_last_instance_leaves_no_process(
     preloaded: PluginManager, preloaded_meta: MetaFactory
 ) -> None:
@@ -260,23 +250,70 @@ def test_template_and_copies_end_with_a_killed(who: str, tmp_path: Path, preload
         ("leave", "status 3"),
         ("start_a_thread", "background"),
         ("fork", "Operation not permitted"),
-        ("hang", "without progress"),
     ],
 )
 async def test_an_import_that_fails_is_a_load_error_of_its_phase_and_leaves_no_process(
-    manager: PluginManager, impatient: PluginManager, unwilling: Callable[[str], PluginMeta], deed: str, message: str
+    manager: PluginManager, unwilling: Callable[..., PluginMeta], deed: str, message: str
 ) -> None:
-    owner = impatient if deed == "hang" else manager
+    error = await load_error(manager, unwilling(deed), message)
+    assert error.plugin_name == "unwilling"
+    if deed == "leave":
+        assert any("leaving" in line for line in error.log_tail)
+    await nobody_below(os.getpid())
+
+
+async def load_error(manager: PluginManager, meta: PluginMeta, message: str, **options: Any) -> PluginLoadError:
     with pytest.raises(PluginLoadError, match=message) as caught:
-        await owner.load_plugin_async(unwilling(deed))
-    assert (caught.value.phase, caught.value.plugin_name) == ("preload", "unwilling")
-    if deed in ("leave", "hang"):
-        assert any("leaving" in line or "importing for ever" in line for line in caught.value.log_tail)
+        await manager.load_plugin_async(meta, **options)
+    assert caught.value.phase == "preload"
+    return caught.value
+
+
+async def test_who_says_nothing_while_a_copy_is_wanted_fails_that_load_alone_and_leaves_no_process(
+    tmp_path: Path, unwilling: Callable[..., PluginMeta], preloaded_meta: MetaFactory
+) -> None:
+    """All at once, as each takes as long as the silence that a busy machine must not be mistaken for."""
+
+    async def an_import_that_hangs() -> None:
+        async with impatient(tmp_path, "hang") as manager:
+            error = await load_error(manager, unwilling("hang", "hang"), "without progress")
+            assert any("importing for ever" in line for line in error.log_tail)
+
+    async def one_that_takes_the_forks_for_itself_and_gets_two_at_most() -> None:
+        async with impatient(tmp_path, "fork_greedily") as manager:
+            await load_error(manager, unwilling("fork_greedily", "fork_greedily"), "without progress")
+        assert len((unwilling_folder(tmp_path, "fork_greedily") / "forked").read_text()) <= 2
+
+    async def one_whose_copy_refuses_to_be_tied_to_the_supervisor() -> None:
+        async with impatient(tmp_path, "refuse_the_tie") as manager:
+            await load_error(manager, unwilling("refuse_the_tie", "refuse_the_tie"), "without progress")
+        assert (unwilling_folder(tmp_path, "refuse_the_tie") / "untied").exists()
+
+    async def a_template_that_was_stopped_and_is_replaced() -> None:
+        async with impatient(tmp_path, "stopped") as manager:
+            await manager.load_plugin_async(preloaded_meta())
+            before = await ask(manager, "where")
+            template = os.pidfd_open(before["imported_by"])
+            signal.pidfd_send_signal(template, signal.SIGSTOP)
+            await load_error(manager, preloaded_meta(), "without progress", instance_id="two")
+            await all_ended([template])
+            assert await ask(manager, "where") == before
+            await manager.load_plugin_async(preloaded_meta(), instance_id="two")
+            assert (await ask(manager, "where", "two"))["imported_by"] != before["imported_by"]
+
+    async with asyncio.TaskGroup() as together:
+        for case in (
+            an_import_that_hangs,
+            one_that_takes_the_forks_for_itself_and_gets_two_at_most,
+            one_whose_copy_refuses_to_be_tied_to_the_supervisor,
+            a_template_that_was_stopped_and_is_replaced,
+        ):
+            together.create_task(case())
     await nobody_below(os.getpid())
 
 
 async def test_a_preload_is_limited_by_silence_not_by_time(
-    tmp_path: Path, unwilling: Callable[[str], PluginMeta]
+    tmp_path: Path, unwilling: Callable[..., PluginMeta]
 ) -> None:
     async with PluginManager(data_dir=tmp_path / "data", grace_seconds=0.3, load_timeout=1) as manager:
         meta = unwilling("take_long")
@@ -288,21 +325,6 @@ async def test_a_preload_is_limited_by_silence_not_by_time(
             except PluginLoadError:
                 assert time.monotonic() < deadline
         assert await manager.execute_plugin_async("unwilling") > 0
-
-
-@pytest.mark.parametrize("deed", ["fork_greedily", "refuse_the_tie"])
-async def test_a_template_that_takes_its_forks_for_itself_gets_two_at_most_and_keeps_none(
-    impatient: PluginManager, unwilling: Callable[[str], PluginMeta], tmp_path: Path, deed: str
-) -> None:
-    with pytest.raises(PluginLoadError, match="without progress") as caught:
-        await impatient.load_plugin_async(unwilling(deed))
-    assert caught.value.phase == "preload"
-    folder = tmp_path / "data/data/unwilling/no-tenant"
-    if deed == "fork_greedily":
-        assert len((folder / "forked").read_text()) <= 2
-    else:
-        assert (folder / "untied").exists()
-    await nobody_below(os.getpid())
 
 
 # -- who may have it
