@@ -23,10 +23,13 @@ class CallBooks:
         self.recorder = recorder
         self._gpus = GpuWatch(allocator.read)
 
+    def has_to_admit(self, meta: PluginMeta) -> bool:
+        """Whether a call may be sent only when `admit` has returned."""
+        return self.allocator.needed(meta)
+
     async def admit(self, meta: PluginMeta, worker: TenantWorker, call: PendingCall) -> None:
         """Return when the call has what it needs; a `PluginResourceError` when that cannot be had."""
-        if self.allocator.needed(meta):
-            await self.allocator.allocate(meta, worker, call)
+        await self.allocator.allocate(meta, worker, call)
 
     def sent(self, meta: PluginMeta, worker: TenantWorker, call: PendingCall) -> None:
         """Note that a call left the host."""

@@ -56,10 +56,10 @@ class WorkerConnection:
         with self._writing:
             if self._closed:
                 return
-            self._waiting.append(_Outgoing(message))
-            if len(self._waiting) > 1 or self._gathering:
+            if self._waiting or self._gathering:
+                self._waiting.append(_Outgoing(message))
                 return
-            done = self._push()
+            done = self._write_whole(message) or self._push()
         if threading.get_ident() == self._owner:
             self._gathering = done
             self._loop.call_soon(self._end_round if done else self._await_room)
@@ -78,6 +78,23 @@ class WorkerConnection:
             self._socket.close()
         self._inbox.close()
         self._loop.call_soon(self._on_end)
+
+    def _write_whole(self, message: Message) -> bool:
+        """Write a message of one piece, as nearly all are; False when (some of) it waits now."""
+        sent = 0
+        if len(message.pieces) == 1 and not message.descriptors:
+            try:
+                sent = self._socket.send(message.pieces[0])
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:  # as in `_push`
+                return True
+            if sent == len(message.pieces[0]):
+                return True
+        outgoing = _Outgoing(message)
+        outgoing.take(sent)
+        self._waiting.append(outgoing)
+        return False
 
     def _push(self) -> bool:
         """Write until nothing waits; False when the socket has no room."""

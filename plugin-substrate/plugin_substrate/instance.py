@@ -337,6 +337,8 @@ class LoadedInstance:
         return worker
 
     def _leave(self, worker: TenantWorker, pending: PendingCall) -> None:
+        if pending.sent_at is not None:
+            del self._calls[pending.context.call_id]
         self._books.ended(self._payer, self.settings.meta, pending)
         worker.slots.release()
         self.workers.leave(worker)
@@ -351,7 +353,8 @@ class LoadedInstance:
         kwargs: dict[str, Any],
         listeners: CallListeners,
     ) -> None:
-        await _in_time(pending.context, self._books.admit(self.settings.meta, worker, pending))
+        if self._books.has_to_admit(self.settings.meta):
+            await _in_time(pending.context, self._books.admit(self.settings.meta, worker, pending))
         proxy = await worker.ready()
         call_id = pending.context.call_id
         if call_id in self._calls:
@@ -359,14 +362,14 @@ class LoadedInstance:
         message = proxy.encode_call(pending.context, args, kwargs, stream=isinstance(pending, PendingStream))
         if pending.context.deadline is not None and pending.context.deadline <= time.time():
             raise PluginTimeoutError(f"call {call_id} was not sent: its deadline has passed", timeout_seconds=0.0)
-        await _ask(listeners.before_start, call_id)
+        if listeners.before_start is not None:
+            await _ask(listeners.before_start, call_id)
         if self._closed or not proxy.alive:
             raise WorkerDiedError("the worker ended before the call was sent", outcome_known=True)
         if listeners.on_started is not None:
             listeners.on_started()
         self._last_executed = datetime.now(UTC)
         self._calls[call_id] = proxy
-        pending.value.add_done_callback(lambda _: self._calls.pop(call_id, None))
         self._books.sent(self.settings.meta, worker, pending)
         proxy.send_call(pending, message)
 
@@ -423,9 +426,7 @@ async def _in_time(context: CallContext, waiting: Coroutine[Any, Any, T]) -> T:
         raise PluginTimeoutError(message, timeout_seconds=seconds) from error
 
 
-async def _ask(before_start: Callable[[], Awaitable[bool]] | None, call_id: str) -> None:
-    if before_start is None:
-        return
+async def _ask(before_start: Callable[[], Awaitable[bool]], call_id: str) -> None:
     try:
         allowed = await before_start()
     except Exception as error:

@@ -143,19 +143,19 @@ class ActiveCall:
         self.context = context
         self.on_progress = on_progress
         self.on_usage = on_usage
-        self._cancelled = threading.Event()
+        self._cancelled = False
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[], object]] = []
 
     @property
     def cancelled(self) -> bool:
         """Tell whether the end of this call was asked for."""
-        return self._cancelled.is_set()
+        return self._cancelled
 
     def request_cancel(self) -> None:
         """Set the flag and fire the callbacks in order, once; one that raises is logged and the rest still run."""
         with self._lock:
-            self._cancelled.set()
+            self._cancelled = True
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
             _fire(callback)
@@ -163,7 +163,7 @@ class ActiveCall:
     def add_callback(self, callback: Callable[[], object]) -> None:
         """Register ``callback``; it fires at once when the call is already cancelled."""
         with self._lock:
-            if not self._cancelled.is_set():
+            if not self._cancelled:
                 self._callbacks.append(callback)
                 return
         _fire(callback)

@@ -253,6 +253,8 @@ class RemotePluginProxy:
     def _handle(self, frame: Frame) -> None:
         header = frame.header
         match header.get("type"):
+            case "result" | "error" as kind:
+                self._on_end(kind, frame)
             case "hello":
                 self._on_hello(header)
             case "ready" | "load_failed" if not self.python_version:
@@ -269,8 +271,6 @@ class RemotePluginProxy:
                 self._on_chunks(frame)
             case "progress" | "usage" as kind:
                 self._on_report(kind, header)
-            case "result" | "error" as kind:
-                self._on_end(kind, frame)
             case "unloaded":
                 pass  # its end follows
             case unknown:

@@ -36,12 +36,13 @@ class Conversation:
     def send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
         """Write a frame; one over the limits is a `ProtocolError`."""
         message = encode_message(header, segments or [])
-        first, *rest = message.pieces
         try:
             with self._send_lock:
-                sent = socket.send_fds(self.connection, [first], message.descriptors) if message.descriptors else 0
-                self.connection.sendall(memoryview(first)[sent:])
-                for piece in rest:
+                if message.descriptors:
+                    first = message.pieces[0]
+                    sent = socket.send_fds(self.connection, [first], message.descriptors)
+                    message.pieces[0] = first[sent:]
+                for piece in message.pieces:
                     self.connection.sendall(piece)
         except OSError:
             os._exit(0)

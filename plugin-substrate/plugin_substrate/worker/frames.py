@@ -11,8 +11,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from plugin_substrate.errors import ProtocolError
 from plugin_substrate.worker.parked import Segment
@@ -27,8 +26,7 @@ _PORTION = 64 << 10
 _LARGE_PORTION = 512 << 10
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """One message: a JSON object and the binary segments it refers to."""
 
     header: dict[str, Any]
@@ -97,9 +95,13 @@ def to_json(value: Any) -> bytes:
 def parse_json(raw: bytes | bytearray) -> Any:
     """Return the JSON value in UTF-8; anything else, also NaN and what is nested too deep, is a `ProtocolError`."""
     try:
-        return _DECODER.decode(raw.decode())
+        text = raw.decode()
+        value, end = _DECODER.raw_decode(text)
+        if end != len(text):
+            raise ValueError(f"it ends after {end} of {len(text)} characters")  # noqa: TRY301
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a frame does not hold JSON: {error}") from error
+    return value
 
 
 def _parse(buffer: bytearray, start: int, header_length: int, end: int) -> Frame:

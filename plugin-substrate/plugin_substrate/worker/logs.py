@@ -67,6 +67,8 @@ class LogStream(io.RawIOBase):
 
     def end_call(self, call_id: str) -> None:
         """Emit the line that a finished call left open."""
+        if call_id not in self._partial:
+            return
         with self._lock:
             rest = self._partial.pop(call_id, b"")
         if rest:

@@ -9,7 +9,7 @@ from typing import Any
 
 from plugin_substrate.errors import ProtocolError
 from plugin_substrate.worker.frames import MAX_FRAME_BYTES, Frame, FrameDecoder, encode_frame
-from plugin_substrate.worker.parked import MAX_PARKED, close_all, park, unpark
+from plugin_substrate.worker.parked import MAX_PARKED, close_all, is_parking_called_for, park, unpark
 
 _ITEM_BYTES = array.array("i").itemsize
 _ANCILLARY_BYTES = socket.CMSG_SPACE(MAX_PARKED * _ITEM_BYTES)
@@ -36,6 +36,8 @@ class Message:
 
 def encode_message(header: dict[str, Any], segments: Sequence[bytes] = ()) -> Message:
     """Encode a frame, parking its large segments; one over the limits is a `ProtocolError`."""
+    if not is_parking_called_for(segments):
+        return Message(encode_frame(header, segments), [])
     staying, parked, descriptors = park(segments)
     try:
         _check_size(parked)

@@ -61,6 +61,11 @@ class Parked:
 Segment = bytes | Parked
 
 
+def is_parking_called_for(segments: Sequence[bytes]) -> bool:
+    """Whether `park` would do anything, which for most frames is not so."""
+    return len(segments) > 1 and max(map(len, segments)) >= PARK_BYTES
+
+
 def park(segments: Sequence[bytes]) -> tuple[list[bytes], list[list[int]], list[int]]:
     """Return the segments that stay in the stream, the header's list of the others, and these others' descriptors.
 

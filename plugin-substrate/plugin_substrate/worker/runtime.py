@@ -17,7 +17,6 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, NoReturn
 
 from plugin_substrate.errors import PluginCancelledError, PluginConfigError, ProtocolError, WireValueError
@@ -33,8 +32,6 @@ from plugin_substrate.worker.usage import CallMeter
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 Work = Callable[[PluginInterface, Any], Any]
-
-_CONTEXT_FIELDS = {field.name for field in fields(CallContext)}
 
 
 class WorkerRuntime:
@@ -142,8 +139,7 @@ class WorkerRuntime:
     # -- calls
 
     def _accept(self, frame: Frame) -> None:
-        context = frame.header["context"]
-        call = self._register(CallContext(**{key: value for key, value in context.items() if key in _CONTEXT_FIELDS}))
+        call = self._register(CallContext(**frame.header["context"]))
         if frame.header.get("stream"):
             stream = self._streams[call.context.call_id] = ChunkStream(call, self._send, self._stream_sender.notify)
             self._tasks.put(
@@ -179,12 +175,14 @@ class WorkerRuntime:
     def _execute(self, call: ActiveCall, frame: Frame, work: Work) -> None:
         call_id, started, meter = call.context.call_id, time.monotonic(), CallMeter()
         segments: list[bytes] = []
+        entered = current_call.set(call)
         try:
-            with call.entered():
-                segments = self._run(call, frame, work)
+            segments = self._run(call, frame, work)
             answer: dict[str, Any] = {"type": "result"}
         except BaseException as error:  # noqa: BLE001 - sys.exit() in a plugin must not end the worker
             answer = {"type": "error", "error": describe_error(error)}
+        finally:
+            current_call.reset(entered)
         self._flush_logs(call_id)
         self._calls.pop(call_id, None)
         self._streams.pop(call_id, None)
