@@ -2,9 +2,9 @@
 
 The server runs from `unfiltered/`: each comparison of a tenant in its statements, in the database's functions
 (`engine_admit_v1` and its kin) and in its view is replaced by a tautology. What is left is row-level security. The
-functions that see across tenants by design (SECURITY DEFINER) stay as they are: they are
-`engine_abandoned_runs_v2` and its predecessor, which answer ids to recovery and nobody else. Not a filter, and kept
-too, is what `engine_enter_v1` refuses: a transaction of a caller's that is bound to another tenant.
+functions that see across tenants by design (SECURITY DEFINER) stay as they are: they are `engine_abandoned_runs_v4` and
+its like, which answer ids to recovery and nobody else. Not a filter, and kept too, is what `engine_enter_v1` refuses: a
+transaction of a caller's that is bound to another tenant.
 
 That these tests can fail is shown by the same server on a database whose row-level security is switched off: there
 every operation that reads a tenant's rows lets the other tenant's through.

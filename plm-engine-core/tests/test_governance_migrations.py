@@ -14,7 +14,10 @@ from plm_shared.schema_lint import lint
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = ("0013", "0014", "0015", "0016", "0017", "0018", "0019", "0020", "0021", "0022", "0023", "0024", "0025")
+REVISIONS = (
+    *("0013", "0014", "0015", "0016", "0017", "0018", "0019", "0020", "0021", "0022", "0023", "0024", "0025"),
+    "0026",
+)
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -102,6 +105,8 @@ def test_only_the_look_for_abandoned_runs_goes_across_tenants_and_only_pruning_h
         ("engine_abandoned_runs_v1(integer)", "plm_migrator"),
         ("engine_abandoned_runs_v2(integer,double precision)", "plm_migrator"),
         ("engine_abandoned_runs_v3(integer,double precision)", "plm_migrator"),
+        ("engine_abandoned_runs_v4(integer,double precision)", "plm_migrator"),
+        ("engine_orphaned_runs_v1(integer,double precision)", "plm_migrator"),
         ("engine_prune_events_v1(uuid,text)", "plm_owner"),  # under row-level security, like everyone
     ]
 
@@ -111,7 +116,7 @@ def test_every_function_stands_in_a_shipped_file_or_its_migration(engine_databas
     written = "".join(each.read_text() for each in folder.iterdir() if each.name.endswith(".sql"))
     for signature, _, _ in query(engine_database.admin, FUNCTIONS):
         name = str(signature).partition("(")[0]
-        assert f"FUNCTION {name}(" in written or "abandoned" in name, name
+        assert f"FUNCTION {name}(" in written or "abandoned" in name or "orphaned" in name, name
 
 
 @pytest.mark.parametrize(

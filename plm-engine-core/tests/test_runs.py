@@ -329,12 +329,6 @@ class TestQualityLevel:
         await finish(bench, lease)
         assert await self.level(bench, lease.run) == expected
 
-    async def test_an_unsettled_call_leaves_it_pending(self, bench):
-        lease = await bench.lease()
-        await bench.begun(lease)
-        await finish(bench, lease, RunState.FAILED)
-        assert await self.level(bench, lease.run) == "pending"
-
     async def test_a_run_cancelled_while_parked_has_its_level_too(self, bench):
         run = await bench.run()
         await bench.control_plane.cancel(bench.tenant, run.id, by=bench.requester)

@@ -81,6 +81,7 @@ SPANS_TENANTS = {
     "runs.create",
     "budgets.set_limit",
     "runs.abandoned",
+    "runs.orphaned",
     "checkpoints.tenants",
     "halts.unfinished",
 }  # makes its own; answer ids only, by design

@@ -19,6 +19,7 @@ from plm_engine_core.agent_runtime.executor import Executor
 from plm_engine_core.agent_runtime.hold import Hold, held, moment
 from plm_engine_core.agent_runtime.retry import TRANSIENT, patiently, pause_seconds
 from plm_engine_core.agent_runtime.selector import Selector
+from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, Granted, Pending
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import Proposal
@@ -26,10 +27,9 @@ from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.events.signals import Interrupts, NoSignals
 from plm_engine_core.control_plane.facade import ControlPlane
-from plm_engine_core.control_plane.policy import Facts
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.runs.run import Run, Step
-from plm_engine_core.control_plane.vocabulary import Evidence, OutcomeStatus, Reason, RunState, StepState
+from plm_engine_core.control_plane.vocabulary import OutcomeStatus, Reason, RunState, StepState
 
 logger = logging.getLogger(__name__)
 
@@ -87,21 +87,16 @@ class Driver:
         """Close the grant of a driver that is gone, without guessing what its call did."""
         steps = await self._control_plane.storage.runs.steps(hold.run.tenant_id, hold.run.id)
         last = steps[-1] if steps else None
-        if last is None or last.state not in (StepState.GRANTED, StepState.RUNNING):
+        if last is None or last.state not in OPEN:
             return
-        known, decided_on = self._control_plane.registry.get(last.capability), _decided_on(last)
+        known, decided_on = self._control_plane.registry.get(last.capability), capability_of(last)
         if last.state is StepState.GRANTED:
             status, message = OutcomeStatus.NOT_STARTED, "its run worker was lost before the call began"
         elif known is not None and known.idempotent and decided_on.idempotent:
             status, message = OutcomeStatus.SUPERSEDED, "its run worker was lost; the step is repeated"
         else:
             status, message = OutcomeStatus.OUTCOME_UNKNOWN, "its run worker was lost; it may have had its effect"
-        outcome = Outcome(
-            status=status,
-            evidence=Evidence.REPORTED,
-            error={"category": "abandoned", "message": f"{last.capability}: {message}"},
-        )
-        await self._settle(hold, _grant(hold.run, last), outcome, decided_on)
+        await self._settle(hold, grant_of(hold.run, last), outcome_of(last, status, message), decided_on)
 
     async def _advance(self, hold: Hold) -> RunState:
         runs = self._control_plane.storage.runs
@@ -257,28 +252,3 @@ class Driver:
 def _printable(text: str | None) -> str | None:
     """Text that can be stored, whatever an agent or plugin put into it."""
     return text and text.encode(errors="backslashreplace").decode().replace("\x00", "\\x00")
-
-
-def _decided_on(step: Step) -> CapabilityDescriptor:
-    """The capability of a granted step as it was decided on; it may not be registered any more."""
-    capability = Facts.from_json(step.decision["facts"]).capability
-    if capability is None:
-        raise ValueError(f"attempt {step.attempt} of step {step.step_index} was granted without a capability")
-    return capability
-
-
-def _grant(run: Run, step: Step) -> Grant:
-    """The grant of a recorded step, as its new holder needs it to close it."""
-    if step.grant_id is None or step.span_id is None or step.grant_expires_at is None:
-        raise ValueError(f"attempt {step.attempt} of step {step.step_index} of run {run.id} has no grant")
-    return Grant(
-        id=step.grant_id,
-        tenant_id=run.tenant_id,
-        run_id=run.id,
-        step_index=step.step_index,
-        attempt=step.attempt,
-        step_key=step.step_key,
-        fencing_token=run.fencing_token,
-        span_id=step.span_id,
-        expires_at=step.grant_expires_at,
-    )

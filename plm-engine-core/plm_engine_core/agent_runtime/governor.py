@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from uuid import UUID
 
+from plm_engine_core.agent_runtime.hold import held, moment
 from plm_engine_core.agent_runtime.refusals import CallDenied, CallPending, CallSteered
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, Granted, Pending, Steered
 from plm_engine_core.control_plane.admission.grants import Grant
@@ -29,7 +31,6 @@ from plm_engine_core.control_plane.vocabulary import ExecutorKind, OutcomeStatus
 
 T = TypeVar("T")
 
-_LEASE_SECONDS = 60.0  # from taking the run to beginning its call
 _SETTLE_PAUSES = (0.05, 0.2, 1.0)  # seconds; settling again is safe, and the effect has happened
 
 
@@ -41,6 +42,7 @@ class Opened:
     lease: Lease
     grant: Grant
     capability: str
+    keeping: AsyncExitStack = field(default_factory=AsyncExitStack)
 
 
 class Governor:
@@ -48,17 +50,25 @@ class Governor:
 
     All its runs belong to one run group, `run_group_id`, so that they can be halted and limited together. `principal`
     is who proposes; it needs `plm.runs.create` and what the capabilities require, and can never approve what it asked.
-    Any number of threads and event loops may use a governor; the control plane runs in a thread of its own.
+    Any number of threads and event loops may use a governor; the control plane runs in a thread of its own, which
+    renews each call's lease of `lease_seconds` while it runs. When this process is gone, recovery closes its calls.
     """
 
     def __init__(
-        self, plane: SyncControlPlane, *, tenant_id: UUID, principal: Principal, agent: str = "governed"
+        self,
+        plane: SyncControlPlane,
+        *,
+        tenant_id: UUID,
+        principal: Principal,
+        agent: str = "governed",
+        lease_seconds: float = 60.0,
     ) -> None:
         self.plane = plane
         self.tenant_id = tenant_id
         self.principal = principal
         self.run_group_id = new_id()
         self._agent = agent
+        self._lease_seconds = lease_seconds
 
     @classmethod
     def in_memory(
@@ -143,8 +153,9 @@ class Governor:
         ticket_id: UUID | None,
     ) -> Opened:
         """Propose the call of a run, for the first time or with the ticket that was opened then."""
+        asked_at = moment()
         lease = await core.storage.runs.take(
-            run.tenant_id, run.id, owner=self._agent, seconds=_LEASE_SECONDS, kind=RunKind.EXTERNAL
+            run.tenant_id, run.id, owner=self._agent, seconds=self._lease_seconds, kind=RunKind.EXTERNAL
         )
         if lease is None:
             raise await self._not_takeable(core, run, resumed=ticket_id is not None)
@@ -165,11 +176,17 @@ class Governor:
         )
         try:
             admission = await core.admit(proposal)
+        except StorageUnavailable:  # it may have been granted; recovery closes what is open
+            raise
         except ControlPlaneError as error:
             await self._finish(core, lease, RunState.FAILED, reason=error.code, message=str(error))
             raise
         if isinstance(admission, Granted):
-            return await self._begin(core, lease, admission.grant, capability)
+            opened = await self._begin(core, lease, admission.grant, capability)
+            await opened.keeping.enter_async_context(
+                held(core.storage.runs, lease, seconds=self._lease_seconds, asked_at=asked_at, wake=asyncio.Event())
+            )
+            return opened
         if not isinstance(admission, Pending):
             reason = admission.reason if isinstance(admission, Denied) else Reason.STEERED
             await self._finish(core, lease, RunState.FAILED, reason=reason.value, message=admission.message)
@@ -193,7 +210,12 @@ class Governor:
 
     async def _begin(self, core: ControlPlane, lease: Lease, grant: Grant, capability: str) -> Opened:
         opened = Opened(run=lease.run, lease=lease, grant=grant, capability=capability)
-        begun = await core.begin(grant, fencing_token=lease.fencing_token, actor=self.principal.actor)
+        try:
+            begun = await core.begin(grant, fencing_token=lease.fencing_token, actor=self.principal.actor)
+        except StorageUnavailable:  # it may have begun; the call is not made
+            with suppress(StorageUnavailable):
+                await self.close_call(core, opened, Outcome(status=OutcomeStatus.NOT_STARTED))
+            raise
         if begun.accepted:
             return opened
         await self.close_call(core, opened, Outcome(status=OutcomeStatus.NOT_STARTED))
@@ -204,16 +226,18 @@ class Governor:
         """Record what became of a call; a run whose outcome is unknown stays parked until somebody reconciles it.
 
         Raises:
-            StorageUnavailable: it could not be recorded; the run shows a call that began and did not end.
+            StorageUnavailable: it could not be recorded; recovery parks the run as unknown.
+            FencingLost: recovery did so already, as this process had stood still for longer than its lease.
         """
-        await self._settle(core, opened, outcome)
-        if outcome.status is not OutcomeStatus.OUTCOME_UNKNOWN:
-            done = outcome.status is OutcomeStatus.SUCCEEDED
-            message = str((outcome.error or {}).get("message") or "") or None
-            state = RunState.SUCCEEDED if done else RunState.FAILED
-            await self._finish(
-                core, opened.lease, state, reason=None if done else outcome.status.value, message=message
-            )
+        async with opened.keeping:
+            await self._settle(core, opened, outcome)
+            if outcome.status is not OutcomeStatus.OUTCOME_UNKNOWN:
+                done = outcome.status is OutcomeStatus.SUCCEEDED
+                message = str((outcome.error or {}).get("message") or "") or None
+                state = RunState.SUCCEEDED if done else RunState.FAILED
+                await self._finish(
+                    core, opened.lease, state, reason=None if done else outcome.status.value, message=message
+                )
 
     async def _settle(self, core: ControlPlane, opened: Opened, outcome: Outcome) -> None:
         for pause in (*_SETTLE_PAUSES, None):

@@ -338,6 +338,7 @@ class ControlPlane:
 
         Raises:
             FencingLost: another run worker holds the run.
+            Conflict: the run is to end, and a call of it is not settled.
         """
         left = await self.storage.runs.finish(
             run.tenant_id,

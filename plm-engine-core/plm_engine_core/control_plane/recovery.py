@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from plm_engine_core.control_plane.errors import ControlPlaneError, StorageUnavailable
+from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
+from plm_engine_core.control_plane.admission.settle import settle
+from plm_engine_core.control_plane.errors import ControlPlaneError, FencingLost, StorageUnavailable
+from plm_engine_core.control_plane.runs.run import Lease, Orphan, Step
+from plm_engine_core.control_plane.storage.leasing import RECOVERY
 from plm_engine_core.control_plane.storage.ports import Storage
+from plm_engine_core.control_plane.vocabulary import OutcomeStatus, RunKind, RunState, StepState
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 200
+_LEASE_SECONDS = 30.0
+_NEVER_BEGAN = "its holder was lost before the call began"
+_MAY_HAVE_HAPPENED = "its holder was lost; it may have had its effect"
 
 
 class Recovery:
@@ -20,16 +28,30 @@ class Recovery:
     has them driven again; and tenants in which a halt could not end everything at once. It decides nothing itself:
     whoever then takes a lease closes the abandoned grant, and parks what nobody can know. An enqueued run that nobody
     took for `patience_seconds` counts as lost on its way and is enqueued once more.
+
+    Nobody is told to drive a run of kind `external`. Where its holder let the lease run out, the sweeper takes the run
+    itself: a call that did not begin gives back what it had reserved, one that did is parked as `outcome_unknown`, and
+    otherwise the run is queued for whoever made it. Queued and left alone for `forsaken_seconds`, it fails as
+    `abandoned`.
     """
 
-    def __init__(self, storage: Storage, *, every_seconds: float = 10.0, patience_seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        every_seconds: float = 10.0,
+        patience_seconds: float = 30.0,
+        forsaken_seconds: float = 7 * 86_400.0,
+    ) -> None:
         self._storage = storage
         self._every_seconds = every_seconds
         self._patience = patience_seconds
+        self._orphans = _Orphans(storage, forsaken_seconds=forsaken_seconds)
 
     async def sweep(self) -> int:
         """One pass; answers how many runs were enqueued. What fails for one row or tenant is left to the next pass."""
         await self._end_halted()
+        await self._orphans.close()
         revived = 0
         runs = self._storage.runs
         for tenant_id, run_id in await runs.abandoned(_BATCH, patience_seconds=self._patience):
@@ -58,3 +80,69 @@ class Recovery:
             except Exception:
                 logger.exception("a recovery pass failed; the next one tries again")
             await asyncio.sleep(self._every_seconds)
+
+
+class _Orphans:
+    """Runs of kind `external` that their holder left, with whatever is open in them."""
+
+    def __init__(self, storage: Storage, *, forsaken_seconds: float) -> None:
+        self._storage = storage
+        self._forsaken = forsaken_seconds
+
+    async def close(self) -> None:
+        """Close what is left; what another sweeper or the holder itself does meanwhile is its own."""
+        for orphan in await self._storage.runs.orphaned(_BATCH, forsaken_seconds=self._forsaken):
+            try:
+                await self._close(orphan)
+            except FencingLost:
+                continue
+            except ControlPlaneError:
+                logger.warning("a run could not be closed yet", extra={"run_id": str(orphan.run_id)}, exc_info=True)
+
+    async def _close(self, orphan: Orphan) -> None:
+        runs = self._storage.runs
+        lease = await runs.take(
+            orphan.tenant_id, orphan.run_id, owner="recovery", seconds=_LEASE_SECONDS, kind=RunKind.EXTERNAL
+        )
+        if lease is None:  # taken by somebody else, or parked under a halt
+            return
+        left = [step for step in await runs.steps(orphan.tenant_id, orphan.run_id) if step.state in OPEN]
+        # An unknown outcome parks the run, after which nothing else of it can be settled.
+        for step in sorted(left, key=lambda each: each.state is StepState.RUNNING):
+            status, message = _ended(step)
+            await settle(
+                grant_of(lease.run, step),
+                outcome_of(step, status, message),
+                fencing_token=lease.fencing_token,
+                capability=capability_of(step),
+                trace_id=lease.run.trace_id,
+                actor=RECOVERY,
+                storage=self._storage.admission,
+            )
+            if status is OutcomeStatus.OUTCOME_UNKNOWN:
+                return
+        untouched = lease.fencing_token == orphan.fencing_token + 1
+        await self._give_back(lease, forsaken=orphan.forsaken and untouched and not left)
+
+    async def _give_back(self, lease: Lease, *, forsaken: bool) -> None:
+        state, reason, message = RunState.QUEUED, None, None
+        if lease.run.cancel_requested:
+            state, reason, message = RunState.CANCELLED, "cancelled", "cancelled on request"
+        elif forsaken:
+            words = f"nobody took it up for {self._forsaken:g} s"
+            state, reason, message = RunState.FAILED, "abandoned", words
+        await self._storage.runs.finish(
+            lease.run.tenant_id,
+            lease.run.id,
+            fencing_token=lease.fencing_token,
+            state=state,
+            actor=RECOVERY,
+            reason=reason,
+            message=message,
+        )
+
+
+def _ended(step: Step) -> tuple[OutcomeStatus, str]:
+    if step.state is StepState.GRANTED:
+        return OutcomeStatus.NOT_STARTED, _NEVER_BEGAN
+    return OutcomeStatus.OUTCOME_UNKNOWN, _MAY_HAVE_HAPPENED

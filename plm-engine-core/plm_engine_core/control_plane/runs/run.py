@@ -119,6 +119,16 @@ class Lease:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Orphan:
+    """A run of kind `external` that its holder left; `forsaken` when it was queued and nobody took it for long."""
+
+    tenant_id: UUID
+    run_id: UUID
+    fencing_token: int
+    forsaken: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Heartbeat:
     """What a run worker learns when it renews its lease."""
 

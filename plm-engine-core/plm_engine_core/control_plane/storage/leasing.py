@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from uuid import UUID
+
+from plm_engine_core.control_plane.errors import Conflict
 from plm_engine_core.control_plane.vocabulary import EventKind, RunState
 
 RECOVERY = "system:recovery"
@@ -14,3 +17,11 @@ FINISH_KINDS = {
     RunState.FAILED: EventKind.RUN_FAILED,
     RunState.CANCELLED: EventKind.RUN_CANCELLED,
 }
+
+
+def open_call(run_id: UUID, grant_id: UUID) -> Conflict:
+    """Why a run cannot end yet: what its call had reserved would never come back."""
+    return Conflict(
+        f"the call of grant {grant_id} of run {run_id} is not settled; settle it first, or let the lease run out",
+        reason="call_open",
+    )

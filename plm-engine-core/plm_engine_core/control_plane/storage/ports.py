@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
     from plm_engine_core.control_plane.policy import PolicySnapshot
     from plm_engine_core.control_plane.policy.replay import Attempt
-    from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Run, Step
+    from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Orphan, Run, Step
 
 Connection = Any
 """An asynchronous psycopg connection of the caller's, inside a transaction; on it nothing is committed."""
@@ -225,7 +225,15 @@ class RunStore(Protocol):
         """Tenant and id of runs, over all tenants, that nobody drives although somebody should.
 
         Their lease ran out, their drive job was lost (nobody took them for `patience_seconds`), their ticket expired,
-        or the halt that parked them was lifted.
+        or the halt that parked them was lifted. Of runs of kind `external` only those that are parked for nothing.
+        """
+        ...
+
+    async def orphaned(self, limit: int, *, forsaken_seconds: float) -> Sequence[Orphan]:
+        """Runs of kind `external`, over all tenants, that their holder left.
+
+        Their lease ran out; or they are queued, and something of them is open or nobody took them for
+        `forsaken_seconds`.
         """
         ...
 

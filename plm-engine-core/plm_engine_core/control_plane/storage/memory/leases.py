@@ -9,8 +9,8 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.errors import FencingLost
 from plm_engine_core.control_plane.events.event import run_stream
-from plm_engine_core.control_plane.runs.run import Heartbeat, Lease
-from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY
+from plm_engine_core.control_plane.runs.run import Heartbeat, Lease, Orphan
+from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY, open_call
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
 from plm_engine_core.control_plane.storage.memory.tickets import tickets_of, time_out_tickets
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, storable_text
@@ -102,6 +102,22 @@ class MemoryLeases:
             found.sort(key=lambda run: run["updated_at"])
             return [(run["tenant_id"], run["run_id"]) for run in found[:limit]]
 
+    async def orphaned(self, limit: int, *, forsaken_seconds: float) -> Sequence[Orphan]:
+        """Runs of kind `external` that their holder left, over all tenants."""
+        async with self._books.turn() as books:
+            forsaken = books.now() - timedelta(seconds=forsaken_seconds)
+            found = [run for run in books.run_states.everything() if _is_orphaned(books, run, forsaken)]
+            found.sort(key=lambda run: run["updated_at"])
+            return [
+                Orphan(
+                    tenant_id=run["tenant_id"],
+                    run_id=run["run_id"],
+                    fencing_token=run["fencing_token"],
+                    forsaken=run["state"] == "queued" and run["updated_at"] <= forsaken,
+                )
+                for run in found[:limit]
+            ]
+
     async def revive(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:
         """Enqueue a drive job if the run is still abandoned; taking its lease settles everything else."""
         async with self._books.turn() as books:
@@ -138,8 +154,18 @@ def _takeable(run: Row, now: datetime) -> bool:
     return bool(run["state"] == "queued")
 
 
+def _is_orphaned(books: Books, run: Row, forsaken: datetime) -> bool:
+    if run["kind"] != "external":
+        return False
+    if run["state"] != "queued":
+        return run["state"] == "running" and _takeable(run, books.now())
+    grants = books.grants.rows(run["tenant_id"])
+    left = any(each["run_id"] == run["run_id"] and each["state"] != "settled" for each in grants)
+    return left or run["updated_at"] <= forsaken
+
+
 def _is_abandoned(books: Books, run: Row, patience_seconds: float) -> bool:
-    if run["kind"] != "hosted":
+    if run["kind"] != "hosted" and run["state"] in ("queued", "running"):
         return False
     now = books.now()
     waited = run["updated_at"] <= now - timedelta(seconds=patience_seconds)
@@ -160,6 +186,9 @@ def _is_abandoned(books: Books, run: Row, patience_seconds: float) -> bool:
 
 def close_books(books: Books, tenant_id: UUID, run_id: UUID) -> None:
     """What ends with a run: questions still open to humans, and the time in which its quality is undecided."""
+    for grant in books.grants.rows(tenant_id):
+        if grant["run_id"] == run_id and grant["state"] != "settled":
+            raise open_call(run_id, grant["id"])
     for ticket in tickets_of(books, tenant_id, run_id):
         if ticket["state"] == "pending":
             books.approval_tickets.change(tenant_id, ticket["id"], state="cancelled")

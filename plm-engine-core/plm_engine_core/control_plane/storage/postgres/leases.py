@@ -8,8 +8,8 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.errors import FencingLost
 from plm_engine_core.control_plane.events.event import run_stream
-from plm_engine_core.control_plane.runs.run import Heartbeat, Lease
-from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY
+from plm_engine_core.control_plane.runs.run import Heartbeat, Lease, Orphan
+from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY, open_call
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, jsonb
 from plm_engine_core.control_plane.storage.rows import run_row
@@ -144,9 +144,18 @@ class PostgresLeases:
         """Runs that nobody drives although somebody should, over all tenants."""
         async with self._gateway.connection() as connection:
             cursor = await connection.execute(
-                "SELECT tenant_id, run_id FROM engine_abandoned_runs_v3(%s, %s)", [limit, patience_seconds]
+                "SELECT tenant_id, run_id FROM engine_abandoned_runs_v4(%s, %s)", [limit, patience_seconds]
             )
             return [(row["tenant_id"], row["run_id"]) for row in await cursor.fetchall()]
+
+    async def orphaned(self, limit: int, *, forsaken_seconds: float) -> Sequence[Orphan]:
+        """Runs of kind `external` that their holder left, over all tenants."""
+        async with self._gateway.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT tenant_id, run_id, fencing_token, forsaken FROM engine_orphaned_runs_v1(%s, %s)",
+                [limit, forsaken_seconds],
+            )
+            return [Orphan(**row) for row in await cursor.fetchall()]
 
     async def revive(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:
         """Enqueue a drive job if the run is still abandoned; taking its lease settles everything else."""
@@ -154,7 +163,7 @@ class PostgresLeases:
             expired = await self._time_out_tickets(connection, tenant_id, run_id)
             cursor = await connection.execute(
                 "UPDATE run_states SET updated_at = clock_timestamp() "
-                "WHERE tenant_id = %s AND run_id = %s AND engine_is_abandoned_v3(run_states, %s) "
+                "WHERE tenant_id = %s AND run_id = %s AND engine_is_abandoned_v4(run_states, %s) "
                 "RETURNING state",
                 [tenant_id, run_id, patience_seconds],
             )
@@ -210,7 +219,16 @@ async def queue_again(connection: Session, tenant_id: UUID, run_id: UUID, *, was
 
 
 async def close_books(connection: Session, tenant_id: UUID, run_id: UUID) -> None:
-    """What ends with a run: questions still open to humans, and the time in which its quality is undecided."""
+    """What ends with a run: questions still open to humans, and the time in which its quality is undecided.
+
+    Raises:
+        Conflict: a call of the run is not settled; what it had reserved would never come back.
+    """
+    cursor = await connection.execute(
+        "SELECT id FROM grants WHERE tenant_id = %s AND run_id = %s AND state <> 'settled' LIMIT 1", [tenant_id, run_id]
+    )
+    if (row := await cursor.fetchone()) is not None:
+        raise open_call(run_id, row["id"])
     await connection.execute(
         "UPDATE approval_tickets SET state = 'cancelled' WHERE tenant_id = %s AND run_id = %s AND state = 'pending'",
         [tenant_id, run_id],
