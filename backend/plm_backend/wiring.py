@@ -27,6 +27,7 @@ from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.registry import CapabilityRegistry, load_agents, load_capabilities
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.storage.postgres.gateway import Pool
+from plm_engine_core.control_plane.storage.postgres.signals import PostgresSignals
 from plm_shared.addresses import driver_dsn
 from plm_shared.artifact_store import LocalFilesystemBackend
 from plugin_substrate.manager import PluginManager
@@ -39,7 +40,7 @@ from plm_backend.executors import PluginExecutor
 from plm_backend.reachability import Reachability
 from plm_backend.run_queue import ProcrastinateDelivery, deliver
 from plm_backend.settings import Settings
-from plm_backend.signals import PostgresSignals, SignalHub
+from plm_backend.signals import SignalHub
 from plm_backend.state import events_key
 from plm_backend.tasks import end
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -103,6 +105,21 @@ def test_a_running_call_is_stopped_at_once_however_long_its_lease_is(launch: Any
         assert client.post("/v1/halts", json=halt).status_code == 201
         client.wait(run_id, "run_parked")
         assert client.post(f"/v1/runs/{run_id}/cancel").json()["state"] == "cancelled"
+
+
+def test_a_halt_from_a_terminal_stops_a_running_call_as_one_of_the_api_does(launch: Any, gate: Any) -> None:
+    with launch(PLM_LEASE_SECONDS="3600") as server:
+        client = server.client()
+        run_id = client.run("hold-then-echo", gate=str(gate))["run_id"]
+        gate.entered()
+        token = server.tokens.issue(server.tenant, scopes=SYSTEM)
+        terminal = replace(server, environment={**server.environment, "PLM_TOKEN": token})
+        said = terminal.cli("halt", "trigger", "tenant", "--reason", "look first", "--json")
+        assert said.returncode == 0, said.stderr
+        halt = json.loads(said.stdout)
+        assert (halt["calls"]["in_flight"], halt["calls"]["revoked"]) == (1, 0)
+        client.wait(run_id, "run_parked")
+        assert client.get(f"/v1/halts/{halt['id']}").json()["calls"]["open"] == 0
 
 
 def test_a_running_call_is_cancelled_at_once_however_long_its_lease_is(launch: Any, gate: Any) -> None:

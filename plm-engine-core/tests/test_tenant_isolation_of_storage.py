@@ -81,6 +81,7 @@ SPANS_TENANTS = {
     "runs.create",
     "budgets.set_limit",
     "runs.abandoned",
+    "runs.now",
     "runs.orphaned",
     "checkpoints.tenants",
     "halts.unfinished",

@@ -57,7 +57,9 @@ def trigger(
     registry = _registry(capabilities) if scope is HaltScope.CAPABILITY else None
 
     async def work(books: Books, caller: Caller) -> Halt:
-        switch = KillSwitch(books.storage.halts, registry=registry, cancel_seconds=cancel_seconds)
+        switch = KillSwitch(
+            books.storage.halts, registry=registry, signals=books.signals, cancel_seconds=cancel_seconds
+        )
         return await switch.trigger(
             caller.tenant_id, scope, run or run_group, subject=agent or capability, reason=reason, by=caller.principal
         )

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -17,11 +17,11 @@ from psycopg.conninfo import conninfo_to_dict
 
 from plm_engine_core.cli.db import driver_words
 from plm_engine_core.cli.exits import ExitCode, fail
-from plm_engine_core.cli.output import show
-from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden
+from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.identity import AuditError, PostgresAuditSink
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
+from plm_engine_core.control_plane.storage.postgres.signals import PostgresSignals
 
 DELIVERY_GROUP = "plm.delivery"
 """Entry points of this group make the `Delivery` of the installed application, called without arguments."""
@@ -42,25 +42,15 @@ class Books:
 
     storage: PostgresStorage
     audit: PostgresAuditSink
+    signals: PostgresSignals
 
 
-def with_books(work: Callable[[Books], Awaitable[Answer]], *, as_json: bool = False) -> Answer:
-    """Run `work` on the database of PG_DSN; a refusal ends the command with its sentence and its reason.
-
-    With `as_json` the refusal is also one object on stdout: `refused`, `reason` and `message`, as the API names them.
-    """
+def with_books(work: Callable[[Books], Awaitable[Answer]]) -> Answer:
+    """Run `work` on the database of PG_DSN; its refusals end the command with one sentence."""
     try:
         return asyncio.run(_run(work))
     except (ControlPlaneError, AuditError) as error:
-        _refused(error, as_json=as_json)
-
-
-def _refused(error: ControlPlaneError | AuditError, *, as_json: bool) -> NoReturn:
-    reason = getattr(error, "reason", error.code)
-    if as_json:
-        more = {"missing_scopes": list(error.missing_scopes)} if isinstance(error, Forbidden) else {}
-        show({"refused": error.code, "reason": reason, "message": str(error), **more}, "", as_json=True)
-    fail(ExitCode.FAILED, f"{error} [{reason}]")
+        fail(ExitCode.FAILED, str(error))
 
 
 async def _run(work: Callable[[Books], Awaitable[Answer]]) -> Answer:
@@ -71,7 +61,9 @@ async def _run(work: Callable[[Books], Awaitable[Answer]]) -> Answer:
 @asynccontextmanager
 async def _open() -> AsyncIterator[Books]:
     async with open_pool(_dsn(), max_size=2) as pool:
-        yield Books(storage=PostgresStorage(pool, _delivery()), audit=PostgresAuditSink(pool))
+        yield Books(
+            storage=PostgresStorage(pool, _delivery()), audit=PostgresAuditSink(pool), signals=PostgresSignals(pool)
+        )
 
 
 def _dsn() -> str:

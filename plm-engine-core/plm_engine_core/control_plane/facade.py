@@ -6,7 +6,6 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -17,7 +16,7 @@ from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
-from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, PolicyMissing
+from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.events import Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, KillSwitch
@@ -109,14 +108,16 @@ class ControlPlane:
         self.storage = storage
         self.signals: Signals = signals or NoSignals()
         self._desk = PolicyDesk(storage.policies, registry=registry, evaluators=evaluators)
-        self._kill_switch = KillSwitch(storage.halts, registry=registry, cancel_seconds=cancel_seconds)
+        self._kill_switch = KillSwitch(
+            storage.halts, registry=registry, signals=self.signals, cancel_seconds=cancel_seconds
+        )
 
     @property
     def policy(self) -> PolicySnapshot:
         """The policy that decides now.
 
         Raises:
-            PolicyMissing: the activated one cannot be loaded by this process.
+            StorageUnavailable: the activated one cannot be loaded by this process.
         """
         return self.in_force.now.policy
 
@@ -125,7 +126,7 @@ class ControlPlane:
         """The gate through which humans decide, by the policy that decides now.
 
         Raises:
-            PolicyMissing: as for `policy`.
+            StorageUnavailable: as for `policy`.
         """
         return ApprovalGate(store=self.storage.approvals, policy=self.policy)
 
@@ -169,7 +170,7 @@ class ControlPlane:
             if not pattern.fullmatch(getattr(request, name)):
                 raise InvalidRequest(f"{name} {getattr(request, name)!r} is no W3C trace context id", field=name)
         agent = self._active_agent(request)
-        if principal.expires_at is not None and principal.expires_at <= datetime.now(UTC):
+        if principal.expires_at is not None and principal.expires_at <= await self.storage.runs.now():
             raise Forbidden(f"the delegation ended at {principal.expires_at.isoformat()}", reason="delegation_expired")
         limits = self._limits(request.budget, principal)
         run, replayed = await self.storage.runs.create(
@@ -212,7 +213,7 @@ class ControlPlane:
         """
         agent = self._registered(_agent_id(parent.agent))
         depth = agent.delegations if agent is not None else _DELEGATIONS
-        principal = narrowed(parent.principal, delegation, depth=depth, now=datetime.now(UTC))
+        principal = narrowed(parent.principal, delegation, depth=depth, now=await self.storage.runs.now())
         budgets = await self.storage.runs.budgets(parent.tenant_id, parent.id)
         left = {each.unit: each.limit - each.spent - each.reserved for each in budgets if each.scope is BudgetScope.RUN}
         share = share_of(left, delegation)
@@ -258,7 +259,7 @@ class ControlPlane:
         """Decide one proposal and book the answer; see `admission.admit`."""
         try:
             deciding = self.in_force.now
-        except PolicyMissing as error:
+        except StorageUnavailable as error:
             return Denied(
                 reason=Reason.POLICY_MISSING,
                 message=str(error),
@@ -404,12 +405,7 @@ class ControlPlane:
         subject: str | None = None,
     ) -> Halt:
         """Halt a run, run group, agent, capability, tenant or the system; see `KillSwitch.trigger`."""
-        halt = await self._kill_switch.trigger(tenant_id, scope, scope_id, subject=subject, reason=reason, by=by)
-        run_id = halt.scope_id if scope is HaltScope.RUN else None
-        await self.signals.interrupt(None if scope is HaltScope.SYSTEM else tenant_id, run_id)
-        if run_id is not None:
-            await self.signals.changed(tenant_id, run_id)
-        return halt
+        return await self._kill_switch.trigger(tenant_id, scope, scope_id, subject=subject, reason=reason, by=by)
 
     async def lift(self, tenant_id: UUID, halt_id: UUID, *, by: Principal) -> Halt:
         """Lift a halt; see `KillSwitch.lift`."""

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, NotFound
+from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import HaltStore
 from plm_engine_core.control_plane.vocabulary import HaltScope
@@ -79,8 +80,8 @@ class Halt:
 class KillSwitch:
     """Triggers and lifts halts. A committed halt is followed by no grant and no begin in its scope.
 
-    `cancel_seconds` is what each halt's record promises of calls in flight: whoever drives them hears of the halt and
-    has them ended within it.
+    `cancel_seconds` is what each halt's record promises of calls in flight: whoever drives them hears of the halt by
+    `signals`, or else with the next heartbeat, and has them ended within it.
     """
 
     def __init__(
@@ -88,10 +89,12 @@ class KillSwitch:
         store: HaltStore,
         *,
         registry: CapabilityRegistry | None = None,
+        signals: Signals | None = None,
         cancel_seconds: float = CANCEL_SECONDS,
     ) -> None:
         self._store = store
         self._registry = registry
+        self._signals: Signals = signals or NoSignals()
         self._cancel_seconds = cancel_seconds
 
     async def trigger(
@@ -139,10 +142,18 @@ class KillSwitch:
         )
         try:
             await self._end_halted(tenant_id, scope)
-            return await self._store.get(tenant_id, halt.id)
+            halt = await self._store.get(tenant_id, halt.id)
         except Exception:
             logger.exception("what a halt ends could not be ended yet", extra={"halt_id": str(halt.id)})
-            return halt
+        # Only now: a call in flight has to be in the halt's record before it is stopped.
+        await self._tell(tenant_id, halt)
+        return halt
+
+    async def _tell(self, tenant_id: UUID, halt: Halt) -> None:
+        run_id = halt.scope_id if halt.scope is HaltScope.RUN else None
+        await self._signals.interrupt(None if halt.scope is HaltScope.SYSTEM else tenant_id, run_id)
+        if run_id is not None:
+            await self._signals.changed(tenant_id, run_id)
 
     async def _end_halted(self, tenant_id: UUID, scope: HaltScope) -> None:
         """The halt stands already, whatever happens here; recovery finds what could not be ended."""

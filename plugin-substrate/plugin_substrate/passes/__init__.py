@@ -2,7 +2,6 @@
 
 from plugin_substrate.errors import PluginError
 from plugin_substrate.file_plugin import FileChange, FilePlugin, PluginContext, PluginInputRequired
-from plugin_substrate.passes.carry_over import CarryOverError, recover
 from plugin_substrate.passes.host import PluginHost
 from plugin_substrate.passes.records import (
     InputDeclined,
@@ -17,7 +16,6 @@ from plugin_substrate.passes.records import (
 from plugin_substrate.passes.registry import PluginRegistry, RegistryReport
 
 __all__ = [
-    "CarryOverError",
     "FileChange",
     "FilePlugin",
     "InputDeclined",
@@ -34,5 +32,4 @@ __all__ = [
     "PluginStatus",
     "ProtectedPaths",
     "RegistryReport",
-    "recover",
 ]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.limits import Bucket, Dimension, Subjects
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot
@@ -45,7 +43,7 @@ async def prepare(
         actor_kind=proposal.principal.actor_kind,
         agent=proposal.agent,
         claims=proposal.claims,
-        at=datetime.now(UTC),
+        at=prepared.at,
         registration=agent,
         unregistered=agents is not None and agent is None,
         principal_until=proposal.principal.expires_at,

@@ -33,8 +33,6 @@ class AuditEvent(StrEnum):
 class AuditError(Exception):
     """The record was not written; `tenant_id` is whose record it was."""
 
-    code = "AUDIT_UNAVAILABLE"
-
     def __init__(self, message: str, *, tenant_id: UUID) -> None:
         super().__init__(message)
         self.tenant_id = tenant_id

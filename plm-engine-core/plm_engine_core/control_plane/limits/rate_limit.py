@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 
 from plm_engine_core.control_plane.limits.subjects import Subjects
@@ -38,7 +39,8 @@ class RateReading:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What the database says before a decision; `subjects` is None when there is no such run."""
+    """What the books say before a decision: `at` by their clock; `subjects` is None when there is no such run."""
 
     rate: RateReading
+    at: datetime
     subjects: Subjects | None

@@ -160,6 +160,10 @@ class RunStore(Protocol):
         """Create a run and enqueue its drive job in one commit; the flag says whether the key was replayed."""
         ...
 
+    async def now(self) -> datetime:
+        """The time by the clock of the books, which every decision goes by."""
+        ...
+
     async def get(self, tenant_id: UUID, run_id: UUID) -> Run:
         """One run."""
         ...

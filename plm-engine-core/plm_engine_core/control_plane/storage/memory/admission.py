@@ -32,7 +32,7 @@ class MemoryAdmission(MemorySettlement):
         async with self._books.turn() as books:
             run = books.run_states.get(tenant_id, run_id)
             rate = take_tokens(books, tenant_id, run_id, run, buckets)
-            return Prepared(rate=rate, subjects=subjects_row(run) if run is not None else None)
+            return Prepared(rate=rate, at=books.now(), subjects=subjects_row(run) if run is not None else None)
 
     async def history(self, tenant_id: UUID, run_id: UUID, *, before_step: int, limit: int) -> Sequence[str]:
         """The capabilities of the run's earlier steps that were granted, the newest `limit` of them, oldest first."""

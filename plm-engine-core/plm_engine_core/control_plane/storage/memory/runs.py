@@ -56,6 +56,10 @@ class MemoryRuns(MemoryLeases):
                 books.deliver(new.tenant_id, new.run_id)
             return _read(books.run(new.tenant_id, new.run_id)), False
 
+    async def now(self) -> datetime:
+        """The time by the clock of the books."""
+        return self._books.now()
+
     async def get(self, tenant_id: UUID, run_id: UUID) -> Run:
         """One run."""
         async with self._books.turn() as books:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -40,7 +41,7 @@ class PostgresAdmission:
         async with self._gateway.connection() as connection:
             answer = await _scalar(
                 connection,
-                "SELECT engine_prepare_v2(%s, %s, %s) AS answer",
+                "SELECT engine_prepare_v2(%s, %s, %s) || jsonb_build_object('at', clock_timestamp()) AS answer",
                 [tenant_id, run_id, jsonb(wanted, root="buckets")],
             )
         return Prepared(
@@ -49,6 +50,7 @@ class PostgresAdmission:
                 retry_after_ms=answer["retry_after_ms"],
                 dimension=Dimension(answer["dimension"]) if answer["dimension"] else None,
             ),
+            at=datetime.fromisoformat(answer["at"]),
             subjects=Subjects.from_json(answer["run"]) if answer["run"] else None,
         )
 

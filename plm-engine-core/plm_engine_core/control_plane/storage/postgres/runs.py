@@ -129,6 +129,15 @@ class PostgresRuns(PostgresLeases):
                 ],
             )
 
+    async def now(self) -> datetime:
+        """The time by the database's clock."""
+        async with self._gateway.connection() as connection:
+            cursor = await connection.execute("SELECT clock_timestamp() AS at")
+            row = await cursor.fetchone()
+            assert row is not None  # noqa: S101  # a function answers
+            at: datetime = row["at"]
+            return at
+
     async def get(self, tenant_id: UUID, run_id: UUID) -> Run:
         """One run."""
         async with self._gateway.transaction(tenant_id) as connection:
