@@ -16,7 +16,7 @@ from plm_shared.testing.databases import TemplateDatabases, create_tenants
 pytestmark = pytest.mark.every_postgres
 REVISIONS = (
     *("0013", "0014", "0015", "0016", "0017", "0018", "0019", "0020", "0021", "0022", "0023", "0024", "0025"),
-    "0026",
+    *("0026", "0027"),
 )
 
 SHAPE = """

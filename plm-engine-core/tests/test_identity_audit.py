@@ -12,10 +12,11 @@ from plm_engine_core.control_plane.identity import (
     AuditTenantUnknown,
     AuditUnavailable,
     IdentityExpiredError,
+    IdentityInvalidSignatureError,
     PostgresAuditSink,
     make_test_identity,
 )
-from plm_engine_core.control_plane.identity.audit import bind_record, reject_record
+from plm_engine_core.control_plane.identity.audit import anonymous_record, bind_record, reject_record
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import create_tenants
 from psycopg_pool import AsyncConnectionPool
@@ -54,6 +55,24 @@ async def test_records_of_several_tenants_go_through_one_connection(engine_datab
     async with pool.connection() as connection:
         cursor = await connection.execute("SELECT count(*) FROM audit_log")
         assert await cursor.fetchone() == (0,), "the tenant setting must end with the transaction"
+
+
+async def test_what_proves_no_tenant_is_kept_for_the_installation_and_nobody_changes_it(
+    engine_database: DatabaseUrls, pool: Pool
+) -> None:
+    record = anonymous_record(IdentityInvalidSignatureError(), provider="hs256", client="192.0.2.1", omitted=3)
+    await PostgresAuditSink(pool).write(record)
+    kept = "SELECT id, event_type, payload->>'reason', payload->'omitted' FROM audit_log_system"
+    for login in ("admin", "owner"):
+        with psycopg.connect(getattr(engine_database, login), autocommit=True) as connection:
+            rows_kept = connection.execute(kept).fetchall()
+            assert rows_kept == [(record.id, "identity.reject", "bad_signature", 3)]
+            for change in ("UPDATE audit_log_system SET payload = '{}'", "DELETE FROM audit_log_system"):
+                with pytest.raises(psycopg.errors.CheckViolation, match="append-only"):
+                    connection.execute(change)
+            with pytest.raises(psycopg.errors.CheckViolation, match="append-only"):
+                connection.execute("TRUNCATE audit_log_system")
+    assert rows(engine_database) == []
 
 
 async def test_a_record_for_an_unknown_tenant_says_so_and_the_pool_goes_on(

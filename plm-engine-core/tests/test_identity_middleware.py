@@ -20,12 +20,14 @@ from plm_engine_core.control_plane.identity import (
     AuditUnavailable,
     Hs256JwtIdentityProvider,
     IdentityContext,
+    IdentityInvalidSignatureError,
     IdentityMetrics,
     IdentityMiddleware,
     InMemoryAuditSink,
     get_current_identity,
     require_identity,
 )
+from plm_engine_core.control_plane.identity.anonymous import AnonymousRefusals
 
 SECRET = "a-secret-for-tests-of-forty-characters!!"
 USER, TENANT = uuid.UUID(int=1), uuid.UUID(int=2)
@@ -138,13 +140,43 @@ async def test_an_expired_token_of_ours_is_recorded_for_its_tenant() -> None:
     assert record.payload == {"provider": "hs256", "reason": "expired", "code": "IDENTITY_EXPIRED"}
 
 
-async def test_a_forged_token_writes_nothing_into_the_tenant_it_claims() -> None:
+async def test_a_forged_token_is_recorded_for_the_installation_and_not_in_the_tenant_it_claims() -> None:
     door = Door()
     forged = jwt.encode(jwt.decode(token(), SECRET, ["HS256"]), "another-secret-of-more-than-32-bytes", "HS256")
     assert await door.status(f"Bearer {forged}") == 401
     assert await door.status(f"Bearer {'x' * 50_000}") == 401
-    assert door.audit.records == []
+    assert [record.tenant_id for record in door.audit.records] == [None, None]
+    assert [record.payload["reason"] for record in door.audit.records] == ["bad_signature", "malformed_token"]
+    assert forged not in str(door.audit.records)
     assert door.app.seen == []
+
+
+async def test_forgers_cannot_fill_the_audit_log_and_are_counted() -> None:
+    audit, moment = InMemoryAuditSink(), [0.0]
+    anonymous = AnonymousRefusals(audit, provider="hs256", clock=lambda: moment[0])
+    error = IdentityInvalidSignatureError()
+    for _ in range(1000):
+        await anonymous.record(error, client="192.0.2.1")
+    assert len(audit.records) == 60
+    moment[0] = 1.0
+    await anonymous.record(error, client="192.0.2.2")
+    last = audit.records[-1].payload
+    assert (len(audit.records), last["omitted"], last["client"]) == (61, 940, "192.0.2.2")
+
+
+async def test_a_refusal_that_cannot_be_recorded_is_a_refusal_all_the_same_and_is_counted() -> None:
+    class Away(InMemoryAuditSink):
+        async def write(self, record: AuditRecord) -> None:
+            if not self.records:
+                self.records.append(record)
+                raise AuditUnavailable("away", tenant_id=None)
+            await super().write(record)
+
+    audit = Away()
+    door = Door(audit=audit)
+    for _ in range(2):
+        assert await door.status("Bearer nonsense") == 401
+    assert [record.payload["omitted"] for record in audit.records] == [0, 1]
 
 
 @pytest.mark.parametrize("path", ["/v1/health", "/v1/health/", "/v1/health/live", "/v1/health/ready"])

@@ -27,13 +27,13 @@ class AuditEvent(StrEnum):
     """What an audit record tells."""
 
     IDENTITY_BIND = "identity.bind"  # an identity was established
-    IDENTITY_REJECT = "identity.reject"  # a token with our signature was refused
+    IDENTITY_REJECT = "identity.reject"  # a token was refused
 
 
 class AuditError(Exception):
-    """The record was not written; `tenant_id` is whose record it was."""
+    """The record was not written; `tenant_id` is whose record it was, None for the installation's."""
 
-    def __init__(self, message: str, *, tenant_id: UUID) -> None:
+    def __init__(self, message: str, *, tenant_id: UUID | None) -> None:
         super().__init__(message)
         self.tenant_id = tenant_id
 
@@ -48,9 +48,9 @@ class AuditTenantUnknown(AuditError):
 
 @dataclass(frozen=True, kw_only=True)
 class AuditRecord:
-    """One row of the audit log; the database adds the time."""
+    """One row of the audit log, of the installation's where there is no tenant; the database adds the time."""
 
-    tenant_id: UUID
+    tenant_id: UUID | None
     user_id: UUID | None
     actor_kind: ActorKind
     event_type: AuditEvent
@@ -92,6 +92,18 @@ def reject_record(tenant_id: UUID, error: IdentityValidationError, *, provider: 
     )
 
 
+def anonymous_record(error: IdentityValidationError, *, provider: str, client: str, omitted: int) -> AuditRecord:
+    """The record of a refusal that proves no tenant; before it, `omitted` others were not recorded."""
+    facts = {"provider": provider, "reason": error.reason.value, "code": error.code, "client": client}
+    return AuditRecord(
+        tenant_id=None,
+        user_id=None,
+        actor_kind=ActorKind.SYSTEM,
+        event_type=AuditEvent.IDENTITY_REJECT,
+        payload={**facts, "omitted": omitted},
+    )
+
+
 class InMemoryAuditSink:
     """Keeps records in a list; for tests and for trying things out."""
 
@@ -104,7 +116,10 @@ class InMemoryAuditSink:
 
 
 class PostgresAuditSink:
-    """Writes to ``audit_log`` as the application's login, one transaction and one network round trip per record."""
+    """Writes to ``audit_log``, and what has no tenant to ``audit_log_system``, as the application's login.
+
+    One transaction and one network round trip per record.
+    """
 
     def __init__(
         self, pool: AsyncConnectionPool[psycopg.AsyncConnection[Any]], *, timeout_seconds: float = 5.0
@@ -125,6 +140,13 @@ class PostgresAuditSink:
             ) from error
 
     async def _insert(self, record: AuditRecord) -> None:
+        if record.tenant_id is None:
+            async with self._pool.connection() as connection, connection.transaction():
+                await connection.execute(
+                    "INSERT INTO audit_log_system (id, event_type, payload) VALUES (%s, %s, %s)",
+                    (record.id, record.event_type.value, Jsonb(dict(record.payload))),
+                )
+            return
         async with self._pool.connection() as connection, connection.pipeline(), connection.transaction():
             await connection.execute("SELECT set_config('app.tenant_id', %s, true)", (str(record.tenant_id),))
             await connection.execute(

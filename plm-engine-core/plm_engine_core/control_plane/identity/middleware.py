@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final
 
+from plm_engine_core.control_plane.identity.anonymous import AnonymousRefusals
 from plm_engine_core.control_plane.identity.audit import (
     AuditError,
     AuditSink,
@@ -58,6 +59,7 @@ class IdentityMiddleware:
         self._provider = provider
         self._audit = audit
         self._audit_required = audit_required
+        self._anonymous = AnonymousRefusals(audit, provider=provider.name)
         self._metrics = metrics or IdentityMetrics(provider.name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,7 +80,7 @@ class IdentityMiddleware:
         try:
             identity = await self._validated(_bearer_token(scope.get("headers", ())))
         except IdentityValidationError as error:
-            return await self._refused(error)
+            return await self._refused(error, scope)
         except IdentityProviderUnavailable as error:
             self._metrics.refused(None)
             return Problem.provider_unavailable(error)
@@ -86,7 +88,7 @@ class IdentityMiddleware:
             await self._audit.write(bind_record(identity, provider=self._provider.name))
         except AuditTenantUnknown:
             return await self._refused(
-                IdentityMalformedError("the token's tenant does not exist", reason=RejectReason.UNKNOWN_TENANT)
+                IdentityMalformedError("the token's tenant does not exist", reason=RejectReason.UNKNOWN_TENANT), scope
             )
         except AuditError:
             _log.exception("identity.bind of tenant %s is not in the audit log", identity.tenant_id)
@@ -103,14 +105,16 @@ class IdentityMiddleware:
         finally:
             self._metrics.validated(time.perf_counter() - started)
 
-    async def _refused(self, error: IdentityValidationError) -> Problem:
-        """The refusal, recorded where a signature proved whose it is: a forger must not write into anybody's log."""
+    async def _refused(self, error: IdentityValidationError, scope: Scope) -> Problem:
+        """The refusal, recorded with the tenant that a signature proved: a forger must not write into anybody's log."""
         self._metrics.refused(error)
         if error.tenant_id is not None:
             try:
                 await self._audit.write(reject_record(error.tenant_id, error, provider=self._provider.name))
             except AuditError:
                 _log.exception("identity.reject of tenant %s is not in the audit log", error.tenant_id)
+        elif not isinstance(error, IdentityMissingError):
+            await self._anonymous.record(error, client=str((scope.get("client") or ("",))[0]))
         return Problem.unauthenticated(error)
 
 
