@@ -14,7 +14,7 @@ from plm_backend import problems
 from plm_backend.body_limit import BodyLimitMiddleware
 from plm_backend.dependencies import each_once
 from plm_backend.openapi import describe
-from plm_backend.routers import approvals, artifacts, events, halts, health, policy, runs
+from plm_backend.routers import approvals, artifacts, budgets, events, halts, health, policy, runs, why
 from plm_backend.wiring import Platform
 
 
@@ -38,6 +38,8 @@ def create_app(platform: Platform) -> FastAPI:
         events.router,
         artifacts.router,
         policy.router,
+        budgets.router,
+        why.router,
     )
     for router in routers:
         app.include_router(router, dependencies=[Depends(each_once)])
@@ -55,7 +57,7 @@ def create_app(platform: Platform) -> FastAPI:
         CORSMiddleware,
         allow_origins=list(platform.settings.cors_allowed_origins),
         allow_credentials=True,
-        allow_methods=["GET", "POST", "DELETE"],
+        allow_methods=["GET", "POST", "PUT", "DELETE"],
         allow_headers=cors_allowed_headers(["Idempotency-Key", "Last-Event-ID", "traceparent"]),
         expose_headers=["Location", "Idempotency-Key", "Idempotent-Replayed"],
     )

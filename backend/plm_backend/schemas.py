@@ -17,11 +17,13 @@ from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.events import Event
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl import ApprovalScope, ApprovalTicket, Comment, Vote
-from plm_engine_core.control_plane.limits import Budget, Unit
+from plm_engine_core.control_plane.limits import Budget, BudgetKey, Unit
 from plm_engine_core.control_plane.policy import Demand
 from plm_engine_core.control_plane.runs import Run, Step
 from plm_engine_core.control_plane.vocabulary import (
+    BudgetScope,
     HaltScope,
+    Period,
     PolicyRole,
     RunState,
     TicketDecision,
@@ -98,6 +100,37 @@ class HaltCreate(_Body):
     scope: HaltScope
     scope_id: UUID | None = None
     subject: StorableText | None = Field(default=None, min_length=1, max_length=200)
+    reason: StorableText = Field(min_length=1, max_length=2000)
+
+
+class BudgetName(_Body):
+    """Which budget: `subject` is the name of an agent, team or model, or the id of anything else; `per` its window."""
+
+    scope: BudgetScope
+    subject: StorableText = Field(min_length=1, max_length=200)
+    unit: Unit
+    per: Period = Period.TOTAL
+
+    @property
+    def key(self) -> BudgetKey:
+        """What the books call it.
+
+        Raises:
+            InvalidRequest: the subject is no id, where it has to be one.
+        """
+        return BudgetKey.of(self.scope, self.subject, self.unit, self.per)
+
+
+class BudgetSet(BudgetName):
+    """The limit that a budget is to have, in this window and all later ones."""
+
+    limit: Amount
+
+
+class BudgetCorrection(BudgetName):
+    """A counter-entry: `amount` is added to what was spent, less than 0 gives back."""
+
+    amount: Decimal
     reason: StorableText = Field(min_length=1, max_length=2000)
 
 
@@ -185,9 +218,10 @@ class StepDocument(BaseModel):
 
 
 class BudgetDocument(BaseModel):
-    """One budget; amounts are decimal texts."""
+    """One budget; amounts are decimal texts. `pinned`: an operator set its limit."""
 
     scope: str
+    scope_id: UUID
     unit: str
     period: str
     subject: str | None
@@ -195,6 +229,30 @@ class BudgetDocument(BaseModel):
     limit: str
     spent: str
     reserved: str
+    pinned: bool
+
+
+class BudgetList(BaseModel):
+    """Total budgets and present windows, from narrow to wide; `more` when there are others beyond the limit."""
+
+    items: list[BudgetDocument]
+    more: bool
+
+
+class WhyDocument(BaseModel):
+    """Why something stands where it stands; `because` leads on to what decided it. Absent members say nothing."""
+
+    kind: str
+    id: str
+    state: str
+    message: str = ""
+    reason: str | None = None
+    stage: str | None = None
+    rule: str | None = None
+    limit: dict[str, str] = Field(default_factory=dict)
+    policy_digest: str | None = None
+    unblocked_by: str = ""
+    because: WhyDocument | None = None
 
 
 class RunDetail(RunDocument):
@@ -419,6 +477,7 @@ def budget_document(budget: Budget) -> BudgetDocument:
         return f"{amount.normalize():f}"
 
     return BudgetDocument(
+        scope_id=budget.scope_id,
         scope=budget.scope.value,
         unit=budget.unit,
         period=budget.period.value,
@@ -427,6 +486,7 @@ def budget_document(budget: Budget) -> BudgetDocument:
         limit=text(budget.limit),
         spent=text(budget.spent),
         reserved=text(budget.reserved),
+        pinned=budget.pinned,
     )
 
 

@@ -31,7 +31,7 @@ from psycopg import sql
 HERE = Path(__file__).parent
 PROGRAM = (sys.executable, HERE / "unfiltered")
 OPERATIONS = {line.split()[0] for line in (HERE / "operations.txt").read_text(encoding="utf-8").splitlines()}
-SCOPES = ("plm.runs.create", "plm.halt", "plm.hitl.resolve", "probe.write")
+SCOPES = ("plm.runs.create", "plm.halt", "plm.hitl.resolve", "plm.budgets", "probe.write")
 KEY = "a key that both tenants use"
 COMPARED = re.compile(
     r"\btenant\w*\)?\s*(?:=|<>|!=|<|>|\bIS\b|\bIN\b|\bLIKE\b)|=\s*(?:\w+\.|ANY\s*\(\s*)?tenant_id|=\s*%\(tenant\)s",
@@ -191,6 +191,8 @@ def _absent() -> Target:
     return Target(**{name: str(uuid.uuid4()) for name in Target.__dataclass_fields__})
 
 
+_CALLS = {"scope": "run", "unit": "calls", "amount": "1", "reason": "spying"}
+
 # By operation: a request that names something by its id.
 BY_ID: dict[str, Callable[[Target], tuple[str, str, Any]]] = {
     "getRun": lambda ids: ("GET", f"/v1/runs/{ids.run}", None),
@@ -203,6 +205,8 @@ BY_ID: dict[str, Callable[[Target], tuple[str, str, Any]]] = {
     "revokeApprovalScope": lambda ids: ("DELETE", f"/v1/approval-scopes/{ids.scope}", None),
     "decideApproval": lambda ids: ("POST", f"/v1/approvals/{ids.ticket}/decision", {"decision": "approve"}),
     "triggerHalt": lambda ids: ("POST", "/v1/halts", {"scope": "run", "scope_id": ids.waiting, "reason": "spying"}),
+    "explain": lambda ids: ("GET", f"/v1/why?id={ids.run}", None),
+    "correctBudget": lambda ids: ("POST", "/v1/budgets/corrections", {**_CALLS, "subject": ids.run}),
     "getHalt": lambda ids: ("GET", f"/v1/halts/{ids.halt}", None),
     "liftHalt": lambda ids: ("DELETE", f"/v1/halts/{ids.halt}", None),
 }
@@ -214,7 +218,8 @@ def _by_id(operation: str, spy: Household, other: Household) -> tuple[bool, str]
     answers = []
     for ids in (_foreign(other), _absent()):
         method, path, body = BY_ID[operation](ids)
-        answer = spy.client.request(method, path, json=body)
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        answer = spy.client.request(method, path, json=body, headers=headers)
         answers.append((answer.status_code, UUID.sub("ID", answer.text)))
     assert answers[1][0] == 404
     return answers[0] != answers[1], answers[0][1]
@@ -261,6 +266,12 @@ def _standing(spy: Household, other: Household) -> tuple[bool, str]:
     return other.scope in answer.text, answer.text
 
 
+def _budgets(spy: Household, other: Household) -> tuple[bool, str]:
+    """Whether the budgets hold another's."""
+    answer = spy.client.get("/v1/budgets?limit=1000")
+    return any(each in answer.text for each in other.runs), answer.text
+
+
 SCENARIOS: dict[str, Callable[[Household, Household], tuple[bool, str]]] = {
     **{operation: lambda *two, operation=operation: _by_id(operation, *two) for operation in BY_ID},
     "listRuns": lambda *two: _listed("runs", *two),
@@ -268,16 +279,18 @@ SCENARIOS: dict[str, Callable[[Household, Household], tuple[bool, str]]] = {
     "listEvents": _fed,
     "listApprovalScopes": _standing,
     "listHalts": _halts,
+    "listBudgets": _budgets,
     "createRun": _created,
 }
 WITHOUT_TENANT = {"live": "/v1/health/live", "ready": "/v1/health/ready"}
+ITS_OWN = {"setBudget"}  # opens a budget of the caller's tenant, whatever it names; below
 OF_THE_INSTALLATION = {"getPolicy", "activatePolicy"}  # one policy decides for all tenants; tests/test_api_policy.py
 
 
 def test_every_operation_has_its_scenario(kept_apart: Offered) -> None:
     document = kept_apart[1].client.get("/openapi.json").json()
     served = {each["operationId"] for path in document["paths"].values() for each in path.values()}
-    assert served == OPERATIONS == SCENARIOS.keys() | WITHOUT_TENANT.keys() | OF_THE_INSTALLATION
+    assert served == OPERATIONS == SCENARIOS.keys() | WITHOUT_TENANT.keys() | ITS_OWN | OF_THE_INSTALLATION
 
 
 @pytest.mark.parametrize("operation", sorted(SCENARIOS))
@@ -344,6 +357,15 @@ def test_a_run_shows_the_budgets_of_its_own_tenant(kept_apart: Offered) -> None:
             ("tenant", "EUR"),
             ("tenant", "calls"),
         ]
+
+
+def test_a_limit_is_set_in_the_caller_s_own_books_whatever_it_names(kept_apart: Offered) -> None:
+    unfiltered, other, spy = kept_apart
+    before = unfiltered.owned(other.tenant)
+    for scope, subject in (("tenant", str(other.tenant)), ("run", other.finished), ("agent", "write")):
+        body = {"scope": scope, "subject": subject, "unit": "calls", "limit": "0"}
+        assert spy.client.put("/v1/budgets", json=body).status_code == 200
+    assert unfiltered.owned(other.tenant) == before
 
 
 def _operator(unfiltered: Unfiltered, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -5,13 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 import pytest
 from plm_engine_core.cli import build_app
 from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
-from plm_engine_core.control_plane.vocabulary import BudgetUnit, HaltScope, Reason, RunState, TicketDecision
+from plm_engine_core.control_plane.limits import BudgetKey
+from plm_engine_core.control_plane.vocabulary import (
+    BudgetScope,
+    BudgetUnit,
+    HaltScope,
+    Period,
+    Reason,
+    RunState,
+    TicketDecision,
+)
 from plm_engine_core.control_plane.why import UNBLOCKED_BY, why
 from typer.testing import CliRunner
 
@@ -52,6 +62,45 @@ async def test_what_the_books_refused_is_told_with_its_limit_whatever_the_policy
     assert "the end of calls" in budget.unblocked_by
     tenant = await asked(bench, f"{bench.tenant}/EUR")
     assert (tenant.kind, tenant.state, tenant.unblocked_by) == ("budget", "open", "")
+
+
+LIMITED = [
+    {"scope": "run_group", "unit": "calls", "limit": 1},
+    {"scope": "agent", "per": "day", "unit": "calls", "limit": 1},
+    {"scope": "user", "per": "week", "unit": "calls", "limit": 1},
+    {"scope": "team", "unit": "calls", "limit": 1},
+    {"scope": "tenant", "per": "month", "unit": "calls", "limit": 1},
+]
+
+
+@pytest.mark.parametrize("limit", LIMITED, ids=lambda limit: limit["scope"])
+async def test_each_budget_that_binds_is_explained_by_whose_it_is(bench: Any, limit: dict[str, Any]) -> None:
+    user, group = bench.requester.user_id, uuid.uuid4()
+    bench = bench.with_policy(limits=[limit], teams={"night": [str(user)]})
+    lease = await bench.lease(await bench.run(run_group_id=group))
+    await bench.grant(lease)
+    await bench.control_plane.admit(bench.proposal(lease, step_index=1, step_id="second"))
+    refused = (await asked(bench, f"{lease.run.id}/1")).limit
+    assert refused["scope"] == limit["scope"]
+    names = {"run_group": group, "agent": "test", "user": user, "team": "night", "tenant": bench.tenant}
+    window = f"/{limit['per']}" if "per" in limit else ""
+    name = f"{limit['scope']}/{names[limit['scope']]}/calls{window}"
+    answer = await asked(bench, name)
+    assert (answer.kind, answer.id, answer.state) == ("budget", name, "exhausted")
+    assert (answer.limit["limit"], answer.limit["reserved"]) == ("1", "1")
+    assert answer.rule == f"limits.{limit['scope']}"
+    assert "the end of calls" in answer.unblocked_by
+    assert ("the next" in answer.unblocked_by) is bool(window)
+
+
+async def test_a_limit_that_an_operator_set_is_said_to_be_theirs_whatever_its_unit_and_name(bench: Any) -> None:
+    operator = replace(bench.approver, scopes=frozenset({"plm.budgets"}))
+    key = BudgetKey.of(BudgetScope.MODEL, "maker/model-2", "gpu_seconds", Period.MONTH)
+    await bench.control_plane.set_budget(bench.tenant, key, Decimal(7), by=operator)
+    answer = await bench.control_plane.why(bench.tenant, "model/maker/model-2/gpu_seconds/month")
+    assert (answer.state, answer.rule, answer.limit["limit"]) == ("open", "set by an operator", "7")
+    with pytest.raises(NotFound):
+        await asked(bench, "model/maker/model-2/gpu_seconds")
 
 
 async def test_a_halt_is_where_it_stopped_and_lifting_it_the_way_on(bench: Any) -> None:
@@ -96,12 +145,21 @@ async def test_what_goes_well_is_blocked_by_nothing(bench: Any) -> None:
 async def test_nothing_of_another_tenant_is_explained(bench: Any) -> None:
     other = bench.behind.new_tenant()
     lease, pending = await bench.ask()
-    for name in (lease.run.id, pending.ticket_id, f"{lease.run.id}/0", f"{lease.run.id}/EUR", f"{bench.tenant}/EUR"):
+    for name in (
+        lease.run.id,
+        pending.ticket_id,
+        f"{lease.run.id}/0",
+        f"{lease.run.id}/EUR",
+        f"{bench.tenant}/EUR",
+        "agent/test/EUR",
+    ):
         with pytest.raises(NotFound):
             await why(bench.storage, other, str(name))
 
 
-@pytest.mark.parametrize("name", ["", "x", "1/2", f"{uuid.UUID(int=1)}/1/2/3", f"{uuid.UUID(int=1)}/1/x"])
+@pytest.mark.parametrize(
+    "name", ["", "x", "1/2", f"{uuid.UUID(int=1)}/1/2/3", f"{uuid.UUID(int=1)}/1/x", "user/x/EUR", "run"]
+)
 async def test_a_name_of_no_form_is_refused(bench: Any, name: str) -> None:
     with pytest.raises(InvalidRequest):
         await asked(bench, name)

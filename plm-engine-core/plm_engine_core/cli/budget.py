@@ -12,6 +12,7 @@ from plm_engine_core.cli.caller import Caller, as_caller
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
 from plm_engine_core.cli.storage import Books
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
 from plm_engine_core.control_plane.limits.desk import BudgetDesk
 from plm_engine_core.control_plane.vocabulary import BudgetScope, Period
@@ -30,6 +31,7 @@ Per = Annotated[Period, typer.Option(help="Which window; the present one is mean
 @app.command("show")
 def show_budgets(
     scope: Annotated[BudgetScope | None, typer.Option(help="Only budgets of this scope.")] = None,
+    subject: Annotated[str | None, typer.Option(help="With --scope: only the budgets of this name or id.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 200,
     as_json: AsJson = False,
 ) -> None:
@@ -37,9 +39,12 @@ def show_budgets(
 
     Status 0: shown, even if there is none; 1: refused; 2: wrong arguments; 3: no address, or no usable token.
     """
+    if subject is not None and scope is None:
+        fail(ExitCode.USAGE, "--subject says whose budgets of a scope; give --scope too")
+    of = _key(scope, subject, "").scope_id if scope is not None and subject is not None else None
 
     async def work(books: Books, caller: Caller) -> list[Budget]:
-        return list(await books.storage.budgets.list(caller.tenant_id, limit=limit, scope=scope))
+        return list(await books.storage.budgets.list(caller.tenant_id, limit=limit, scope=scope, scope_id=of))
 
     budgets = as_caller(work, as_json=as_json)
     lines = "\n".join(map(_line, budgets)) or "there is no budget"
@@ -94,11 +99,11 @@ def correct(
     _show_one(as_caller(work, as_json=as_json), as_json=as_json)
 
 
-def _key(scope: BudgetScope, subject: str, unit: str, per: Period) -> BudgetKey:
+def _key(scope: BudgetScope, subject: str, unit: str, per: Period = Period.TOTAL) -> BudgetKey:
     try:
         return BudgetKey.of(scope, subject, unit, per)
-    except ValueError:
-        fail(ExitCode.USAGE, f"{subject!r} is no id; a {scope.value} is named by its UUID")
+    except InvalidRequest as error:
+        fail(ExitCode.USAGE, str(error))
 
 
 def _amount(text: str) -> Decimal:

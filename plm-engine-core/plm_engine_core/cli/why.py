@@ -15,7 +15,10 @@ from plm_engine_core.control_plane.why import Why, why
 def why_command(
     asked: Annotated[
         str,
-        typer.Argument(metavar="ID", help="RUN, TICKET, RUN/STEP, RUN/STEP/ATTEMPT, RUN/UNIT or TENANT/UNIT."),
+        typer.Argument(
+            metavar="ID",
+            help="RUN, TICKET, RUN/STEP, RUN/STEP/ATTEMPT, RUN/UNIT, TENANT/UNIT, or SCOPE/NAME/UNIT[/PERIOD].",
+        ),
     ],
     tenant_id: Annotated[UUID, typer.Option(help="Whose.")],
     as_json: AsJson = False,

@@ -45,6 +45,7 @@ from plm_engine_core.control_plane.vocabulary import (
     RunState,
     TicketDecision,
 )
+from plm_engine_core.control_plane.why import Why, why
 
 _TRACE_ID = re.compile("[0-9a-f]{32}")
 _SPAN_ID = re.compile("[0-9a-f]{16}")
@@ -410,6 +411,10 @@ class ControlPlane:
     async def lift(self, tenant_id: UUID, halt_id: UUID, *, by: Principal) -> Halt:
         """Lift a halt; see `KillSwitch.lift`."""
         return await self._kill_switch.lift(tenant_id, halt_id, by=by)
+
+    async def why(self, tenant_id: UUID, asked: str) -> Why:
+        """Why a run, attempt, ticket or budget stands where it stands; see `why.why`."""
+        return await why(self.storage, tenant_id, asked)
 
     async def verify_events(self, tenant_id: UUID) -> list[Verification]:
         """Check every stream of a tenant from its first event to its head."""

@@ -59,6 +59,7 @@ class SyncControlPlane:
     correct_budget = _waiting(ControlPlane.correct_budget)
     halt = _waiting(ControlPlane.halt)
     lift = _waiting(ControlPlane.lift)
+    why = _waiting(ControlPlane.why)
     verify_events = _waiting(ControlPlane.verify_events)
 
     def call(self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]]) -> T:

@@ -1,5 +1,7 @@
 """Why something stands where it stands: answered from the records alone, for a run, an attempt, a ticket or a budget.
 
+A budget is named by whose it is, as people name that, and by what it counts: `agent/reviewer/EUR/day`.
+
 What the record says of itself (the rule, the limit, what would unblock it) counts; `UNBLOCKED_BY` says the rest.
 """
 
@@ -7,15 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
 from plm_engine_core.control_plane.hitl import ApprovalTicket
-from plm_engine_core.control_plane.limits.budgets import Budget
+from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.storage.ports import Storage
-from plm_engine_core.control_plane.vocabulary import BudgetScope, Reason, RunState, Stage, StepState, TicketState
+from plm_engine_core.control_plane.vocabulary import (
+    BudgetScope,
+    Period,
+    Reason,
+    RunState,
+    Stage,
+    StepState,
+    TicketState,
+)
 
 UNBLOCKED_BY: Mapping[str, str] = {
     Reason.RATE_LIMIT_EXCEEDED: "time: it is tried again by itself",
@@ -67,7 +78,9 @@ _BOOKED_AT: Mapping[str, str] = {
     Reason.BUDGET_MISSING: Stage.COST_BUDGET,
 }
 _REFUSED = (StepState.DENIED, StepState.STEERED)
-_MOST_RUNS = 1
+_MOST_OF_ONE = 1_000
+_SCOPES, _PERIODS = frozenset(BudgetScope), frozenset(Period)
+_FORMS = "RUN, TICKET, RUN/STEP/ATTEMPT, RUN/UNIT, TENANT/UNIT or SCOPE/NAME/UNIT[/PERIOD]"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +110,19 @@ class Why:
 
 
 async def why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
-    """Explain what `asked` names in a tenant: the id of a run or ticket, RUN/STEP[/ATTEMPT], or RUN/UNIT, TENANT/UNIT.
+    """Explain what `asked` names in a tenant: the id of a run or ticket, RUN/STEP[/ATTEMPT], or a budget.
+
+    A budget is RUN/UNIT, TENANT/UNIT, or SCOPE/NAME/UNIT[/PERIOD]: its scope (`run`, `run_group`, `agent`, `user`,
+    `team`, `model` or `tenant`), the name or id there, the unit, and the window when it has one (`day`, `week` or
+    `month`).
 
     Raises:
         InvalidRequest: it has none of these forms.
         NotFound: nothing of that name exists in the tenant.
     """
     first, *rest = asked.strip().split("/")
+    if first in _SCOPES:
+        return await _of_budget(storage, tenant_id, _key(BudgetScope(first), rest))
     identifier = _uuid(first)
     match rest:
         case []:
@@ -116,8 +135,16 @@ async def why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
                 raise NotFound("attempt", asked)
             return await _of_step(storage, tenant_id, identifier, chosen[-1])
         case [unit]:
-            return await _of_budget(storage, tenant_id, identifier, unit)
-    raise InvalidRequest(f"{asked!r:.80} names nothing; give RUN, TICKET, RUN/STEP/ATTEMPT or RUN/UNIT", field="id")
+            scope = BudgetScope.TENANT if identifier == tenant_id else BudgetScope.RUN
+            return await _of_budget(storage, tenant_id, BudgetKey(scope=scope, scope_id=identifier, unit=unit))
+    raise InvalidRequest(f"{asked!r:.80} names nothing; give {_FORMS}", field="id")
+
+
+def _key(scope: BudgetScope, rest: Sequence[str]) -> BudgetKey:
+    """What stands after the scope; a name may hold slashes, as those of language models do."""
+    *named, period = rest if rest and rest[-1] in _PERIODS else (*rest, Period.TOTAL)
+    *name, unit = named or [""]
+    return BudgetKey.of(scope, "/".join(name), unit, Period(period))
 
 
 def _uuid(text: str) -> UUID:
@@ -145,16 +172,18 @@ async def _of_step(storage: Storage, tenant_id: UUID, run_id: UUID, step: Step) 
     return of_step(run_id, step, ticket)
 
 
-async def _of_budget(storage: Storage, tenant_id: UUID, identifier: UUID, unit: str) -> Why:
-    scope, run_id = BudgetScope.RUN, identifier
-    if identifier == tenant_id:  # any run draws on the budget of its tenant
-        runs = await storage.runs.list(tenant_id, limit=_MOST_RUNS, before=None, state=None)
-        scope, run_id = BudgetScope.TENANT, runs[0].id if runs else identifier
-    budgets = await storage.runs.budgets(tenant_id, run_id)
-    found = [each for each in budgets if each.scope is scope and each.unit == unit]
-    if not found:
-        raise NotFound("budget", f"{identifier}/{unit}")
-    return of_budget(found[0])
+async def _of_budget(storage: Storage, tenant_id: UUID, key: BudgetKey) -> Why:
+    found = await storage.budgets.list(tenant_id, limit=_MOST_OF_ONE, scope=key.scope, scope_id=key.scope_id)
+    for budget in found:
+        if (budget.unit, budget.period) == (key.unit, key.period):
+            return of_budget(budget)
+    raise NotFound("budget", _name_of(key))
+
+
+def _name_of(budget: Budget | BudgetKey) -> str:
+    """The name of a budget, as `why` takes it."""
+    window = () if budget.period is Period.TOTAL else (budget.period.value,)
+    return "/".join((budget.scope.value, str(budget.subject or budget.scope_id), budget.unit, *window))
 
 
 def of_run(run: Run, last: Why | None) -> Why:
@@ -231,21 +260,36 @@ def of_ticket(ticket: ApprovalTicket) -> Why:
 
 
 def of_budget(budget: Budget) -> Why:
-    """What of a budget is left, and what holds the rest."""
+    """What of a budget is left, what holds the rest, where its limit comes from, and what would let a call pass."""
     left = budget.limit - budget.spent - budget.reserved
-    unblocked_by = ""
+    window = "" if budget.period is Period.TOTAL else f" of this {budget.period.value}"
+    ways = []
     if left <= 0:
-        held = f"the end of calls that hold {budget.reserved} {budget.unit}, or " if budget.reserved else ""
-        unblocked_by = f"{held}a higher limit"
+        ways += [f"the end of calls that hold {_text(budget.reserved)} {budget.unit}"] if budget.reserved else []
+        ways += [f"the next {budget.period.value}"] if window else []
+        ways.append("a higher limit: plm-cli budget set")
     return Why(
         kind="budget",
-        id=f"{budget.scope_id}/{budget.unit}",
+        id=_name_of(budget),
         state="exhausted" if left <= 0 else "open",
-        message=f"{left.normalize():f} {budget.unit} of the {budget.scope.value} budget are left",
+        message=f"{_text(left)} {budget.unit} of the {budget.scope.value} budget{window} are left",
+        rule=_rule(budget),
         limit={
             "scope": budget.scope.value,
             "unit": budget.unit,
-            **{name: f"{getattr(budget, name).normalize():f}" for name in ("limit", "spent", "reserved")},
+            "period": budget.period.value,
+            **{name: _text(getattr(budget, name)) for name in ("limit", "spent", "reserved")},
         },
-        unblocked_by=unblocked_by,
+        unblocked_by=", or ".join(ways),
     )
+
+
+def _rule(budget: Budget) -> str:
+    if budget.pinned:
+        return "set by an operator"
+    of_the_policy = budget.period is Period.TOTAL and budget.scope in (BudgetScope.RUN, BudgetScope.TENANT)
+    return f"{'budgets' if of_the_policy else 'limits'}.{budget.scope.value}"
+
+
+def _text(amount: Decimal) -> str:
+    return f"{amount.normalize():f}"

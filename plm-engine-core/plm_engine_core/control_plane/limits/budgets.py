@@ -13,6 +13,7 @@ from uuid import UUID
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from plm_engine_core.control_plane.amounts import Amount
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.subjects import Subjects
 from plm_engine_core.control_plane.vocabulary import BudgetScope, Period
 
@@ -54,11 +55,17 @@ class BudgetKey:
         """The key of what people name: an agent, team or model by its name, anything else by its id.
 
         Raises:
-            ValueError: `subject` is no id of a run, run group, user or tenant.
+            InvalidRequest: `subject` is no id of a run, run group, user or tenant.
         """
-        named = scope in _NAMED
-        scope_id = id_of(subject) if named else UUID(subject)
-        return cls(scope=scope, scope_id=scope_id, unit=unit, period=period, subject=subject if named else None)
+        if scope in _NAMED:
+            name = _model_name(subject) if scope is BudgetScope.MODEL else subject
+            return cls(scope=scope, scope_id=id_of(name), unit=unit, period=period, subject=name)
+        try:
+            return cls(scope=scope, scope_id=UUID(subject), unit=unit, period=period)
+        except ValueError:
+            raise InvalidRequest(
+                f"{subject!r:.80} is no id; a {scope.value} is named by its UUID", field="subject"
+            ) from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +186,11 @@ class BudgetPlan:
 def _normal(scope: BudgetScope, subject: str | None) -> str | None:
     if subject is None or scope in (BudgetScope.AGENT, BudgetScope.TEAM):
         return subject
-    return subject.strip().casefold() if scope is BudgetScope.MODEL else str(UUID(subject))
+    return _model_name(subject) if scope is BudgetScope.MODEL else str(UUID(subject))
+
+
+def _model_name(written: str) -> str:
+    return written.strip().casefold()
 
 
 def _whose(subjects: Subjects, tenant_id: UUID, model: str | None) -> dict[BudgetScope, str]:

@@ -310,8 +310,10 @@ class Correction:
 class BudgetStore(Protocol):
     """Budgets, as an operator sees and changes them; calls draw on them through admission."""
 
-    async def list(self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None) -> Sequence[Budget]:
-        """Total budgets and present windows, from narrow to wide, at most `limit`."""
+    async def list(
+        self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None, scope_id: UUID | None = None
+    ) -> Sequence[Budget]:
+        """Total budgets and present windows, narrow to wide, at most `limit`; only those of a scope, or of one id."""
         ...
 
     async def set_limit(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, actor: str) -> Budget:

@@ -26,14 +26,17 @@ class MemoryBudgets:
     def __init__(self, books: Books) -> None:
         self._books = books
 
-    async def list(self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None) -> Sequence[Budget]:
-        """Total budgets and present windows, from narrow to wide, at most `limit`."""
+    async def list(
+        self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None, scope_id: UUID | None = None
+    ) -> Sequence[Budget]:
+        """Total budgets and present windows, narrow to wide, at most `limit`; only those of a scope, or of one id."""
         async with self._books.turn() as books:
             found = [
                 budget_row(row)
                 for row in books.budgets.rows(tenant_id)
                 if row["starts_at"] == window_start(row["period"], books.now())
                 and (scope is None or row["scope_kind"] == scope.value)
+                and (scope_id is None or row["scope_id"] == scope_id)
             ]
             return sorted(found, key=_place)[:limit]
 

@@ -28,17 +28,21 @@ class PostgresBudgets:
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
 
-    async def list(self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None) -> Sequence[Budget]:
-        """Total budgets and present windows, from narrow to wide, at most `limit`."""
+    async def list(
+        self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None, scope_id: UUID | None = None
+    ) -> Sequence[Budget]:
+        """Total budgets and present windows, narrow to wide, at most `limit`; only those of a scope, or of one id."""
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
                 "SELECT * FROM budgets WHERE tenant_id = %(tenant)s AND starts_at = engine_window_v2(period) "
                 "AND (%(scope)s::text IS NULL OR scope_kind = %(scope)s) "
+                "AND (%(of)s::uuid IS NULL OR scope_id = %(of)s) "
                 "ORDER BY array_position(%(widths)s::text[], scope_kind), subject, scope_id, unit, period "
                 "LIMIT %(limit)s",
                 {
                     "tenant": tenant_id,
                     "scope": scope and scope.value,
+                    "of": scope_id,
                     "widths": [each.value for each in BudgetScope],
                     "limit": limit,
                 },
