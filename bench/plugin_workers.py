@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 from figures import Figure, command_line, percentile, report
-from plugin_substrate import PluginCancelledError, PluginManager, PluginMeta, WorkerDiedError
+from plugin_substrate import PluginCancelledError, PluginError, PluginManager, PluginMeta, WorkerDiedError
 from plugin_substrate.environments.install import compile_our_files
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manifest import CodeSection, InstallSection, ManifestV2
+from plugin_substrate.testing.leftovers import descendants
 
 HERE = Path(__file__).resolve().parent
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "20"))
@@ -50,7 +51,10 @@ def make_environment(folder: Path) -> PluginMeta:
     return make_meta(str(folder / "bin/python"))
 
 
-def make_meta(python: str, module: str = "worker_bench_plugin", *, preload: bool = False) -> PluginMeta:
+def make_meta(
+    python: str, module: str = "worker_bench_plugin", *, preload: bool = False, processes: int = 0
+) -> PluginMeta:
+    """``processes`` is how many the operator grants; none is the default."""
     return PluginMeta(
         manifest=ManifestV2(
             install=InstallSection(python_path=python),
@@ -63,6 +67,7 @@ def make_meta(python: str, module: str = "worker_bench_plugin", *, preload: bool
                 class_name="WorkerBench",
                 interface="plugin_substrate.interface.PluginInterface",
             ),
+            overrides={"isolation": {"processes": processes}} if processes else {},
         )
     )
 
@@ -225,36 +230,89 @@ async def cancels(manager: PluginManager, action: str) -> tuple[list[float], flo
     return samples, longest
 
 
-def host_deaths(meta: PluginMeta, folder: Path) -> list[float]:
+async def kill_worker(manager: PluginManager) -> None:
+    os.kill(manager.get_instance("bench").pid or 0, signal.SIGKILL)
+
+
+async def kill_supervisor(manager: PluginManager) -> None:
+    os.kill(manager.get_instance("bench").supervisor_pid or 0, signal.SIGKILL)
+
+
+async def unload(manager: PluginManager) -> None:
+    assert await manager.unload_plugin_async("bench")
+
+
+async def cancel(manager: PluginManager) -> None:
+    assert await manager.cancel_call("bench", "bench") == "forced"
+
+
+#: Ends of a worker that hears nothing, and how much of the time until then is the grace it is given.
+ENDS = {
+    "worker killed": (kill_worker, 0.0),
+    "supervisor killed": (kill_supervisor, 0.0),
+    "unloaded, beyond the grace": (unload, GRACE_SECONDS),
+    "cancelled by force, beyond the grace": (cancel, GRACE_SECONDS),
+}
+
+
+async def ends_of_families(
+    meta: PluginMeta, folder: Path, end: Callable[[PluginManager], Awaitable[None]], grace: float
+) -> list[float]:
+    """Seconds until a busy worker is gone and with it a child, one in a session of its own, and a daemon."""
+    permitted = make_meta(meta.manifest.install.python_path, processes=16)
+    samples = []
+    for _ in range(max(3, ROUNDS // 4)):
+        async with loaded(permitted, folder) as manager:
+            task = await running(manager, "family")
+            supervisor = manager.get_instance("bench").supervisor_pid
+            below = {mark.pid for mark in descendants(os.getpid())} - {supervisor}
+            waiting = {os.pidfd_open(pid) for pid in below}
+            started = time.perf_counter()
+            gone = asyncio.create_task(asyncio.to_thread(wait_for_the_end, waiting))
+            await end(manager)
+            await gone
+            samples.append(time.perf_counter() - started - grace)
+            assert len(below) >= 4
+            await asyncio.wait({task})
+            assert isinstance(task.exception(), PluginError)
+    return samples
+
+
+def wait_for_the_end(waiting: set[int]) -> None:
+    """Return when all processes of these pidfds are dead; closes them."""
+    poll = select.poll()
+    for descriptor in waiting:
+        poll.register(descriptor, select.POLLIN)
+    while waiting:
+        for descriptor, _ in poll.poll():
+            poll.unregister(descriptor)
+            waiting.discard(descriptor)
+            os.close(descriptor)
+
+
+def host_deaths(meta: PluginMeta, folder: Path, action: str = "busy") -> list[float]:
     """Seconds from SIGKILL to the host until its whole tree is gone: one worker busy, one stopped."""
-    return [host_death(meta, folder) for _ in range(max(3, ROUNDS // 4))]
+    return [host_death(meta, folder, action) for _ in range(max(3, ROUNDS // 4))]
 
 
-def host_death(meta: PluginMeta, folder: Path) -> float:
-    command = [sys.executable, __file__, "--doomed-host", meta.manifest.install.python_path, str(folder)]
+def host_death(meta: PluginMeta, folder: Path, action: str) -> float:
+    command = [sys.executable, __file__, "--doomed-host", meta.manifest.install.python_path, str(folder), action]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as host:
         assert host.stdout is not None
         waiting = {os.pidfd_open(pid) for pid in json.loads(host.stdout.readline())}
         started = time.perf_counter()
         host.kill()
-        poll = select.poll()
-        for descriptor in waiting:
-            poll.register(descriptor, select.POLLIN)
-        while waiting:
-            for descriptor, _ in poll.poll():
-                poll.unregister(descriptor)
-                waiting.discard(descriptor)
-                os.close(descriptor)
+        wait_for_the_end(waiting)
         return time.perf_counter() - started
 
 
-async def doomed_host(python: str, folder: str) -> None:
-    meta = make_meta(python)
+async def doomed_host(python: str, folder: str, action: str) -> None:
+    meta = make_meta(python, processes=16 if action == "family" else 0)
     manager = PluginManager(data_dir=Path(folder))
     instances = [await manager.load_plugin_async(meta, instance_id=name) for name in ("bench", "stopped")]
-    task = await running(manager, "busy")
+    task = await running(manager, action)
     os.kill(instances[1].pid or 0, signal.SIGSTOP)
-    print(json.dumps([*(instance.pid for instance in instances), instances[0].supervisor_pid]), flush=True)
+    print(json.dumps([mark.pid for mark in descendants(os.getpid())]), flush=True)
     await task
 
 
@@ -368,6 +426,9 @@ async def measure(meta: PluginMeta, folder: Path) -> dict[str, Figure]:
         rates, delay = await burst(manager)
         figures[f"{BURST} no-ops, {IN_FLIGHT} in flight, p50"] = rate(rates, 12_000)
         figures[f"{BURST} no-ops, event loop blocked, most"] = ms([delay], 0.5, 50)
+    for name, (end, grace) in ENDS.items():
+        samples = await ends_of_families(meta, folder, end, grace)
+        figures[f"{name}, all its descendants gone, most"] = ms(samples, 1, 2000)
     return figures
 
 
@@ -380,6 +441,8 @@ def main() -> dict[str, Figure]:
         figures["sync no-op call, p50"] = ms(calls, 0.5, 0.25)
         figures["sync no-op call, p99"] = ms(calls, 0.99, 1)
         figures["host killed, its tree gone, most"] = ms(host_deaths(meta, folder / "data"), 1, 250)
+        families = host_deaths(meta, folder / "data", "family")
+        figures["host killed, all descendants gone, most"] = ms(families, 1, 250)
     return figures
 
 

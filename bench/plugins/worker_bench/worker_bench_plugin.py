@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -32,6 +33,9 @@ class WorkerBench(PluginInterface):
         if action == "busy":  # in C, with the interpreter held
             self.report_progress(0.0)
             sum(range(10**18))
+        if action == "family":
+            leave_descendants()
+            action = "deaf"
         if action == "deaf":
             self.report_progress(0.0)
             import hashlib  # a megabyte of OpenSSL, which has no place in the load of a trivial plugin
@@ -42,3 +46,18 @@ class WorkerBench(PluginInterface):
     def execute_stream(self, count: int) -> Any:
         for number in range(count):
             yield {"token": "word", "index": number}
+
+
+def leave_descendants() -> None:
+    """A child, one in a session of its own, and a daemon whose parent has ended."""
+    for kind in ("child", "apart", "daemon"):
+        child = os.fork()
+        if child == 0:
+            if kind != "child":
+                os.setsid()
+            if kind == "daemon" and os.fork():
+                os._exit(0)
+            while True:
+                time.sleep(1000)
+        if kind == "daemon":
+            os.waitpid(child, 0)
