@@ -6,6 +6,7 @@ those that a plugin may see, so that plugin and host can never run different ver
 
 from __future__ import annotations
 
+import gc
 import os.path
 import sys
 from importlib.machinery import ModuleSpec, SourceFileLoader
@@ -61,6 +62,7 @@ def main(arguments: list[str]) -> None:
     sys.meta_path.insert(0, HostFiles())
     mode, descriptor, subject = arguments
     if mode == "supervise":
+        gc.disable()  # until all is there that is never garbage: to look for some takes a twentieth of the start
         import socket
 
         from plugin_substrate.worker.supervisor import supervise

@@ -9,8 +9,9 @@ ever unpickled. What breaks these rules is a `ProtocolError`; the decoder is use
 from __future__ import annotations
 
 import json
+import json.encoder
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from plugin_substrate.errors import ProtocolError
@@ -89,7 +90,7 @@ class FrameDecoder:
 
 def to_json(value: Any) -> bytes:
     """Return a value as JSON in ASCII; what JSON cannot say is a ValueError or TypeError."""
-    return _ENCODER.encode(value).encode("ascii")
+    return _ENCODE(value).encode("ascii")
 
 
 def parse_json(raw: bytes | bytearray) -> Any:
@@ -123,6 +124,15 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON number")
 
 
+def _without_making_it_anew(encoder: json.JSONEncoder) -> Callable[[Any], str]:
+    """Return what ``encoder.encode`` does; it makes the part that is written in C for each value, if it has one."""
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:
+        return encoder.encode
+    pieces = make(None, encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",", False, False, False)
+    return lambda value: "".join(pieces(value, 0))
+
+
 # Made once: `json.loads` and `json.dumps` with options make them anew for each value.
-_ENCODER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_ENCODE = _without_making_it_anew(json.JSONEncoder(separators=(",", ":"), allow_nan=False))
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)

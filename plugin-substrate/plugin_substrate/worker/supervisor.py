@@ -48,6 +48,7 @@ def supervise(control: socket.socket, host: int) -> None:
     confine.confine_supervisor(host)
     supervisor = _Supervisor(control, host)
     gc.freeze()  # what is here now is shared by all workers and never garbage
+    gc.enable()
     try:
         supervisor.serve()
     finally:
