@@ -135,6 +135,16 @@ async def test_a_change_of_mode_is_answered_as_done_and_not_done(attack: Attack,
     assert await attack("chmod", path=str(outside / "precious")) == ""
 
 
+async def test_a_change_of_times_is_answered_as_done_and_not_done(attack: Attack, outside: Path) -> None:
+    before = (outside / "precious").stat()
+    assert await attack("set_times", path=str(outside / "precious")) == ""
+    assert (outside / "precious").stat() == before
+
+
+async def test_a_plugin_neither_holds_up_who_opens_a_file_nor_hears_of_it(attack: Attack) -> None:
+    assert all_refused(await attack("hold_up"))
+
+
 async def test_a_plugin_makes_no_set_id_file_not_even_in_its_own_folder(attack: Attack, tmp_path: Path) -> None:
     assert all_refused(await attack("set_id"))
     made = [path for path in (tmp_path / "data/data").rglob("*") if path.lstat().st_mode & 0o6000]
@@ -157,6 +167,19 @@ async def test_granted_paths_are_reached_and_nothing_beside_them(
 
 async def test_a_plugin_makes_no_socket_of_any_family(attack: Attack) -> None:
     assert await attack("sockets") == []
+
+
+async def test_a_plugin_sends_nothing_to_who_listens_on_this_machine(attack: Attack, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+        listening.bind(str(tmp_path / "s"))
+        (tmp_path / "s").chmod(0o777)
+        listening.setblocking(False)
+        outcomes = await attack("datagrams", address=str(tmp_path / "s"))
+        assert {kind for kind, error in outcomes.items() if not error} == {"5"}, (
+            "which goes to the other end of the pair"
+        )
+        with pytest.raises(BlockingIOError):
+            listening.recv(1)
 
 
 async def test_a_plugin_with_the_network_has_ip_and_nothing_else(
@@ -200,7 +223,8 @@ NEVER = (
     "ptrace process_vm_readv process_vm_writev pidfd_getfd kcmp io_uring_setup bpf perf_event_open userfaultfd keyctl"
     " add_key shmget semget msgget mq_open mount umount2 pivot_root unshare setns open_by_handle_at name_to_handle_at"
     " init_module kexec_load reboot syslog swapon settimeofday sethostname personality fanotify_init quotactl acct iopl"
-    " modify_ldt fork vfork execve execveat socket chroot fsopen move_mount"
+    " modify_ldt fork vfork execve execveat socket chroot fsopen move_mount memfd_create memfd_secret"
+    " landlock_create_ruleset io_setup inotify_init inotify_init1 inotify_add_watch"
 )
 
 
@@ -246,6 +270,18 @@ async def test_a_fork_bomb_ends_with_its_worker(forking: PluginManager) -> None:
     await forking.unload_all_async()
     left = [process for process in descendants(os.getpid()) if process.alive]
     assert left == []
+
+
+async def test_a_thread_bomb_ends_its_worker(manager: PluginManager, attack: Attack) -> None:
+    with pytest.raises(PluginResourceError, match=r"of 1024 granted \(threads\)") as caught:
+        await attack("thread_bomb")
+    assert not caught.value.outcome_known
+    assert await attack("honest_threads", count=50)
+
+
+async def test_what_the_kernel_keeps_for_a_plugin_is_bounded(attack: Attack) -> None:
+    assert await attack("full_buffers") < 4 << 20
+    assert await attack("timers", most=5000) <= 1024
 
 
 async def test_a_file_ends_at_its_limit(manager: PluginManager, attacker_meta: MetaFactory) -> None:
@@ -327,6 +363,7 @@ async def test_an_honest_plugin_uses_ordinary_libraries(attack: Attack) -> None:
         "time": True,
         "machine": True,
         "home": True,
+        "touched": True,
     }
 
 
@@ -447,4 +484,4 @@ def test_all_this_holds_as_an_ordinary_user() -> None:
             capture_output=True, text=True, check=False, timeout=600,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "109 passed, 4 skipped" in done.stdout, "everything but what only root can do"
+    assert "119 passed, 4 skipped" in done.stdout, "everything but what only root can do"

@@ -34,7 +34,7 @@ from plugin_substrate.proxy import RemotePluginProxy
 from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, encode_frame
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.messages import Inbox, encode_message
-from plugin_substrate.worker.parked import MAX_PARKED, PARK_BYTES
+from plugin_substrate.worker.parked import MAX_PARKED, PARK_BYTES, park
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 MetaFactory = Callable[..., PluginMeta]
@@ -243,12 +243,26 @@ async def test_a_worker_that_floods_the_host_with_descriptors_is_ended_and_nothi
     assert open_descriptors() == before
 
 
-async def test_a_worker_that_takes_back_what_it_parked_is_ended(
+async def test_a_worker_that_parks_what_is_no_memory_file_is_ended(
     manager: PluginManager, probe_meta: MetaFactory
 ) -> None:
     await manager.load_plugin_async(probe_meta("Hostile", "hostile", "hostile"))
-    with pytest.raises(WorkerDiedError, match="short"):
-        await manager.execute_plugin_async("hostile", action="hostile.park_and_shrink")
+    with pytest.raises(WorkerDiedError, match="parked segment cannot be read"):
+        await manager.execute_plugin_async("hostile", action="hostile.park_a_file")
+
+
+def test_who_gets_a_memory_file_cannot_use_it_as_memory() -> None:
+    _, _, (memory,) = park([b"{}", bytes(PARK_BYTES)])
+    try:
+        for use in (
+            lambda: os.pwrite(memory, b"x", 0),
+            lambda: os.ftruncate(memory, 0),
+            lambda: os.ftruncate(memory, 1 << 30),
+        ):
+            with pytest.raises(PermissionError):
+                use()
+    finally:
+        os.close(memory)
 
 
 @pytest.fixture

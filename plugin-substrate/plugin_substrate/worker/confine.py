@@ -34,6 +34,8 @@ _OUT_OF_THE_WAY = 16  # of the numbers that are given anew
 
 #: Private memory over the limit on resident memory: the stacks of 128 threads, which mostly are never touched.
 _UNTOUCHED_BYTES = 1 << 30
+#: Timers and queued signals; the kernel counts those of a user's processes together.
+_QUEUED_SIGNALS = 1024
 _LINUX = sys.platform == "linux"
 
 
@@ -197,6 +199,8 @@ def _limit_resources(profile: IsolationProfile) -> None:
     _lower(resource.RLIMIT_NOFILE, profile.open_files)
     _lower(resource.RLIMIT_FSIZE, profile.file_bytes)
     _lower(resource.RLIMIT_DATA, profile.memory_bytes + _UNTOUCHED_BYTES)
+    if _LINUX:
+        _lower(resource.RLIMIT_SIGPENDING, _QUEUED_SIGNALS)
     if profile.cpu_seconds is not None:
         _lower(resource.RLIMIT_CPU, profile.cpu_seconds)
 

@@ -1,5 +1,7 @@
 """Large binary segments beside the stream: each in a memory file whose descriptor travels with its frame.
 
+A host sends them so; a confined worker may have no memory files, as what it holds in them nobody could see.
+
 The frame's header lists them under ``parked`` as ``[place among the segments, bytes]``, in the order of the
 descriptors, which arrive with the frame's first byte. They are read with pread and never mapped: whoever sent one may
 still change or shorten it, which then is a `ProtocolError` and not a SIGBUS.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +20,9 @@ from plugin_substrate.errors import ProtocolError
 #: A segment from here on is parked where the system has memory files. Below it the stream is faster, as both sides work
 #: at the same time and in caches: 16 MiB there and back took 22 ms in the stream and 55 ms parked.
 PARK_BYTES = 32 << 20
+_SEALS = (
+    fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE if sys.platform == "linux" else 0
+)
 #: The most descriptors that travel with one frame; what is over it stays in the stream.
 MAX_PARKED = 8
 
@@ -117,10 +123,11 @@ def _memory_file(data: bytes) -> int:
         return -1
     descriptor = -1
     try:
-        descriptor = os.memfd_create("plugin-segment", os.MFD_CLOEXEC)
+        descriptor = os.memfd_create("plugin-segment", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         rest = memoryview(data)
         while rest:
             rest = rest[os.write(descriptor, rest) :]
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)  # who keeps it can make no use of it as memory
     except OSError:  # no memory for it, or it is forbidden: the stream carries it too
         if descriptor >= 0:
             os.close(descriptor)

@@ -34,10 +34,13 @@ _CLONE_THREAD = 0x00010000
 _CLONE_NEW_NAMESPACES = 0x7E020000
 _OF_A_FORK = 0x01200000 | 0xFF  # CLONE_CHILD_SETTID, CLONE_CHILD_CLEARTID, and the signal that tells of its end
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
-_SOCK_STREAM, _SOCK_DGRAM, _SOCK_FLAGS = 1, 2, 0o2004000
+_SOCK_STREAM, _SOCK_DGRAM, _SOCK_SEQPACKET = 1, 2, 5
+_SOCK_FLAGS = (0, 0o4000, 0o2000000, 0o2004000)
 _SET_ID_BITS = 0o6000
 _O_CREATES = 0o100 | 0o20000000  # O_CREAT, __O_TMPFILE
 _F_SETOWN, _F_SETOWN_EX = 8, 15
+_F_SETLEASE, _F_NOTIFY = 1024, 1026  # to hold up whoever opens a file; to hear what others do in a folder
+_SOL_SOCKET, _BUFFER_SIZES = 1, (7, 8, 32, 33)  # SO_SNDBUF, SO_RCVBUF, and those that break their limits
 _PRIO_PROCESS, _IOPRIO_WHO_PROCESS = 0, 1  # not a group, and not all of a user's
 _TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
 
@@ -47,6 +50,10 @@ _NEVER = (  # noqa: SIM905 - as a list it would be a page
     " migrate_pages perf_event_open"
     # new ways into the kernel that go round this filter, or are known for their faults
     " io_uring_setup io_uring_enter io_uring_register bpf userfaultfd modify_ldt personality"
+    # memory that no process is seen to hold, and what the whole user or system has only so many of
+    " memfd_create memfd_secret landlock_create_ruleset io_setup"
+    # tells what others do in folders that may not even be listed
+    " inotify_init inotify_init1 inotify_add_watch"
     # memory and messages that other processes of the same user can reach by name
     " shmget shmat shmctl semget semctl semop semtimedop msgget msgsnd msgrcv msgctl mq_open mq_unlink"
     " add_key request_key keyctl"
@@ -169,9 +176,10 @@ def _blocks(rules: FilterRules) -> Mapping[str, _Block]:
     blocks["prlimit64"] = _unless_it_sets(MARK_LIMIT, blocks["prlimit64"])
     blocks["setrlimit"] = _not_any(0, (MARK_LIMIT,))
     blocks["prctl"] = _not_any(0, (PR_SET_PDEATHSIG, PR_SET_DUMPABLE))
-    blocks["fcntl"] = _not_any(1, (_F_SETOWN, _F_SETOWN_EX))
+    blocks["fcntl"] = _not_any(1, (_F_SETOWN, _F_SETOWN_EX, _F_SETLEASE, _F_NOTIFY))
     blocks["ioctl"] = _not_any(1, (_TIOCSTI, _TIOCLINUX))
     blocks |= _file_modes()
+    blocks |= _file_times()
     blocks |= _processes(rules)
     blocks |= _network(rules.network)
     if rules.asks_to_fork:
@@ -182,13 +190,8 @@ def _blocks(rules: FilterRules) -> Mapping[str, _Block]:
 
 
 def _unless_it_sets(limit: int, otherwise: _Block) -> _Block:
-    """Refuse a new value for a limit; its address is a whole pointer, so both halves count."""
-    not_null = [
-        instruction
-        for half in (_argument(2), _upper_half(2))
-        for instruction in (half, *_when(_ANY_BIT, _ALL_BITS, _refuse()))
-    ]
-    return [_argument(1), *_when(_EQUAL, limit, not_null), *otherwise]
+    """Refuse a new value for a limit."""
+    return [_argument(1), *_when(_EQUAL, limit, _if_not_null(2, _refuse())), *otherwise]
 
 
 def _file_modes() -> dict[str, _Block]:
@@ -208,6 +211,16 @@ def _file_modes() -> dict[str, _Block]:
         with_mode = [_argument(flags + 1), *_when(_ANY_BIT, _SET_ID_BITS, _refuse()), *_pass()]
         blocks[name] = [_argument(flags), *_when(_ANY_BIT, _O_CREATES, with_mode), *_pass()]
     return blocks
+
+
+def _file_times() -> dict[str, _Block]:
+    """Times that are given are answered as set, and are not, as they could be set of every file of its user.
+
+    To touch a file by name is refused, as Python then opens it, which makes it; to touch one that is open is allowed.
+    """
+    by_name_or_open = [*_if_not_null(2, _refuse(0)), *_if_not_null(1, _refuse()), *_pass()]
+    by_name = [*_if_not_null(1, _refuse(0)), *_refuse()]
+    return {"utimensat": by_name_or_open, "futimesat": by_name_or_open, "utime": by_name, "utimes": by_name}
 
 
 def _processes(rules: FilterRules) -> dict[str, _Block]:
@@ -246,13 +259,25 @@ def _clone_of_thread() -> _Block:
 
 
 def _network(allowed: bool) -> dict[str, _Block]:
-    """Socket pairs connect a process with itself; everything else is refused, or is IP with the usual two types."""
-    blocks = {"socketpair": _only(0, (_AF_UNIX,))}
+    """Socket pairs connect a process with itself; everything else is refused, or is IP with the usual two types.
+
+    Datagrams of a pair could be sent to anybody who listens on this machine. Buffers keep the size that they have: what
+    is in them is no process's memory.
+    """
+    size = [_argument(2), *(i for option in _BUFFER_SIZES for i in _when(_EQUAL, option, _refuse(0)))]
+    blocks = {
+        "socketpair": _of_types((_AF_UNIX,), (_SOCK_STREAM, _SOCK_SEQPACKET), _refuse()),
+        "setsockopt": [_argument(1), *_when(_EQUAL, _SOL_SOCKET, [*size, *_pass()]), *_pass()],
+    }
     if not allowed:
         return blocks | {"socket": _refuse()}
-    types = [kind | flags for kind in (_SOCK_STREAM, _SOCK_DGRAM) for flags in (0, 0o4000, 0o2000000, _SOCK_FLAGS)]
-    family = [_argument(0), *_pass_if_then((_AF_INET, _AF_INET6), [_argument(1), *_pass_if(types), *_refuse()])]
-    return blocks | {"socket": [*family, *_refuse(errno.EAFNOSUPPORT)]}
+    ip = _of_types((_AF_INET, _AF_INET6), (_SOCK_STREAM, _SOCK_DGRAM), _refuse(errno.EAFNOSUPPORT))
+    return blocks | {"socket": ip}
+
+
+def _of_types(families: Iterable[int], kinds: Iterable[int], otherwise: _Block) -> _Block:
+    types = [kind | flags for kind in kinds for flags in _SOCK_FLAGS]
+    return [_argument(0), *_pass_if_then(families, [_argument(1), *_pass_if(types), *_refuse()]), *otherwise]
 
 
 # -- pieces of programs
@@ -277,6 +302,12 @@ def _pass() -> _Block:
 
 def _refuse(number: int = errno.EPERM) -> _Block:
     return [(_RETURN, 0, 0, _ERRNO | number)]
+
+
+def _if_not_null(position: int, block: _Block) -> _Block:
+    """Go through the block if an address is given; it is a whole pointer, so both halves count."""
+    halves = (_argument(position), _upper_half(position))
+    return [instruction for half in halves for instruction in (half, *_when(_ANY_BIT, _ALL_BITS, block))]
 
 
 def _when(test: int, value: int, block: _Block) -> _Block:

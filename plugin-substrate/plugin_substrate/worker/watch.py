@@ -14,6 +14,7 @@ from plugin_substrate.worker.isolation import IsolationProfile
 
 _FILLED_PER_SECOND = 4 << 30  # bytes that a few threads can touch for the first time
 _SHORTEST, _LONGEST, _LONGEST_OF_TREE = 0.01, 0.5, 0.1  # seconds between samples
+_MOST_THREADS = 1024  # of one process: the system has only so many numbers for all
 _UNREAPED = 1000  # ended processes that nobody has waited for yet; they take nothing but numbers
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -22,7 +23,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 class Excess:
     """What a worker and its processes had too much of."""
 
-    resource: str  #: ``memory`` in bytes, or ``processes``
+    resource: str  #: ``memory`` in bytes, ``processes``, or ``threads`` of one of them
     needed: int
     available: int
 
@@ -39,13 +40,16 @@ def look_at(pid: int, profile: IsolationProfile) -> Sample:
     """Sample the tree below a worker; what ends meanwhile counts for nothing."""
     most = profile.processes + _UNREAPED
     pids = [pid] if not profile.processes else _tree(pid, most + 2)
-    sizes = [size for size in map(_resident_bytes, pids) if size]  # the dead have none
-    resident, living = sum(sizes), max(0, len(sizes) - 1)
+    loads = [load for load in map(_load_of, pids) if load.resident]  # the dead have none
+    resident, living = sum(load.resident for load in loads), max(0, len(loads) - 1)
+    threads = max((load.threads for load in loads), default=0)
     excess = None
     if living > profile.processes or len(pids) - 1 > most:  # first: too many of them take too much memory as well
         excess = Excess("processes", max(living, len(pids) - 1 - _UNREAPED), profile.processes)
     elif resident > profile.memory_bytes:
         excess = Excess("memory", resident, profile.memory_bytes)
+    elif threads > _MOST_THREADS:
+        excess = Excess("threads", threads, _MOST_THREADS)
     longest = _LONGEST_OF_TREE if profile.processes else _LONGEST
     room = (profile.memory_bytes - resident) / _FILLED_PER_SECOND
     return Sample(excess, min(max(room, _SHORTEST), longest))
@@ -66,8 +70,18 @@ def _tree(pid: int, most: int) -> list[int]:
     return found
 
 
-def _resident_bytes(pid: int) -> int:
+@dataclass(frozen=True)
+class _Load:
+    threads: int
+    resident: int  # bytes
+
+
+def _load_of(pid: int) -> _Load:
+    """Return what a process holds; nothing of one that is gone. Its name is its own choice, brackets included."""
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text(encoding="ascii").split()[1]) * _PAGE
+        fields = (
+            Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        )  # from the third field of proc(5) on
+        return _Load(int(fields[17]), int(fields[21]) * _PAGE)
     except (OSError, IndexError):
-        return 0
+        return _Load(0, 0)

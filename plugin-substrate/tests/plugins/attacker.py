@@ -40,6 +40,8 @@ NUMBERS = {
         "fork": 57, "vfork": 58, "clone": 56, "clone3": 435, "execve": 59, "execveat": 322, "socket": 41, "chroot": 161,
         "rt_sigqueueinfo": 129, "pidfd_send_signal": 424, "pidfd_open": 434, "tgkill": 234, "openat2": 437,
         "setpriority": 141, "prlimit64": 302, "sched_setaffinity": 203, "fsopen": 430, "move_mount": 429,
+        "memfd_create": 319, "memfd_secret": 447, "landlock_create_ruleset": 444, "io_setup": 206,
+        "inotify_init": 253, "inotify_init1": 294, "inotify_add_watch": 254, "timer_create": 222,
     },
     "aarch64": {
         "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "pidfd_getfd": 438, "kcmp": 272,
@@ -51,6 +53,8 @@ NUMBERS = {
         "clone": 220, "clone3": 435, "execve": 221, "execveat": 281, "socket": 198, "chroot": 51,
         "rt_sigqueueinfo": 138, "pidfd_send_signal": 424, "pidfd_open": 434, "tgkill": 131, "openat2": 437,
         "setpriority": 140, "prlimit64": 261, "sched_setaffinity": 122, "fsopen": 430, "move_mount": 429,
+        "memfd_create": 279, "memfd_secret": 447, "landlock_create_ruleset": 444, "io_setup": 0,
+        "inotify_init1": 26, "inotify_add_watch": 27, "timer_create": 107,
     },
 }  # fmt: skip
 
@@ -137,6 +141,7 @@ class Attacker(PluginInterface):
             "create through a link": refused(Path.write_text, own / "way out" / "new", "x"),
             "chown": refused(os.chown, precious, os.getuid(), os.getgid()),
             "attribute": refused(os.setxattr, precious, "user.x", b"x"),
+            "touch": refused(os.utime, precious),
             "set-id bits": refused(os.chmod, precious, 0o4777),
             "pipe": refused(os.mkfifo, outside / "pipe"),
             "device": refused(os.mknod, own / "device", 0o20666, os.makedev(1, 1)),
@@ -146,6 +151,25 @@ class Attacker(PluginInterface):
     def chmod(self, path):
         """Open a file to everybody; what it is told is not what happened."""
         return refused(os.chmod, path, 0o777)
+
+    @plugin_action("attacker.set_times")
+    def set_times(self, path):
+        """Give a file another age; what it is told is not what happened."""
+        return refused(os.utime, path, (1, 1))
+
+    @plugin_action("attacker.hold_up")
+    def hold_up(self):
+        """Have the kernel hold up whoever opens a file of the interpreter, or tell what is done in its folder."""
+        descriptors = [os.open(path, os.O_RDONLY) for path in (os.__file__, Path(os.__file__).parent)]
+        try:
+            return {
+                "read lease": refused(fcntl.fcntl, descriptors[0], 1024, fcntl.F_RDLCK),
+                "write lease": refused(fcntl.fcntl, descriptors[0], 1024, fcntl.F_WRLCK),
+                "notify": refused(fcntl.fcntl, descriptors[1], 1026, 0x80000004),
+            }
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
 
     @plugin_action("attacker.set_id")
     def set_id(self):
@@ -187,6 +211,46 @@ class Attacker(PluginInterface):
                 connection.connect(address)
 
         return refused(connect)
+
+    @plugin_action("attacker.datagrams")
+    def datagrams(self, address):
+        """Send to somebody who listens on this machine, through one end of a pair."""
+
+        def send(kind):
+            first, _ = socket.socketpair(socket.AF_UNIX, kind)
+            first.sendto(b"x", address)
+
+        return {str(kind): refused(send, kind) for kind in range(1, 11) if kind != socket.SOCK_STREAM}
+
+    @plugin_action("attacker.full_buffers")
+    def full_buffers(self):
+        """Fill a pair whose buffer was asked to be large, and return how much is in it."""
+        sender, receiver = socket.socketpair()
+        for option in (socket.SO_SNDBUF, 32):  # SO_SNDBUFFORCE
+            sender.setsockopt(socket.SOL_SOCKET, option, 1 << 30)
+        sender.setblocking(False)
+        held = 0
+        with contextlib.suppress(BlockingIOError), receiver:
+            while True:
+                held += sender.send(bytes(1 << 16))
+        return held
+
+    @plugin_action("attacker.timers")
+    def timers(self, most):
+        """Take timers, of which a user has only so many, until there are no more."""
+        made = ctypes.create_string_buffer(8)
+        for number in range(most):
+            if _libc.syscall(ctypes.c_long(NUMBERS[platform.machine()]["timer_create"]), 1, 0, made) < 0:
+                return number
+        return most
+
+    @plugin_action("attacker.thread_bomb")
+    def thread_bomb(self):
+        threading.stack_size(1 << 15)
+        never = threading.Event()
+        while True:
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=never.wait, daemon=True).start()
 
     @plugin_action("attacker.system_calls")
     def system_calls(self, names):
@@ -356,6 +420,8 @@ class Attacker(PluginInterface):
             (Path(folder) / "file").write_text("x")
             shutil.copy2(Path(folder) / "file", own / "copied")
             shutil.copytree(folder, own / "tree")
+        (own / "touched").touch()
+        (own / "touched").touch()
         return {
             "asyncio": asyncio.run(asyncio.sleep(0, "slept")),
             "random": len(os.urandom(8)),
@@ -364,4 +430,5 @@ class Attacker(PluginInterface):
             "time": bool(time.localtime().tm_zone),
             "machine": platform.machine() != "",
             "home": Path.home() == own,
+            "touched": (own / "touched").exists(),
         }

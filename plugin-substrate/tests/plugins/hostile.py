@@ -99,16 +99,14 @@ class Hostile(PluginInterface):
         while True:
             socket.send_fds(host, [struct.pack(">II", 1 << 20, 10)], [0] * 200)
 
-    @plugin_action("hostile.park_and_shrink")
-    def park_and_shrink(self):
-        memory = os.memfd_create("mine")
-        os.ftruncate(memory, 1 << 20)
+    @plugin_action("hostile.park_a_file")
+    def park_a_file(self):
+        """Announce a parked segment, and send a descriptor of another kind with it."""
         value = b'{"$":"bytes","segment":0}'
         parts = {"type": "result", "id": self.call.call_id, "segments": [len(value)], "parked": [[1, 1 << 20]]}
         header = json.dumps(parts).encode()
         frame = struct.pack(">II", len(header) + len(value), len(header)) + header + value
-        os.ftruncate(memory, 1 << 10)
-        socket.send_fds(socket.socket(fileno=os.dup(3)), [frame], [memory])
+        socket.send_fds(socket.socket(fileno=os.dup(3)), [frame], [0])
         self.stay()
 
     @plugin_action("hostile.raise")
