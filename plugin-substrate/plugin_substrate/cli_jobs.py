@@ -192,7 +192,7 @@ def submit(
 
 def job_as_json(job: Job) -> dict[str, Any]:
     """Return a job as JSON values; what has no JSON form stands there as its text."""
-    return dict(json.loads(json.dumps(vars(job), default=_as_json)))
+    return dict(json.loads(json.dumps(job, default=_as_json)))
 
 
 async def _run_here(folder: Path, file: Path, request: Mapping[str, Any]) -> Job:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -120,6 +121,30 @@ def test_what_a_worker_takes_counts_once_and_what_a_job_takes_each_time() -> Non
     assert line.end("a1") == []
     assert line.waiting.why("b0").resource == "memory_mb"
     assert line.end("a2") == ["b0"]
+
+
+@pytest.mark.parametrize("how", ["cancelled", "reordered"])
+def test_what_waits_no_longer_takes_no_memory_also_behind_one_that_never_starts(how: str) -> None:
+    line = Line(slots=0)
+    line.submit("first", priority=9)
+
+    def go_on(count: int) -> int:
+        for _ in range(count):
+            if how == "cancelled":
+                line.submit("other")
+                assert line.waiting.remove("other")
+                assert line.start() == []
+            else:
+                line.now += 1
+                line.waiting.reorder("first", (line.now, 1))
+        return tracemalloc.get_traced_memory()[0]
+
+    tracemalloc.start()
+    try:
+        before = go_on(200)
+        assert go_on(5000) - before < 5000 * 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_how_many_go_first_is_said() -> None:

@@ -598,6 +598,23 @@ async def test_memory_stays_flat_however_many_jobs_there_were(make_queue: MakeQu
     assert jobber.get_instance("jobber").running_calls == 0
 
 
+async def test_a_waiting_job_is_few_objects_as_the_collector_of_garbage_stops_the_loop_for_each(
+    make_queue: MakeQueue, jobber: PluginManager
+) -> None:
+    queue = make_queue()
+
+    async def submit(count: int) -> int:
+        for _ in range(count):
+            await queue.submit("jobber", action="job.value")
+        gc.collect()
+        return len(gc.get_objects())
+
+    before = await submit(200)
+    after = await submit(500)
+    assert (after - before) / 500 < 4.5
+    assert queue.get_stats().total_pending == 700
+
+
 async def test_when_nothing_can_be_kept_any_more_nothing_is_started_or_confirmed(
     jobber: PluginManager, tmp_path: Path
 ) -> None:

@@ -7,7 +7,8 @@ import asyncio
 from plugin_substrate.errors import PluginNotLoadedError, ResourceShortfall, StoreError
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.metadata import PluginInstance
-from plugin_substrate.queue.resources import Demand, Ledger, demand_of
+from plugin_substrate.queue.resources import NO_DEMAND, Demand, Ledger, demand_of
+from plugin_substrate.requirements import ResourceRequirements
 from plugin_substrate.scheduling import SYSTEM_MEMORY
 
 _FRESH_SECONDS = 60.0
@@ -19,11 +20,12 @@ class Demands:
     def __init__(self, manager: PluginManager, ledger: Ledger) -> None:
         self._manager = manager
         self._ledger = ledger
+        self._stated: dict[str, tuple[ResourceRequirements, Demand]] = {}  # by instance; jobs share one object
         self._measured: dict[str, tuple[float, float]] = {}  # by instance: when, and the peak in MB
 
     def of(self, instance: PluginInstance) -> Demand:
         """Return what a job takes."""
-        stated = demand_of(instance.resources)
+        stated = self._stated_by(instance)
         if SYSTEM_MEMORY not in stated.per_worker:
             return stated
         _, peak = self._measured.get(instance.instance_id, (0.0, 0.0))
@@ -33,7 +35,7 @@ class Demands:
 
     def too_big(self, instance: PluginInstance) -> ResourceShortfall | None:
         """Return what this machine could never give a job of an instance, None when it can."""
-        return self._ledger.too_big(demand_of(instance.resources))
+        return self._ledger.too_big(self._stated_by(instance))
 
     async def measure(self, instance_id: str) -> None:
         """Learn what the calls of an instance took so far, if it says that it needs memory."""
@@ -51,3 +53,11 @@ class Demands:
             return
         peak = max((record.memory_mb_peak_max or 0.0 for record in records), default=0.0)
         self._measured[instance_id] = now, peak
+
+    def _stated_by(self, instance: PluginInstance) -> Demand:
+        """What the manifest states, worked out once for each that an instance is loaded with."""
+        resources, demand = self._stated.get(instance.instance_id, (None, NO_DEMAND))
+        if resources is not instance.resources:
+            demand = demand_of(instance.resources)
+            self._stated[instance.instance_id] = instance.resources, demand
+        return demand

@@ -79,7 +79,7 @@ class Desk:
                 reason = job.block_reason
                 return {
                     "status": job.status.value,
-                    "reason": {**vars(reason), "holders": list(reason.holders)} if reason else None,
+                    "reason": reason.payload() if reason else None,
                 }
             case other:
                 raise PluginInputError(f"this host does not know the verb {other!r:.80}")

@@ -21,7 +21,6 @@ from plugin_substrate.errors import (
     StoreError,
     WorkerDiedError,
 )
-from plugin_substrate.interface import CallContext
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.metadata import PluginInstance
 from plugin_substrate.queue.demands import Demands
@@ -38,6 +37,8 @@ _logger = logging.getLogger(__name__)
 
 #: A job under which so many hosts died is not tried again: it may be what killed them.
 _MAX_RECOVERIES = 3
+
+_NOT_STARTED = BlockReason(resource="queue", text="the queue is not started")
 
 
 class Dispatcher:
@@ -103,22 +104,17 @@ class Dispatcher:
 
     def _live(self, kept: KeptJob) -> LiveJob:
         job, request = kept.job, kept.request
-        call = request.call or CallContext(call_id=job.id, step_key=job.id)
-        if request.deadline_seconds is not None:
-            deadline = job.submitted_at.timestamp() + request.deadline_seconds
-            call = replace(call, deadline=min(deadline, call.deadline or deadline))
         live = LiveJob(
             job=job,
             request=request,
-            context=call,
-            lane=(job.plugin_instance_id, call.tenant_id),
+            lane=(job.plugin_instance_id, request.call.tenant_id if request.call else ""),
             order=kept.order,
             idempotent=kept.idempotent,
             events=kept.events,
             recoveries=kept.recoveries,
             not_before=kept.not_before,
         )
-        self.journal.live[job.id] = live
+        self.journal.add(live)
         return live
 
     def check(self, instance_id: str) -> PluginInstance:
@@ -144,7 +140,7 @@ class Dispatcher:
         try:
             kept = self.journal.write(changes)
         except StoreError:
-            del self.journal.live[live.job.id]
+            self.journal.discard(live)
             raise
         if live.job.plugin_instance_id in self._parked:
             self._unpark(live.job.plugin_instance_id)
@@ -241,7 +237,7 @@ class Dispatcher:
         live.done.set()
         if kept is not None and kept.exception() is not None:
             return
-        del self.journal.live[live.job.id]
+        self.journal.discard(live)
         sequence_id = live.job.sequence_id
         if sequence_id is None:
             self.journal.retain(live.job)
@@ -284,8 +280,7 @@ class Dispatcher:
         if self.journal.failure is not None or (before is not None and before.resource == reason.resource):
             return
         live.job = replace(live.job, block_reason=reason)
-        payload = {**vars(reason), "holders": list(reason.holders)}
-        event = self.journal.event(live, JobEventType.BLOCK_REASON_CHANGED, payload)
+        event = self.journal.event(live, JobEventType.BLOCK_REASON_CHANGED, reason.payload())
         self.journal.write([event, self.journal.changed(live)])
 
     def why(self, live: LiveJob) -> BlockReason:
@@ -300,7 +295,7 @@ class Dispatcher:
         if self.journal.failure is not None:
             return BlockReason(resource="queue", text=str(self.journal.failure))
         if not self.running:
-            return BlockReason(resource="queue", text="the queue is not started")
+            return _NOT_STARTED
         if live.job.id in self.waiting:
             return self.waiting.reason(live.job.id)
         if live.not_before is not None:

@@ -71,8 +71,19 @@ class BlockReason:
     def __str__(self) -> str:
         return self.text
 
+    def payload(self) -> dict[str, Any]:
+        """Return its fields as JSON values, for an event or an answer."""
+        return {
+            "resource": self.resource,
+            "text": self.text,
+            "needed": self.needed,
+            "available": self.available,
+            "holders": list(self.holders),
+            "jobs_ahead": self.jobs_ahead,
+        }
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Job:
     """A job at one moment. ``started_at`` is None as long as, and if ever, its call was not sent.
 

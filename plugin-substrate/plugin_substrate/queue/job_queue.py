@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import uuid
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -13,10 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from plugin_substrate.arguments import with_paths
-from plugin_substrate.errors import (
-    PluginCancelledError,
-    PluginInputError,
-)
+from plugin_substrate.errors import PluginCancelledError, PluginInputError
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.queue.desk import Desk
@@ -29,11 +24,6 @@ from plugin_substrate.queue.resources import MachineResources
 from plugin_substrate.queue.sequences import JobSequence, SequenceStep
 from plugin_substrate.queue.store import Answered, JobFilter, JobStore, KeptJob
 from plugin_substrate.telemetry import ResourceSnapshot
-
-_logger = logging.getLogger(__name__)
-
-#: A job under which so many hosts died is not tried again: it may be what killed them.
-_MAX_RECOVERIES = 3
 
 
 class JobQueue:
@@ -340,10 +330,7 @@ class JobQueue:
 
     def get_stats(self) -> QueueStats:
         """Count the jobs that wait and run, and the retained ones by how they ended."""
-        counts = self._journal.ended_counts() + Counter(
-            live.job.status for live in self._journal.live.values() if not live.job.status.terminal
-        )
-        return QueueStats(**{f"total_{status.value}": counts[status] for status in JobStatus})
+        return QueueStats(**{f"total_{status.value}": self._journal.count(status) for status in JobStatus})
 
     def get_state(self) -> dict[str, Any]:
         """Return what a user interface shows: running and pending jobs, the last 20 that ended, and the counts."""

@@ -15,7 +15,7 @@ from plugin_substrate.errors import StoreError
 from plugin_substrate.interface import CallContext
 from plugin_substrate.queue.job import Job, JobEvent, JobEventType, JobStatus
 from plugin_substrate.queue.request import JobRequest
-from plugin_substrate.queue.resources import Demand
+from plugin_substrate.queue.resources import NO_DEMAND, Demand
 from plugin_substrate.queue.store import (
     Change,
     ChangedJob,
@@ -39,16 +39,28 @@ _ALL = ""  # the key of those who follow everything
 Follow = Callable[[int, int], list[JobEvent]]
 
 
-@dataclass(kw_only=True, eq=False)
+def context_of(job: Job, request: JobRequest) -> CallContext:
+    """Return what the calls of a job are told of themselves."""
+    call = request.call or CallContext(call_id=job.id, step_key=job.id)
+    if request.deadline_seconds is None:
+        return call
+    deadline = job.submitted_at.timestamp() + request.deadline_seconds
+    return replace(call, deadline=min(deadline, call.deadline or deadline))
+
+
+@dataclass(kw_only=True, eq=False, slots=True)
 class LiveJob:
-    """A job that has not ended, with what only the queue needs to know of it."""
+    """A job that has not ended, with what only the queue needs to know of it.
+
+    A long queue is many of these, and the collector of garbage goes over each: what a waiting job has no use for yet is
+    made when it is needed, and what many can share is shared.
+    """
 
     job: Job
     request: JobRequest
-    context: CallContext
     lane: LaneKey
     order: int
-    demand: Demand = field(default_factory=Demand)
+    demand: Demand = NO_DEMAND
     idempotent: bool = False
     events: int = 0
     recoveries: int = 0
@@ -65,7 +77,19 @@ class LiveJob:
     task: asyncio.Task[None] | None = None
     snapshots: asyncio.Task[None] | None = None
     timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
-    done: asyncio.Event = field(default_factory=asyncio.Event)
+    _done: asyncio.Event | None = field(default=None, init=False)
+
+    @property
+    def done(self) -> asyncio.Event:
+        """Set when it has ended and its end is kept."""
+        if self._done is None:
+            self._done = asyncio.Event()
+        return self._done
+
+    @property
+    def context(self) -> CallContext:
+        """What its calls are told of themselves: the same for each attempt, under whichever host."""
+        return context_of(self.job, self.request)
 
     def set_timer(self, name: str, seconds: float, what: Callable[[], object]) -> None:
         """Do something later, once, unless it is set anew or stopped."""
@@ -100,7 +124,7 @@ class Journal:
         self._order = 0
         self._position = 0
         self._history: deque[Ended] = deque()
-        self._ended: Counter[JobStatus] = Counter()
+        self._counts: Counter[JobStatus] = Counter()  # of the live that have not ended, and of the retained
         self._ended_sequences: deque[str] = deque()
         self._followers: dict[str, set[asyncio.Event]] = defaultdict(set)
         self._last_submission = datetime.min.replace(tzinfo=UTC)
@@ -111,7 +135,7 @@ class Journal:
         left = self.store.open()
         self._order, self._position = left.last_order, left.last_position
         self._history.extend(left.ended)
-        self._ended.update(each.status for each in left.ended)
+        self._counts.update(each.status for each in left.ended)
         self._ended_sequences.extend(left.ended_sequences)
         return left
 
@@ -125,9 +149,20 @@ class Journal:
         self._last_submission = max(self._last_submission, datetime.now(UTC))
         return self._last_submission
 
-    def ended_counts(self) -> Counter[JobStatus]:
-        """Return how the retained jobs ended."""
-        return self._ended
+    def count(self, status: JobStatus) -> int:
+        """Return how many jobs stand so; of ended ones the retained."""
+        return self._counts[status]
+
+    def add(self, live: LiveJob) -> None:
+        """Have a job be live."""
+        self.live[live.job.id] = live
+        self._counts[live.job.status] += 1
+
+    def discard(self, live: LiveJob) -> None:
+        """Have a job be live no longer: it has ended, or was never kept."""
+        del self.live[live.job.id]
+        if not live.job.status.terminal:
+            self._counts[live.job.status] -= 1
 
     # -- what happens
 
@@ -156,6 +191,9 @@ class Journal:
     def transition(self, live: LiveJob, status: JobStatus, **changes: Any) -> list[Change]:
         """Have a job stand otherwise, and return the changes to write."""
         before = live.job.status
+        self._counts[before] -= 1
+        if not status.terminal:
+            self._counts[status] += 1
         live.job = replace(live.job, status=status, **changes)
         payload = {"from": before.value, "to": status.value}
         return [self.event(live, JobEventType.STATE_TRANSITION, payload), self.changed(live)]
@@ -217,7 +255,7 @@ class Journal:
         for job in jobs:
             ended = Ended(job_id=job.id, status=job.status, completed_at=job.completed_at or datetime.now(UTC))
             self._history.append(ended)
-            self._ended[ended.status] += 1
+            self._counts[ended.status] += 1
         self._forget()
 
     def retain_sequence(self, sequence_id: str) -> None:
@@ -235,7 +273,7 @@ class Journal:
             len(self._history) > self._max_history or (oldest is not None and self._history[0].completed_at <= oldest)
         ):
             ended = self._history.popleft()
-            self._ended[ended.status] -= 1
+            self._counts[ended.status] -= 1
             gone.append(Forget(ended.job_id))
         if gone:
             self.write(gone)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-from collections import OrderedDict
+import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from operator import attrgetter
+from datetime import datetime
+from operator import itemgetter
 from typing import Any
 
-from plugin_substrate.queue.job import Job, JobEvent
+from plugin_substrate.queue.job import Job, JobEvent, JobEventType
 from plugin_substrate.queue.request import JobRequest
 from plugin_substrate.queue.sequences import JobSequence, StepResult
 from plugin_substrate.queue.store import (
@@ -27,6 +29,10 @@ from plugin_substrate.queue.store import (
     PutSequence,
 )
 
+# A long queue is many of these, which the collector of garbage need not look into: plain tuples of plain values.
+_Row = tuple[int, str, str, str | None, int | None, datetime, str]  # of an event; the last is its payload, as JSON
+_Place = tuple[int, str, int]  # of an event in the timeline: position, job, number
+
 
 class InMemoryJobStore:
     """Keeps everything but the arguments of ended jobs, which may be large."""
@@ -35,11 +41,14 @@ class InMemoryJobStore:
     keeps_arguments = False
 
     def __init__(self) -> None:
-        self._jobs: OrderedDict[str, KeptJob] = OrderedDict()
-        self._events: dict[str, list[JobEvent]] = {}
-        self._sequences: dict[str, JobSequence] = {}
-        self._timeline: list[JobEvent] = []  # of all jobs, with those of forgotten jobs until they are half of it
+        self._jobs: dict[str, Job] = {}
+        self._requests: dict[str, JobRequest] = {}
+        self._origins: dict[str, tuple[int, bool]] = {}  # by job: its order, and whether it may be repeated
+        self._event_counts: dict[str, int] = {}
+        self._events: dict[tuple[str, int], _Row] = {}  # by job and number
+        self._timeline: list[_Place] = []  # of all jobs, with those of forgotten jobs until they are half of it
         self._forgotten = 0
+        self._sequences: dict[str, JobSequence] = {}
 
     def open(self) -> Leftover:
         """Return nothing: who made it is the only one who ever had it."""
@@ -56,38 +65,33 @@ class InMemoryJobStore:
         for change in changes:
             match change:
                 case NewEvent(event):
-                    self._events[event.job_id].append(event)
-                    self._timeline.append(event)
+                    self._put_event(event)
                 case ChangedJob(job):
                     self._change(job)
                 case NewJob(kept):
-                    self._jobs[kept.job.id] = kept
-                    self._events[kept.job.id] = []
+                    self._jobs[kept.job.id] = kept.job
+                    self._requests[kept.job.id] = kept.request
+                    self._origins[kept.job.id] = kept.order, kept.idempotent
                 case PutSequence(sequence):
                     self._sequences[sequence.id] = sequence
                 case Forget(job_id):
-                    self._jobs.pop(job_id, None)
-                    self._forgotten += len(self._events.pop(job_id, ()))
+                    self._forget(job_id)
                 case ForgetSequence(sequence_id):
                     self._sequences.pop(sequence_id, None)
-        if self._forgotten * 2 > len(self._timeline):
-            self._timeline = [event for event in self._timeline if event.job_id in self._jobs]
-            self._forgotten = 0
         return None
 
     def job(self, job_id: str) -> KeptJob | None:
         """Return a kept job."""
-        return self._jobs.get(job_id)
+        job = self._jobs.get(job_id)
+        if job is None:
+            return None
+        order, idempotent = self._origins[job_id]
+        return KeptJob(job=job, request=self._requests[job_id], order=order, idempotent=idempotent)
 
     def jobs(self, wanted: JobFilter, limit: int) -> list[Job]:
         """Return kept jobs, those submitted last first."""
-        found: list[Job] = []
-        for kept in reversed(self._jobs.values()):
-            if len(found) == limit:
-                break
-            if matches(kept.job, wanted):
-                found.append(kept.job)
-        return found
+        found = (job for job in reversed(self._jobs.values()) if matches(job, wanted))
+        return list(itertools.islice(found, limit))
 
     def sequence(self, sequence_id: str) -> JobSequence | None:
         """Return a kept sequence."""
@@ -96,19 +100,21 @@ class InMemoryJobStore:
 
     def job_events(self, job_id: str, after: int, limit: int) -> list[JobEvent]:
         """Return events of a job."""
-        events = self._events.get(job_id, [])
-        return events[max(0, after) : max(0, after) + limit]  # numbers are dense and start at 1
+        first = max(0, after) + 1  # numbers are dense and start at 1
+        last = min(self._event_counts.get(job_id, 0), first + limit - 1)
+        return [self._event(job_id, number) for number in range(first, last + 1)]
 
     def queue_events(self, after: int, limit: int, sequence_id: str | None = None) -> list[JobEvent]:
         """Return events of one sequence or of all jobs."""
-        first = bisect.bisect_right(self._timeline, after, key=attrgetter("position"))
+        first = bisect.bisect_right(self._timeline, after, key=itemgetter(0))
         found: list[JobEvent] = []
         for index in range(first, len(self._timeline)):
-            event = self._timeline[index]
+            _, job_id, number = self._timeline[index]
             if len(found) == limit:
                 break
-            if event.job_id in self._jobs and sequence_id in (None, event.sequence_id):
-                found.append(event)
+            job = self._jobs.get(job_id)
+            if job is not None and sequence_id in (None, job.sequence_id):
+                found.append(self._event(job_id, number))
         return found
 
     def watch(self, news: Callable[[], object]) -> None:
@@ -121,13 +127,51 @@ class InMemoryJobStore:
     async def close(self) -> None:
         """Do nothing: memory needs no end."""
 
+    def _put_event(self, event: JobEvent) -> None:
+        self._event_counts[event.job_id] = event.number
+        self._timeline.append((event.position, event.job_id, event.number))
+        self._events[event.job_id, event.number] = (
+            event.position,
+            event.type.value,
+            event.plugin_instance_id,
+            event.sequence_id,
+            event.sequence_index,
+            event.timestamp,
+            json.dumps(event.payload),
+        )
+
+    def _event(self, job_id: str, number: int) -> JobEvent:
+        position, kind, instance, sequence_id, sequence_index, timestamp, payload = self._events[job_id, number]
+        return JobEvent(
+            number=number,
+            position=position,
+            type=JobEventType(kind),
+            job_id=job_id,
+            plugin_instance_id=instance,
+            payload=json.loads(payload),
+            sequence_id=sequence_id,
+            sequence_index=sequence_index,
+            timestamp=timestamp,
+        )
+
     def _change(self, job: Job) -> None:
-        kept = self._jobs[job.id]
-        request = kept.request
         if job.status.terminal:
             job = replace(job, args=(), kwargs={})
-            request = replace(request, args=(), kwargs={}, before_start=None, on_progress=None)
-        self._jobs[job.id] = replace(kept, job=job, request=request)
+            request = self._requests[job.id]
+            self._requests[job.id] = replace(request, args=(), kwargs={}, before_start=None, on_progress=None)
+        self._jobs[job.id] = job
+
+    def _forget(self, job_id: str) -> None:
+        if self._jobs.pop(job_id, None) is None:
+            return
+        del self._requests[job_id], self._origins[job_id]
+        count = self._event_counts.pop(job_id, 0)
+        for number in range(1, count + 1):
+            del self._events[job_id, number]
+        self._forgotten += count
+        if self._forgotten * 2 > len(self._timeline):
+            self._timeline = [place for place in self._timeline if place[1] in self._jobs]
+            self._forgotten = 0
 
 
 def matches(job: Job, wanted: JobFilter) -> bool:

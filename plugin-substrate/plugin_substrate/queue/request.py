@@ -57,7 +57,7 @@ class RetryPolicy:
         return max(told, longest * random.uniform(0.5, 1.0))  # noqa: S311 - spreads load, guards nothing
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class JobRequest:
     """One call for the queue, see `JobQueue.submit_request`.
 

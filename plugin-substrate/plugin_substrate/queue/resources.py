@@ -64,6 +64,9 @@ class Demand:
         return replace(self, per_worker={**self.per_worker, resource: amount})
 
 
+NO_DEMAND = Demand()
+
+
 def demand_of(needs: ResourceRequirements) -> Demand:
     """Return what a manifest states. A worker's memory and devices serve all of its calls; the rest is per call."""
     per_job = {CPU_SLOTS: needs.cpu_slots} if needs.cpu_slots else {}
@@ -73,7 +76,7 @@ def demand_of(needs: ResourceRequirements) -> Demand:
         per_worker[SYSTEM_MEMORY] = needs.min_system_ram_mb
     if needs.requires_gpu and needs.min_gpu_vram_mb:
         per_worker[GPU_MEMORY] = needs.min_gpu_vram_mb
-    return Demand(per_job=per_job, per_worker=per_worker)
+    return Demand(per_job=per_job, per_worker=per_worker) if per_job or per_worker else NO_DEMAND
 
 
 class Ledger:

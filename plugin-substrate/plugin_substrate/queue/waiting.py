@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 from plugin_substrate.errors import ResourceShortfall
 from plugin_substrate.queue.job import BlockReason
@@ -20,14 +21,9 @@ from plugin_substrate.queue.resources import Demand, Ledger
 LaneKey = tuple[str, str]  #: instance, and the tenant when it has a worker of its own
 Rank = tuple[float, int]  #: the lower goes first; the order of submission decides between equals
 
-
-@dataclass(order=True)
-class _Entry:
-    rank: Rank
-    job_id: str = field(compare=False)
-    lane: Lane = field(compare=False)
-    owner: str = field(compare=False)
-    waits: bool = field(default=True, compare=False)
+# Plain tuples of plain values, which the collector of garbage need not look into: a long queue is many of them.
+_Place = tuple[Rank, LaneKey, str]  # where a job waits; the last is its owner
+_Entry = tuple[Rank, str]  # of a heap; the last is the job, which may wait no longer, or elsewhere
 
 
 @dataclass(eq=False)
@@ -37,9 +33,11 @@ class Lane:
     key: LaneKey
     demand: Demand
     heaps: dict[str, list[_Entry]] = field(default_factory=dict)
+    void: int = 0  # how many entries in the heaps are of jobs that wait no longer, or elsewhere; never too few
     holding: set[str] = field(default_factory=set)
     short_since: float | None = None
     shortage: ResourceShortfall | None = None
+    reason: BlockReason | None = None  # what was said last; all that wait for the same share one object
 
 
 @dataclass
@@ -64,15 +62,15 @@ class WaitingJobs:
         self._patience = patience
         self._lanes: dict[LaneKey, Lane] = {}
         self._contended: dict[LaneKey, Lane] = {}  # those that take resources
-        self._entries: dict[str, _Entry] = {}
-        self._started: dict[str, _Entry] = {}
+        self._places: dict[str, _Place] = {}
+        self._started: dict[str, tuple[LaneKey, str]] = {}  # lane and owner
         self._shares: dict[str, _Share] = {}
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._places)
 
     def __contains__(self, job_id: str) -> bool:
-        return job_id in self._entries
+        return job_id in self._places
 
     def add(self, job_id: str, key: LaneKey, owner: str, rank: Rank, demand: Demand) -> None:
         """Have a job wait."""
@@ -80,24 +78,25 @@ class WaitingJobs:
         lane.demand = demand
         if demand:
             self._contended[key] = lane
-        self._push(_Entry(rank, job_id, lane, owner))
+        self._push(job_id, (rank, key, owner))
         self._share(owner).waiting += 1
 
     def remove(self, job_id: str) -> bool:
         """Have it wait no longer; False when it did not."""
-        entry = self._entries.pop(job_id, None)
-        if entry is None:
+        place = self._places.pop(job_id, None)
+        if place is None:
             return False
-        entry.waits = False
-        self._shares[entry.owner].waiting -= 1
-        self._clean(entry)
+        _, key, owner = place
+        self._shares[owner].waiting -= 1
+        self._void_entry(self._lanes[key])
+        self._clean(key, owner)
         return True
 
     def reorder(self, job_id: str, rank: Rank) -> None:
         """Give a waiting job another rank."""
-        old = self._entries[job_id]
-        old.waits = False
-        self._push(_Entry(rank, job_id, old.lane, old.owner))
+        _, key, owner = self._places[job_id]
+        self._push(job_id, (rank, key, owner))
+        self._void_entry(self._lanes[key])
 
     def start_next(self, key: LaneKey, now: float) -> Iterator[str]:
         """Yield the jobs that start now that something has changed in one lane; each holds its slot from here on."""
@@ -105,39 +104,51 @@ class WaitingJobs:
         if lane is None or lane.demand:  # what its last job held is for others now
             yield from self.start_any(now, contended=True)
             return
-        while (entry := self._head(lane)) is not None and len(lane.holding) < self._slots(key[0]):
-            yield self._begin(entry)
+        while (job_id := self._head(lane)) is not None and len(lane.holding) < self._slots(key[0]):
+            yield self._begin(job_id)
 
     def start_any(self, now: float, *, contended: bool = False) -> Iterator[str]:
         """Yield the jobs that start now, of all lanes or of those alone that take resources."""
         if not contended:
             for key in [key for key, lane in self._lanes.items() if not lane.demand]:
                 yield from self.start_next(key, now)
-        while (entry := self._first_that_fits(now)) is not None:
-            yield self._begin(entry)
+        while (job_id := self._first_that_fits(now)) is not None:
+            yield self._begin(job_id)
 
     def end(self, job_id: str, seconds: float) -> LaneKey:
         """Take slot and resources of a started job back; return its lane."""
-        entry = self._started.pop(job_id)
-        entry.lane.holding.discard(job_id)
+        key, owner = self._started.pop(job_id)
+        self._lanes[key].holding.discard(job_id)
         self.ledger.give_back(job_id)
-        share = self._shares[entry.owner]
+        share = self._shares[owner]
         share.running -= 1
         share.served += seconds
-        self._clean(entry)
-        return entry.lane.key
+        self._clean(key, owner)
+        return key
 
     def why(self, job_id: str) -> BlockReason:
         """Say what a waiting job waits for. Looks at every job of its worker."""
-        mine = self._entries[job_id]
-        lane = mine.lane
-        others = (entry for heap in lane.heaps.values() for entry in heap if entry.waits)
-        ahead = sum(1 for entry in others if self._goes_before(entry, mine))
-        return self.reason(job_id, ahead)
+        rank, key, owner = self._places[job_id]
+        lane, order = self._lanes[key], self._order(job_id)
+        ahead = 0
+        for other_owner, heap in lane.heaps.items():
+            others = {job_id for entry in heap if (job_id := self._waiting_as(entry))}
+            if other_owner == owner:
+                ahead += sum(1 for other in others if self._places[other][0] < rank)
+            else:  # between owners only who has had less is looked at
+                ahead += sum(1 for other in others if self._order(other) < order)
+        return self._reason(lane, ahead)
 
-    def reason(self, job_id: str, ahead: int = 0) -> BlockReason:
+    def reason(self, job_id: str) -> BlockReason:
         """Say what a waiting job waits for, in constant time."""
-        lane = self._entries[job_id].lane
+        _, key, _ = self._places[job_id]
+        lane = self._lanes[key]
+        reason = self._reason(lane, 0)
+        if reason != lane.reason:
+            lane.reason = reason
+        return lane.reason or reason
+
+    def _reason(self, lane: Lane, ahead: int) -> BlockReason:
         behind = f"; {ahead} jobs go first" if ahead else ""
         slots = self._slots(lane.key[0])
         holders = tuple(sorted(lane.holding))
@@ -169,33 +180,31 @@ class WaitingJobs:
     def heads(self) -> Iterator[str]:
         """Yield, of each lane that takes resources, the job that would start next."""
         for lane in self._contended.values():
-            if (entry := self._head(lane)) is not None:
-                yield entry.job_id
+            if (job_id := self._head(lane)) is not None:
+                yield job_id
 
     # -- who is next
 
-    def _first_that_fits(self, now: float) -> _Entry | None:
+    def _first_that_fits(self, now: float) -> str | None:
         """The best of the heads whose lane has a slot and whose resources are there and reserved for nobody else."""
         heads = [
-            entry
+            (not self._impatient(lane, now), self._order(job_id), job_id, lane)
             for lane in self._contended.values()
-            if len(lane.holding) < self._slots(lane.key[0]) and (entry := self._head(lane))
+            if len(lane.holding) < self._slots(lane.key[0]) and (job_id := self._head(lane)) is not None
         ]
-        reserved: dict[str, _Entry] = {}
+        reserved: set[str] = set()
         # Who has waited too long is asked first, so that what is reserved is reserved before it is given away.
-        heads.sort(key=lambda entry: (not self._impatient(entry.lane, now), self._order(entry)))
-        for entry in heads:
-            lane = entry.lane
+        for _, _, job_id, lane in sorted(heads, key=itemgetter(0, 1)):
             short = self.ledger.missing(lane.key, lane.demand)
             needs = self.ledger.needs(lane.key, lane.demand)
             taken = next((name for name in needs if name in reserved), None)
             if short is None and taken is None:
-                return entry
+                return job_id
             if short is not None:
                 lane.shortage = short
                 lane.short_since = now if lane.short_since is None else lane.short_since
                 if self._impatient(lane, now):
-                    reserved.setdefault(short.resource, entry)
+                    reserved.add(short.resource)
             elif taken is not None:
                 lane.shortage = ResourceShortfall(taken, needs[taken], 0.0)
         return None
@@ -203,44 +212,56 @@ class WaitingJobs:
     def _impatient(self, lane: Lane, now: float) -> bool:
         return lane.short_since is not None and now - lane.short_since >= self._patience
 
-    def _head(self, lane: Lane) -> _Entry | None:
+    def _head(self, lane: Lane) -> str | None:
         """The job of a lane that is next, without looking at slots and resources."""
         best = None
         for owner in list(lane.heaps):
             heap = lane.heaps[owner]
-            while heap and not heap[0].waits:
+            while heap and not self._waiting_as(heap[0]):
                 heapq.heappop(heap)
             if not heap:
                 del lane.heaps[owner]
-            elif best is None or self._order(heap[0]) < self._order(best):
-                best = heap[0]
+                continue
+            _, job_id = heap[0]
+            if best is None or self._order(job_id) < self._order(best):
+                best = job_id
         return best
 
-    def _order(self, entry: _Entry) -> tuple[int, float, Rank]:
-        share = self._shares[entry.owner]
-        return share.running, share.served, entry.rank
+    def _order(self, job_id: str) -> tuple[int, float, Rank]:
+        rank, _, owner = self._places[job_id]
+        share = self._shares[owner]
+        return share.running, share.served, rank
 
-    def _goes_before(self, one: _Entry, other: _Entry) -> bool:
-        """Whether one is before the other now; between owners only who has had less is looked at."""
-        return one.rank < other.rank if one.owner == other.owner else self._order(one) < self._order(other)
+    def _waiting_as(self, entry: _Entry) -> str:
+        """The job of an entry, nothing when it waits no longer, or elsewhere."""
+        rank, job_id = entry
+        place = self._places.get(job_id)
+        return job_id if place is not None and place[0] == rank else ""
 
-    def _begin(self, entry: _Entry) -> str:
-        lane = entry.lane
-        heapq.heappop(lane.heaps[entry.owner])
-        del self._entries[entry.job_id]
-        entry.waits = False
-        lane.holding.add(entry.job_id)
+    def _begin(self, job_id: str) -> str:
+        _, key, owner = self._places.pop(job_id)  # with which its entry in the heap is void
+        lane = self._lanes[key]
+        lane.holding.add(job_id)
         lane.short_since, lane.shortage = None, None
-        self.ledger.take(lane.key, entry.job_id, lane.demand)
-        share = self._shares[entry.owner]
+        self.ledger.take(key, job_id, lane.demand)
+        share = self._shares[owner]
         share.waiting -= 1
         share.running += 1
-        self._started[entry.job_id] = entry
-        return entry.job_id
+        self._started[job_id] = key, owner
+        return job_id
 
-    def _push(self, entry: _Entry) -> None:
-        self._entries[entry.job_id] = entry
-        heapq.heappush(entry.lane.heaps.setdefault(entry.owner, []), entry)
+    def _push(self, job_id: str, place: _Place) -> None:
+        rank, key, owner = self._places[job_id] = place
+        heapq.heappush(self._lanes[key].heaps.setdefault(owner, []), (rank, job_id))
+
+    def _void_entry(self, lane: Lane) -> None:
+        """Note that an entry is void, and do away with them when they are the half: they may never come to the top."""
+        lane.void += 1
+        if lane.void * 2 > sum(map(len, lane.heaps.values())):
+            for heap in lane.heaps.values():
+                heap[:] = {entry for entry in heap if self._waiting_as(entry)}
+                heapq.heapify(heap)
+            lane.void = 0
 
     def _share(self, owner: str) -> _Share:
         """An owner's share; a new one is not given what it did not ask for while it was away."""
@@ -250,12 +271,12 @@ class WaitingJobs:
             share = self._shares[owner] = _Share(served=least)
         return share
 
-    def _clean(self, entry: _Entry) -> None:
+    def _clean(self, key: LaneKey, owner: str) -> None:
         """Forget a lane and an owner that have no jobs any more."""
-        share = self._shares[entry.owner]
+        share = self._shares[owner]
         if not share.waiting and not share.running:
-            del self._shares[entry.owner]
-        lane = entry.lane
-        if not lane.holding and self._lanes.get(lane.key) is lane and self._head(lane) is None:
-            del self._lanes[lane.key]
-            self._contended.pop(lane.key, None)
+            del self._shares[owner]
+        lane = self._lanes[key]
+        if not lane.holding and self._head(lane) is None:
+            del self._lanes[key]
+            self._contended.pop(key, None)

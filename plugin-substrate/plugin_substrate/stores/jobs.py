@@ -13,6 +13,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -269,7 +270,7 @@ class LocalJobStore:
 
     def _with_events(self, row: tuple[Any, ...], numbers: dict[str, int]) -> KeptJob:
         kept = rows.kept_job(row, self._results)
-        return KeptJob(**{**vars(kept), "events": numbers.get(kept.job.id, 0)})
+        return replace(kept, events=numbers.get(kept.job.id, 0))
 
     # -- the file
 
