@@ -27,6 +27,7 @@ _MOST_FIELDS = 50
 
 _TITLES = {
     "authorization/forbidden": "The caller may not do this",
+    "dependency/policy_missing": "The policy in force cannot be loaded here",
     "dependency/storage_unavailable": "The database did not answer in time",
     "http/error": "The request could not be served",
     "http/method_not_allowed": "Nothing is served this way at this address",
@@ -81,7 +82,7 @@ _MEANINGS = {
     413: "The body is larger than this API takes.",
     415: "The body has another media type than JSON, or a content coding.",
     422: "The request does not have the documented shape; `detail` names the field.",
-    503: "The database or the audit log did not answer in time; try again.",
+    503: "The database, the audit log or the policy is not to be had now; try again.",
 }
 
 
@@ -157,6 +158,17 @@ def install(app: FastAPI) -> None:
         code = _CONFLICT_CODES.get(error.reason, "validation/impossible_transition")
         detail = f"{error}; {_REMEDIES.get(error.reason, 'read the present state and decide anew')}"
         return problem(409, code, detail, reason=error.reason)
+
+    @app.exception_handler(engine.PolicyMissing)
+    async def undecided(_: Request, error: engine.PolicyMissing) -> ProblemResponse:
+        logger.warning("a request was refused: %s", error)
+        return problem(
+            503,
+            "dependency/policy_missing",
+            f"{error}; send the same request again, or have a policy activated that this release can load",
+            headers={"Retry-After": "5"},
+            retry_after_ms=5000,
+        )
 
     @app.exception_handler(engine.StorageUnavailable)
     async def unavailable(_: Request, error: engine.StorageUnavailable) -> ProblemResponse:

@@ -1,57 +1,59 @@
-"""What fails around a decision is a denial or a typed refusal with its documented reason, whichever face asks."""
+"""What fails around an operation is a denial or a typed refusal with its documented reason, whichever door is used.
+
+The table stands in `docs/reasons.md` and is walked here through both faces and the terminal; the backend's
+`test_faults_over_http.py` walks it over HTTP.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+import io
+import json
+import re
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from hashlib import sha256
+from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
+from plm_engine_core.cli import build_app
+from plm_engine_core.cli.storage import DELIVERY_GROUP
 from plm_engine_core.control_plane import ControlPlane, Denied, Outcome, SyncControlPlane
+from plm_engine_core.control_plane.admission.admit import decided
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, EvaluatorResult
+from plm_engine_core.control_plane.admission.prepare import prepare
 from plm_engine_core.control_plane.errors import ControlPlaneError
+from plm_engine_core.control_plane.policy import PolicySnapshot, Verdict
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.vocabulary import HaltScope, OutcomeStatus, TicketDecision
+from plm_engine_core.testing.fault_table import CANNOT_BE, GOES_ON, Fault, due, read_fault_table
 from pydantic import BaseModel
 
-ADMIT, BEGIN, SETTLE, DECIDE, HALT, LIFT, VERIFY = "admit", "begin", "settle", "decide", "halt", "lift", "verify"
-UNHARMED = "unharmed"
-BUSY = "storage_unavailable"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reasons.md"
+# In the order in which one scene is used up: what changes more comes later.
+OPERATIONS = ("verify", "prepare", "decide", "begin", "settle", "decide a ticket", "admit", "lift", "halt")
+COMMANDS = ("verify", "decide a ticket", "lift", "halt")
+NOWHERE = "postgresql://plm_app@127.0.0.1:1/nothing?connect_timeout=1"
+EXPIRIES = (("run_states", "lease_expires_at"), ("grants", "expires_at"), ("approval_tickets", "deadline"))
 
-# By fault, what each operation answers: a reason, the code of an error, or that the fault does not concern it.
-TABLE = {
-    "storage gone": {
-        ADMIT: "storage_busy",
-        BEGIN: BUSY,
-        SETTLE: BUSY,
-        DECIDE: BUSY,
-        HALT: BUSY,
-        LIFT: BUSY,
-        VERIFY: BUSY,
-    },
-    "storage slow": {ADMIT: "storage_busy", BEGIN: BUSY, SETTLE: BUSY, DECIDE: BUSY, HALT: BUSY, LIFT: BUSY},
-    "policy missing": {
-        ADMIT: "policy_missing",
-        BEGIN: UNHARMED,
-        SETTLE: UNHARMED,
-        DECIDE: BUSY,
-        HALT: UNHARMED,
-        LIFT: UNHARMED,
-        VERIFY: UNHARMED,
-    },
-    "clock jumps an hour": {
-        ADMIT: "fencing_lost",
-        BEGIN: "fencing_lost",
-        SETTLE: UNHARMED,  # what happened is recorded as long as nobody took the run over
-        DECIDE: "approval_expired",
-        HALT: UNHARMED,
-        LIFT: UNHARMED,
-        VERIFY: UNHARMED,
-    },
-}
-CASES = [(fault, operation, face) for fault, row in TABLE.items() for operation in row for face in ("async", "sync")]
+
+TABLE = read_fault_table(PAGE.read_text(encoding="utf-8"))
+
+
+def test_the_table_crosses_every_operation_with_every_fault_and_says_why_a_cell_cannot_be() -> None:
+    assert set(TABLE) == set(Fault)
+    for row in TABLE.values():
+        assert set(row) == set(OPERATIONS)
+        for said in row.values():
+            assert said == GOES_ON or re.fullmatch(rf"{CANNOT_BE}\w.+|[a-z_]+", said)
 
 
 class Configuration(BaseModel):
@@ -77,6 +79,16 @@ def broken() -> EvaluatorResult:
     raise RuntimeError("a defect")
 
 
+ODD = {"raises": broken, "hangs": lambda: asyncio.sleep(600), "answers nonsense": lambda: "yes"}
+
+
+class Nobody:
+    """A delivery that nobody waits for."""
+
+    async def enqueue(self, connection: Any, tenant_id: Any, run_id: Any) -> None:
+        """Deliver nothing."""
+
+
 @dataclass(kw_only=True)
 class Scene:
     """One of everything that the operations need, made while all was well."""
@@ -87,15 +99,21 @@ class Scene:
     settles: tuple[Any, Any]
     pending: Any
     standing: Any
+    facts: Any
 
     def work(self, operation: str) -> Callable[[ControlPlane], Awaitable[Any]]:
         bench, tenant, by = self.bench, self.bench.tenant, self.bench.approver
         begins, settles = self.begins, self.settles
+        proposal = bench.proposal(self.lease)
         capability = bench.control_plane.capability("thing.read")
         return {
-            ADMIT: lambda plane: plane.admit(bench.proposal(self.lease)),
-            BEGIN: lambda plane: plane.begin(begins[0], fencing_token=begins[1].fencing_token, actor="test"),
-            SETTLE: lambda plane: plane.settle(
+            "prepare": lambda plane: prepare(
+                proposal, policy=plane.policy, registry=plane.registry, storage=plane.storage.admission
+            ),
+            "decide": lambda plane: decided(proposal, plane.policy, self.facts, plane.in_force.now.evaluators),
+            "admit": lambda plane: plane.admit(proposal),
+            "begin": lambda plane: plane.begin(begins[0], fencing_token=begins[1].fencing_token, actor="test"),
+            "settle": lambda plane: plane.settle(
                 settles[0],
                 Outcome(status=OutcomeStatus.SUCCEEDED),
                 capability=capability,
@@ -103,33 +121,33 @@ class Scene:
                 trace_id=settles[1].run.trace_id,
                 actor="test",
             ),
-            DECIDE: lambda plane: plane.decide(tenant, self.pending.ticket_id, TicketDecision.APPROVE, approver=by),
-            HALT: lambda plane: plane.halt(tenant, HaltScope.TENANT, reason="stop", by=by),
-            LIFT: lambda plane: plane.lift(tenant, self.standing.id, by=by),
-            VERIFY: lambda plane: plane.verify_events(tenant),
+            "decide a ticket": lambda plane: plane.decide(
+                tenant, self.pending.ticket_id, TicketDecision.APPROVE, approver=by
+            ),
+            "halt": lambda plane: plane.halt(tenant, HaltScope.TENANT, reason="stop", by=by),
+            "lift": lambda plane: plane.lift(tenant, self.standing.id, by=by),
+            "verify": lambda plane: plane.verify_events(tenant),
+        }[operation]
+
+    def command(self, operation: str) -> tuple[Any, ...]:
+        return {
+            "decide a ticket": ("approvals", "approve", self.pending.ticket_id),
+            "halt": ("halt", "trigger", "tenant", "--reason", "stop"),
+            "lift": ("halt", "lift", self.standing.id),
+            "verify": ("events", "verify", "--tenant-id", self.bench.tenant),
         }[operation]
 
 
-async def said(work: Callable[[ControlPlane], Awaitable[Any]], plane: ControlPlane, face: str) -> str:
-    """How an operation ended, through one face."""
-
-    def synchronously() -> Any:
-        with SyncControlPlane(plane) as sync:
-            return sync.call(work)
-
-    try:
-        answer = await work(plane) if face == "async" else await asyncio.to_thread(synchronously)
-    except ControlPlaneError as error:
-        return str(getattr(error, "reason", error.code))
-    return answer.reason.value if isinstance(answer, Denied) else UNHARMED
-
-
 @pytest.fixture
-async def scene(bench):
+async def scene(bench: Any) -> Scene:
     leases = [await bench.lease() for _ in range(3)]
     elsewhere = await bench.run(agent={"name": "another"})
     standing = await bench.halt_over(HaltScope.RUN, elsewhere)
     _, pending = await bench.ask()
+    plane = bench.control_plane
+    facts, _ = await prepare(
+        bench.proposal(leases[0]), policy=plane.policy, registry=plane.registry, storage=bench.storage.admission
+    )
     return Scene(
         bench=bench,
         lease=leases[0],
@@ -137,86 +155,164 @@ async def scene(bench):
         settles=(await bench.begun(leases[2]), leases[2]),
         pending=pending,
         standing=standing,
+        facts=replace(facts, principal_until=datetime.now(UTC) + timedelta(minutes=30)),
     )
 
 
-async def plane_under(bench: Any, fault: str, face: str) -> ControlPlane:
-    """The control plane that meets a fault; the synchronous face has an event loop, and so a pool, of its own."""
-    pool = open_pool(bench.database.app, max_size=4, timeout=1.0)
-    plane = ControlPlane(
-        policy=bench.control_plane.policy,
-        registry=bench.control_plane.registry,
-        storage=PostgresStorage(pool, Nobody()),
-    )
-    if fault == "policy missing":
-        plane.in_force.withdraw("the activated policy cannot be read")
-    elif fault == "clock jumps an hour":
-        for table, column in (
-            ("run_states", "lease_expires_at"),
-            ("grants", "expires_at"),
-            ("approval_tickets", "deadline"),
-        ):
-            bench.behind.set_time(table, column, -1, {})
-    return plane
+@contextmanager
+def suffering(scene: Scene, fault: Fault) -> Iterator[None]:
+    """The fault, as far as it is one of the database."""
+    bench = scene.bench
+    with ExitStack() as stack:
+        if fault == Fault.STORAGE_SLOW:
+            holder = stack.enter_context(psycopg.connect(bench.database.admin))
+            holder.execute("LOCK TABLE events, run_states, rate_buckets IN ACCESS EXCLUSIVE MODE")
+        elif fault in (Fault.CLOCK_AHEAD, Fault.CLOCK_BACK):
+            sign = "-" if fault == Fault.CLOCK_AHEAD else "+"
+            for table, column in EXPIRIES:
+                bench.sql(f"UPDATE {table} SET {column} = {column} {sign} interval '1 hour'")  # noqa: S608  # as above
+            jump = timedelta(hours=1 if fault == Fault.CLOCK_AHEAD else -1)
+            scene.facts = replace(scene.facts, at=scene.facts.at + jump)
+        yield
 
 
-class Nobody:
-    """A delivery that nobody waits for."""
+@asynccontextmanager
+async def plane_under(bench: Any, fault: Fault, behaviour: Callable[[], Any]) -> AsyncIterator[ControlPlane]:
+    """The control plane that meets a fault, with connections of its own."""
+    policy = bench.control_plane.policy
+    if fault == Fault.EVALUATOR:
+        gate = {"name": "odd", "kind": "odd", "timeout_ms": 50}
+        policy = PolicySnapshot.model_validate({**policy.model_dump(mode="json"), "evaluators": [gate]})
+    address, patience = (NOWHERE, 0.5) if fault == Fault.STORAGE_GONE else (bench.database.app, 10.0)
+    async with open_pool(address, max_size=12, timeout=patience) as pool:
+        plane = ControlPlane(
+            policy=policy,
+            registry=bench.control_plane.registry,
+            storage=PostgresStorage(pool, Nobody()),
+            evaluators=EvaluatorRegistry([evaluator(behaviour)]),
+        )
+        if fault == Fault.NO_POLICY:
+            plane.in_force.withdraw("the activated policy cannot be read")
+        yield plane
 
-    async def enqueue(self, connection: Any, tenant_id: Any, run_id: Any) -> None:
-        """Deliver nothing."""
+
+async def said(asked: Awaitable[Any]) -> str:
+    """How an operation ended."""
+    try:
+        return ending(await asked)
+    except ControlPlaneError as error:
+        return ending(error)
 
 
-@pytest.mark.parametrize(("fault", "operation", "face"), [case for case in CASES if case[0] != "storage slow"])
-async def test_an_operation_under_a_fault_is_refused_as_the_table_says(scene, fault, operation, face):
-    plane = await plane_under(scene.bench, fault, face)
-    pool = plane.storage.runs._gateway._pool
-
-    async def opened(core: ControlPlane) -> Any:
-        if fault == "storage gone":
-            return await scene.work(operation)(core)  # a pool that was never opened has no connection to give
-        async with pool:
-            return await scene.work(operation)(core)
-
-    assert await said(opened, plane, face) == TABLE[fault][operation]
+def ending(answer: Any) -> str:
+    if isinstance(answer, ControlPlaneError):
+        return str(getattr(answer, "reason", answer.code))
+    if isinstance(answer, Denied):
+        return answer.reason.value
+    decision = answer[0] if isinstance(answer, tuple) else None
+    return decision.reason.value if getattr(decision, "outcome", None) is Verdict.DENY else GOES_ON
 
 
-async def test_behind_locks_that_nobody_gives_back_each_is_refused_in_bounded_time(scene):
-    """All at once: each waits for its own lock, as long as the functions allow."""
-    bench, row = scene.bench, TABLE["storage slow"]
-    with psycopg.connect(bench.database.admin) as holder:
-        holder.execute("SELECT 1 FROM run_states FOR UPDATE")
-        holder.execute("SELECT pg_advisory_xact_lock_shared(hashtextextended(%s, 0))", [f"halt/tenant/{bench.tenant}"])
-        answers = await asyncio.gather(*(said(scene.work(each), bench.control_plane, "async") for each in row))
-    assert dict(zip(row, answers, strict=True)) == row
+async def each(names: tuple[str, ...], ask: Callable[[str], Awaitable[str]], *, at_once: bool) -> dict[str, str]:
+    if at_once:  # nothing is changed, and each waits
+        return dict(zip(names, await asyncio.gather(*map(ask, names)), strict=True))
+    return {name: await ask(name) for name in names}
+
+
+def through_the_sync_face(opened: Any, scene: Scene, names: tuple[str, ...], *, at_once: bool) -> dict[str, str]:
+    def ask(name: str) -> str:
+        try:
+            return ending(sync.call(scene.work(name)))
+        except ControlPlaneError as error:
+            return ending(error)
+
+    with SyncControlPlane(opened) as sync, ThreadPoolExecutor(len(names) if at_once else 1) as threads:
+        return dict(zip(names, threads.map(ask, names), strict=True))
 
 
 @pytest.mark.parametrize("face", ["async", "sync"])
 @pytest.mark.parametrize(
-    ("behaviour", "reason"),
-    [
-        (broken, "evaluator_failed"),
-        (lambda: asyncio.sleep(600), "evaluator_failed"),
-        (lambda: "yes", "evaluator_failed"),
-        (lambda: EvaluatorResult(allow=False, reason="no"), "evaluator_denied"),
-    ],
-    ids=["raises", "hangs", "answers nonsense", "denies"],
+    ("fault", "behaviour"),
+    [*((Fault.EVALUATOR, name) for name in ODD), *((fault, "raises") for fault in TABLE if fault != Fault.EVALUATOR)],
 )
-async def test_an_evaluator_that_fails_denies_a_proposal_and_concerns_nothing_else(bench, behaviour, reason, face):
-    gate = {"name": "odd", "kind": "odd", "timeout_ms": 50}
-    policy = bench.with_policy().control_plane.policy.model_copy()
-    policy = type(policy).model_validate({**policy.model_dump(mode="json"), "evaluators": [gate]})
-    pool = open_pool(bench.database.app, max_size=4)
-    plane = ControlPlane(
-        policy=policy,
-        registry=bench.control_plane.registry,
-        storage=PostgresStorage(pool, Nobody()),
-        evaluators=EvaluatorRegistry([evaluator(behaviour)]),
+async def test_under_a_fault_either_face_answers_as_the_table_says(
+    scene: Scene, fault: Fault, behaviour: str, face: str
+) -> None:
+    answers_due = due(TABLE, fault, OPERATIONS)
+    names = tuple(answers_due)
+    opened = plane_under(scene.bench, fault, ODD[behaviour])
+    at_once = fault in (Fault.STORAGE_GONE, Fault.STORAGE_SLOW)
+    with suffering(scene, fault):
+        if face == "async":
+            async with opened as plane:
+                answers = await each(names, lambda name: said(scene.work(name)(plane)), at_once=at_once)
+        else:
+            answers = await asyncio.to_thread(through_the_sync_face, opened, scene, names, at_once=at_once)
+    assert answers == answers_due
+
+
+@pytest.mark.parametrize("fault", [fault for fault in TABLE if fault != Fault.EVALUATOR])
+async def test_under_a_fault_the_terminal_answers_as_the_table_says(
+    scene: Scene, terminal: Any, monkeypatch: pytest.MonkeyPatch, fault: Fault
+) -> None:
+    answers_due = due(TABLE, fault, COMMANDS)
+    settings = {}
+    if fault == Fault.STORAGE_GONE:
+        answers_due |= {name: "AUDIT_UNAVAILABLE" for name in COMMANDS if name != "verify"}
+        settings = {"PG_DSN": NOWHERE}
+    elif fault == Fault.NO_POLICY:
+        activate_what_nobody_can_read(scene.bench)
+
+    for name, value in {**terminal.environment, "PLM_TOKEN": terminal.token(), **settings}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", EachItsOwn())
+
+    for entry in entry_points(group=DELIVERY_GROUP):
+        entry.load()  # once, before the threads: side by side they might see half of it
+    app = build_app()
+
+    async def ask(name: str) -> str:
+        return await asyncio.to_thread(typed, app, *scene.command(name), "--json")
+
+    with suffering(scene, fault):
+        answers = await each(tuple(answers_due), ask, at_once=fault in (Fault.STORAGE_GONE, Fault.STORAGE_SLOW))
+    assert answers == answers_due
+
+
+PRINTED: ContextVar[io.StringIO] = ContextVar("PRINTED")
+
+
+class EachItsOwn(io.TextIOBase):
+    """Standard output of commands that run side by side in threads."""
+
+    def write(self, text: str) -> int:
+        return PRINTED.get().write(text)
+
+
+def typed(app: Any, *command: Any) -> str:
+    """How a command ended; its output is this thread's own."""
+    printed = io.StringIO()
+    PRINTED.set(printed)
+    status = app([*map(str, command)], standalone_mode=False)
+    return GOES_ON if not status else str(json.loads(printed.getvalue())["reason"])
+
+
+def activate_what_nobody_can_read(bench: Any) -> None:
+    content = '{"of": "a later release"}'
+    digest = sha256(content.encode()).hexdigest()
+    bench.sql("INSERT INTO policy_versions (digest, version, content) VALUES (%s, '9', %s)", digest, content)
+    bench.sql(
+        "INSERT INTO policy_activations (number, role, digest, reason, activated_by) "
+        "VALUES (1, 'active', %s, 'x', gen_random_uuid())",
+        digest,
     )
-    lease = await bench.lease()
 
-    async def admit(core: ControlPlane) -> Any:
-        async with pool:
-            return await core.admit(bench.proposal(lease))
 
-    assert await said(admit, plane, face) == reason
+async def test_what_an_evaluator_failed_to_say_stands_in_the_record_as_it_was_answered(
+    scene: Scene, terminal: Any
+) -> None:
+    async with plane_under(scene.bench, Fault.EVALUATOR, broken) as plane:
+        assert await said(scene.work("admit")(plane)) == TABLE[Fault.EVALUATOR]["admit"]
+    asked = f"{scene.lease.run.id}/0"
+    told = await terminal.json("why", asked, "--tenant-id", scene.bench.tenant)
+    assert told["reason"] == TABLE[Fault.EVALUATOR]["admit"]

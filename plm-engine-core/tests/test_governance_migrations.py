@@ -14,10 +14,7 @@ from plm_shared.schema_lint import lint
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = (
-    *("0013", "0014", "0015", "0016", "0017", "0018", "0019", "0020", "0021", "0022", "0023", "0024", "0025"),
-    *("0026", "0027"),
-)
+REVISIONS = tuple(f"{number:04}" for number in range(13, 29))
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plugin_substrate.passes import PassLimits, ProtectedPaths
+from plugin_substrate.passes import PassLimits, ProtectedPaths, carry_over
 from plugin_substrate.passes import applying as applying_module
 from plugin_substrate.passes.applying import apply
 from plugin_substrate.passes.changes import compare
@@ -117,7 +117,8 @@ def test_a_failure_at_any_step_leaves_the_folder_as_it_was(
         two = Two(folder, first, changes, removed)
         before = facts(two.original, exactly=True)
         broken = _DiskThatFills(step)
-        patch.setattr(applying_module, "os", broken)
+        for module in (applying_module, carry_over):
+            patch.setattr(module, "os", broken)
         try:
             two.carry_over()
         except OSError:

@@ -11,17 +11,16 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, TypeVar
 from uuid import UUID
 
 import typer
 
 from plm_engine_core.cli.exits import ExitCode, fail
-from plm_engine_core.cli.output import show
 from plm_engine_core.cli.storage import Books, with_books
 from plm_engine_core.cli.tokens import bare, configured_provider
 from plm_engine_core.control_plane.admission.proposal import Principal
-from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden, InvalidRequest
+from plm_engine_core.control_plane.errors import InvalidRequest, PolicyMissing
 from plm_engine_core.control_plane.identity import (
     IdentityContext,
     IdentityProvider,
@@ -49,20 +48,14 @@ class Caller:
 
 
 def as_caller(work: Callable[[Books, Caller], Awaitable[Answer]], *, as_json: bool) -> Answer:
-    """Run `work` as the bearer of the token; a refusal ends the command with its sentence and its reason.
-
-    With `as_json` the refusal is also one object on stdout: `refused`, `reason` and `message`, as the API names them.
-    """
+    """Run `work` as the bearer of the token; a refusal ends the command as `with_books` does."""
     provider = configured_provider()
     identity = _identity(provider)
 
-    async def acting(books: Books) -> Answer | ControlPlaneError:
+    async def acting(books: Books) -> Answer:
         await books.audit.write(bind_record(identity, provider=provider.name))
         with identity_bound(identity):
-            try:
-                return await work(books, caller)
-            except ControlPlaneError as error:
-                return error
+            return await work(books, caller)
 
     caller = Caller(
         tenant_id=identity.tenant_id,
@@ -70,19 +63,7 @@ def as_caller(work: Callable[[Books, Caller], Awaitable[Answer]], *, as_json: bo
             user_id=identity.user_id, actor_kind=str(identity.actor_kind), scopes=frozenset(identity.scopes)
         ),
     )
-    answer = with_books(acting)
-    if isinstance(answer, ControlPlaneError):
-        refused(answer, as_json=as_json)
-    return answer
-
-
-def refused(error: ControlPlaneError, *, as_json: bool) -> NoReturn:
-    """End the command with what the control plane said."""
-    reason = getattr(error, "reason", error.code)
-    if as_json:
-        more = {"missing_scopes": list(error.missing_scopes)} if isinstance(error, Forbidden) else {}
-        show({"refused": error.code, "reason": reason, "message": str(error), **more}, "", as_json=True)
-    fail(ExitCode.FAILED, f"{error} [{reason}]")
+    return with_books(acting, as_json=as_json)
 
 
 def policy_of(path: Path) -> PolicySnapshot:
@@ -97,12 +78,18 @@ async def policy_in_force(books: Books, file: PolicySnapshot) -> PolicySnapshot:
     """The activated policy, or while none was activated that of the file.
 
     Raises:
-        InvalidRequest: the activated one cannot be read by this release.
+        PolicyMissing: the activated one cannot be read by this release.
     """
     active = (await books.storage.policies.standing()).digests[0]
     if active is None:
         return file
-    return read_policy(await books.storage.policies.content(active), source=f"policy {active[:12]}")
+    try:
+        policy = read_policy(await books.storage.policies.content(active), source=f"policy {active[:12]}")
+    except InvalidRequest as error:
+        raise PolicyMissing(f"the activated policy cannot be read: {error}") from error
+    if policy.digest != active:
+        raise PolicyMissing(f"policy {active[:12]} reads as policy {policy.digest[:12]} in this release")
+    return policy
 
 
 def _identity(provider: IdentityProvider) -> IdentityContext:

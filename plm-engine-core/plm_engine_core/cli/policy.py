@@ -212,7 +212,7 @@ def replay(
     with _refusals():
         report = Replay(policy=load_policy(policy))
     since = datetime.now(UTC) - timedelta(days=days)
-    with_books(lambda books: _replay(books, report, tenant_id, since))
+    with_books(lambda books: _replay(books, report, tenant_id, since), as_json=as_json)
     show({"tenant_id": tenant_id, **report.to_json()}, _reported(report), as_json=as_json)
 
 

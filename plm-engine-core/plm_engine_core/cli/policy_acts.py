@@ -58,7 +58,7 @@ def active(as_json: AsJson = False) -> None:
 
     Status 0: said; 1: the database refused; 3: no address.
     """
-    standing = with_books(lambda books: books.storage.policies.standing())
+    standing = with_books(lambda books: books.storage.policies.standing(), as_json=as_json)
     answer = {"active": _or_none(standing.active), "shadow": _or_none(standing.shadow)}
     lines = [
         _line("active", standing.active, "none was activated: each process decides by its policy file"),
@@ -98,7 +98,8 @@ def report(
 
     Status 0: said; 1: there is no shadow, or the database refused; 2: wrong arguments; 3: no address.
     """
-    made = with_books(lambda books: _report(books, tenant_id, digest, datetime.now(UTC) - timedelta(days=days)))
+    since = datetime.now(UTC) - timedelta(days=days)
+    made = with_books(lambda books: _report(books, tenant_id, digest, since), as_json=as_json)
     lines = [f"{made.compared} proposals seen by {made.digest}, {made.changed} decided otherwise"]
     lines += [f"  {count} x {before} -> {after}" for (before, after), count in sorted(made.outcomes.items())]
     lines += [

@@ -40,7 +40,9 @@ def reconcile(
     if output is not None and not happened:
         fail(ExitCode.USAGE, "--output goes with --happened")
     document = _read(output) if output is not None else None
-    run = with_books(lambda books: _reconcile(books, tenant_id, run_id, happened=happened, output=document))
+    run = with_books(
+        lambda books: _reconcile(books, tenant_id, run_id, happened=happened, output=document), as_json=as_json
+    )
     show({"run_id": run.id, "state": run.state.value}, f"run {run.id} is {run.state.value}", as_json=as_json)
 
 

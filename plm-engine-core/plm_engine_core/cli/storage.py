@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from uuid import UUID
 
 import psycopg
@@ -17,7 +17,8 @@ from psycopg.conninfo import conninfo_to_dict
 
 from plm_engine_core.cli.db import driver_words
 from plm_engine_core.cli.exits import ExitCode, fail
-from plm_engine_core.control_plane.errors import ControlPlaneError
+from plm_engine_core.cli.output import show
+from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden
 from plm_engine_core.control_plane.identity import AuditError, PostgresAuditSink
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
@@ -45,12 +46,23 @@ class Books:
     signals: PostgresSignals
 
 
-def with_books(work: Callable[[Books], Awaitable[Answer]]) -> Answer:
-    """Run `work` on the database of PG_DSN; its refusals end the command with one sentence."""
+def with_books(work: Callable[[Books], Awaitable[Answer]], *, as_json: bool = False) -> Answer:
+    """Run `work` on the database of PG_DSN; a refusal ends the command with its sentence and its reason.
+
+    With `as_json` the refusal is also one object on stdout: `refused`, `reason` and `message`, as the API names them.
+    """
     try:
         return asyncio.run(_run(work))
     except (ControlPlaneError, AuditError) as error:
-        fail(ExitCode.FAILED, str(error))
+        _refused(error, as_json=as_json)
+
+
+def _refused(error: ControlPlaneError | AuditError, *, as_json: bool) -> NoReturn:
+    reason = getattr(error, "reason", error.code)
+    if as_json:
+        more = {"missing_scopes": list(error.missing_scopes)} if isinstance(error, Forbidden) else {}
+        show({"refused": error.code, "reason": reason, "message": str(error), **more}, "", as_json=True)
+    fail(ExitCode.FAILED, f"{error} [{reason}]")
 
 
 async def _run(work: Callable[[Books], Awaitable[Answer]]) -> Answer:

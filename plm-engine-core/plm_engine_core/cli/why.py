@@ -28,7 +28,7 @@ def why_command(
     Everything comes from the records; nothing is changed. Status 0: said; 1: no such thing in this tenant, or the
     database refused; 2: wrong arguments; 3: no address.
     """
-    answer = with_books(lambda books: why(books.storage, tenant_id, asked))
+    answer = with_books(lambda books: why(books.storage, tenant_id, asked), as_json=as_json)
     show(answer.to_json(), "\n".join(_lines(answer)), as_json=as_json)
 
 

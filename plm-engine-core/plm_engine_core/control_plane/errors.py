@@ -8,6 +8,7 @@
     │   └── IdempotencyConflict   the same key was used for other content
     ├── FencingLost           another run worker took the run over: drop everything
     └── StorageUnavailable    send the same again: whatever was booked already is not booked twice
+        └── PolicyMissing         nothing can be decided here; another process may
 
 A refused *proposal* is not an error: it is an answer of admission with a reason.
 """
@@ -82,3 +83,9 @@ class StorageUnavailable(ControlPlaneError):
     """The database was too busy, or could not be reached; a lost reply leaves open whether anything was changed."""
 
     code = "storage_unavailable"
+
+
+class PolicyMissing(StorageUnavailable):
+    """The policy that is in force cannot be loaded by this process, and nothing is decided without one."""
+
+    code = "policy_missing"

@@ -16,7 +16,7 @@ from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
-from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, StorageUnavailable
+from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, PolicyMissing
 from plm_engine_core.control_plane.events import Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, KillSwitch
@@ -118,7 +118,7 @@ class ControlPlane:
         """The policy that decides now.
 
         Raises:
-            StorageUnavailable: the activated one cannot be loaded by this process.
+            PolicyMissing: the activated one cannot be loaded by this process.
         """
         return self.in_force.now.policy
 
@@ -127,7 +127,7 @@ class ControlPlane:
         """The gate through which humans decide, by the policy that decides now.
 
         Raises:
-            StorageUnavailable: as for `policy`.
+            PolicyMissing: as for `policy`.
         """
         return ApprovalGate(store=self.storage.approvals, policy=self.policy)
 
@@ -260,7 +260,7 @@ class ControlPlane:
         """Decide one proposal and book the answer; see `admission.admit`."""
         try:
             deciding = self.in_force.now
-        except StorageUnavailable as error:
+        except PolicyMissing as error:
             return Denied(
                 reason=Reason.POLICY_MISSING,
                 message=str(error),

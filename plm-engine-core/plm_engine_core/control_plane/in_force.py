@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from plm_engine_core.control_plane.activation import Roles
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, ParallelPolicyEvaluator
-from plm_engine_core.control_plane.errors import ControlPlaneError, InvalidRequest, StorageUnavailable
+from plm_engine_core.control_plane.errors import ControlPlaneError, InvalidRequest, PolicyMissing, StorageUnavailable
 from plm_engine_core.control_plane.policy import PolicySnapshot, read_policy
 from plm_engine_core.control_plane.storage.ports import PolicyStore
 
@@ -43,10 +43,10 @@ class PolicyInForce:
         """What to decide with.
 
         Raises:
-            StorageUnavailable: the activated policy cannot be loaded by this process; another one may.
+            PolicyMissing: the activated policy cannot be loaded by this process; another one may.
         """
         if isinstance(self._now, str):
-            raise StorageUnavailable(self._now)
+            raise PolicyMissing(self._now)
         return self._now
 
     def install(self, policy: PolicySnapshot, *, shadow: PolicySnapshot | None = None) -> None:

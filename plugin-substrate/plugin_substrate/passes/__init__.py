@@ -2,6 +2,7 @@
 
 from plugin_substrate.errors import PluginError
 from plugin_substrate.file_plugin import FileChange, FilePlugin, PluginContext, PluginInputRequired
+from plugin_substrate.passes.carry_over import CarryOverError, recover
 from plugin_substrate.passes.host import PluginHost
 from plugin_substrate.passes.records import (
     InputDeclined,
@@ -16,6 +17,7 @@ from plugin_substrate.passes.records import (
 from plugin_substrate.passes.registry import PluginRegistry, RegistryReport
 
 __all__ = [
+    "CarryOverError",
     "FileChange",
     "FilePlugin",
     "InputDeclined",
@@ -32,4 +34,5 @@ __all__ = [
     "PluginStatus",
     "ProtectedPaths",
     "RegistryReport",
+    "recover",
 ]

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from plugin_substrate.passes.changes import Changes, shown
+from plugin_substrate.passes.carry_over import Step, TreeChangedError, begin, mark, ready
+from plugin_substrate.passes.changes import Changes
 from plugin_substrate.passes.staging import copy_file
-from plugin_substrate.passes.tree import CREATE, READ, Entry, Kind, look, open_below
+from plugin_substrate.passes.tree import CREATE, READ, Entry, Kind, entry_at, open_below, opened, shown
 
-__all__ = ["TreeChangedError", "apply", "refuse_if_changed"]
-
-
-class TreeChangedError(Exception):
-    """Somebody else changed the tree while a plugin worked on its copy; nothing was carried over."""
+__all__ = ["apply", "refuse_if_changed"]
 
 
 def refuse_if_changed(before: Mapping[str, Entry], now: Mapping[str, Entry]) -> None:
@@ -33,141 +29,50 @@ def _facts(entry: Entry) -> tuple[object, ...]:
     return entry.kind, entry.identity, entry.mode, entry.size, entry.links, entry.modified, entry.changed, entry.target
 
 
-def apply(changes: Changes, before: Mapping[str, Entry], original: int, staged: int) -> None:
+def apply(
+    changes: Changes,
+    before: Mapping[str, Entry],
+    original: int,
+    staged: int,
+    go_on: Callable[[], None] = lambda: None,
+) -> None:
     """Make the tree behind ``original`` what the copy behind ``staged`` is, or leave it as it was and raise.
 
-    New contents are first written beside their places, so that a full disk is met before anything is replaced; each
-    file then changes in one rename. What is replaced is kept under another name until the end, and put back when a
-    later step fails. A changed file keeps owner, group and permissions, and is from then on a file of its own where it
-    had several names. An OSError says what failed.
+    Everything new is written first, so that a full disk is met before anything is replaced; each file then changes in
+    one rename. A changed file keeps owner, group and permissions, and is from then on a file of its own where it had
+    several names. An OSError says what failed, and a `TreeChangedError` that somebody else was faster. ``go_on`` is
+    called between any two files; when it raises, everything is taken back.
     """
-    transaction = _Transaction(original, staged)
-    try:
+    with begin(original) as carry_over:
+        gone = sorted(changes.removed, key=lambda path: -path.count("/"))
+        steps = [Step(path, old=mark(before[path]), new="") for path in gone]
         for path in sorted(changes.written, key=lambda path: (path.count("/"), path)):
-            transaction.prepare(path, changes.written[path], before.get(path))
-        for path in sorted(changes.removed, key=lambda path: -path.count("/")):
-            transaction.remove(path)
-        for path in sorted(changes.written, key=lambda path: (path.count("/"), path)):
-            transaction.place(path, changes.written[path])
-    except BaseException:
-        transaction.roll_back()
-        raise
-    transaction.finish()
+            go_on()
+            old = None if path in changes.removed else before.get(path)
+            place = carry_over.folder, ready(len(steps))
+            _make(place, path, changes.written[path], old, staged)
+            steps.append(Step(path, old=mark(old) if old else "", new=mark(entry_at(*place))))
+        carry_over.take(steps, go_on)
 
 
-class _Transaction:
-    """Steps that were taken, each with what takes it back and what makes it final."""
-
-    def __init__(self, original: int, staged: int) -> None:
-        self._original = original
-        self._staged = staged
-        self._token = secrets.token_hex(8)
-        self._ready: dict[str, str] = {}
-        self._undo: list[Callable[[], None]] = []
-        self._final: list[Callable[[], None]] = []
-        self._numbers = 0
-
-    def prepare(self, path: str, entry: Entry, old: Entry | None) -> None:
-        """Write what will stand at a path under another name, at the top of the tree."""
-        if entry.kind is Kind.FOLDER:
-            return
-        parent, _, name = path.rpartition("/")
-        temporary = self._name()
-        with open_below(self._staged, parent) as there:
-            if entry.kind is Kind.LINK:
-                os.symlink(os.readlink(name, dir_fd=there), temporary, dir_fd=self._original)
-                self._undo.append(lambda: _remove(self._original, temporary))
-            else:
-                source = os.open(name, READ, dir_fd=there)
-                try:
-                    self._write(source, temporary, entry, old if old and old.kind is Kind.FILE else None, path)
-                finally:
-                    os.close(source)
-        self._ready[path] = temporary
-
-    def _write(self, source: int, temporary: str, entry: Entry, old: Entry | None, path: str) -> None:
-        target = os.open(temporary, CREATE, 0o600, dir_fd=self._original)
-        self._undo.append(lambda: _remove(self._original, temporary))
-        try:
-            copy_file(source, target, entry.size)
-            if old is None:
-                os.fchmod(target, _plain_mode(executable=bool(entry.mode & 0o100)))
-                return
-            parent, _, name = path.rpartition("/")
-            with open_below(self._original, parent) as folder:
-                status = os.lstat(name, dir_fd=folder)
-            if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
-                os.fchown(target, status.st_uid, status.st_gid)
-            os.fchmod(target, old.mode)
-        finally:
-            os.close(target)
-
-    def remove(self, path: str) -> None:
-        """Take away what stands at a path."""
-        parent, _, name = path.rpartition("/")
-        kept = self._name()
-        with open_below(self._original, parent) as folder:
-            os.rename(name, kept, src_dir_fd=folder, dst_dir_fd=self._original)
-        self._undo.append(lambda: self._put_back(kept, path))
-        self._final.append(lambda: _remove(self._original, kept))
-
-    def place(self, path: str, entry: Entry) -> None:
-        """Put at a path what was prepared for it."""
-        parent, _, name = path.rpartition("/")
-        with open_below(self._original, parent) as folder:
-            if entry.kind is Kind.FOLDER:
-                os.mkdir(name, 0o777, dir_fd=folder)
-                self._undo.append(lambda: self._remove_folder(path))
-                return
-            if look(folder, name) is not None:
-                kept = self._name()
-                os.link(name, kept, src_dir_fd=folder, dst_dir_fd=self._original, follow_symlinks=False)
-                self._undo.append(lambda: self._put_back(kept, path))
-                self._final.append(lambda: _remove(self._original, kept))
-            else:
-                self._undo.append(lambda: self._remove_file(path))
-            os.rename(self._ready[path], name, src_dir_fd=self._original, dst_dir_fd=folder)
-
-    def finish(self) -> None:
-        """Throw away what was kept to be put back."""
-        for step in self._final:
-            step()
-
-    def roll_back(self) -> None:
-        """Take every step back, the last one first; one that cannot be does not keep the others."""
-        for step in reversed(self._undo):
-            with suppress(OSError):
-                step()
-
-    def _name(self) -> str:
-        self._numbers += 1
-        return f".pass-{self._token}-{self._numbers}"
-
-    def _put_back(self, kept: str, path: str) -> None:
-        parent, _, name = path.rpartition("/")
-        with open_below(self._original, parent) as folder:
-            os.rename(kept, name, src_dir_fd=self._original, dst_dir_fd=folder)
-        _remove(self._original, kept)  # renaming one name of a file to another of its names does nothing
-
-    def _remove_folder(self, path: str) -> None:
-        parent, _, name = path.rpartition("/")
-        with open_below(self._original, parent) as folder:
-            os.rmdir(name, dir_fd=folder)
-
-    def _remove_file(self, path: str) -> None:
-        parent, _, name = path.rpartition("/")
-        with open_below(self._original, parent) as folder:
-            os.unlink(name, dir_fd=folder)
-
-
-def _remove(folder: int, name: str) -> None:
-    entry = look(folder, name)
-    if entry is None:
-        return
+def _make(place: tuple[int, str], path: str, entry: Entry, old: Entry | None, staged: int) -> None:
+    """Make what will stand at a path, under a name in another folder."""
+    folder, ready_name = place
     if entry.kind is Kind.FOLDER:
-        os.rmdir(name, dir_fd=folder)
+        os.mkdir(ready_name, 0o777, dir_fd=folder)
+    elif entry.kind is Kind.LINK:
+        os.symlink(entry.target, ready_name, dir_fd=folder)
     else:
-        os.unlink(name, dir_fd=folder)
+        parent, _, name = path.rpartition("/")
+        with (
+            open_below(staged, parent) as there,
+            opened(name, READ, there) as source,
+            opened(ready_name, CREATE, folder) as target,
+        ):
+            copy_file(source, target, entry.size)
+            if old is not None and (old.owner, old.group) != (os.geteuid(), os.getegid()):
+                os.fchown(target, old.owner, old.group)
+            os.fchmod(target, old.mode if old else _plain_mode(executable=bool(entry.mode & 0o100)))
 
 
 def _plain_mode(*, executable: bool) -> int:

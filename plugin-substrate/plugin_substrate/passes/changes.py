@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 from plugin_substrate.passes.records import PassLimits, ProtectedPaths
 from plugin_substrate.passes.staging import same_content
-from plugin_substrate.passes.tree import READ, Entry, Kind, open_below, opened
-from plugin_substrate.worker.text import clean_line
+from plugin_substrate.passes.tree import READ, Entry, Kind, open_below, opened, shown
 
-__all__ = ["Changes", "compare", "shown"]
+__all__ = ["Changes", "compare"]
 
 _SET_ID = 0o7000
 
@@ -36,11 +35,6 @@ class Changes:
         """The files and links among them, sorted."""
         both = [*self.written.items(), *self.removed.items()]
         return sorted({shown(path) for path, entry in both if entry.kind is not Kind.FOLDER})
-
-
-def shown(path: str) -> str:
-    """Return a path fit for a record: bytes that are no UTF-8 and control characters are written as escapes."""
-    return clean_line(path, 4096)
 
 
 def compare(

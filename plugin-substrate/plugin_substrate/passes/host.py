@@ -14,7 +14,7 @@ from typing import Any
 from plugin_substrate.errors import PluginError
 from plugin_substrate.file_plugin import PluginContext
 from plugin_substrate.lifecycle import Supervisor
-from plugin_substrate.passes.applying import TreeChangedError
+from plugin_substrate.passes.carry_over import TreeChangedError
 from plugin_substrate.passes.handshake import MalformedError, parse_question, parse_result
 from plugin_substrate.passes.log import PassLog, run_id_of
 from plugin_substrate.passes.part import EXIT_FAILED, EXIT_HOST, EXIT_INPUT_REQUIRED, Part

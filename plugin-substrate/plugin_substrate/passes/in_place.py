@@ -5,10 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from plugin_substrate.passes.changes import Changes, shown
+from plugin_substrate.passes.changes import Changes
 from plugin_substrate.passes.records import PassLimits, ProtectedPaths
 from plugin_substrate.passes.staging import copy_file, same_content
-from plugin_substrate.passes.tree import CREATE, FOLDER, READ, Entry, Kind, look, open_below, opened, scan
+from plugin_substrate.passes.tree import (
+    CREATE,
+    FOLDER,
+    READ,
+    Entry,
+    Kind,
+    look,
+    open_below,
+    opened,
+    scan,
+    shown,
+)
 
 __all__ = ["ProtectedBackup"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 __all__ = [
+    "UNFINISHED",
     "InputDeclined",
     "InputRequiredPayload",
     "PassLimits",
@@ -18,6 +19,9 @@ __all__ = [
     "PluginStatus",
     "ProtectedPaths",
 ]
+
+#: The folder at the top of a tree in which changes wait while they are carried over. It is nobody else's.
+UNFINISHED = ".file-pass-unfinished"
 
 
 class PluginStatus(StrEnum):
@@ -71,8 +75,9 @@ class ProtectedPaths:
     folders: frozenset[str] = frozenset()
 
     def covers(self, path: str) -> bool:
-        """Whether a path, relative to the tree and with slashes, is protected."""
-        return path in self.names or path.partition("/")[0] in self.folders
+        """Whether a path, relative to the tree and with slashes, is protected, as `UNFINISHED` always is."""
+        top = path.partition("/")[0]
+        return path in self.names or top in self.folders or top == UNFINISHED
 
 
 @dataclass(frozen=True, kw_only=True)

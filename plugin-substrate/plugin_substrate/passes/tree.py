@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+from plugin_substrate.worker.text import clean_line
+
 __all__ = [
     "CREATE",
     "FOLDER",
@@ -17,11 +19,15 @@ __all__ = [
     "Entry",
     "Kind",
     "TreeTooLargeError",
+    "entry_at",
     "look",
+    "names_in",
     "open_below",
     "open_folder",
     "opened",
+    "remove_entry",
     "scan",
+    "shown",
 ]
 
 #: How anything in a tree is opened: never through a link, and never waiting for the other end of a pipe.
@@ -51,6 +57,8 @@ class Entry:
     inode: int
     modified: int
     changed: int
+    owner: int
+    group: int
     target: str = ""
 
     @property
@@ -128,12 +136,37 @@ def _scan(folder: int, prefix: str, depth: int, most: int | None, found: dict[st
             os.close(descriptor)
 
 
+def entry_at(folder: int, name: str) -> Entry:
+    """Return what stands at a name in a folder; a FileNotFoundError when nothing does."""
+    return _entry(os.lstat(name, dir_fd=folder), folder, name)
+
+
 def look(folder: int, name: str) -> Entry | None:
     """Return what stands at a name in a folder, None when nothing does."""
     try:
-        return _entry(os.lstat(name, dir_fd=folder), folder, name)
+        return entry_at(folder, name)
     except FileNotFoundError:
         return None
+
+
+def names_in(folder: int) -> list[str]:
+    """Return the names in a folder, in no order."""
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
+def remove_entry(folder: int, name: str) -> None:
+    """Remove what stands at a name in a folder, if anything does; a folder must be empty."""
+    entry = look(folder, name)
+    if entry is not None and entry.kind is Kind.FOLDER:
+        os.rmdir(name, dir_fd=folder)
+    elif entry is not None:
+        os.unlink(name, dir_fd=folder)
+
+
+def shown(path: str) -> str:
+    """Return a path fit for a record: bytes that are no UTF-8 and control characters are written as escapes."""
+    return clean_line(path, 4096)
 
 
 def _entry(status: os.stat_result, folder: int, name: str) -> Entry:
@@ -154,5 +187,7 @@ def _entry(status: os.stat_result, folder: int, name: str) -> Entry:
         inode=status.st_ino,
         modified=status.st_mtime_ns,
         changed=status.st_ctime_ns,
+        owner=status.st_uid,
+        group=status.st_gid,
         target=os.readlink(name, dir_fd=folder) if kind is Kind.LINK else "",
     )

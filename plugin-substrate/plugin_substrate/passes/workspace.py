@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Protocol
 
 from plugin_substrate.passes.applying import apply, refuse_if_changed
+from plugin_substrate.passes.carry_over import recover
 from plugin_substrate.passes.changes import Changes, compare
 from plugin_substrate.passes.in_place import ProtectedBackup
 from plugin_substrate.passes.records import PassLimits, ProtectedPaths
@@ -88,6 +89,7 @@ class Workspace:
 
     def _read(self) -> tuple[str, Mapping[str, Entry]]:
         limits = self._limits
+        recover(self._root)
         with open_folder(self._root) as root:
             try:
                 before = scan(root, depth=limits.tree_depth, most=limits.staged_files)

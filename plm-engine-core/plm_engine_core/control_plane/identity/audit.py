@@ -33,6 +33,8 @@ class AuditEvent(StrEnum):
 class AuditError(Exception):
     """The record was not written; `tenant_id` is whose record it was, None for the installation's."""
 
+    code = "AUDIT_UNAVAILABLE"
+
     def __init__(self, message: str, *, tenant_id: UUID | None) -> None:
         super().__init__(message)
         self.tenant_id = tenant_id

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
+from plm_engine_core.control_plane.identity.audit import AuditError
 from plm_engine_core.control_plane.identity.errors import IdentityProviderUnavailable, IdentityValidationError
 
 _POLICY_VIOLATION: Final = 1008  # RFC 6455, section 7.4.1
@@ -50,7 +51,7 @@ class Problem:
         return cls(
             status=503,
             title="Audit log unavailable",
-            code="AUDIT_UNAVAILABLE",
+            code=AuditError.code,
             detail="the request was refused because its audit record could not be written; try again",
             headers=((b"retry-after", b"1"),),
         )

@@ -29,6 +29,7 @@ Pool = AsyncConnectionPool[psycopg.AsyncConnection[DictRow]]
 Session = psycopg.AsyncConnection[DictRow]
 
 _BUSY = {"25P03", "55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
+_BOUND = "SELECT set_config('app.tenant_id', %s, true), set_config('lock_timeout', %s, true)"
 _LONGEST_WAIT = "5s"
 _LONGEST_ANSWER_SECONDS = 15.0  # a server that is frozen closes no connection and ends no wait
 
@@ -114,23 +115,20 @@ class Gateway:
     async def transaction(self, tenant_id: UUID) -> AsyncIterator[Session]:
         """A transaction bound to `tenant_id`: committed on a clean exit, rolled back on any exception."""
         async with self.connection() as connection, connection.transaction():
-            await connection.execute(
-                "SELECT set_config('app.tenant_id', %s, true), set_config('lock_timeout', %s, true)",
-                [str(tenant_id), _LONGEST_WAIT],
-            )
+            await connection.execute(_BOUND, [str(tenant_id), _LONGEST_WAIT])
             yield connection
 
     @contextmanager
     def reading(self, tenant_id: UUID) -> Iterator[psycopg.Connection[Any]]:
         """A connection of its own for a thread that reads for long, and all of it as of one instant.
 
-        It is read-only, and its transaction bound to `tenant_id`.
+        It is read-only, its transaction bound to `tenant_id`, and its waits for locks bounded too.
         """
         conninfo = cast("str", self._pool.conninfo)  # as `open_pool` gave it
         with translated(), psycopg.connect(conninfo) as connection:
             connection.read_only = True
             connection.isolation_level = psycopg.IsolationLevel.REPEATABLE_READ
-            connection.execute("SELECT set_config('app.tenant_id', %s, true)", [str(tenant_id)])
+            connection.execute(_BOUND, [str(tenant_id), _LONGEST_WAIT])
             yield connection
 
     async def append(

@@ -77,18 +77,15 @@ class PostgresLeases:
 
     async def renew(self, tenant_id: UUID, run_id: UUID, *, fencing_token: int, seconds: float) -> Heartbeat:
         """Renew while nobody else took the run."""
-        async with self._gateway.transaction(tenant_id) as connection:
+        async with self._gateway.connection() as connection:
             cursor = await connection.execute(
-                "UPDATE run_states SET lease_expires_at = clock_timestamp() + make_interval(secs => %(seconds)s) "
-                "WHERE tenant_id = %(tenant)s AND run_id = %(run)s AND fencing_token = %(token)s AND state = 'running' "
-                "RETURNING cancel_requested_at IS NOT NULL AS cancel, "
-                "engine_run_halt_v2(tenant_id, run_id, false) AS halt",
-                {"tenant": tenant_id, "run": run_id, "token": fencing_token, "seconds": seconds},
+                "SELECT engine_renew_lease_v1(%s, %s, %s, %s) AS beat", [tenant_id, run_id, fencing_token, seconds]
             )
             row = await cursor.fetchone()
-            if row is None:
-                return Heartbeat(held=False)
-            return Heartbeat(held=True, cancel_requested=row["cancel"], halt=row["halt"])
+        beat = row["beat"] if row is not None else None
+        if beat is None:
+            return Heartbeat(held=False)
+        return Heartbeat(held=True, cancel_requested=beat["cancel_requested"], halt=beat["halt"])
 
     async def finish(
         self,
