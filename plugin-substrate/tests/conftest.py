@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from file_passes import Write, make_tree, write_plugin
 from hypothesis import settings
 from plugin_substrate import PluginManager, PluginMeta
 from plugin_substrate.manifest import CodeSection, InstallSection, ManifestV2
@@ -77,3 +79,23 @@ async def probe(manager: PluginManager, probe_meta: MetaFactory) -> PluginManage
     """The manager with the probe loaded as ``probe``."""
     await manager.load_plugin_async(probe_meta())
     return manager
+
+
+@pytest.fixture
+def packages(tmp_path: Path) -> Path:
+    """Where `write` puts file plugins."""
+    folder = tmp_path / "packages"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder with some of everything, for file plugins to work on."""
+    return make_tree(tmp_path / "tree")
+
+
+@pytest.fixture
+def write(packages: Path) -> Write:
+    """Makes a file plugin of the bodies of its methods."""
+    return partial(write_plugin, packages)
