@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from plugin_substrate.passes.records import PassLimits, ProtectedPaths
@@ -42,6 +42,7 @@ def compare(
     after: Mapping[str, Entry],
     original: int,
     staged: int,
+    go_on: Callable[[], None] = lambda: None,
     *,
     protected: ProtectedPaths,
     limits: PassLimits,
@@ -50,10 +51,12 @@ def compare(
 
     ``before`` describes the folder behind ``original``, ``after`` the one behind ``staged``. Permissions are not
     compared, as they are not carried over. Sockets, pipes and devices of the original are none of a plugin's business.
+    ``go_on`` is called between any two files, and may raise.
     """
     written: dict[str, Entry] = {}
     removed: dict[str, Entry] = {}
     for path, entry in after.items():
+        go_on()
         old = before.get(path)
         if old is None:
             written[path] = entry
@@ -64,6 +67,10 @@ def compare(
     gone = {path: old for path, old in before.items() if path not in after and old.kind is not Kind.SPECIAL}
     removed |= gone
     violations = {shown(path): "is protected" for path in (*written, *removed) if protected.covers(path)}
+    for path, old in before.items():
+        parent = path.rpartition("/")[0]
+        if old.kind is Kind.SPECIAL and parent in removed:
+            violations.setdefault(shown(parent), "holds a socket, a pipe or a device, and was removed")
     names = Counter(entry.identity for entry in after.values())
     for path, entry in after.items():
         reason = _refused(path, entry, before.get(path), names, limits, new=path in written)

@@ -68,6 +68,7 @@ def parse_result(answer: object, files: frozenset[str], *, most_bytes: int) -> d
     if (
         not isinstance(result, str)
         or result not in _RESULTS
+        or type(exit_code) is not int
         or exit_code not in ((1, 3) if result == "failed" else (_RESULTS[result],))
     ):
         raise MalformedError("malformed_result: result and exit code do not fit")

@@ -35,6 +35,8 @@ __all__ = ["PluginHost"]
 
 _VALIDATION_SECONDS, _VALIDATION_CPU_SECONDS, _VALIDATION_MEMORY_BYTES = 10.0, 5, 256 << 20
 
+_CANCELLED = "cancelled"
+
 Answer = Mapping[str, Any] | InputDeclined | None
 OnInputRequired = Callable[[InputRequiredPayload], Awaitable[Answer]]
 
@@ -108,9 +110,7 @@ class PluginHost:
         """
         root = ctx.dst_root.resolve(strict=True)
         files = [_relative(root, path) for path in file_paths]
-        workspace = await asyncio.to_thread(
-            Workspace, root, self._work_dir, protected=self._protected, limits=self._limits
-        )
+        workspace = Workspace(root, self._work_dir, protected=self._protected, limits=self._limits)
         supervisor = Supervisor(sys.executable)
         try:
             one_pass = _Pass(
@@ -123,7 +123,7 @@ class PluginHost:
             return await self._run(one_pass, files, plugin_order)
         finally:
             await supervisor.close()
-            await asyncio.to_thread(workspace.close)
+            await workspace.do(workspace.close)
 
     async def _run(self, one_pass: _Pass, files: Sequence[str], plugin_order: Sequence[str]) -> PluginPassResult:
         applied: list[dict[str, Any]] = []
@@ -155,7 +155,7 @@ class PluginHost:
     async def _run_one(self, one_pass: _Pass, part: Part, record: PluginRecord, files: list[str]) -> bool:
         """Run one plugin to its record; tells whether the pass was cancelled over it."""
         try:
-            stage = await asyncio.to_thread(one_pass.workspace.stage)
+            stage = await one_pass.workspace.do(one_pass.workspace.stage)
         except OSError as error:
             part.fail(EXIT_HOST, f"staging_failed: {error}")
             return False
@@ -167,7 +167,7 @@ class PluginHost:
                 cancelled = await self._transform(one_pass, part, record, stage, log, files)
             await self._judge(one_pass, part, stage)
         except BaseException:
-            await asyncio.to_thread(stage.reject)
+            await one_pass.workspace.do(stage.reject)
             raise
         finally:
             log.close()
@@ -230,8 +230,8 @@ class PluginHost:
                 part.fail(EXIT_INPUT_REQUIRED if part.exit_code == EXIT_INPUT_REQUIRED else EXIT_HOST, str(error))
                 return False
             inputs = await self._put(one_pass, part, question)
-            if not isinstance(inputs, Mapping):
-                return inputs is None and part.error == "cancelled"
+            if inputs is None:
+                return part.error == _CANCELLED
             if _json_bytes(inputs) > self._limits.frame_bytes:
                 part.fail(EXIT_HOST, "ipc_frame_oversize")
                 return False
@@ -243,28 +243,31 @@ class PluginHost:
         """Put a question; None when there is no answer, and then the record says why."""
         try:
             async with asyncio.timeout(self._limits.answer_seconds):
-                answer = await one_pass.on_input_required(question)
+                answer: object = await one_pass.on_input_required(question)
         except TimeoutError:
             part.fail(EXIT_INPUT_REQUIRED, f"no answer in {self._limits.answer_seconds:g} s")
             return None
         if answer is None:
-            part.fail(EXIT_INPUT_REQUIRED, "cancelled")
+            part.fail(EXIT_INPUT_REQUIRED, _CANCELLED)
             return None
         if isinstance(answer, InputDeclined):
             part.fail(EXIT_INPUT_REQUIRED, "declined")
+            return None
+        if not isinstance(answer, Mapping):
+            part.fail(EXIT_INPUT_REQUIRED, f"malformed_answer: it is a {type(answer).__name__} and no mapping")
             return None
         return answer
 
     async def _judge(self, one_pass: _Pass, part: Part, stage: Stage) -> None:
         """Compare, then carry over or have nothing of it. The worker is dead."""
         try:
-            changes = await asyncio.to_thread(stage.changes)
+            changes = await one_pass.workspace.do(stage.changes)
             if changes.violations:
                 part.violated(changes)
             if part.status is not PluginStatus.SKIPPED or one_pass.ctx.dry_run:
-                await asyncio.to_thread(stage.reject)
+                await one_pass.workspace.do(stage.reject)
                 return
-            await asyncio.to_thread(stage.accept, changes)
+            await one_pass.workspace.do(stage.accept, changes)
         except TreeChangedError as error:
             part.fail(EXIT_HOST, f"tree_changed: {error}")
         except OSError as error:
@@ -318,4 +321,8 @@ def _context_json(ctx: PluginContext, root: Path, tree: Path) -> dict[str, Any]:
 
 
 def _json_bytes(value: Any) -> int:
-    return len(json.dumps(value, default=str))
+    """Return the size of a value as JSON; 0 for what is none, which the worker's connection refuses and names."""
+    try:
+        return len(json.dumps(value, default=str))
+    except (TypeError, ValueError, RecursionError):
+        return 0

@@ -65,7 +65,8 @@ class Part:
         self.per_file = [entry for entry in result["per_file"] if entry["status"] not in _SILENT]
         broken = next((entry["error"] for entry in self.per_file if isinstance(entry.get("error"), str)), "")
         if result["result"] == "failed":
-            self.fail(self.exit_code, str(result.get("error_message") or ""), crash=self.exit_code == EXIT_HOST)
+            reason = str(result.get("error_message") or "it gave no reason")
+            self.fail(self.exit_code, reason, crash=self.exit_code == EXIT_HOST)
         elif result["result"] == "success":
             self.error = clean_line(broken, _MAX_ERROR)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from plugin_substrate.passes.tree import CREATE, READ, Entry, Kind, open_below, opened
 
@@ -27,11 +27,12 @@ def too_large(tree: Mapping[str, Entry], *, most_files: int, most_bytes: int) ->
     return ""
 
 
-def copy_tree(source: int, target: int, tree: Mapping[str, Entry]) -> None:
+def copy_tree(source: int, target: int, tree: Mapping[str, Entry], go_on: Callable[[], None] = lambda: None) -> bool:
     """Copy what ``tree`` lists from one folder to another, empty one: content, permissions and times, links as links.
 
     Each file becomes a file of its own, also where several names share one in the source. Sockets, pipes and devices
-    are left out: no plugin has use for them. An entry that is no longer what it was is an OSError.
+    are left out: no plugin has use for them. Tells whether every file shares its blocks with its original. An entry
+    that is no longer what it was is an OSError; ``go_on`` is called between any two files, and may raise.
     """
     folders: dict[str, list[str]] = {"": []}
     for path, entry in tree.items():
@@ -39,17 +40,21 @@ def copy_tree(source: int, target: int, tree: Mapping[str, Entry]) -> None:
         if entry.kind is Kind.FOLDER:
             folders[path] = []
         folders[parent].append(name)
+    shared = True
     for parent, names in folders.items():
         with open_below(source, parent) as here, open_below(target, parent) as there:
             for name in names:
-                _copy(here, there, name, tree[f"{parent}/{name}" if parent else name])
+                go_on()
+                shared = _copy(here, there, name, tree[f"{parent}/{name}" if parent else name], share=shared) and shared
     for path in reversed(folders):
         if path:
             with open_below(target, path.rpartition("/")[0]) as parent_there:
                 _set_times(parent_there, path.rpartition("/")[2], tree[path])
+    return shared
 
 
-def _copy(here: int, there: int, name: str, entry: Entry) -> None:
+def _copy(here: int, there: int, name: str, entry: Entry, *, share: bool) -> bool:
+    """Copy one entry; False for a file that does not share its blocks."""
     if entry.kind is Kind.FOLDER:
         os.mkdir(name, 0o700 | entry.mode & 0o777, dir_fd=there)
     elif entry.kind is Kind.LINK:
@@ -63,28 +68,36 @@ def _copy(here: int, there: int, name: str, entry: Entry) -> None:
             # Readable and writable by us even where the original is not: the mode of the original is not touched.
             mode = 0o600 | entry.mode & 0o777
             with opened(name, CREATE, there, mode) as target:
-                copy_file(source, target, status.st_size)
+                share = copy_file(source, target, status.st_size, share=share)
                 os.utime(target, ns=(entry.modified, entry.modified))
+        return share
+    return True
 
 
-def copy_file(source: int, target: int, size: int) -> None:
-    """Copy a file's content into an empty one, sharing blocks where the file system can."""
+def copy_file(source: int, target: int, size: int, *, share: bool = True) -> bool:
+    """Copy a file's ``size`` bytes into an empty one; tells whether they share their blocks, if they were to."""
+    if share and _share_blocks(source, target):
+        return True
+    left = size
+    try:
+        while left and (copied := os.copy_file_range(source, target, left)):
+            left -= copied
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
+            raise
+    if left:
+        _copy_plainly(source, target)  # not possible here, or a file that only claims to be shorter than it is
+    return False
+
+
+def _share_blocks(source: int, target: int) -> bool:
     try:
         fcntl.ioctl(target, _FICLONE, source)
     except OSError as error:
         if error.errno not in _NOT_HERE:
             raise
-    else:
-        return
-    try:
-        while os.copy_file_range(source, target, _PORTION):
-            pass
-    except OSError as error:
-        if error.errno not in _NOT_HERE:
-            raise
-        _copy_plainly(source, target)
-    if os.fstat(target).st_size < size:
-        _copy_plainly(source, target)  # copy_file_range(2) copies nothing of files that only claim to be empty
+        return False
+    return True
 
 
 def same_content(first: int, second: int) -> bool:

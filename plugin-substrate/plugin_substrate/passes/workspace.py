@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import Mapping
+import asyncio
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from plugin_substrate.passes.applying import apply, refuse_if_changed
 from plugin_substrate.passes.carry_over import recover
 from plugin_substrate.passes.changes import Changes, compare
 from plugin_substrate.passes.in_place import ProtectedBackup
-from plugin_substrate.passes.records import PassLimits, ProtectedPaths
+from plugin_substrate.passes.records import UNFINISHED, PassLimits, ProtectedPaths
 from plugin_substrate.passes.staging import copy_tree, too_large
 from plugin_substrate.passes.tree import Entry, TreeTooLargeError, open_folder, scan
+from plugin_substrate.passes.work_folder import WorkFolder, remove_tree
 
 __all__ = ["Stage", "Workspace"]
+
+T = TypeVar("T")
 
 
 class Stage(Protocol):
@@ -29,7 +33,7 @@ class Stage(Protocol):
 
     @property
     def how(self) -> str:
-        """How it was staged: ``copy``, or ``in_place`` and why."""
+        """How it was staged: ``copy``, ``reflink`` where that shares the tree's blocks, or ``in_place`` and why."""
         ...
 
     def changes(self) -> Changes:
@@ -45,6 +49,10 @@ class Stage(Protocol):
         ...
 
 
+class StoppedError(Exception):
+    """Whoever waited for this does no more."""
+
+
 class Workspace:
     """A temporary folder of ours, and a stage for each plugin: the same copy again while it equals the tree.
 
@@ -53,16 +61,34 @@ class Workspace:
     """
 
     def __init__(self, root: Path, parent: Path | None, *, protected: ProtectedPaths, limits: PassLimits) -> None:
-        """Make the folder in ``parent``, or where temporary files go; an OSError when it cannot be made."""
+        """Take note of it all; the folder is made in ``parent``, or where temporary files go, for the first stage."""
         self._root = root
+        self._parent = parent
         self._protected = protected
         self._limits = limits
-        self._folder = Path(tempfile.mkdtemp(prefix="file-pass-", dir=parent)).resolve()
+        self._folder: WorkFolder | None = None
         self._copy: _Copy | None = None
         self._backup: _InPlace | None = None
+        self._stopping = threading.Event()
+
+    async def do(self, function: Callable[..., T], *arguments: object) -> T:
+        """Have something done in a thread that blocks on the disk.
+
+        When the caller is cancelled it is broken off, or undone, and its end awaited: nobody is at work on the tree or
+        the copy afterwards. From then on nothing can be staged.
+        """
+        work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            self._stopping.set()
+            while not work.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait([work])
+            raise
 
     def stage(self) -> Stage:
-        """Return where the next plugin works; an OSError when the tree cannot be read or copied."""
+        """Return where the next plugin works; an OSError when the tree cannot be read, made whole or copied."""
         if self._backup is not None:
             self._backup.close()
             self._backup = None
@@ -73,19 +99,28 @@ class Workspace:
             self._backup = _InPlace(self._root, self.scratch(), reason, protected=self._protected, limits=self._limits)
             return self._backup
         if self._copy is not None:
-            shutil.rmtree(self._copy.tree, ignore_errors=True)
-        self._copy = _Copy(self._root, self.scratch(), before, protected=self._protected, limits=self._limits)
+            remove_tree(self._copy.tree)
+        self._copy = _Copy(
+            self._root, self.scratch(), before, self._go_on, protected=self._protected, limits=self._limits
+        )
         return self._copy
 
     def scratch(self) -> Path:
         """Return a new, empty folder."""
-        return Path(tempfile.mkdtemp(dir=self._folder))
+        if self._folder is None:
+            self._folder = WorkFolder(self._parent)
+        return self._folder.new()
 
     def close(self) -> None:
         """Remove everything of ours."""
         if self._backup is not None:
             self._backup.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.remove()
+
+    def _go_on(self) -> None:
+        if self._stopping.is_set():
+            raise StoppedError
 
     def _read(self) -> tuple[str, Mapping[str, Entry]]:
         limits = self._limits
@@ -101,19 +136,26 @@ class Workspace:
 class _Copy:
     """A copy of the tree; good for another plugin as long as everything done to it was carried over."""
 
-    how = "copy"
-
     def __init__(
-        self, root: Path, tree: Path, before: Mapping[str, Entry], *, protected: ProtectedPaths, limits: PassLimits
+        self,
+        root: Path,
+        tree: Path,
+        before: Mapping[str, Entry],
+        go_on: Callable[[], None],
+        *,
+        protected: ProtectedPaths,
+        limits: PassLimits,
     ) -> None:
         self._root = root
         self.tree = tree
         self._before = before
+        self._go_on = go_on
         self._protected = protected
         self._limits = limits
         self.stale = False
         with open_folder(root) as source, open_folder(tree) as target:
-            copy_tree(source, target, before)
+            shared = copy_tree(source, target, before, go_on)
+        self.how = "reflink" if shared else "copy"
 
     def changes(self) -> Changes:
         self.stale = True  # until it is known to equal the tree
@@ -123,14 +165,14 @@ class _Copy:
             except TreeTooLargeError as error:
                 return Changes(violations={".": str(error)})
             refuse_if_changed(self._before, self._now(root))
-            return compare(self._before, after, root, copy, protected=self._protected, limits=self._limits)
+            return compare(self._before, after, root, copy, self._go_on, protected=self._protected, limits=self._limits)
 
     def accept(self, changes: Changes) -> None:
         if changes:
             with open_folder(self._root) as root, open_folder(self.tree) as copy:
-                apply(changes, self._before, root, copy)
+                apply(changes, self._before, root, copy, self._go_on)
                 self._before = self._now(root)
-        self.stale = False
+        self.stale = UNFINISHED in self._before
 
     def reject(self) -> None:
         self.stale = True

@@ -1,0 +1,109 @@
+"""The temporary folder of a pass: it goes when the pass ends, or when the next host finds that its own was killed."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import tempfile
+from contextlib import suppress
+from enum import Enum, auto
+from pathlib import Path
+
+from plugin_substrate.passes.tree import FOLDER, open_folder, opened
+
+__all__ = ["WorkFolder", "remove_tree"]
+
+_PREFIX = "file-pass-"
+
+
+class WorkFolder:
+    """A new folder, locked as long as its host lives. Making one removes those of this user whose host does not."""
+
+    def __init__(self, parent: Path | None) -> None:
+        """Make it in ``parent``, or where temporary files go; an OSError when it cannot be made."""
+        where = Path(parent or tempfile.gettempdir()).resolve()
+        _sweep(where)
+        self.path, self._lock = _made(where)
+
+    def new(self) -> Path:
+        """Return a new, empty folder in it."""
+        return Path(tempfile.mkdtemp(dir=self.path))
+
+    def remove(self) -> None:
+        """Remove it and all that is in it, as far as it can be removed."""
+        remove_tree(self.path)
+        os.close(self._lock)
+
+
+def _made(parent: Path) -> tuple[Path, int]:
+    """Return a new folder and the descriptor that locks it."""
+    while True:
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        with suppress(FileNotFoundError):
+            lock = os.open(path, FOLDER)
+            if _lock(lock) is not _Locked.BY_ANOTHER and os.fstat(lock).st_nlink:
+                return path, lock
+            os.close(lock)  # somebody was sweeping, and took it for one that was left
+
+
+def _sweep(parent: Path) -> None:
+    for path in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError), open_folder(path) as folder:
+            if os.fstat(folder).st_uid == os.geteuid() and _lock(folder) is _Locked.BY_US:
+                remove_tree(path)
+
+
+class _Locked(Enum):
+    """Who holds a folder's lock: nobody does where the file system has no locks, and then nothing there is swept."""
+
+    BY_US = auto()
+    BY_ANOTHER = auto()
+    BY_NOBODY = auto()
+
+
+def _lock(folder: int) -> _Locked:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _Locked.BY_ANOTHER
+    except OSError:
+        return _Locked.BY_NOBODY
+    return _Locked.BY_US
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all below it, as far as it can be removed, however deep it is and whatever its permissions.
+
+    Nobody may be working in it. What lies deeper is first moved up, so that no depth is too much.
+    """
+    with suppress(OSError):
+        with open_folder(path) as top:
+            token = secrets.token_hex(8)
+            left = _without_files(top)
+            moved = 0
+            while left:
+                name = left.pop()
+                with suppress(OSError):
+                    os.chmod(name, 0o700, dir_fd=top)
+                    with opened(name, FOLDER, top) as folder:
+                        for below in _without_files(folder):
+                            moved += 1
+                            os.chmod(below, 0o700, dir_fd=folder)
+                            os.rename(below, f"{token}-{moved}", src_dir_fd=folder, dst_dir_fd=top)
+                            left.append(f"{token}-{moved}")
+                    os.rmdir(name, dir_fd=top)
+        path.rmdir()
+
+
+def _without_files(folder: int) -> list[str]:
+    """Remove everything in a folder but its folders, and return their names."""
+    below = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                below.append(entry.name)
+            else:
+                with suppress(OSError):
+                    os.unlink(entry.name, dir_fd=folder)
+    return below
