@@ -40,6 +40,7 @@ COMPARED = re.compile(
 
 READ_BY_NO_OPERATION = {
     "audit_log",
+    "resource_leases",
     "pricing_snapshots",
     "event_checkpoints",
     "event_checkpoint_heads",

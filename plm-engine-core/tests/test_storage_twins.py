@@ -96,6 +96,8 @@ operations = st.one_of(
     st.tuples(st.just("lift"), st.integers(0, 2)),
     st.tuples(st.just("reconcile"), run_at, st.booleans(), values),
     st.tuples(st.just("revive"), run_at, st.sampled_from([0, 60])),
+    st.tuples(st.just("hold_resource"), st.sampled_from("ab")),
+    st.tuples(st.just("leave_resource"), st.sampled_from("ab"), st.booleans()),
     st.tuples(st.just("lease_ends"), run_at),
     st.tuples(st.just("deadline_passes"), run_at),
 )
@@ -117,6 +119,7 @@ class World:
         self.grants: dict[int, Any] = {}
         self.tickets: dict[int, Any] = {}
         self.halts: list[Any] = []
+        self.held: dict[str, Any] = {}
 
     def plain(self, answer: Any) -> str:
         """An answer in which ids are numbered as they appear, and times and waits are all one."""
@@ -261,6 +264,24 @@ class World:
     async def revive(self, at, patience):
         return await self.bench.storage.runs.revive(self.bench.tenant, self.runs[at].id, patience_seconds=patience)
 
+    async def hold_resource(self, name):
+        if name in self.held:
+            await self.plane.require_lease(self.held[name])
+            return await self.plane.renew_lease(self.held[name], seconds=60)
+        taken = await self.plane.acquire_lease(self.bench.tenant, name, owner="x", seconds=60, by=self.bench.requester)
+        if taken is not None:
+            self.held[name] = taken
+        return taken
+
+    async def leave_resource(self, name, forgotten):
+        lease = self.held.pop(name)
+        if forgotten:
+            where = {"name": name, "tenant_id": self.bench.tenant}
+            self.bench.behind.set_time("resource_leases", "expires_at", -1, where)
+        else:
+            await self.plane.release_lease(lease, by=self.bench.requester)
+        return await self.bench.storage.leases.list(self.bench.tenant, limit=9)
+
     async def lease_ends(self, at):
         self.bench.behind.set_time(
             "run_states", "lease_expires_at", -1, {"run_id": self.runs[at].id, "state": "running"}
@@ -375,6 +396,12 @@ def _without_times(row):
 )
 @example(
     [
+        ("hold_resource", "a"),
+        ("hold_resource", "a"),
+        ("leave_resource", "a", True),
+        ("hold_resource", "a"),
+        ("leave_resource", "a", False),
+        ("hold_resource", "a"),
         ("set_budget", BUDGETS[0], 2),
         ("admit", 0, 0, 1, "thing.read", 1, False, True),
         ("correct_budget", BUDGETS[0], 1, "a"),

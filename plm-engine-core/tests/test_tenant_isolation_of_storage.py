@@ -26,6 +26,7 @@ from plm_engine_core.control_plane.storage.ports import (
     EventStore,
     HaltStore,
     PolicyStore,
+    ResourceLeaseStore,
     RunStore,
     VoteCommand,
 )
@@ -62,6 +63,10 @@ ABSENT = {
     "halts.list": [],
     "halts.end_halted": 0,
     "halts.lift": NotFound,
+    "leases.renew": FencingLost,
+    "leases.release": FencingLost,
+    "leases.require": FencingLost,
+    "leases.list": [],
     "events.read": [],
     "events.heads": [],
     "events.feed": FeedPage(events=[], cursor=BEGINNING),
@@ -80,6 +85,7 @@ ABSENT = {
 SPANS_TENANTS = {
     "runs.create",
     "budgets.set_limit",
+    "leases.acquire",
     "runs.abandoned",
     "runs.now",
     "runs.orphaned",
@@ -95,6 +101,7 @@ def test_every_operation_of_every_port_is_tried():
         "approvals": ApprovalStore,
         "budgets": BudgetStore,
         "halts": HaltStore,
+        "leases": ResourceLeaseStore,
         "events": EventStore,
         "checkpoints": CheckpointStore,
         "policies": PolicyStore,
@@ -131,6 +138,8 @@ async def foreign(bench):
     piece = Piece(after=0, number=checkpoint.number, uri="file:///x", size_bytes=1, sha256="x")
     await bench.storage.checkpoints.record_piece(bench.tenant, piece)
     storage, by = bench.storage, bench.approver
+    mine = await bench.control_plane.acquire_lease(bench.tenant, "x", owner="x", seconds=60, by=by)
+    theirs = replace(mine, tenant_id=other)
     held = {"fencing_token": holder.fencing_token}
     calls = {
         "runs.get": lambda: storage.runs.get(other, run.id),
@@ -200,6 +209,10 @@ async def foreign(bench):
         "halts.end_halted": lambda: storage.halts.end_halted(other),
         "halts.get": lambda: storage.halts.get(other, halt.id),
         "halts.lift": lambda: storage.halts.lift(other, halt, by=by.user_id, actor=by.actor),
+        "leases.renew": lambda: storage.leases.renew(theirs, seconds=9),
+        "leases.release": lambda: storage.leases.release(theirs, actor=by.actor),
+        "leases.require": lambda: storage.leases.require(theirs),
+        "leases.list": lambda: storage.leases.list(other, limit=9),
         "events.read": lambda: storage.events.read(other, run_stream(run.id)),
         "events.heads": lambda: storage.events.heads(other),
         "events.feed": lambda: storage.events.feed(other),
@@ -230,7 +243,7 @@ def everything(bench):
     """Every row of the engine."""
     tables = ["run_states", "run_steps", "approval_tickets", "grants", "budgets", "halts", "events", "event_streams"]
     tables += ["event_checkpoints", "event_exports", "approval_votes", "approval_comments", "approval_scopes"]
-    tables += ["halt_calls"]
+    tables += ["halt_calls", "resource_leases"]
     return {table: sorted(map(str, bench.behind.rows(table))) for table in tables}
 
 

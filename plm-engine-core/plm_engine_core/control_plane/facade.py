@@ -24,6 +24,7 @@ from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, Sco
 from plm_engine_core.control_plane.in_force import PolicyInForce
 from plm_engine_core.control_plane.limits import Budget, BudgetKey, Subjects
 from plm_engine_core.control_plane.limits.desk import BudgetDesk
+from plm_engine_core.control_plane.limits.leases import ResourceLease, check_seconds, check_terms
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import (
     AgentDescriptor,
@@ -282,13 +283,17 @@ class ControlPlane:
             await self.signals.changed(proposal.tenant_id, proposal.run_id)
         return admission
 
-    async def begin(self, grant: Grant, *, fencing_token: int, actor: str) -> Begun:
+    async def begin(self, grant: Grant, *, fencing_token: int, actor: str, lease: ResourceLease | None = None) -> Begun:
         """Use a grant up, as the last act before its call leaves the host.
 
+        With `lease`, the call is about a resource that its maker has to hold.
+
         Raises:
-            FencingLost: another run worker holds the run.
+            FencingLost: another run worker holds the run; or somebody else the resource.
             StorageUnavailable: unknown whether it began; the caller must not make the call.
         """
+        if lease is not None:
+            await self.storage.leases.require(lease)
         answer = await self.storage.admission.begin(
             grant.tenant_id, grant.run_id, grant.id, fencing_token=fencing_token, actor=actor
         )
@@ -383,6 +388,51 @@ class ControlPlane:
         )
         await self.signals.changed(tenant_id, ticket.run_id)
         return ticket
+
+    async def acquire_lease(
+        self, tenant_id: UUID, name: str, *, owner: str, seconds: float, by: Principal
+    ) -> ResourceLease | None:
+        """Take the lease of a named resource of the tenant for `seconds`; None while somebody holds it.
+
+        Nobody is asked whether the name means anything. Its holder renews the lease for as long as it lives; one that
+        ran out is anybody's. `owner` is what others read.
+
+        Raises:
+            InvalidRequest: name, owner or seconds cannot be those of a lease.
+            NotFound: the tenant does not exist.
+        """
+        check_terms(name, owner, seconds)
+        return await self.storage.leases.acquire(tenant_id, name, owner=owner, seconds=seconds, actor=by.actor)
+
+    async def renew_lease(self, lease: ResourceLease, *, seconds: float) -> ResourceLease:
+        """Let a lease last `seconds` from now on: the heartbeat of its holder.
+
+        Raises:
+            FencingLost: it was released, or ran out and somebody took it.
+            InvalidRequest: it cannot last so long.
+        """
+        check_seconds(seconds)
+        return await self.storage.leases.renew(lease, seconds=seconds)
+
+    async def release_lease(self, lease: ResourceLease, *, by: Principal) -> None:
+        """Give a lease back before its end; doing so again changes nothing.
+
+        Raises:
+            FencingLost: somebody took it since.
+        """
+        await self.storage.leases.release(lease, actor=by.actor)
+
+    async def require_lease(self, lease: ResourceLease, *, connection: Connection | None = None) -> None:
+        """Refuse a holder that is none any more, as the last act before the resource is touched.
+
+        On a `connection` of the caller's nobody can take the lease until the transaction ends, so that what it writes
+        is written by the holder or not at all.
+
+        Raises:
+            FencingLost: the lease ran out, was released, or somebody took it.
+            InvalidRequest: `connection` holds no READ COMMITTED transaction, or one of another tenant.
+        """
+        await self.storage.leases.require(lease, connection=connection)
 
     async def set_budget(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, by: Principal) -> Budget:
         """Set the limit of a budget; see `BudgetDesk.set_limit`."""

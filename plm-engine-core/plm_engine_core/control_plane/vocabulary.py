@@ -302,6 +302,8 @@ class EventKind(StrEnum):
     SHADOW_CHANGED = "shadow_changed"
     BUDGET_SET = "budget_set"
     BUDGET_CORRECTED = "budget_corrected"
+    LEASE_TAKEN = "lease_taken"
+    LEASE_RELEASED = "lease_released"
 
 
 TERMINAL_RUN_STATES = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})

@@ -1,6 +1,7 @@
-"""Budgets and rates: what may be spent, and how fast."""
+"""Budgets, rates and leases: what may be spent, how fast, and who may touch what."""
 
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, BudgetPlan, Limit, Reserve, Unit
+from plm_engine_core.control_plane.limits.leases import ResourceLease
 from plm_engine_core.control_plane.limits.rate_limit import Bucket, Dimension, Prepared, RateReading
 from plm_engine_core.control_plane.limits.subjects import Subjects
 
@@ -14,6 +15,7 @@ __all__ = [
     "Prepared",
     "RateReading",
     "Reserve",
+    "ResourceLease",
     "Subjects",
     "Unit",
 ]

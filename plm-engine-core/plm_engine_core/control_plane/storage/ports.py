@@ -16,6 +16,7 @@ from uuid import UUID
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitLlmCallArgs, EmitTelemetryArgs
 
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, Reserve
+from plm_engine_core.control_plane.limits.leases import ResourceLease
 from plm_engine_core.control_plane.limits.rate_limit import Bucket, Prepared
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
@@ -369,6 +370,44 @@ class HaltStore(Protocol):
         ...
 
 
+class ResourceLeaseStore(Protocol):
+    """Leases of named resources."""
+
+    async def acquire(
+        self, tenant_id: UUID, name: str, *, owner: str, seconds: float, actor: str
+    ) -> ResourceLease | None:
+        """Take the lease of a name that nobody holds; None where somebody does."""
+        ...
+
+    async def renew(self, lease: ResourceLease, *, seconds: float) -> ResourceLease:
+        """Let a lease last from now on, while nobody took its name and it was not released.
+
+        Raises:
+            FencingLost: it is over.
+        """
+        ...
+
+    async def release(self, lease: ResourceLease, *, actor: str) -> None:
+        """End a lease; doing so again changes nothing.
+
+        Raises:
+            FencingLost: somebody took its name.
+        """
+        ...
+
+    async def require(self, lease: ResourceLease, *, connection: Connection | None = None) -> None:
+        """Refuse a holder that is none any more; on a caller's connection nobody can take the name before its end.
+
+        Raises:
+            FencingLost: it ran out, was released or taken.
+        """
+        ...
+
+    async def list(self, tenant_id: UUID, *, limit: int) -> Sequence[ResourceLease]:
+        """The leases that are held now, by name."""
+        ...
+
+
 class EventStore(Protocol):
     """Event streams."""
 
@@ -514,6 +553,11 @@ class Storage(Protocol):
     @property
     def halts(self) -> HaltStore:
         """Halts."""
+        ...
+
+    @property
+    def leases(self) -> ResourceLeaseStore:
+        """Leases of named resources."""
         ...
 
     @property

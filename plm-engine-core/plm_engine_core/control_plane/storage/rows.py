@@ -13,6 +13,7 @@ from plm_engine_core.control_plane.events.standing import BudgetKey, BudgetStand
 from plm_engine_core.control_plane.halts import BY_ID, Halt, HaltCalls
 from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
 from plm_engine_core.control_plane.limits.budgets import Budget
+from plm_engine_core.control_plane.limits.leases import ResourceLease
 from plm_engine_core.control_plane.limits.subjects import Subjects
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import (
@@ -112,6 +113,16 @@ def budget_told(row: Mapping[str, Any]) -> dict[str, str]:
         "starts_at": row["starts_at"].isoformat(),
         **({"subject": row["subject"]} if row["subject"] is not None else {}),
     }
+
+
+def resource_lease_row(row: Mapping[str, Any]) -> ResourceLease:
+    """One row of `resource_leases`, of a lease that is not over."""
+    return ResourceLease(**{name: value for name, value in row.items() if name != "taken_at"})
+
+
+def lease_told(lease: ResourceLease) -> dict[str, Any]:
+    """How an event names a lease."""
+    return {"name": lease.name, "owner": lease.owner, "fencing_token": lease.fencing_token}
 
 
 def ticket_row(row: Mapping[str, Any]) -> ApprovalTicket:

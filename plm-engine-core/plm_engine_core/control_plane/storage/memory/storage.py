@@ -11,6 +11,7 @@ from plm_engine_core.control_plane.storage.memory.budget_desk import MemoryBudge
 from plm_engine_core.control_plane.storage.memory.events import MemoryCheckpoints, MemoryEvents
 from plm_engine_core.control_plane.storage.memory.halts import MemoryHalts
 from plm_engine_core.control_plane.storage.memory.policies import MemoryPolicies
+from plm_engine_core.control_plane.storage.memory.resource_leases import MemoryResourceLeases
 from plm_engine_core.control_plane.storage.memory.runs import MemoryRuns
 from plm_engine_core.control_plane.storage.memory.values import storable_text
 
@@ -30,6 +31,7 @@ class MemoryStorage:
         self.approvals = MemoryApprovals(self.books)
         self.budgets = MemoryBudgets(self.books)
         self.halts = MemoryHalts(self.books)
+        self.leases = MemoryResourceLeases(self.books)
         self.events = MemoryEvents(self.books)
         self.checkpoints = MemoryCheckpoints(self.books)
         self.policies = MemoryPolicies(self.books)

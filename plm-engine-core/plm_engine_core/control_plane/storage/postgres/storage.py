@@ -15,6 +15,7 @@ from plm_engine_core.control_plane.storage.postgres.events import PostgresEvents
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Pool
 from plm_engine_core.control_plane.storage.postgres.halts import PostgresHalts
 from plm_engine_core.control_plane.storage.postgres.policies import PostgresPolicies
+from plm_engine_core.control_plane.storage.postgres.resource_leases import PostgresResourceLeases
 from plm_engine_core.control_plane.storage.postgres.runs import PostgresRuns
 
 
@@ -57,6 +58,7 @@ class PostgresStorage:
         self.approvals = PostgresApprovals(gateway, delivery)
         self.budgets = PostgresBudgets(gateway)
         self.halts = PostgresHalts(gateway, delivery)
+        self.leases = PostgresResourceLeases(gateway)
         self.events = PostgresEvents(gateway)
         self.checkpoints = PostgresCheckpoints(gateway)
         self.policies = PostgresPolicies(gateway)
