@@ -30,11 +30,13 @@ from plugin_substrate.worker.failures import restore_error
 from plugin_substrate.worker.frames import Frame
 from plugin_substrate.worker.isolation import missing_layers
 from plugin_substrate.worker.messages import Message, encode_message
+from plugin_substrate.worker.parked import Segment
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 _EXIT_REPORT_SECONDS = 10.0  # hundreds of processes of a fork bomb die before the report that they did
 _LAST_WORDS_SECONDS = 0.5
-_QUICK_BYTES = 64 << 10
+_QUICK_JSON_BYTES = 64 << 10
+_QUICK_BYTES = 4 << 20  # of which nearly all is taken as it is, or copied once
 
 
 class RemotePluginProxy:
@@ -329,7 +331,7 @@ class RemotePluginProxy:
             lost = isinstance(error, WireValueError) and error.path.startswith(("result", "chunk"))
             error.outcome_known = not lost
             self._end(call).fail(error)
-        elif sum(map(len, frame.segments)) > _QUICK_BYTES:
+        elif _takes_long(frame.segments):
             task = self._loop.create_task(self._read_apart(call, frame))
             self._reading.add(task)
             task.add_done_callback(self._reading.discard)
@@ -367,6 +369,11 @@ class RemotePluginProxy:
 
     def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
         self._connection.write(encode_message(header, segments or []))
+
+
+def _takes_long(segments: Sequence[Segment]) -> bool:
+    """Whether reading a value would hold up the event loop."""
+    return sum(map(len, segments)) > _QUICK_BYTES or sum(map(len, segments[:1])) > _QUICK_JSON_BYTES
 
 
 def _when_changed(callback: Callable[[float, str], object]) -> Callable[[float, str], None]:

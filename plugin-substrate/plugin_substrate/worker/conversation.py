@@ -10,9 +10,10 @@ from typing import Any
 
 from plugin_substrate.interface import ActiveCall, CallContext
 from plugin_substrate.worker.frames import PROTOCOL_VERSION
-from plugin_substrate.worker.messages import Inbox, encode_message
+from plugin_substrate.worker.messages import Inbox, Message, encode_message
 
 _MAX_PROGRESS_TEXT = 1000
+_MAX_PIECES = 512  # the system takes 1024 at once
 
 
 class Conversation:
@@ -38,15 +39,25 @@ class Conversation:
         message = encode_message(header, segments or [])
         try:
             with self._send_lock:
-                if message.descriptors:
-                    first = message.pieces[0]
-                    sent = socket.send_fds(self.connection, [first], message.descriptors)
-                    message.pieces[0] = first[sent:]
-                for piece in message.pieces:
-                    self.connection.sendall(piece)
+                if len(message.pieces) == 1 and not message.descriptors:
+                    self.connection.sendall(message.pieces[0])
+                else:
+                    self._send_pieces(message)
         except OSError:
             os._exit(0)
         message.close()
+
+    def _send_pieces(self, message: Message) -> None:
+        """Write the beginning at once, as each system call wakes the host, and then what is missing."""
+        beginning = message.pieces[:_MAX_PIECES]
+        if message.descriptors:
+            sent = socket.send_fds(self.connection, beginning, message.descriptors)
+        else:
+            sent = self.connection.sendmsg(beginning)
+        for piece in message.pieces:
+            if sent < len(piece):
+                self.connection.sendall(memoryview(piece)[sent:])
+            sent = max(0, sent - len(piece))
 
     def send_log(self, call_id: str, line: str) -> None:
         """Write a log line, of a call or of none."""

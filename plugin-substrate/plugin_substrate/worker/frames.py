@@ -44,8 +44,8 @@ def encode_frame(header: dict[str, Any], segments: Sequence[bytes] = ()) -> list
             f"a frame of {total} bytes ({len(raw)} of them header, {len(segments)} binary segments) is over the "
             f"limit of {MAX_FRAME_BYTES} bytes ({MAX_HEADER_BYTES} header, {MAX_SEGMENTS} segments)"
         )
-    pieces = [_PREFIX.pack(total, len(raw)), raw, *segments]
-    return [b"".join(pieces)] if total <= _PORTION else pieces
+    together = len(segments) if total <= _PORTION else sum(length <= _PORTION for length in lengths[:1])
+    return [b"".join([_PREFIX.pack(total, len(raw)), raw, *segments[:together]]), *segments[together:]]
 
 
 class FrameDecoder:
