@@ -362,9 +362,8 @@ class LoadedInstance:
         message = proxy.encode_call(pending.context, args, kwargs, stream=isinstance(pending, PendingStream))
         if pending.context.deadline is not None and pending.context.deadline <= time.time():
             raise PluginTimeoutError(f"call {call_id} was not sent: its deadline has passed", timeout_seconds=0.0)
-        if listeners.before_start is not None:
-            await _ask(listeners.before_start, call_id)
-        if self._closed or not proxy.alive:
+        asked = listeners.before_start is not None and await _ask(listeners.before_start, call_id)
+        if self._closed or (asked and not proxy.alive):  # unless something was awaited, it just was
             raise WorkerDiedError("the worker ended before the call was sent", outcome_known=True)
         if listeners.on_started is not None:
             listeners.on_started()
@@ -426,10 +425,11 @@ async def _in_time(context: CallContext, waiting: Coroutine[Any, Any, T]) -> T:
         raise PluginTimeoutError(message, timeout_seconds=seconds) from error
 
 
-async def _ask(before_start: Callable[[], Awaitable[bool]], call_id: str) -> None:
+async def _ask(before_start: Callable[[], Awaitable[bool]], call_id: str) -> bool:
     try:
         allowed = await before_start()
     except Exception as error:
         raise CallNotStartedError(f"call {call_id} was not sent: {type(error).__name__}: {error}") from error
     if not allowed:
         raise CallNotStartedError(f"call {call_id} was not sent: it is no longer allowed")
+    return True

@@ -373,6 +373,8 @@ class RemotePluginProxy:
 
 def _takes_long(segments: Sequence[Segment]) -> bool:
     """Whether reading a value would hold up the event loop."""
+    if len(segments) == 1:
+        return len(segments[0]) > _QUICK_JSON_BYTES
     return sum(map(len, segments)) > _QUICK_BYTES or sum(map(len, segments[:1])) > _QUICK_JSON_BYTES
 
 
