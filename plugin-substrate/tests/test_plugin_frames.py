@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import json.encoder
 import struct
 
 import pytest
@@ -60,12 +62,29 @@ def frame_of(header: bytes, body: bytes = b"") -> bytes:
         frame_of(b"[" * 100_000),
         frame_of(b'{"segments": [], "x": "\xff"}'),
         frame_of(b'{"segments": []}', b"x"),
+        frame_of(b'{"segments": []} {}'),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_a_frame_that_breaks_a_rule_is_refused(raw: bytes) -> None:
     with pytest.raises(ProtocolError):
         list(FrameDecoder().feed(raw))
+
+
+@pytest.mark.parametrize("in_c", [True, False])
+def test_json_is_written_alike_where_the_interpreter_has_no_part_of_it_in_c(
+    in_c: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not in_c:
+        monkeypatch.setattr(json.encoder, "c_make_encoder", None)
+    encode = frames.fast_encode(json.JSONEncoder(separators=(",", ":"), allow_nan=False))
+    assert encode({"a": [1, 2.5, None, True, 10**30], "\u00e9\ud800": {}}) == (
+        '{"a":[1,2.5,null,true,1000000000000000000000000000000],"\\u00e9\\ud800":{}}'
+    )
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        encode([float("nan")])
+    with pytest.raises(TypeError, match="set"):
+        encode({"a": {1}})
 
 
 def test_an_announced_length_takes_no_memory_before_its_bytes_arrive() -> None:

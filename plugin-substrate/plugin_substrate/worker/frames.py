@@ -124,7 +124,7 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def _without_making_it_anew(encoder: json.JSONEncoder) -> Callable[[Any], str]:
+def fast_encode(encoder: json.JSONEncoder) -> Callable[[Any], str]:
     """Return what ``encoder.encode`` does; it makes the part that is written in C for each value, if it has one."""
     make = getattr(json.encoder, "c_make_encoder", None)
     if make is None:
@@ -134,5 +134,5 @@ def _without_making_it_anew(encoder: json.JSONEncoder) -> Callable[[Any], str]:
 
 
 # Made once: `json.loads` and `json.dumps` with options make them anew for each value.
-_ENCODE = _without_making_it_anew(json.JSONEncoder(separators=(",", ":"), allow_nan=False))
+_ENCODE = fast_encode(json.JSONEncoder(separators=(",", ":"), allow_nan=False))
 _DECODER = json.JSONDecoder(parse_constant=_no_constant)
