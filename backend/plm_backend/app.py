@@ -14,7 +14,7 @@ from plm_backend import problems
 from plm_backend.body_limit import BodyLimitMiddleware
 from plm_backend.dependencies import each_once
 from plm_backend.openapi import describe
-from plm_backend.routers import approvals, artifacts, budgets, events, halts, health, policy, runs, why
+from plm_backend.routers import approvals, artifacts, budgets, events, halts, health, policy, registers, runs, why
 from plm_backend.wiring import Platform
 
 
@@ -40,6 +40,7 @@ def create_app(platform: Platform) -> FastAPI:
         policy.router,
         budgets.router,
         why.router,
+        registers.router,
     )
     for router in routers:
         app.include_router(router, dependencies=[Depends(each_once)])

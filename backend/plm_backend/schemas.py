@@ -12,15 +12,21 @@ from decimal import Decimal
 from typing import Any, Literal
 from uuid import UUID
 
+from plm_engine_core.control_plane import Principal
 from plm_engine_core.control_plane.activation import Activation
+from plm_engine_core.control_plane.agents import StandingAgent
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.events import Event
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl import ApprovalScope, ApprovalTicket, Comment, Vote
 from plm_engine_core.control_plane.limits import Budget, BudgetKey, Unit
 from plm_engine_core.control_plane.policy import Demand
+from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.runs import Run, Step
 from plm_engine_core.control_plane.vocabulary import (
+    ActionTier,
+    AgentStatus,
+    AutonomyLevel,
     BudgetScope,
     HaltScope,
     Period,
@@ -134,6 +140,13 @@ class BudgetCorrection(BudgetName):
     reason: StorableText = Field(min_length=1, max_length=2000)
 
 
+class AgentStatusSet(_Body):
+    """What an agent may do in the tenant from now on: nothing, or what it is registered for."""
+
+    status: Literal[AgentStatus.ACTIVE, AgentStatus.SUSPENDED]
+    reason: StorableText = Field(default="", max_length=2000)
+
+
 class ActivationCreate(_Body):
     """A policy with the role it is to have; without a policy the shadow ends."""
 
@@ -239,6 +252,46 @@ class BudgetList(BaseModel):
     more: bool
 
 
+class AgentDocument(BaseModel):
+    """One registered version of an agent with its ceilings; `status` is how it stands in the tenant."""
+
+    id: str
+    version: str
+    owner: str
+    status: AgentStatus
+    registered_status: AgentStatus
+    autonomy: AutonomyLevel
+    tiers: list[ActionTier]
+    budget: dict[str, str]
+    capabilities: list[str] | None
+    delegations: int
+    halt_id: UUID | None
+
+
+class AgentList(BaseModel):
+    """Registered agents; where `registered` is false, any agent may do what the policy allows."""
+
+    registered: bool
+    items: list[AgentDocument]
+
+
+class CapabilityList(BaseModel):
+    """Every registered version of every capability."""
+
+    items: list[CapabilityDescriptor]
+
+
+class PrincipalDocument(BaseModel):
+    """On whose behalf a run acts; `delegated_by` are those who had this one ask, the first of them first."""
+
+    user_id: UUID
+    actor_kind: str
+    scopes: list[str]
+    delegated_by: list[UUID]
+    expires_at: datetime | None
+    delegations_left: int | None
+
+
 class WhyDocument(BaseModel):
     """Why something stands where it stands; `because` leads on to what decided it. Absent members say nothing."""
 
@@ -256,8 +309,9 @@ class WhyDocument(BaseModel):
 
 
 class RunDetail(RunDocument):
-    """One run with its steps and budgets."""
+    """One run with whom it acts for, its steps and its budgets."""
 
+    principal: PrincipalDocument
     steps: list[StepDocument]
     budgets: list[BudgetDocument]
 
@@ -467,6 +521,26 @@ def step_document(step: Step) -> StepDocument:
         output=step.output,
         started_at=step.started_at,
         finished_at=step.finished_at,
+    )
+
+
+def principal_document(principal: Principal) -> PrincipalDocument:
+    """The public form of a principal."""
+    return PrincipalDocument(**{**asdict(principal), "scopes": sorted(principal.scopes)})
+
+
+def agent_document(each: StandingAgent) -> AgentDocument:
+    """The public form of a registered agent."""
+    registered = each.descriptor.model_dump(mode="json")
+    return AgentDocument(
+        **{
+            **registered,
+            "status": each.status,
+            "registered_status": each.descriptor.status,
+            "tiers": sorted(registered["tiers"]),
+            "capabilities": None if registered["capabilities"] is None else sorted(registered["capabilities"]),
+            "halt_id": each.halt.id if each.halt is not None else None,
+        }
     )
 
 

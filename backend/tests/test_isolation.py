@@ -285,7 +285,13 @@ SCENARIOS: dict[str, Callable[[Household, Household], tuple[bool, str]]] = {
 }
 WITHOUT_TENANT = {"live": "/v1/health/live", "ready": "/v1/health/ready"}
 ITS_OWN = {"setBudget"}  # opens a budget of the caller's tenant, whatever it names; below
-OF_THE_INSTALLATION = {"getPolicy", "activatePolicy"}  # one policy decides for all tenants; tests/test_api_policy.py
+OF_THE_INSTALLATION = {  # one policy and one register for all tenants; test_api_policy.py, test_api_registers.py
+    "getPolicy",
+    "activatePolicy",
+    "listCapabilities",
+    "listAgents",
+    "setAgentStatus",
+}
 
 
 def test_every_operation_has_its_scenario(kept_apart: Offered) -> None:

@@ -26,6 +26,7 @@ from plm_backend.schemas import (
     RunPage,
     budget_document,
     jsonable,
+    principal_document,
     run_document,
     step_document,
 )
@@ -103,6 +104,7 @@ async def get_run(run_id: UUID, platform: ThePlatform, caller: TheCaller) -> Any
     run = await runs.get(caller.tenant_id, run_id)
     return {
         **run_document(run),
+        "principal": principal_document(run.principal),
         "steps": [step_document(step) for step in await runs.steps(caller.tenant_id, run_id)],
         "budgets": [budget_document(budget) for budget in await runs.budgets(caller.tenant_id, run_id)],
     }

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 import typer
 
-from plm_engine_core.cli import approvals, auth, budget, db, doctor, events, halt, policy, run
+from plm_engine_core.cli import approvals, auth, budget, db, doctor, events, halt, policy, registers, run
 from plm_engine_core.cli.why import why_command
 
 __all__ = ["COMMANDS_GROUP", "GROUPS", "build_app", "main"]
@@ -22,9 +22,11 @@ __all__ = ["COMMANDS_GROUP", "GROUPS", "build_app", "main"]
 COMMANDS_GROUP = "plm_cli.commands"
 
 GROUPS: dict[str, typer.Typer] = {
+    "agents": registers.agents_app,
     "approvals": approvals.app,
     "auth": auth.app,
     "budget": budget.app,
+    "capabilities": registers.capabilities_app,
     "db": db.app,
     "doctor": doctor.app,
     "events": events.app,

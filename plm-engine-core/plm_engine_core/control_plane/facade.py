@@ -16,6 +16,7 @@ from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
+from plm_engine_core.control_plane.agents import AgentDesk, StandingAgent
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, PolicyMissing
 from plm_engine_core.control_plane.events import Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
@@ -38,6 +39,7 @@ from plm_engine_core.control_plane.registry import (
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run
 from plm_engine_core.control_plane.storage.ports import Connection, Storage
 from plm_engine_core.control_plane.vocabulary import (
+    AgentStatus,
     BudgetScope,
     HaltScope,
     PolicyRole,
@@ -111,8 +113,9 @@ class ControlPlane:
         self.signals: Signals = signals or NoSignals()
         self._desk = PolicyDesk(storage.policies, registry=registry, evaluators=evaluators)
         self._kill_switch = KillSwitch(
-            storage.halts, registry=registry, signals=self.signals, cancel_seconds=cancel_seconds
+            storage.halts, registry=registry, agents=agents, signals=self.signals, cancel_seconds=cancel_seconds
         )
+        self._agent_desk = AgentDesk(storage.halts, agents=agents, kill_switch=self._kill_switch)
 
     @property
     def policy(self) -> PolicySnapshot:
@@ -461,6 +464,16 @@ class ControlPlane:
     async def lift(self, tenant_id: UUID, halt_id: UUID, *, by: Principal) -> Halt:
         """Lift a halt; see `KillSwitch.lift`."""
         return await self._kill_switch.lift(tenant_id, halt_id, by=by)
+
+    async def registered_agents(self, tenant_id: UUID) -> Sequence[StandingAgent]:
+        """Every registered version of every agent, as it stands in a tenant; see `AgentDesk.list`."""
+        return await self._agent_desk.list(tenant_id)
+
+    async def set_agent_status(
+        self, tenant_id: UUID, agent_id: str, status: AgentStatus, *, reason: str, by: Principal
+    ) -> StandingAgent:
+        """Suspend an agent in a tenant, or let it work again; see `AgentDesk.set_status`."""
+        return await self._agent_desk.set_status(tenant_id, agent_id, status, reason=reason, by=by)
 
     async def why(self, tenant_id: UUID, asked: str) -> Why:
         """Why a run, attempt, ticket or budget stands where it stands; see `why.why`."""

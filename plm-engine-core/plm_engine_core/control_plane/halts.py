@@ -11,7 +11,7 @@ from uuid import UUID
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, NotFound
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
-from plm_engine_core.control_plane.registry import CapabilityRegistry
+from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import HaltStore
 from plm_engine_core.control_plane.vocabulary import HaltScope
 
@@ -68,10 +68,12 @@ class Halt:
 
     def to_json(self) -> dict[str, Any]:
         """What the events of a halt carry."""
+        named = {"subject": self.subject} if self.subject is not None else {}
         return {
             "halt_id": str(self.id),
             "scope": self.scope.value,
             "scope_id": str(self.scope_id) if self.scope_id else None,
+            **named,
             "epoch": self.epoch,
             "reason": self.reason,
         }
@@ -89,11 +91,13 @@ class KillSwitch:
         store: HaltStore,
         *,
         registry: CapabilityRegistry | None = None,
+        agents: AgentRegistry | None = None,
         signals: Signals | None = None,
         cancel_seconds: float = CANCEL_SECONDS,
     ) -> None:
         self._store = store
         self._registry = registry
+        self._agents = agents
         self._signals: Signals = signals or NoSignals()
         self._cancel_seconds = cancel_seconds
 
@@ -139,6 +143,7 @@ class KillSwitch:
             by=by.user_id,
             actor=by.actor,
             cancel_seconds=self._cancel_seconds,
+            registered=scope is HaltScope.AGENT and self._is_registered(subject or ""),
         )
         try:
             await self._end_halted(tenant_id, scope)
@@ -148,6 +153,9 @@ class KillSwitch:
         # Only now: a call in flight has to be in the halt's record before it is stopped.
         await self._tell(tenant_id, halt)
         return halt
+
+    def _is_registered(self, agent_id: str) -> bool:
+        return self._agents is not None and self._agents.get(agent_id) is not None
 
     async def _tell(self, tenant_id: UUID, halt: Halt) -> None:
         run_id = halt.scope_id if halt.scope is HaltScope.RUN else None

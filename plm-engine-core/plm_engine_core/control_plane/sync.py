@@ -63,6 +63,8 @@ class SyncControlPlane:
     correct_budget = _waiting(ControlPlane.correct_budget)
     halt = _waiting(ControlPlane.halt)
     lift = _waiting(ControlPlane.lift)
+    registered_agents = _waiting(ControlPlane.registered_agents)
+    set_agent_status = _waiting(ControlPlane.set_agent_status)
     why = _waiting(ControlPlane.why)
     verify_events = _waiting(ControlPlane.verify_events)
 

@@ -98,10 +98,11 @@ class CapabilityRegistry:
     """
 
     def __init__(self, capabilities: Iterable[CapabilityDescriptor]) -> None:
+        self.versions = tuple(capabilities)
         self._by_id: dict[str, CapabilityDescriptor] = {}
         by_place: dict[tuple[str, CapabilityStatus], CapabilityDescriptor] = {}
         versions: set[tuple[str, str]] = set()
-        for capability in capabilities:
+        for capability in self.versions:
             if (capability.id, capability.version) in versions:
                 raise InvalidRequest(
                     f"capability {capability.id} is registered twice; remove one of the two", field="capabilities"

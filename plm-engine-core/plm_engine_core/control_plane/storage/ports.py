@@ -340,8 +340,12 @@ class HaltStore(Protocol):
         by: UUID,
         actor: str,
         cancel_seconds: float,
+        registered: bool = False,
     ) -> Halt:
-        """Commit a halt once nothing admitted before it is still uncommitted, or answer the one that stands."""
+        """Commit a halt once nothing admitted before it is still uncommitted, or answer the one that stands.
+
+        What it names must have run in the tenant, unless it is `registered`.
+        """
         ...
 
     async def get(self, tenant_id: UUID, halt_id: UUID) -> Halt:

@@ -33,6 +33,7 @@ class MemoryHalts:
         by: UUID,
         actor: str,
         cancel_seconds: float,
+        registered: bool = False,
     ) -> Halt:
         """Commit a halt, or answer the one that stands in this scope."""
         target = tenant_id if scope is HaltScope.TENANT else scope_id
@@ -41,7 +42,7 @@ class MemoryHalts:
             standing = [row for row in earlier if row["lifted_at"] is None]
             if standing:
                 return _halt(books, tenant_id, standing[0])
-            if not _known(books, tenant_id, scope, scope_id, subject):
+            if not (registered or _known(books, tenant_id, scope, scope_id, subject)):
                 raise NotFound(scope.value.replace("_", " "), subject or scope_id)
             row = {"id": new_id(), "epoch": max((row["epoch"] for row in earlier), default=0) + 1}
             row |= {"reason": storable_text(reason), "triggered_by": by, "triggered_at": books.now()}

@@ -67,6 +67,7 @@ class PostgresHalts:
         by: UUID,
         actor: str,
         cancel_seconds: float,
+        registered: bool = False,
     ) -> Halt:
         """Commit a halt, or answer the one that stands in this scope."""
         values = {
@@ -84,7 +85,7 @@ class PostgresHalts:
             standing = await self._standing(connection, scope, values)
             if standing is not None:
                 return await self._read(connection, tenant_id, standing)
-            if scope in _KNOWN:
+            if scope in _KNOWN and not registered:
                 cursor = await connection.execute(_KNOWN[scope].encode(), values)
                 if not cursor.rowcount:
                     raise NotFound(scope.value.replace("_", " "), subject or scope_id)
