@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from decimal import Decimal
 from functools import partial
 from itertools import count
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from plm_engine_core.control_plane import (
     ControlPlane,
     Denied,
@@ -29,24 +25,13 @@ from plm_engine_core.control_plane import (
 from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, InvalidRequest
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits import BudgetKey
-from plm_engine_core.control_plane.storage.memory import MemoryStorage
-from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.vocabulary import BudgetScope, OutcomeStatus, Reason
-from plm_shared.testing.databases import create_tenants
 
-SOAK = float(os.environ.get("SOAK", "0.05"))
 SCOPES = frozenset({"plm.runs.create", "things.read", "plm.budgets"})
 WHO = Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=SCOPES)
 FIRST_LIMIT = 3
 STATUSES = [OutcomeStatus.SUCCEEDED, OutcomeStatus.FAILED, OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED]
 FREE = {OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED}
-
-
-class NoDelivery:
-    """The machine moves its runs itself."""
-
-    async def enqueue(self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID) -> None:
-        pass
 
 
 class Spending(RuleBasedStateMachine):
@@ -170,38 +155,6 @@ async def capability(core: ControlPlane) -> Any:
     return core.capability("thing.read")
 
 
-@pytest.mark.parametrize("storage", ["postgres", "memory"])
-def test_any_sequence_leaves_what_plain_sums_say(storage: str, request: Any, make_policy: Any, registry: Any) -> None:
+def test_any_sequence_leaves_what_plain_sums_say(against_oracle: Any) -> None:
     limits = {"run": {"EUR": "1000", "calls": "1000"}, "tenant": {"EUR": "1000", "calls": FIRST_LIMIT}}
-    policy = make_policy(budgets=limits, rate_limit={"per_second": 1e6, "burst": 1e6})
-    numbers = count()
-    if storage == "memory":
-        memory = MemoryStorage()
-        opened: Any = ControlPlane(policy=policy, registry=registry, storage=memory)
-
-        def new_tenant() -> uuid.UUID:
-            return memory.add_tenant(uuid.uuid4())
-
-    else:
-        database = request.getfixturevalue("engine_database")
-
-        @asynccontextmanager
-        async def over_postgres() -> AsyncIterator[ControlPlane]:
-            async with open_pool(database.app, max_size=2) as pool:
-                yield ControlPlane(policy=policy, registry=registry, storage=PostgresStorage(pool, NoDelivery()))
-
-        opened = over_postgres()
-
-        def new_tenant() -> uuid.UUID:
-            return create_tenants(database, f"t{next(numbers)}")[0]
-
-    with SyncControlPlane(opened) as plane:
-        run_state_machine_as_test(
-            lambda: Spending(plane, new_tenant()),
-            settings=settings(
-                max_examples=max(5, int(100 * SOAK)),
-                stateful_step_count=25,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+    against_oracle(Spending, steps=25, budgets=limits)

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from itertools import count
 from typing import Any
 
-import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from plm_engine_core.control_plane import (
     ControlPlane,
     Denied,
@@ -26,25 +20,14 @@ from plm_engine_core.control_plane import (
 )
 from plm_engine_core.control_plane.errors import Conflict, Forbidden
 from plm_engine_core.control_plane.ids import new_id
-from plm_engine_core.control_plane.storage.memory import MemoryStorage
-from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.vocabulary import HaltScope, OutcomeStatus, Reason, RunState, TicketDecision
-from plm_shared.testing.databases import create_tenants
 
-SOAK = float(os.environ.get("SOAK", "0.05"))
 QUORUM = 2
 READ, WRITE = "thing.read", "thing.write"
 SCOPES = frozenset({"plm.runs.create", "plm.hitl.resolve", "plm.halt", "things.read", "things.write"})
 PEOPLE = [Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=SCOPES) for _ in range(4)]
 REQUESTER = PEOPLE[0]
 HALTS = (HaltScope.TENANT, HaltScope.AGENT, HaltScope.RUN, HaltScope.CAPABILITY)
-
-
-class NoDelivery:
-    """The machine moves its run itself."""
-
-    async def enqueue(self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID) -> None:
-        pass
 
 
 class Governed(RuleBasedStateMachine):
@@ -209,42 +192,5 @@ async def described(core: ControlPlane) -> Any:
     return core.capability(READ)
 
 
-@pytest.mark.parametrize("storage", ["postgres", "memory"])
-def test_any_sequence_leaves_what_the_oracle_says(storage: str, request: Any, make_policy: Any, registry: Any) -> None:
-    wide = {"EUR": "1000", "calls": "1000"}
-    policy = make_policy(
-        approval={"quorum": QUORUM},
-        budgets={"run": wide, "tenant": wide},
-        rate_limit={"per_second": 1e6, "burst": 1e6},
-    )
-    numbers = count()
-    if storage == "memory":
-        memory = MemoryStorage()
-        opened: Any = ControlPlane(policy=policy, registry=registry, storage=memory)
-
-        def new_tenant() -> uuid.UUID:
-            return memory.add_tenant(uuid.uuid4())
-
-    else:
-        database = request.getfixturevalue("engine_database")
-
-        @asynccontextmanager
-        async def over_postgres() -> AsyncIterator[ControlPlane]:
-            async with open_pool(database.app, max_size=2) as pool:
-                yield ControlPlane(policy=policy, registry=registry, storage=PostgresStorage(pool, NoDelivery()))
-
-        opened = over_postgres()
-
-        def new_tenant() -> uuid.UUID:
-            return create_tenants(database, f"t{next(numbers)}")[0]
-
-    with SyncControlPlane(opened) as plane:
-        run_state_machine_as_test(
-            lambda: Governed(plane, new_tenant()),
-            settings=settings(
-                max_examples=max(5, int(100 * SOAK)),
-                stateful_step_count=40,
-                deadline=None,
-                suppress_health_check=list(HealthCheck),
-            ),
-        )
+def test_any_sequence_leaves_what_the_oracle_says(against_oracle: Any) -> None:
+    against_oracle(Governed, steps=40, approval={"quorum": QUORUM})

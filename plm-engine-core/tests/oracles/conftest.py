@@ -1,0 +1,94 @@
+"""What state machines beside an oracle share: a control plane over either storage, and a new tenant for each try."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from itertools import count
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
+from plm_engine_core.control_plane import ControlPlane, SyncControlPlane
+from plm_engine_core.control_plane.registry import CapabilityRegistry
+from plm_engine_core.control_plane.storage.memory import MemoryStorage
+from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
+from plm_shared.addresses import DatabaseUrls
+from plm_shared.testing.databases import create_tenants
+
+SOAK = float(os.environ.get("SOAK", "0.05"))
+WIDE = {"EUR": "1000", "calls": "1000"}
+
+Opened = ControlPlane | AbstractAsyncContextManager[ControlPlane]
+NewTenant = Callable[[], uuid.UUID]
+Machine = Callable[[SyncControlPlane, uuid.UUID], RuleBasedStateMachine]
+
+
+class NoDelivery:
+    """A machine moves its runs itself."""
+
+    async def enqueue(self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID) -> None:
+        """Deliver nothing."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every machine runs over each storage."""
+    if "against_oracle" in metafunc.fixturenames:
+        metafunc.parametrize("storage", ["postgres", "memory"])
+
+
+@pytest.fixture
+def against_oracle(
+    storage: str, request: pytest.FixtureRequest, make_policy: Callable[..., Any], registry: CapabilityRegistry
+) -> Callable[..., None]:
+    """Plays a machine, under a policy whose limits are wide unless the machine is about them."""
+
+    def play(machine: Machine, *, steps: int, budgets: dict[str, Any] | None = None, **policy: Any) -> None:
+        policy = make_policy(
+            budgets=budgets or {"run": WIDE, "tenant": WIDE}, rate_limit={"per_second": 1e6, "burst": 1e6}, **policy
+        )
+        with opened(storage, request, policy, registry) as (plane, new_tenant):
+            run_state_machine_as_test(
+                lambda: machine(plane, new_tenant()),
+                settings=settings(
+                    max_examples=max(5, int(100 * SOAK)),
+                    stateful_step_count=steps,
+                    deadline=None,
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+
+    return play
+
+
+@contextmanager
+def opened(
+    storage: str, request: pytest.FixtureRequest, policy: Any, registry: CapabilityRegistry
+) -> Iterator[tuple[SyncControlPlane, NewTenant]]:
+    made = in_memory(policy, registry) if storage == "memory" else over_postgres(request, policy, registry)
+    core, new_tenant = made
+    with SyncControlPlane(core) as plane:
+        yield plane, new_tenant
+
+
+def in_memory(policy: Any, registry: CapabilityRegistry) -> tuple[Opened, NewTenant]:
+    memory = MemoryStorage()
+    core = ControlPlane(policy=policy, registry=registry, storage=memory)
+    return core, lambda: memory.add_tenant(uuid.uuid4())
+
+
+def over_postgres(
+    request: pytest.FixtureRequest, policy: Any, registry: CapabilityRegistry
+) -> tuple[Opened, NewTenant]:
+    database: DatabaseUrls = request.getfixturevalue("engine_database")
+    numbers = count()
+
+    @asynccontextmanager
+    async def core() -> AsyncIterator[ControlPlane]:
+        async with open_pool(database.app, max_size=2) as pool:
+            yield ControlPlane(policy=policy, registry=registry, storage=PostgresStorage(pool, NoDelivery()))
+
+    return core(), lambda: create_tenants(database, f"t{next(numbers)}")[0]
