@@ -6,7 +6,6 @@ What a plugin gets is found by starting a worker for it, confined as always, and
 from __future__ import annotations
 
 import asyncio
-import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plugin_substrate import control_group
 from plugin_substrate.discovery import find_manifests, manifest_folders
 from plugin_substrate.errors import PluginError
 from plugin_substrate.lifecycle import Supervisor
@@ -77,7 +77,7 @@ async def diagnose(data_dir: Path, default: IsolationProfile) -> Diagnosis:
     plugins = [await _plugin(meta, data_dir, default) for meta in found]
     return Diagnosis(
         layers=tuple(machine_layers({layer for plugin in plugins for layer in plugin.layers})),
-        means=(_control_groups(), _bubblewrap()),
+        means=(_bubblewrap(),),
         plugins=tuple(plugins),
         rejected=tuple((bad.path, bad.reason) for bad in rejected),
     )
@@ -90,6 +90,7 @@ def machine_layers(seen: set[str] | None = None) -> list[LayerReport]:
         "landlock": "" if abi else "the kernel has no Landlock, or does not list it in /sys/kernel/security/lsm",
         "seccomp": "" if seccomp.supported() else f"no filter is written for {platform.machine()}",
         "pid_namespace": _namespace_reason(),
+        "cgroup": _group_reason(),
         "own_uid": _own_uid_reason(seen or set()),
     }
     if platform.system() != "Linux":
@@ -105,34 +106,6 @@ def machine_layers(seen: set[str] | None = None) -> list[LayerReport]:
     ]
 
 
-def _control_groups() -> LayerReport:
-    """Tell what this process could do with control groups of version 2."""
-    where = _cgroup_folder()
-    if where is None:
-        found = "this system has no control groups of version 2 here"
-    else:
-        controllers = (where / "cgroup.controllers").read_text(encoding="ascii").split()
-        may = "may make groups in it" if os.access(where, os.W_OK) else "may make no groups in it"
-        found = f"{where} offers {', '.join(controllers) or 'no controller'}, and we {may}"
-    detail = f"{found}; memory, processes and disk are sampled instead, and what is left behind is found by its mark"
-    return LayerReport(name="cgroup", held=False, detail=detail)
-
-
-def _cgroup_folder() -> Path | None:
-    """Return the folder of our control group of version 2, None where there is none that can be seen."""
-    try:
-        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
-        memberships = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    points = [line.split()[4] for line in mounts if " - cgroup2 " in line]
-    ours = next((line[len("0::") :] for line in memberships if line.startswith("0::")), None)
-    if not points or ours is None:
-        return None
-    folder = Path(points[0], ours.lstrip("/"))
-    return folder if (folder / "cgroup.controllers").is_file() else None
-
-
 def _bubblewrap() -> LayerReport:
     found = shutil.which("bwrap")
     what = f"{found} is there" if found else "it is not installed"
@@ -141,8 +114,8 @@ def _bubblewrap() -> LayerReport:
 
 
 def _detail(name: str, abi: int, stops: str) -> str:
-    if name in ("pid_namespace", "descendants_swept"):
-        also = ", and for those that preload" if name == "descendants_swept" else ""
+    if name in ("pid_namespace", "cgroup", "descendants_swept"):
+        also = "" if name == "pid_namespace" else ", and for those that preload"
         return f"{stops}; for plugins that may have processes{also}"
     missing = [what for since, what in _LANDLOCK_ADDS.items() if abi < since] if name == "landlock" else []
     return f"{stops}; this kernel's does not cover {', '.join(missing)}" if missing else stops
@@ -152,6 +125,13 @@ def _namespace_reason() -> str:
     if platform.system() == "Linux" and namespaces.available():
         return ""
     return "this system does not let us make one; what a plugin's processes leave behind is swept at the next contact"
+
+
+def _group_reason() -> str:
+    folder = control_group.own_folder()
+    if folder is None:
+        return "this system has no control groups of version 2 here"
+    return "" if control_group.usable() else f"we may make no group in {folder}, or the kernel is older than 5.14"
 
 
 def _own_uid_reason(seen: set[str]) -> str:

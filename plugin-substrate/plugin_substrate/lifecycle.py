@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plugin_substrate.control_group import ControlGroup
 from plugin_substrate.deaths import WorkerExit
 from plugin_substrate.errors import PluginFatalError, ResourceShortfall
 from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
@@ -102,6 +103,7 @@ class Supervisor:
         self._counter = 0
         self._mark = new_mark()
         self._may_leave_processes = False  # when it is killed, as far as its workers could have any
+        self._group: ControlGroup | None = None  # which then is around it
         self._turn = asyncio.Lock()
         self._spawning: dict[int, asyncio.Future[tuple[int, int]]] = {}
         self._ordered: dict[int, asyncio.Future[None]] = {}
@@ -176,10 +178,22 @@ class Supervisor:
         if copy_of is not None:
             request["copy_of"] = copy_of.number
         may_leave_some = isolation.processes or template or copy_of is not None
-        if may_leave_some and not self._may_leave_processes:
-            self._may_leave_processes = True
-            await asyncio.to_thread(sweep_dead_hosts)
+        if may_leave_some:
+            await self._be_ready_to_sweep()
+            request["group"] = str(self._group.folder) if self._group is not None else None
         return await self._spawn(request)
+
+    async def _be_ready_to_sweep(self) -> None:
+        """Before the first worker that may have processes: end what others left, and group what this one may leave."""
+        async with self._turn:
+            if self._may_leave_processes or not self.alive:
+                return
+            self._may_leave_processes = True
+            await asyncio.to_thread(self._make_ready)
+
+    def _make_ready(self) -> None:
+        sweep_dead_hosts()
+        self._group = ControlGroup.for_mark(self._mark)
 
     async def _spawn(self, request: dict[str, Any]) -> WorkerProcess:
         connection, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -323,14 +337,20 @@ class Supervisor:
             killed = self._process.wait() != 0
             self._lose_control()
             self._log.close()
-            if not (killed and self._may_leave_processes):
+            if self._group is None and not (killed and self._may_leave_processes):
                 _resolve(ended, None)
                 return
-            swept = self._loop.run_in_executor(None, sweep_supervisor, self._mark)
+            swept = self._loop.run_in_executor(None, self._sweep, killed)
             swept.add_done_callback(lambda _: _resolve(ended, None))
 
         self._loop.add_reader(pidfd, reap)
         return ended
+
+    def _sweep(self, killed: bool) -> None:
+        if self._group is not None:
+            self._group.end()
+        if killed:
+            sweep_supervisor(self._mark)
 
 
 def _resolve(future: asyncio.Future[Any], outcome: Any, otherwise: Callable[[], object] = lambda: None) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from plugin_substrate.control_group import end_groups
 from plugin_substrate.worker.seccomp import MARK_LIMIT
 
 # A mark is a sign of ours, the host's pid, when the host started and which supervisor of that host it is.
@@ -44,7 +45,11 @@ def sweep_supervisor(mark: int) -> int:
 
 
 def sweep_dead_hosts() -> int:
-    """Kill what is marked by a host that no longer lives, its supervisors included; returns how many."""
+    """Kill what is marked by a host that no longer lives, its supervisors included; returns how many.
+
+    Those in control groups end with these, and are not counted.
+    """
+    end_groups(_host_is_dead)
     return _kill_all(lambda pid: _host_is_dead(_mark_of(pid)))
 
 

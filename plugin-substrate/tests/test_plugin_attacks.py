@@ -30,6 +30,7 @@ from plugin_substrate import (
     PluginMeta,
     PluginResourceError,
     WorkerOOMError,
+    control_group,
 )
 from plugin_substrate.testing import PluginWorkers
 from plugin_substrate.testing.leftovers import descendants
@@ -369,7 +370,9 @@ async def test_an_honest_plugin_uses_ordinary_libraries(attack: Attack) -> None:
 
 async def test_an_honest_plugin_runs_a_program_that_it_was_granted(forking: PluginManager) -> None:
     layers = forking.get_instance("attacker").layers
-    assert ("pid_namespace" if namespaces.available() else "descendants_swept") in layers
+    kept_by = {"pid_namespace": namespaces.available(), "cgroup": control_group.usable()}
+    assert {name: name in layers for name in kept_by} == kept_by
+    assert ("descendants_swept" in layers) is not any(kept_by.values())
     assert await tried(forking, "honest_child") == "42"
 
 
@@ -484,4 +487,4 @@ def test_all_this_holds_as_an_ordinary_user() -> None:
             capture_output=True, text=True, check=False, timeout=600,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "119 passed, 4 skipped" in done.stdout, "everything but what only root can do"
+    assert "120 passed, 8 skipped" in done.stdout, "everything but what only root can do"

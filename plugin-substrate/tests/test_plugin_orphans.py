@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from plugin_substrate import PluginManager, PluginMeta, write_manifest
+from plugin_substrate import PluginManager, PluginMeta, control_group, write_manifest
 from plugin_substrate.sweep import new_mark, put_mark, sweep_dead_hosts
 from plugin_substrate.testing.leftovers import descendants
 from plugin_substrate.worker import namespaces
@@ -61,10 +61,11 @@ def doomed(tmp_path: Path, probe_meta: Callable[..., PluginMeta]) -> Iterator[Ca
     [
         "none",
         "no namespaces",
+        "no namespaces, no groups",
         "stopped supervisor",
-        "stopped supervisor, no namespaces",
+        "stopped supervisor, no namespaces, no groups",
         "forked host",
-        "no namespaces, bare",
+        "no namespaces, no groups, bare",
     ],
 )
 def test_a_host_killed_outright_takes_every_process_of_its_plugins_along(
@@ -89,17 +90,53 @@ def test_what_a_killed_supervisor_leaves_behind_without_namespaces_is_swept(
     doomed: Callable[[str], DoomedHost], daemon: str
 ) -> None:
     """The bare one gave up its session, its parent and its environment, and tried to give up its mark."""
-    host = doomed(f"no namespaces, {daemon}")
-    assert "pid_namespace" not in host.layers
+    host = doomed(f"no namespaces, no groups, {daemon}")
+    assert not {"pid_namespace", "cgroup"} & set(host.layers)
     assert "descendants_swept" in host.layers, "and the record says so"
     signal.pidfd_send_signal(host.supervisor, signal.SIGKILL)
     wait_for_the_end(host.descriptors)
 
 
-async def test_what_a_dead_host_and_its_dead_supervisor_left_is_swept_by_the_next_host(
-    doomed: Callable[[str], DoomedHost], manager: PluginManager, probe_meta: Callable[..., PluginMeta]
+in_groups = pytest.mark.skipif(not control_group.usable(), reason="we may make no control group here")
+
+
+@in_groups
+@pytest.mark.parametrize("daemon", ["a program", "bare"])
+def test_what_a_killed_supervisor_leaves_behind_ends_with_its_control_group(
+    doomed: Callable[[str], DoomedHost], daemon: str
 ) -> None:
-    host = doomed("stopped supervisor, no namespaces")
+    """Without the sweep, so that only the group can have ended them; and nothing is left of the group."""
+    host = doomed(f"no namespaces, no sweep, {daemon}")
+    assert "cgroup" in host.layers
+    assert not {"pid_namespace", "descendants_swept"} & set(host.layers)
+    (group,) = groups_of(host.process.pid)
+    signal.pidfd_send_signal(host.supervisor, signal.SIGKILL)
+    wait_for_the_end(host.descriptors)
+    wait_until(lambda: not group.exists())
+
+
+@in_groups
+async def test_a_group_goes_with_its_supervisor(manager: PluginManager, probe_meta: Callable[..., PluginMeta]) -> None:
+    await manager.load_plugin_async(probe_meta())
+    assert groups_of(os.getpid()) == [], "who may have no processes leaves none"
+    await manager.load_plugin_async(probe_meta(name="forks", granted={"processes": 1}))
+    assert len(groups_of(os.getpid())) == 1
+    await manager.unload_all_async()
+    assert groups_of(os.getpid()) == []
+
+
+def groups_of(host: int) -> list[Path]:
+    """Return the groups of a host, whose number its marks hold; other hosts of this machine have groups too."""
+    parent = control_group.parent_folder()
+    found = parent.glob("plugin-substrate-*-*") if parent else ()
+    return [group for group in found if int(group.name.rpartition("-")[2]) >> 34 & (1 << 22) - 1 == host]
+
+
+@pytest.mark.parametrize("means", ["no groups", pytest.param("in groups", marks=in_groups)])
+async def test_what_a_dead_host_and_its_dead_supervisor_left_is_swept_by_the_next_host(
+    doomed: Callable[[str], DoomedHost], manager: PluginManager, probe_meta: Callable[..., PluginMeta], means: str
+) -> None:
+    host = doomed(f"stopped supervisor, no namespaces, {means}")
     host.process.send_signal(signal.SIGSTOP)
     signal.pidfd_send_signal(host.supervisor, signal.SIGKILL)
     wait_for_the_end([host.supervisor])
@@ -152,6 +189,13 @@ def inside_of(container: subprocess.Popen[bytes]) -> tuple[int, int]:
                 return os.pidfd_open(process.pid), process.pid
         time.sleep(0.005)
     raise AssertionError("nothing came up")
+
+
+def wait_until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def ended(descriptor: int) -> bool:

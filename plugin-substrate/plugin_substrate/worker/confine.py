@@ -62,15 +62,17 @@ class Plan:
 class Confinement:
     """How to confine one worker. ``folder`` is its own, ``parent`` the process whose end must be its own too.
 
-    ``apart`` says that it is the first process of a process id namespace, and tied to its parent already; ``own_uid``
-    is who it has become, None where it is still its parent's user. ``ask_through`` is for a template: the socket to the
-    process that it has to ask before each fork, and which is sent the descriptor for that.
+    ``apart`` says that it is the first process of a process id namespace, and tied to its parent already; ``grouped``
+    that it is in a control group, which its host ends when the supervisor is killed; ``own_uid`` is who it has become,
+    None where it is still its parent's user. ``ask_through`` is for a template: the socket to the process that it has
+    to ask before each fork, and which is sent the descriptor for that.
     """
 
     plan: Plan
     folder: str
     parent: int
     apart: bool = False
+    grouped: bool = False
     own_uid: int | None = None
     ask_through: socket.socket | None = None
 
@@ -177,10 +179,11 @@ def _ask_before_forks(plan: Plan, supervisor: socket.socket) -> None:
 
 def _end_of_descendants(confinement: Confinement) -> list[str]:
     """Return what ends the processes that a plugin may have: the kernel, or who of us finds them."""
-    if confinement.apart:
-        return ["pid_namespace"]
+    by_kernel = ["pid_namespace"] if confinement.apart else []
+    if confinement.grouped and confinement.plan.landlock_abi:  # else root could walk out of it
+        by_kernel.append("cgroup")
     may_leave_some = confinement.plan.profile.processes or confinement.ask_through
-    return ["descendants_swept"] if may_leave_some else []
+    return by_kernel or (["descendants_swept"] if may_leave_some else [])
 
 
 def _file_rules(profile: IsolationProfile) -> Iterator[tuple[str, Access]]:

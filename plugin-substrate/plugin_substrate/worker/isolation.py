@@ -22,9 +22,10 @@ _REQUIRED_LAYER = re.compile(r"([a-z_]+)(?::([0-9]{1,6}))?")
 #: The layers that a worker can report, and what each keeps a plugin from. A number after a colon is its version.
 LAYERS: Mapping[str, str] = {
     "capabilities_dropped": "using Linux capabilities, though the host may run as root",
+    "cgroup": "leaving processes behind when its supervisor is killed: the host then ends them all at once",
     "clean_environment": "reading the host's environment variables in its own",
     "closed_descriptors": "using files and sockets that the host has open",
-    "descendants_swept": "leaving processes behind for long: instead of pid_namespace, at best effort",
+    "descendants_swept": "leaving processes behind for long: instead of pid_namespace and cgroup, at best effort",
     "disk_sampled": "keeping more in its folder than granted, for long",
     "landlock": "reading and writing files that are not listed; from version 4 TCP, from version 6 signals too",
     "memory_sampled": "keeping more resident memory than granted, all its processes together, for long",

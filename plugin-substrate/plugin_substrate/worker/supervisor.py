@@ -4,9 +4,10 @@ It stays single-threaded, so that forking is well defined, and listens to its co
 gone, however it went, the socket ends: everything below is killed and reaped until nothing is left, then it exits.
 
 Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "isolation": {...},
-"uid": n}`` (null to stay who we are) with two descriptors (the worker's socket and its log pipe); with ``"template":
-true`` it is a template that is forked, and with ``"copy_of": m`` the worker is forked from the one with that number,
-which is answered ``{"ordered": n}`` first. To the host: ``{"spawned": n, "pid": p}`` with a pidfd, ``{"refused": n,
+"uid": n}`` (null to stay who we are) with two descriptors (the worker's socket and its log pipe); ``"group"`` is the
+folder of a control group that we are to enter before, or null; with ``"template": true`` it is a template that is
+forked, and with ``"copy_of": m`` the worker is forked from the one with that number, which is answered
+``{"ordered": n}`` first. To the host: ``{"spawned": n, "pid": p}`` with a pidfd, ``{"refused": n,
 "reason": ...}``, and ``{"exited": n, "returncode": r,
 "excess": {...}}`` (a negative return code is the signal, as in subprocess; ``excess``, when not null, is what it was
 killed for). ``{"stats": n}`` is answered with ``{"stats": n, "figures": {...}}``, see `process_stats`.
@@ -25,6 +26,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -71,6 +73,7 @@ class _Supervisor:
         self._workers: dict[int, _Worker] = {}  # by pid
         self._closed_to_others: set[tuple[str, ...]] = set()  # what a plugin's own user was found not to reach
         self._plans: dict[tuple[IsolationProfile, bool], confine.Plan] = {}
+        self._grouped = False
         self._look_at = math.inf
         self._poll = select.poll()
         self._wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -145,11 +148,27 @@ class _Supervisor:
         me, profile = os.getpid(), IsolationProfile.from_json(request["isolation"])
         plan = self._plan(profile, template=request.get("template", False))
         uid = self._own_uid(request, profile)
+        grouped = self._enter(request.get("group"))
         pid, apart = _fork(profile, uid)
         if pid == 0:
-            confinement = confine.Confinement(plan=plan, folder=request["cwd"], parent=me, apart=apart, own_uid=uid)
+            confinement = confine.Confinement(
+                plan=plan,
+                folder=request["cwd"],
+                parent=me,
+                apart=apart,
+                grouped=grouped,
+                own_uid=uid,
+            )
             _become_worker(request, confinement, descriptors)
         return pid, _worker(request, profile)
+
+    def _enter(self, group: str | None) -> bool:
+        """Be in a control group from now on, with all that will be forked; False where that cannot be."""
+        if group is not None and not self._grouped:
+            with suppress(OSError):  # the worker then does not report the layer
+                Path(group, "cgroup.procs").write_text("0", encoding="ascii")
+                self._grouped = True
+        return group is not None and self._grouped
 
     def _plan(self, profile: IsolationProfile, *, template: bool) -> confine.Plan:
         key = profile, template

@@ -12,7 +12,7 @@ import struct
 import sys
 from pathlib import Path
 
-from plugin_substrate import IsolationProfile, PluginManager, PluginMeta, load_manifest
+from plugin_substrate import IsolationProfile, PluginManager, PluginMeta, control_group, lifecycle, load_manifest
 from plugin_substrate.testing.leftovers import seen_from_here
 from plugin_substrate.worker import kernel
 
@@ -39,6 +39,10 @@ def forbid_namespaces() -> None:
 async def main(manifest: str, data_dir: str, complication: str) -> None:
     if "no namespaces" in complication:
         forbid_namespaces()
+    if "no groups" in complication:
+        control_group.parent_folder = lambda: None
+    if "no sweep" in complication:
+        lifecycle.sweep_supervisor = lambda _: 0
     manager = PluginManager(data_dir=Path(data_dir), isolation=IsolationProfile(processes=8))
     meta = PluginMeta(manifest=load_manifest(Path(manifest)))
     instances = [await manager.load_plugin_async(meta, instance_id=name) for name in ("busy", "sleeping", "stopped")]
