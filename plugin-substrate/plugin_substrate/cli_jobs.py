@@ -16,6 +16,7 @@ import typer
 
 from plugin_substrate.cli_progress import active, event_as_json, event_line, follow_all, follow_job, printable
 from plugin_substrate.cli_settings import DataDir, data_folder, fail
+from plugin_substrate.configuration import get_config
 from plugin_substrate.errors import PluginError
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.queue.job import Job, JobEventType, JobStatus
@@ -197,7 +198,7 @@ def job_as_json(job: Job) -> dict[str, Any]:
 
 async def _run_here(folder: Path, file: Path, request: Mapping[str, Any]) -> Job:
     """Be a host until one job has ended."""
-    async with PluginManager(data_dir=folder) as manager:
+    async with PluginManager(data_dir=folder, models_dir=get_config().models_dir) as manager:
         manager.discover_manifests()
         meta = manager.get_discovered_meta(request["plugin_instance_id"])
         if meta is None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from plugin_substrate.interface import DATA_DIR_VARIABLE, EnvVarSpec
+from plugin_substrate.interface import DATA_DIR_VARIABLE, MODELS_DIR_VARIABLE, EnvVarSpec
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
@@ -61,7 +61,7 @@ def parse_worker_env(data: object, place: str, problems: list[str]) -> tuple[Env
 
 def _problems_of(spec: EnvVarSpec) -> list[str]:
     problems = []
-    if not _VARIABLE.fullmatch(spec.name) or spec.name == DATA_DIR_VARIABLE:
+    if not _VARIABLE.fullmatch(spec.name) or spec.name in (DATA_DIR_VARIABLE, MODELS_DIR_VARIABLE):
         problems.append(f".name must be a variable's name, and not one of the host's, not {spec.name!r:.80}")
     if spec.secret and (spec.default is not None or spec.options is not None):
         problems.append(f": {spec.name} is a secret, so default and options have no place in a manifest")

@@ -23,6 +23,8 @@ from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 from plugin_substrate.errors import PluginCancelledError, PluginInputError
 
 DATA_DIR_VARIABLE = "CJM_PLUGIN_DATA_DIR"
+#: Where the models lie that plugins of a host share, if it has such a folder: to be read, unless more is granted.
+MODELS_DIR_VARIABLE = "CJM_MODELS_DIR"
 
 #: The key in a dataclass field's metadata that names what a change of the field releases: see `reconfigure`.
 RELOAD_TRIGGER = "reload_trigger"

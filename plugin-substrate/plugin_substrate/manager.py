@@ -60,6 +60,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         secret_store: SecretStore | None = None,
         drift_detection: bool = True,
         prefetch_stall_threshold_seconds: float = 60.0,
+        models_dir: Path | None = None,
     ) -> None:
         """``isolation`` is what plugins get where nothing else is said; ``require`` names layers all must hold.
 
@@ -67,7 +68,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         ``scheduler`` decides which calls may have what their plugin needs; without one, all may. What calls took goes
         to ``empirical_store``, unless ``empirical_tracking`` is false. The stores are files below ``data_dir`` unless
         others are given. ``drift_detection`` asks each loaded plugin for its schema, to tell when it is no longer the
-        manifest's.
+        manifest's. ``models_dir`` is a folder of models that every plugin may read, and finds in ``CJM_MODELS_DIR``.
         """
         problems: list[str] = []
         self._require = parse_required_layers(list(require), "require", problems)
@@ -81,6 +82,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         if max_tenant_workers < 1:
             raise ValueError(f"max_tenant_workers must be at least 1, not {max_tenant_workers}")
         self._max_tenant_workers = max_tenant_workers
+        self._models_dir = models_dir.resolve() if models_dir is not None else None
         self._revive = revive
         self._config_store = config_store or LocalPluginConfigStore(self._data_dir / "plugin_configs.db")
         self._secret_store = secret_store or default_secret_store(self._data_dir)

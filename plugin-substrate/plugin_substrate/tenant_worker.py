@@ -58,6 +58,7 @@ class InstanceSettings:
     revive: Revival = Revival.ON_CALL
     isolation: IsolationProfile
     required_layers: tuple[str, ...] = ()
+    models_dir: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -278,7 +279,9 @@ class TenantWorker:
 
     def _environment(self, settings: InstanceSettings, folder: Path, declared: Mapping[str, str]) -> dict[str, str]:
         python = settings.meta.manifest.install.python_path
-        return worker_environment(python, folder, declared, keeps_data=not settings.meta.stateless)
+        return worker_environment(
+            python, folder, declared, keeps_data=not settings.meta.stateless, models_dir=settings.models_dir
+        )
 
     def _load_error(self, error: Exception, phase: str, proxy: RemotePluginProxy | None) -> PluginError:
         settings = self._settings()

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from plugin_substrate.interface import DATA_DIR_VARIABLE
+from plugin_substrate.interface import DATA_DIR_VARIABLE, MODELS_DIR_VARIABLE
 from plugin_substrate.sweep import start_of
 
 #: The folder of calls that name no tenant: they are a tenant of their own.
@@ -77,7 +77,12 @@ def tenant_log(log_path: Path, tenant_id: str) -> Path:
 
 
 def worker_environment(
-    python_path: str, folder: Path, declared: Mapping[str, str], *, keeps_data: bool
+    python_path: str,
+    folder: Path,
+    declared: Mapping[str, str],
+    *,
+    keeps_data: bool,
+    models_dir: Path | None = None,
 ) -> dict[str, str]:
     """Return a worker's whole environment: nothing of the host's, but what is listed here and what is declared."""
     environment = {
@@ -87,6 +92,8 @@ def worker_environment(
         "TMPDIR": str(folder / "tmp"),
         **declared,
     }
+    if models_dir is not None:
+        environment[MODELS_DIR_VARIABLE] = str(models_dir)
     if keeps_data:
         return {**environment, DATA_DIR_VARIABLE: str(folder)}
     environment.pop(DATA_DIR_VARIABLE, None)

@@ -163,6 +163,18 @@ async def test_granted_paths_are_reached_and_nothing_beside_them(
     assert await tried(manager, "read", paths=paths) == {paths[0]: "", paths[1]: "EACCES"}
 
 
+async def test_a_folder_of_models_is_read_by_every_plugin_and_written_by_none(
+    probe_meta: MetaFactory, attacker_meta: MetaFactory, outside: Path, tmp_path: Path
+) -> None:
+    async with PluginManager(data_dir=tmp_path / "data", models_dir=outside) as manager:
+        for meta in (probe_meta(), attacker_meta()):
+            await manager.load_plugin_async(meta)
+        found = await manager.execute_plugin_async("probe", action="probe.surroundings")
+        assert found["environment"]["CJM_MODELS_DIR"] == str(outside)
+        assert await tried(manager, "read", paths=[str(outside / "precious")]) == {str(outside / "precious"): ""}
+        assert (await tried(manager, "change", outside=str(outside)))["append"] in REFUSED
+
+
 # -- the network
 
 
@@ -487,4 +499,4 @@ def test_all_this_holds_as_an_ordinary_user() -> None:
             capture_output=True, text=True, check=False, timeout=600,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "120 passed, 8 skipped" in done.stdout, "everything but what only root can do"
+    assert "121 passed, 8 skipped" in done.stdout, "everything but what only root can do"

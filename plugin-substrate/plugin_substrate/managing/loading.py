@@ -191,6 +191,8 @@ class LoadingVerbs(FindingVerbs, ConfiguringVerbs, SecretVerbs):
         max_concurrent_requests: int,
     ) -> InstanceSettings:
         isolation = meta.manifest.isolation_profile(self._isolation)
+        if self._models_dir is not None:
+            isolation = replace(isolation, read_paths=(*isolation.read_paths, str(self._models_dir)))
         if self._keeps_files:
             private_folder(
                 self._data_dir, PASSAGE
@@ -210,6 +212,7 @@ class LoadingVerbs(FindingVerbs, ConfiguringVerbs, SecretVerbs):
             revive=self._revive,
             isolation=isolation,
             required_layers=(*self._require, *meta.manifest.required_layers),
+            models_dir=self._models_dir,
         )
 
     async def _load_spec(self, spec: PluginLoadSpec) -> str:

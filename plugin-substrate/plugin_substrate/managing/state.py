@@ -34,6 +34,7 @@ class ManagerState:
     _isolation: IsolationProfile
     _load_timeout: float
     _max_tenant_workers: int
+    _models_dir: Path | None
     _recorder: EmpiricalRecorder | None
     _require: tuple[str, ...]
     _revive: Revival
