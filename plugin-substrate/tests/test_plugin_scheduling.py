@@ -170,6 +170,15 @@ async def test_a_call_that_cannot_have_what_it_needs_is_refused_with_the_shortfa
         assert await host.call("large")
 
 
+async def test_a_call_that_is_refused_starts_no_worker_either(machine: Make) -> None:
+    async with machine(SafetyScheduler()) as host:
+        await host.load("large", **GPU)
+        host.has(processes=[], gpu_free_memory_mb=400)
+        with pytest.raises(PluginResourceError):
+            await host.call("large", tenant="another")
+        assert [worker.tenant_id for worker in host.manager.get_instance("large").workers if worker.alive] == [""]
+
+
 async def test_calls_of_plugins_without_amounts_ask_nobody(machine: Make) -> None:
     async with machine(SafetyScheduler()) as host:
         await host.load("small")
