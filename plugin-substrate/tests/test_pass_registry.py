@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from plugin_substrate.passes import PluginRegistry
 
+SOAK = float(os.environ.get("SOAK", "0.05"))
 GOOD = "name: {name}\nversion: 1.0\nsupported_extensions: [.txt]\napi_version: 1\n"
 
 Make = Callable[..., Path]
@@ -55,6 +61,14 @@ BAD = {
     "malformed manifest: it is larger than 65536 bytes": "#" * (10 << 20),
     "malformed manifest: a key is given twice": GOOD.format(name="x") + "name: y",
     "malformed manifest: while parsing": "name: [",
+    "malformed manifest: a value cannot be read (KeyError)": "author: !!bool perhaps",
+    "malformed manifest: a value cannot be read (AttributeError)": "author: !!timestamp yesterday",
+    "malformed manifest: a value cannot be read (ValueError)": "version: " + "9" * 5000,
+    "malformed manifest: it is nested more than 8 deep": "[" * 20_000,
+    "version must be one printable line": GOOD.format(name="x").replace("1.0", '"1\\x07"'),
+    "version must be one printable line of at most 80 characters": GOOD.format(name="x").replace("1.0", "v" * 81),
+    "isolation.memory_mb=a number without end exceeds cap 2048": GOOD.format(name="x")
+    + f"isolation: {{memory_mb: 0x{'f' * 5000}}}",
     "malformed manifest: could not determine a constructor": "name: !!python/object:os.system x",
 }
 
@@ -67,6 +81,40 @@ def test_a_bad_manifest_is_rejected_alone_with_its_reason(tmp_path: Path, make: 
     assert report.loaded == ("good",)
     assert list(report.rejected) == [bad]
     assert report.rejected[bad].startswith(reason)
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.binary(max_size=4), st.dates(),
+    st.sampled_from(["1", "good", 1, [".txt"]]),
+)  # fmt: skip
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+)
+KEYS = st.sampled_from(
+    ["name", "version", "supported_extensions", "api_version", "author", "required_variables", "isolation"]
+)
+TEXTS = st.text(alphabet="[]{}&*!|>-?:,#%@`'\"\\ \n\tax1.", max_size=40)
+MANIFESTS = st.one_of(
+    st.binary(max_size=200),
+    TEXTS.map(str.encode),
+    TEXTS.map(lambda text: f"{GOOD.format(name='x')}author: {text}".encode()),
+    st.dictionaries(KEYS, VALUES).map(lambda data: yaml.safe_dump(data).encode()),
+)
+
+
+@settings(max_examples=max(40, round(1000 * SOAK)))
+@given(raw=MANIFESTS)
+def test_whatever_stands_in_a_manifest_the_others_are_loaded(raw: bytes) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in (("good", GOOD.format(name="good").encode()), ("other", raw)):
+            package = Path(folder) / name
+            package.mkdir()
+            (package / "manifest.yml").write_bytes(content)
+            (package / "__init__.py").touch()
+        report = PluginRegistry(Path(folder)).reload()
+        assert "good" in report.loaded
+        assert len(report.loaded) + len(report.rejected) == 2
+        assert all(reason.isprintable() for reason in report.rejected.values())
 
 
 def test_other_packages_that_cannot_be_taken(tmp_path: Path, make: Make) -> None:

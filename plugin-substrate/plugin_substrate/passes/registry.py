@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from plugin_substrate.passes.records import PluginRecord
+from plugin_substrate.worker.text import clean_line
 
 __all__ = ["PluginRegistry", "RegistryReport", "load_record"]
 
@@ -23,6 +24,8 @@ MAX_MANIFEST_BYTES = 64 << 10
 MAX_TIMEOUT_SECONDS = 300
 MAX_MEMORY_MB = 2048
 
+_MAX_DEPTH = 8
+_MAX_TEXT = 80
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _REQUIRED = ("name", "version", "supported_extensions", "api_version")
 _logger = logging.getLogger(__name__)
@@ -133,7 +136,7 @@ def load_record(
         raise _Rejected("isolation block must be a mapping")
     network = isolation.get("network", False)
     if not isinstance(network, bool):
-        raise _Rejected(f"isolation.network must be true or false, not {network!r:.80}")
+        raise _Rejected(f"isolation.network must be true or false, not {_shown(network)}")
     if network and not allow_network:
         raise _Rejected("network declared but plugins.allow_network=false")
     return PluginRecord(
@@ -179,25 +182,37 @@ def _manifest(package: Path) -> dict[str, Any]:
         os.close(descriptor)
     if len(raw) > MAX_MANIFEST_BYTES:
         raise _Rejected(f"malformed manifest: it is larger than {MAX_MANIFEST_BYTES} bytes")
-    try:
-        data, aliases = _parse(raw.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise _Rejected("malformed manifest: it is not UTF-8") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise _Rejected(f"malformed manifest: {first_line or type(error).__name__}") from error
-    if aliases:
-        raise _Rejected("malformed manifest: it uses aliases")
+    data = _parse(raw)
     if not isinstance(data, dict):
         raise _Rejected("malformed manifest: it is no mapping")
     return data
 
 
-def _parse(text: str) -> tuple[Any, bool]:
-    """Return the value, and whether an alias stands in it: a few lines of those make gigabytes."""
-    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
-        return {}, True
-    return yaml.load(text, Loader=_OnceLoader), False  # noqa: S506 - a SafeLoader that refuses doubled keys
+def _parse(raw: bytes) -> Any:
+    """Return what a manifest says."""
+    try:
+        text = raw.decode("utf-8")
+        _refuse_traps(text)
+        return yaml.load(text, Loader=_OnceLoader)  # noqa: S506 - a SafeLoader that refuses doubled keys
+    except _Rejected:
+        raise
+    except UnicodeDecodeError:
+        raise _Rejected("malformed manifest: it is not UTF-8") from None
+    except yaml.YAMLError as error:
+        raise _Rejected(f"malformed manifest: {clean_line(str(error).partition(chr(10))[0], 200)}") from error
+    except Exception as error:  # a value that is not what its tag says is whatever PyYAML happens to stumble over
+        raise _Rejected(f"malformed manifest: a value cannot be read ({type(error).__name__})") from error
+
+
+def _refuse_traps(text: str) -> None:
+    """Refuse what takes hours or gigabytes to read, in a few lines: aliases, and depth."""
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            raise _Rejected("malformed manifest: it uses aliases")
+        if depth > _MAX_DEPTH:
+            raise _Rejected(f"malformed manifest: it is nested more than {_MAX_DEPTH} deep")
 
 
 class _OnceLoader(yaml.SafeLoader):
@@ -210,20 +225,29 @@ class _OnceLoader(yaml.SafeLoader):
         return mapping
 
 
+def _shown(value: object) -> str:
+    """Return a value as a reason shows it: Python writes no number of more digits than it reads."""
+    try:
+        return f"{value!r:.80}"
+    except ValueError:
+        return "a number without end"
+
+
 def _text(data: Mapping[str, Any], key: str) -> str:
     """Return a text, or a number as text: a version like 1.0 is written without quotes."""
     value = data[key]
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:
-        raise _Rejected(f"{key} must be a text, not {value!r:.80}")
-    if not str(value).isprintable():
-        raise _Rejected(f"{key} must be one printable line, not {value!r:.80}")
-    return str(value)
+        raise _Rejected(f"{key} must be a text, not {_shown(value)}")
+    text = value if isinstance(value, str) else _shown(value)
+    if not text.isprintable() or len(text) > _MAX_TEXT:
+        raise _Rejected(f"{key} must be one printable line of at most {_MAX_TEXT} characters, not {_shown(value)}")
+    return text
 
 
 def _number(isolation: Mapping[str, Any], key: str, default: int, cap: int) -> int:
     value = isolation.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise _Rejected(f"isolation.{key} must be a whole number, not {value!r:.80}")
+        raise _Rejected(f"isolation.{key} must be a whole number, not {_shown(value)}")
     if value > cap:
-        raise _Rejected(f"isolation.{key}={value} exceeds cap {cap}")
+        raise _Rejected(f"isolation.{key}={_shown(value)} exceeds cap {cap}")
     return max(1, value)
