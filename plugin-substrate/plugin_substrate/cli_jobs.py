@@ -14,17 +14,25 @@ from typing import Annotated, Any
 
 import typer
 
-from plugin_substrate.cli_progress import active, event_as_json, event_line, follow_all, follow_job, printable
+from plugin_substrate.cli_job_text import (
+    end_line,
+    event_as_json,
+    event_line,
+    job_as_json,
+    job_lines,
+    job_table,
+    printable,
+)
+from plugin_substrate.cli_progress import active, follow_all, follow_job
 from plugin_substrate.cli_settings import DataDir, data_folder, fail
 from plugin_substrate.configuration import get_config
 from plugin_substrate.errors import PluginError
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.queue.job import Job, JobEventType, JobStatus
 from plugin_substrate.queue.job_queue import JobQueue
-from plugin_substrate.queue.results import ResultFile
+from plugin_substrate.queue.request import JobRequest
 from plugin_substrate.queue.store import JobFilter
 from plugin_substrate.stores.job_desk import JobDesk
-from plugin_substrate.stores.job_rows import as_json as row_as_json
 from plugin_substrate.stores.jobs import LocalJobStore
 
 JOBS_FILE = "jobs.db"
@@ -64,14 +72,11 @@ def list_jobs(
         if as_json:
             _print({"jobs": [job_as_json(job) for job in found]})
             return
-        for job in found:
-            words = (
-                job.block_reason.text if job.block_reason and job.status is JobStatus.PENDING else job.status_message
-            )
-            typer.echo(
-                f"{job.id}  {job.status.value:11} {job.progress:4.0%}  {job.plugin_instance_id}  {job.owner or '-'}  "
-                f"{job.submitted_at:%Y-%m-%d %H:%M:%S}  {printable(words)}"
-            )
+        if not found:
+            typer.echo(f"no such jobs in {desk.path}", err=True)
+            return
+        for line in job_table(found):
+            typer.echo(line)
 
 
 @jobs.command()
@@ -88,9 +93,8 @@ def show(
         if as_json:
             _print({**job_as_json(job), "events": [event_as_json(event) for event in events]})
             return
-        for name, value in job_as_json(job).items():
-            if value not in (None, "", [], {}):
-                typer.echo(f"{name:20} {printable(value if isinstance(value, str) else json.dumps(value))}")
+        for line in job_lines(job):
+            typer.echo(line)
         for event in events:
             typer.echo(f"  {event.number:4} {event_line(event)}")
 
@@ -185,18 +189,12 @@ def submit(
     with _desk(file, data_dir) as desk:
         if run:
             folder = data_folder(data_dir)
-            job = asyncio.run(_run_here(folder, file or folder / JOBS_FILE, request))
-            _end_as(job, as_json=as_json)
+            asyncio.run(_run_here(folder, desk.path, request, follow=follow, as_json=as_json))
         else:
             _submitted(desk, _ask(desk, "submit", request), follow=follow, as_json=as_json)
 
 
-def job_as_json(job: Job) -> dict[str, Any]:
-    """Return a job as JSON values; what has no JSON form stands there as its text."""
-    return dict(json.loads(json.dumps(job, default=_as_json)))
-
-
-async def _run_here(folder: Path, file: Path, request: Mapping[str, Any]) -> Job:
+async def _run_here(folder: Path, file: Path, request: Mapping[str, Any], *, follow: bool, as_json: bool) -> None:
     """Be a host until one job has ended."""
     async with PluginManager(data_dir=folder, models_dir=get_config().models_dir) as manager:
         manager.discover_manifests()
@@ -205,10 +203,12 @@ async def _run_here(folder: Path, file: Path, request: Mapping[str, Any]) -> Job
             raise ValueError(f"no plugin {request['plugin_instance_id']!r} is installed in {folder}")
         await manager.load_plugin_async(meta)
         async with JobQueue(manager, store=LocalJobStore(file)) as queue:
-            job_id = await queue.submit(
-                meta.name, priority=request["priority"], owner=request["owner"], **request["kwargs"]
-            )
-            return await queue.wait_for_job(job_id)
+            job_id = await queue.submit_request(JobRequest(**request))
+            if follow:
+                async for event in queue.events(job_id):
+                    typer.echo(json.dumps(event_as_json(event)) if as_json else event_line(event))
+            job = await queue.wait_for_job(job_id)
+    _end_as(job, as_json=as_json)
 
 
 def _ask(desk: JobDesk, verb: str, arguments: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -240,8 +240,7 @@ def _end_as(job: Job, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(job_as_json(job)))
     else:
-        words = job.error.message if job.error else json.dumps(job.result, default=_as_json)
-        typer.echo(f"{job.id}: {job.status.value}  {printable(words)}")
+        typer.echo(end_line(job))
     if job.status is not JobStatus.COMPLETED:
         raise typer.Exit(1)
 
@@ -264,15 +263,6 @@ def _job(desk: JobDesk, job_id: str) -> Job:
     if kept is None:
         raise ValueError(f"job {job_id!r} is no longer kept")
     return kept.job
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, ResultFile):
-        return {"file": str(value.path), "size": value.size}
-    try:
-        return row_as_json(value)
-    except TypeError:
-        return f"{len(value)} bytes" if isinstance(value, bytes) else str(value)
 
 
 def _print(answer: Mapping[str, Any]) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from typing import Any
+from datetime import UTC, datetime, timedelta
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TaskProgressColumn, TextColumn
+from rich.text import Text
 
-from plugin_substrate.queue.job import Job, JobEvent, JobEventType, JobStatus
+from plugin_substrate.cli_job_text import event_as_json, event_line, printable
+from plugin_substrate.queue.job import Job, JobEvent, JobStatus
 from plugin_substrate.queue.store import JobFilter
 from plugin_substrate.stores.job_desk import JobDesk
 
@@ -34,7 +36,8 @@ def follow_all(desk: JobDesk, wanted: JobFilter, *, as_json: bool) -> None:
     """Show the jobs that run and wait, until interrupted."""
     console = Console()
     if not as_json and console.is_terminal:
-        _show_bars(desk, console, lambda: desk.store.jobs(wanted, console.height - 2)[::-1], until_ended=False)
+        console.print("What runs and waits; Ctrl-C ends it.")
+        _show_bars(desk, console, lambda: desk.store.jobs(wanted, console.height - 3)[::-1], until_ended=False)
         return
     after = desk.store.last_position()
     for _ in desk.news():
@@ -49,32 +52,6 @@ def active(plugin_instance_id: str, owner: str) -> JobFilter:
     return JobFilter(statuses=_ACTIVE, plugin_instance_id=plugin_instance_id, owner=owner)
 
 
-def event_line(event: JobEvent) -> str:
-    """Return an event as one line; what the plugin wrote holds no control characters."""
-    match event.type:
-        case JobEventType.STATE_TRANSITION:
-            what = f"{event.payload['from']} -> {event.payload['to']}"
-        case JobEventType.PROGRESS_CHANGED:
-            what = f"{event.payload['progress']:.0%} {printable(event.payload['status_message'])}"
-        case JobEventType.LOG_APPENDED:
-            what = f"| {printable(event.payload['line'])}"
-        case JobEventType.BLOCK_REASON_CHANGED:
-            what = f"waits: {printable(event.payload['text'])}"
-        case _:
-            what = f"{event.type.value} {printable(json.dumps(event.payload))}"
-    return f"{event.timestamp:%H:%M:%S} {what}"
-
-
-def event_as_json(event: JobEvent) -> dict[str, Any]:
-    """Return an event as JSON values."""
-    return {**vars(event), "type": event.type.value, "timestamp": event.timestamp.isoformat()}
-
-
-def printable(text: str) -> str:
-    """Return a plugin's words without what would steer a terminal."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
-
-
 def _events(desk: JobDesk, job_id: str) -> Iterator[JobEvent]:
     after = 0
     for _ in desk.news():
@@ -86,6 +63,15 @@ def _events(desk: JobDesk, job_id: str) -> Iterator[JobEvent]:
             return
 
 
+class _Elapsed(ProgressColumn):
+    """How long a job runs, or waits, or ran."""
+
+    def render(self, task: Task) -> Text:
+        job: Job = task.fields["standing"]
+        until = job.completed_at or datetime.now(UTC)
+        return Text(str(timedelta(seconds=int((until - (job.started_at or job.submitted_at)).total_seconds()))))
+
+
 def _show_bars(desk: JobDesk, console: Console, jobs: Callable[[], list[Job]], *, until_ended: bool) -> None:
     bars: dict[str, TaskID] = {}
     columns = (
@@ -93,7 +79,7 @@ def _show_bars(desk: JobDesk, console: Console, jobs: Callable[[], list[Job]], *
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("{task.description}"),
-        TimeElapsedColumn(),
+        _Elapsed(),
     )
     with Progress(*columns, console=console) as progress:
         for _ in desk.news():
@@ -102,8 +88,14 @@ def _show_bars(desk: JobDesk, console: Console, jobs: Callable[[], list[Job]], *
                 progress.remove_task(bars.pop(gone))
             for job in now:
                 if job.id not in bars:
-                    bars[job.id] = progress.add_task("", job=job.id[:8], total=1.0)
-                progress.update(bars[job.id], completed=max(0.0, job.progress), description=escape(_words(job)))
+                    bars[job.id] = progress.add_task("", job=job.id[:8], standing=job)
+                progress.update(
+                    bars[job.id],
+                    completed=max(0.0, job.progress),
+                    total=1.0 if job.progress >= 0 else None,  # without a total the bar only shows that it lives
+                    description=escape(_words(job)),
+                    standing=job,
+                )
             if until_ended and all(job.status.terminal for job in now):
                 return
 

@@ -153,7 +153,7 @@ def test_how_many_go_first_is_said() -> None:
         line.submit(name, priority=priority)
     assert line.start() == ["high"]
     assert line.waiting.why("low").jobs_ahead == 1
-    assert "1 jobs go first" in line.waiting.why("low").text
+    assert "1 job goes first" in line.waiting.why("low").text
 
 
 @given(

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from job_hosts import HostProcess, effects, plugin_folder, write_manifests
-from plugin_substrate import PluginMeta
+from plugin_substrate import Job, JobStatus, PluginMeta
 from plugin_substrate.cli import app
+from plugin_substrate.cli_job_text import job_table
 from typer.testing import CliRunner
 
 COMMAND = Path(sys.executable).with_name("cjm-ctl")
@@ -159,6 +160,34 @@ def test_a_job_can_be_followed_by_lines_and_on_a_terminal_by_bars(
     ]
 
 
+def test_a_list_for_people_says_why_jobs_failed_and_what_is_not_known(
+    folder: Path, start: Callable[[], HostProcess]
+) -> None:
+    def shown(*arguments: str) -> str:
+        result = CliRunner().invoke(app, ["jobs", *arguments, "--file", str(folder / "jobs.db")])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    assert "no such jobs in" in shown("list"), "an empty list is no silence"
+    host = start()
+    job_id = host.ask("submit", instance="plain", kwargs={"action": "job.flaky", "failures": 1})
+    host.ask("wait", job_id=job_id)
+    header, line = shown("list").splitlines()
+    assert header.startswith("id ")
+    assert line.startswith(f"{job_id}  failed")
+    assert line.endswith("attempt 1")
+    broken = host.ask("submit", instance="plain", kwargs={"action": "job.steps"})
+    host.ask("wait", job_id=broken)
+    lines = shown("show", broken).splitlines()
+    assert any(each.startswith("error ") and "'count'" in each for each in lines)
+    assert any(each.startswith("  Traceback") for each in lines)
+    assert not any("\\n" in each for each in lines), "a traceback is lines, not one line of JSON"
+    vague = Job(id="a", plugin_instance_id="plain", progress=-1.0, status=JobStatus.RUNNING, status_message="\x1b[2J")
+    _, line = job_table([vague])
+    assert line.split()[:5] == ["a", "running", "?", "plain", "-"]
+    assert "\x1b" not in line
+
+
 def test_a_command_can_be_the_host(tmp_path: Path, probe_meta: Callable[..., PluginMeta]) -> None:
     manifests = tmp_path / "manifests"
     manifests.mkdir()
@@ -171,3 +200,7 @@ def test_a_command_can_be_the_host(tmp_path: Path, probe_meta: Callable[..., Plu
     assert (done.exit_code, json.loads(done.stdout)["result"]) == (0, {"a": [1]})
     failed = run("action=job.flaky", "failures=1")
     assert (failed.exit_code, json.loads(failed.stdout)["status"]) == (1, "failed")
+    late = json.loads(run("action=job.silent", "--deadline", "1.5").stdout)
+    assert (late["status"], late["error"]["error_type"]) == ("failed", "PluginTimeoutError")
+    followed = [json.loads(line) for line in run("action=job.steps", "count=1", "--follow").stdout.splitlines()]
+    assert [each.get("number") for each in followed] == [1, 2, 3, None]

@@ -149,7 +149,7 @@ class WaitingJobs:
         return lane.reason or reason
 
     def _reason(self, lane: Lane, ahead: int) -> BlockReason:
-        behind = f"; {ahead} jobs go first" if ahead else ""
+        behind = f"; {ahead} {'job goes' if ahead == 1 else 'jobs go'} first" if ahead else ""
         slots = self._slots(lane.key[0])
         holders = tuple(sorted(lane.holding))
         short = lane.shortage or (self.ledger.missing(lane.key, lane.demand) if lane.demand else None)
@@ -174,7 +174,7 @@ class WaitingJobs:
             available=float(max(0, slots - len(lane.holding))),
             holders=holders,
             jobs_ahead=ahead,
-            text=f"all {slots} slots of {lane.key[0]!r} are held by {', '.join(holders)}{behind}",
+            text=f"{_slots_of(slots, lane.key[0])} held by {', '.join(holders)}{behind}",
         )
 
     def heads(self) -> Iterator[str]:
@@ -280,3 +280,7 @@ class WaitingJobs:
         if not lane.holding and self._head(lane) is None:
             del self._lanes[key]
             self._contended.pop(key, None)
+
+
+def _slots_of(slots: int, instance_id: str) -> str:
+    return f"the only slot of {instance_id!r} is" if slots == 1 else f"all {slots} slots of {instance_id!r} are"

@@ -32,13 +32,13 @@ class JobDesk:
 
     def __init__(self, path: Path) -> None:
         self.store = LocalJobStore(path)
-        self._path = path
+        self.path = path
 
     def find(self, start: str) -> str:
         """Return the id of the one job whose id begins so; a ValueError when there is none, or several."""
         found = self._rows("SELECT id FROM jobs WHERE substr(id, 1, ?) = ? LIMIT 2", len(start), start)
         if len(found) != 1 or not start:
-            several = "several jobs begin with" if found else f"no job in {self._path} begins with"
+            several = "several jobs begin with" if found else f"no job in {self.path} begins with"
             raise ValueError(f"{several} {start!r}")
         return str(found[0][0])
 
@@ -46,12 +46,12 @@ class JobDesk:
         """Write a request and return its id."""
         request_id = uuid.uuid4().hex
         with self._errors():
-            self._path.parent.mkdir(parents=True, exist_ok=True, mode=PASSAGE)
-            make_private(self._path, 0o600)
-            if not self._path.exists():
-                self._path.touch(mode=0o600)
-            with closing(connect(self._path)) as connection:
-                set_up(connection, self._path)
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=PASSAGE)
+            make_private(self.path, 0o600)
+            if not self.path.exists():
+                self.path.touch(mode=0o600)
+            with closing(connect(self.path)) as connection:
+                set_up(connection, self.path)
                 connection.execute(
                     "INSERT INTO requests (id, verb, arguments) VALUES (?, ?, ?)",
                     (request_id, verb, to_bytes(dict(arguments), "arguments")),
@@ -61,7 +61,7 @@ class JobDesk:
     def ring(self) -> bool:
         """Wake the host; False when none runs."""
         try:
-            bell = os.open(self._path.with_name(self._path.name + ".bell"), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            bell = os.open(self.path.with_name(self.path.name + ".bell"), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -92,7 +92,7 @@ class JobDesk:
         """Yield at once, and then whenever the file has changed."""
         version = None
         while True:
-            (now,) = self._rows("PRAGMA data_version")[0] if self._path.exists() else (0,)
+            (now,) = self._rows("PRAGMA data_version")[0] if self.path.exists() else (0,)
             if now != version:
                 version = now
                 yield
@@ -107,4 +107,4 @@ class JobDesk:
         try:
             yield
         except (sqlite3.Error, OSError) as error:
-            raise StoreError(f"nothing can be asked in {self._path}: {error}", path=str(self._path)) from error
+            raise StoreError(f"nothing can be asked in {self.path}: {error}", path=str(self.path)) from error
