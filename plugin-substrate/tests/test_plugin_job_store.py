@@ -331,6 +331,37 @@ async def test_a_file_that_cannot_be_used_says_so(path: Path, damage: str) -> No
         LocalJobStore(path).open()
 
 
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_file_is_refused_and_left_as_it_was(path: Path, kind: str) -> None:
+    path.parent.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    path.chmod(0o755)
+    with pytest.raises(StoreError, match="is no file"):
+        LocalJobStore(path).open()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o755
+    assert list(path.parent.iterdir()) == [path], "nothing was made beside it"
+
+
+async def test_a_file_of_a_newer_program_is_not_read_and_an_empty_one_has_no_jobs(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"")  # noqa: ASYNC240 - nothing else runs
+    reader = LocalJobStore(path)
+    assert reader.jobs(JobFilter(), 10) == [], "a host may be about to set it up"
+    writer = LocalJobStore(path)
+    writer.open()
+    await keep(writer, new("a", 1))
+    await writer.close()
+    assert [job.id for job in reader.jobs(JobFilter(), 10)] == ["a"]
+    reader.close_reader()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 7")
+    with pytest.raises(StoreError, match="are of version 7, and this program knows 1"):
+        reader.jobs(JobFilter(), 10)
+
+
 async def test_a_result_that_cannot_be_kept_is_told_before_it_is_written(path: Path) -> None:
     """A plugin can send text that is longer here than it was on the wire."""
     store = LocalJobStore(path)
@@ -339,9 +370,15 @@ async def test_a_result_that_cannot_be_kept_is_told_before_it_is_written(path: P
         store.check_result("ä" * (3 << 20))
 
 
-async def test_arguments_that_cannot_be_kept_are_named(path: Path) -> None:
+async def test_arguments_that_cannot_be_kept_are_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalJobStore(path)
     with pytest.raises(WireValueError, match=r"args\[1\]\.rows"):
         store.check(JobRequest(plugin_instance_id="probe", args=(1, {"rows": {1, 2}})))
-    with pytest.raises(WireValueError, match="weight"):
+    with pytest.raises(WireValueError, match=r"kwargs\.weight"):
         store.check(JobRequest(plugin_instance_id="probe", kwargs={"weight": float("nan")}))
+    with pytest.raises(WireValueError, match=r"kwargs: .* bytes of JSON are over the limit"):
+        store.check(JobRequest(plugin_instance_id="probe", kwargs={"text": "x" * (9 << 20)}))
+    monkeypatch.setattr("plugin_substrate.stores.jobs.MAX_FRAME_BYTES", 1000)
+    half = b"x" * 500
+    with pytest.raises(WireValueError, match=r"the arguments: .* for a call; use files"):
+        store.check(JobRequest(plugin_instance_id="probe", args=(half, half)))

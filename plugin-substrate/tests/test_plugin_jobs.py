@@ -234,6 +234,19 @@ async def test_a_waiting_job_can_be_put_before_others(make_queue: MakeQueue, job
     assert not await queue.reorder(first, 1), "it has ended"
     with pytest.raises(ValueError, match="no job"):
         await queue.reorder("nobody", 1)
+    with pytest.raises(ValueError, match=r"no job 'x{79};"):
+        queue.get_job("x" * 10_000)
+
+
+@pytest.mark.parametrize("priority", [float("nan"), 1.5, 10**30, "high"])
+async def test_a_waiting_job_takes_no_priority_that_makes_no_sense(
+    make_queue: MakeQueue, jobber: PluginManager, priority: Any
+) -> None:
+    queue = make_queue()
+    job_id = await queue.submit("jobber", action="job.value")
+    with pytest.raises(ValueError, match="priority must be"):
+        await queue.reorder(job_id, priority)
+    assert queue.get_job(job_id).priority == 0
 
 
 # -- events
@@ -508,6 +521,42 @@ async def test_a_step_whose_plugin_went_away_has_failed(
         "WorkerDiedError",
         "PluginNotLoadedError",
     ]
+
+
+def nested(depth: int) -> list[Any]:
+    inner: list[Any] = []
+    for _ in range(depth):
+        inner = [inner]
+    return inner
+
+
+@pytest.mark.parametrize(
+    ("step", "words"),
+    [
+        (SequenceStep(plugin_instance_id="jobber", priority=10**30), "priority"),
+        (SequenceStep(plugin_instance_id="jobber", args=(nested(10**5),)), "nested too deeply"),
+        (SequenceStep(plugin_instance_id="nobody"), "nobody"),
+    ],
+    ids=["priority", "depth", "instance"],
+)
+async def test_a_sequence_with_a_later_step_that_can_never_be_is_refused_whole(
+    jobs: JobQueue, step: SequenceStep, words: str
+) -> None:
+    with pytest.raises((PluginInputError, ValueError, PluginNotLoadedError), match=words):
+        await jobs.submit_sequence([value(action="job.value"), step])
+    assert (jobs.get_stats().total_pending, jobs.get_pending()) == (0, [])
+
+
+async def test_what_of_a_sequence_cannot_be_kept_is_refused_before_any_of_it_is(
+    jobber: PluginManager, tmp_path: Path
+) -> None:
+    async with JobQueue(jobber, store=LocalJobStore(tmp_path / "jobs.db")) as queue:
+        with pytest.raises(WireValueError, match=r"kwargs\.value"):
+            await queue.submit_sequence([value(action="job.value"), value(action="job.value", value={1, 2})])
+        together = [value(action="job.value", value="x" * (5 << 20)) for _ in range(2)]
+        with pytest.raises(WireValueError, match=r"steps: .* over the limit"):
+            await queue.submit_sequence(together)
+        assert (queue.get_stats().total_pending, queue.get_pending(), queue.get_running()) == (0, [], [])
 
 
 async def test_uniform_and_empty_sequences(jobs: JobQueue) -> None:

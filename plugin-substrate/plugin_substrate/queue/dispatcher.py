@@ -57,7 +57,7 @@ class Dispatcher:
     ) -> None:
         self.journal = journal
         self.runner = Runner(manager, journal, self.end, retry=retry, snapshot_seconds=snapshot_seconds)
-        self.sequencer = Sequencer(journal, self.make)
+        self.sequencer = Sequencer(journal, self.make, self.check)
         ledger = Ledger(resources)
         self.waiting = WaitingJobs(ledger, self._slots, patience=patience_seconds)
         self._manager = manager
@@ -83,8 +83,7 @@ class Dispatcher:
         self, request: JobRequest, *, sequence_id: str | None = None, sequence_index: int | None = None
     ) -> tuple[LiveJob, NewJob]:
         """Make a job of a request, or refuse it."""
-        instance = self.check(request.plugin_instance_id)
-        self.journal.store.check(request)
+        instance = self.check(request)
         job = Job(
             id=uuid.uuid4().hex,
             plugin_instance_id=request.plugin_instance_id,
@@ -117,8 +116,9 @@ class Dispatcher:
         self.journal.add(live)
         return live
 
-    def check(self, instance_id: str) -> PluginInstance:
-        """Refuse a job of an instance that is not there, not enabled, or needs more than there is."""
+    def check(self, request: JobRequest) -> PluginInstance:
+        """Refuse what cannot be kept, and what is of an instance that is not there, not enabled, or needs too much."""
+        instance_id = request.plugin_instance_id
         instance = self._manager.get_instance(instance_id)
         if not instance.enabled:
             raise PluginDisabledError(
@@ -133,14 +133,16 @@ class Dispatcher:
                 resource_shortfall=short,
                 retriable=False,
             )
+        self.journal.store.check(request)
         return instance
 
     async def submitted(self, live: LiveJob, changes: list[Change]) -> None:
         """Have a new job kept and wait its turn."""
         try:
             kept = self.journal.write(changes)
-        except StoreError:
+        except BaseException:
             self.journal.discard(live)
+            self.sequencer.running.pop(live.job.sequence_id or "", None)
             raise
         if live.job.plugin_instance_id in self._parked:
             self._unpark(live.job.plugin_instance_id)

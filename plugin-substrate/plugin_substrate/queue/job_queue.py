@@ -19,7 +19,7 @@ from plugin_substrate.queue.dispatcher import Dispatcher
 from plugin_substrate.queue.job import Job, JobEvent, JobStatus, QueueStats
 from plugin_substrate.queue.journal import Journal
 from plugin_substrate.queue.memory_store import InMemoryJobStore
-from plugin_substrate.queue.request import BeforeStart, JobRequest, OnProgress, RetryPolicy
+from plugin_substrate.queue.request import BeforeStart, JobRequest, OnProgress, RetryPolicy, check_priority
 from plugin_substrate.queue.resources import MachineResources
 from plugin_substrate.queue.sequences import JobSequence, SequenceStep
 from plugin_substrate.queue.store import Answered, JobFilter, JobStore, KeptJob
@@ -178,8 +178,6 @@ class JobQueue:
         step that cannot be submitted when its turn comes has failed. No step is a completed sequence.
         """
         self._jobs.open()
-        for step in steps:
-            self._jobs.check(step.plugin_instance_id)
         sequence, live, changes = self._jobs.sequencer.begin(
             tuple(steps), priority=priority, owner=owner, fail_fast=fail_fast
         )
@@ -212,7 +210,8 @@ class JobQueue:
         return await self.submit_sequence(steps, priority=priority, owner=owner, fail_fast=fail_fast)
 
     async def reorder(self, job_id: str, priority: int) -> bool:
-        """Give a job another priority; False when it waits no longer."""
+        """Give a job another priority; False when it waits no longer, a ValueError as of `JobRequest`."""
+        check_priority(priority)
         live = self._journal.live.get(job_id)
         if live is None:
             self._kept(job_id)
@@ -311,7 +310,7 @@ class JobQueue:
         """Return the sequence as it stands; a ValueError when it is unknown."""
         sequence = self._jobs.sequencer.running.get(sequence_id) or self._journal.store.sequence(sequence_id)
         if sequence is None:
-            raise ValueError(f"there is no sequence {sequence_id!r}")
+            raise ValueError(f"there is no sequence {sequence_id!r:.80}; as many are kept as jobs")
         return sequence
 
     def get_pending(self) -> list[Job]:
@@ -380,5 +379,5 @@ class JobQueue:
         self._jobs.open()
         kept = self._journal.store.job(job_id)
         if kept is None:
-            raise ValueError(f"there is no job {job_id!r}; of ended jobs the last {self._max_history} are kept")
+            raise ValueError(f"there is no job {job_id!r:.80}; of ended jobs the last {self._max_history} are kept")
         return kept

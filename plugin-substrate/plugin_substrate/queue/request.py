@@ -12,6 +12,7 @@ from plugin_substrate.interface import CallContext, is_amount
 
 _MAX_PRIORITY = 10**6
 _MAX_SECONDS = 1e9
+_MAX_OWNER = 256
 
 BeforeStart = Callable[[], Awaitable[bool]]
 OnProgress = Callable[[float, str], object]
@@ -83,7 +84,15 @@ class JobRequest:
             seconds = getattr(self, name)
             if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
                 raise ValueError(f"{name} must be over 0 and at most {_MAX_SECONDS:g}, not {seconds}")
-        if not -_MAX_PRIORITY <= self.priority <= _MAX_PRIORITY:
-            raise ValueError(f"priority must be from -{_MAX_PRIORITY} to {_MAX_PRIORITY}, not {self.priority}")
-        if not self.owner.isprintable():
-            raise ValueError(f"owner must be printable text, not {self.owner!r:.80}")
+        check_priority(self.priority)
+        owner = self.owner
+        if not isinstance(owner, str) or not owner.isprintable() or len(owner) > _MAX_OWNER:
+            raise ValueError(f"owner must be printable text of at most {_MAX_OWNER} characters, not {owner!r:.80}")
+
+
+def check_priority(priority: int) -> None:
+    """Raise a ValueError for a priority that is no whole number, or too high or low for any use."""
+    if not isinstance(priority, int) or not -_MAX_PRIORITY <= priority <= _MAX_PRIORITY:
+        raise ValueError(
+            f"priority must be a whole number from -{_MAX_PRIORITY} to {_MAX_PRIORITY}, not {priority!r:.80}"
+        )

@@ -6,20 +6,22 @@ import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from plugin_substrate.errors import JobError, PluginError
 from plugin_substrate.queue.job import Job, JobEventType, JobStatus
 from plugin_substrate.queue.journal import Journal, LiveJob
 from plugin_substrate.queue.request import JobRequest
-from plugin_substrate.queue.results import loaded
 from plugin_substrate.queue.sequences import (
+    FromStep,
     JobSequence,
     SequenceStatus,
     SequenceStep,
     StepResult,
     check_references,
-    with_results,
+    resolved,
+    result_of,
 )
 from plugin_substrate.queue.store import Change, NewJob, PutSequence
 
@@ -27,11 +29,15 @@ Make = Callable[..., tuple[LiveJob, NewJob]]
 
 
 class Sequencer:
-    """The running sequences. ``make(request, sequence_id=…, sequence_index=…)`` makes a job of a step."""
+    """The running sequences. ``make(request, sequence_id=…, sequence_index=…)`` makes a job of a step.
 
-    def __init__(self, journal: Journal, make: Make) -> None:
+    ``check(request)`` refuses a step that could never be one, before the first is made.
+    """
+
+    def __init__(self, journal: Journal, make: Make, check: Callable[[JobRequest], object]) -> None:
         self._journal = journal
         self._make = make
+        self._check = check
         self.running: dict[str, JobSequence] = {}
 
     def begin(
@@ -40,6 +46,8 @@ class Sequencer:
         """Return a new sequence, its first job and the changes to write."""
         check_references(steps)
         sequence = JobSequence(id=uuid.uuid4().hex, steps=steps, priority=priority, owner=owner, fail_fast=fail_fast)
+        for step in steps:
+            self._check(_request(sequence, step, lambda _: None))
         return self._go_on(sequence, None)
 
     def after(self, job: Job) -> tuple[LiveJob | None, list[Change]]:
@@ -74,7 +82,8 @@ class Sequencer:
                 return sequence, None, self._end(sequence, SequenceStatus.COMPLETED)
             step = sequence.steps[index]
             try:
-                live, new = self._make(self._request(sequence, step), sequence_id=sequence.id, sequence_index=index)
+                request = _request(sequence, step, partial(result_of, sequence.results))
+                live, new = self._make(request, sequence_id=sequence.id, sequence_index=index)
             except PluginError as error:
                 record = JobError.from_exception(error, plugin_instance_id=step.plugin_instance_id)
                 sequence = replace(
@@ -86,16 +95,6 @@ class Sequencer:
             if prior is not None:
                 changes.append(self._advanced(live, prior))
             return sequence, live, changes
-
-    def _request(self, sequence: JobSequence, step: SequenceStep) -> JobRequest:
-        results = tuple(replace(each, result=loaded(each.result)) for each in sequence.results)
-        return JobRequest(
-            plugin_instance_id=step.plugin_instance_id,
-            args=with_results(step.args, results),
-            kwargs=with_results(dict(step.kwargs), results),
-            priority=step.priority or sequence.priority,
-            owner=sequence.owner,
-        )
 
     def _advanced(self, live: LiveJob, prior: Job) -> Change:
         payload: dict[str, Any] = {
@@ -109,3 +108,13 @@ class Sequencer:
         self.running.pop(sequence.id, None)
         ended = replace(sequence, status=status, completed_at=datetime.now(UTC), current_job_id=None)
         return [PutSequence(ended)]
+
+
+def _request(sequence: JobSequence, step: SequenceStep, resolve: Callable[[FromStep], Any]) -> JobRequest:
+    return JobRequest(
+        plugin_instance_id=step.plugin_instance_id,
+        args=resolved(step.args, resolve),
+        kwargs=resolved(dict(step.kwargs), resolve),
+        priority=step.priority or sequence.priority,
+        owner=sequence.owner,
+    )

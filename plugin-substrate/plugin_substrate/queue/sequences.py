@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
 from plugin_substrate.errors import JobError, PluginInputError
+from plugin_substrate.queue.results import loaded
 
 
 class SequenceStatus(StrEnum):
@@ -80,7 +81,12 @@ class JobSequence:
 def check_references(steps: Sequence[SequenceStep]) -> None:
     """Raise a `PluginInputError` for a step that refers to itself, to a later one or to none."""
     for index, step in enumerate(steps):
-        for reference in _references((step.args, step.kwargs)):
+        try:
+            references = _references((step.args, step.kwargs))
+        except RecursionError:
+            place = f"steps[{index}]"
+            raise PluginInputError(f"step {index} is nested too deeply", fields_invalid=[place]) from None
+        for reference in references:
             if not 0 <= reference.index < index:
                 raise PluginInputError(
                     f"step {index} refers to step {reference.index}, which does not come before it",
@@ -88,22 +94,23 @@ def check_references(steps: Sequence[SequenceStep]) -> None:
                 )
 
 
-def with_results(value: Any, results: Sequence[StepResult]) -> Any:
-    """Replace every `FromStep`; one that leads to nothing, or to a step that failed, is a `PluginInputError`."""
+def resolved(value: Any, resolve: Callable[[FromStep], Any]) -> Any:
+    """Return the value with what ``resolve`` gives in the place of every `FromStep`."""
     if isinstance(value, FromStep):
-        return _resolve(value, results)
+        return resolve(value)
     if isinstance(value, Mapping):
-        return {key: with_results(item, results) for key, item in value.items()}
+        return {key: resolved(item, resolve) for key, item in value.items()}
     if type(value) in (list, tuple):
-        return type(value)(with_results(item, results) for item in value)
+        return type(value)(resolved(item, resolve) for item in value)
     return value
 
 
-def _resolve(reference: FromStep, results: Sequence[StepResult]) -> Any:
+def result_of(results: Sequence[StepResult], reference: FromStep) -> Any:
+    """Return what a reference leads to; a `PluginInputError` when that is nothing, or its step failed."""
     step = results[reference.index]
     if not step.success:
         raise PluginInputError(f"the result of step {reference.index} is needed, and that step failed")
-    value = step.result
+    value = loaded(step.result)
     for key in reference.path:
         try:
             value = value[key]

@@ -30,13 +30,19 @@ def private_folder(folder: Path, mode: int = 0o700) -> None:
 
 
 def make_private(path: Path, mode: int) -> None:
-    """See that nobody else can use a path of ours; one that is a link or another user's is a `StoreError`."""
+    """See that nobody else can use a path of ours; a link, another user's, or a device or the like is a `StoreError`.
+
+    A ``mode`` with the right to enter is a folder's, one without a file's.
+    """
     try:
         found = path.lstat()
     except FileNotFoundError:
         return
     if stat.S_ISLNK(found.st_mode):
         raise StoreError(f"{path} is a link; put the file itself there, or remove the link", path=str(path))
+    kind, is_kind = ("folder", stat.S_ISDIR) if mode & stat.S_IXUSR else ("file", stat.S_ISREG)
+    if not is_kind(found.st_mode):
+        raise StoreError(f"{path} is no {kind}; give another path", path=str(path))
     if found.st_uid != os.geteuid():
         raise StoreError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}; chown it", path=str(path))
     loose = stat.S_IMODE(found.st_mode) & ~mode

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from plugin_substrate.errors import StoreError
+from plugin_substrate.errors import StoreError, WireValueError
 from plugin_substrate.queue.job import Job, JobEvent, JobStatus
 from plugin_substrate.queue.memory_store import with_job_results
 from plugin_substrate.queue.request import JobRequest
@@ -43,6 +43,7 @@ from plugin_substrate.stores import job_rows as rows
 from plugin_substrate.stores.files import PASSAGE, make_private, private_folder
 from plugin_substrate.stores.group_commit import GroupCommit, Statement
 from plugin_substrate.stores.job_writer import PUT_FILE, REMOVE_FILE, connect
+from plugin_substrate.worker.frames import MAX_FRAME_BYTES
 
 _VERSION = 1
 _CLAIM_SECONDS = 5.0
@@ -65,12 +66,14 @@ class LocalJobStore:
         self._lock: int | None = None
         self._writer: GroupCommit | None = None
         self._reader: sqlite3.Connection | None = None
+        self._readable = False
         self._bell: int | None = None
 
     def open(self) -> Leftover:
         """Claim the file, making it if need be, and return what an earlier host left in it."""
         with self._errors():
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=PASSAGE)
+            make_private(self.path, 0o600)  # before anything is made beside what is no file of ours
             private_folder(self._results)
             self._lock = self._claim()
             try:
@@ -86,8 +89,10 @@ class LocalJobStore:
 
     def check(self, request: JobRequest) -> None:
         """Raise a `WireValueError` that names what of the arguments cannot be kept."""
-        to_bytes(list(request.args), "args")
-        to_bytes(dict(request.kwargs), "")
+        size = len(to_bytes(list(request.args), "args")) + len(to_bytes(dict(request.kwargs), "kwargs"))
+        if size > MAX_FRAME_BYTES:
+            reason = f"{size} bytes are over the limit of {MAX_FRAME_BYTES} for a call; use files for large data"
+            raise WireValueError(f"the arguments: {reason}", path="arguments")
 
     def check_result(self, result: Any) -> None:
         """Raise a `WireValueError` when a result cannot be kept."""
@@ -174,7 +179,7 @@ class LocalJobStore:
         """Give up the connection for reading; the next read opens another."""
         if self._reader is not None:
             self._reader.close()
-            self._reader = None
+            self._reader, self._readable = None, False
 
     def _give_up(self) -> None:
         self.close_reader()
@@ -228,14 +233,16 @@ class LocalJobStore:
     # -- reading
 
     def select(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        """Read rows, nothing where there is no file."""
-        if self._reader is None:
-            if not self.path.exists():
-                return []
-            with self._errors():
+        """Read rows, nothing where there is no file or nothing was ever put in it."""
+        with self._errors():
+            if self._reader is None:
+                if not self.path.exists():
+                    return []
                 self._reader = self._connect()
                 self._reader.execute("PRAGMA query_only = 1")
-        with self._errors():
+            if not self._readable and not has_tables(self._reader, self.path):
+                return []
+            self._readable = True
             return self._reader.execute(statement, values).fetchall()
 
     def _leftover(self) -> Leftover:
@@ -317,11 +324,16 @@ class LocalJobStore:
 
 def set_up(connection: sqlite3.Connection, path: Path) -> None:
     """Make the tables of a new file; a `StoreError` when it is of another version of this program."""
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if version == 0:
+    if not has_tables(connection, path):
         connection.executescript(f"BEGIN IMMEDIATE; {rows.SCHEMA} PRAGMA user_version = {_VERSION}; COMMIT;")
-    elif version != _VERSION:
+
+
+def has_tables(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether the file has been set up; a `StoreError` when it is of another version of this program."""
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if version not in (0, _VERSION):
         raise StoreError(
             f"the jobs in {path} are of version {version}, and this program knows {_VERSION}; use the one they are of",
             path=str(path),
         )
+    return bool(version)
