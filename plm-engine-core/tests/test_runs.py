@@ -10,6 +10,7 @@ from decimal import Decimal
 
 import pytest
 from plm_engine_core.control_plane.errors import Conflict, FencingLost, Forbidden, IdempotencyConflict, InvalidRequest
+from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.runs import TRANSITIONS, sources_of
 from plm_engine_core.control_plane.vocabulary import (
     TERMINAL_RUN_STATES,
@@ -328,6 +329,15 @@ class TestQualityLevel:
             lease = await self.write(bench if approved else free, lease, index, evidence, approved=approved)
         await finish(bench, lease)
         assert await self.level(bench, lease.run) == expected
+
+    async def test_a_write_under_an_approval_scope_was_approved_by_a_human_as_well(self, bench):
+        standing = {"max_uses": 5, "max_seconds": 60, "max_risk": "high"}
+        bench = bench.with_policy(approval={"standing": standing})
+        _, pending = await bench.ask()
+        await bench.decide(pending, TicketDecision.APPROVE, scope=ScopeTerms(uses=1, seconds=60))
+        lease = await self.write(bench, await bench.lease(), 0, "verified", approved=False)
+        await finish(bench, lease)
+        assert await self.level(bench, lease.run) == "gold"
 
     async def test_a_run_cancelled_while_parked_has_its_level_too(self, bench):
         run = await bench.run()

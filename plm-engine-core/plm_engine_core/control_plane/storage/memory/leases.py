@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -207,5 +208,21 @@ def _quality(books: Books, tenant_id: UUID, run_id: UUID) -> str:
     ]
     if not writes or any(step["evidence"] != "verified" for step in writes):
         return "bronze"
-    tickets = [books.approval_tickets.get(tenant_id, step["ticket_id"]) for step in writes]
-    return "gold" if all(ticket is not None and ticket["consumed_at"] is not None for ticket in tickets) else "silver"
+    covered = _under_approval_scopes(books, tenant_id, run_id)
+
+    def approved(step: Row) -> bool:
+        ticket = books.approval_tickets.get(tenant_id, step["ticket_id"])
+        by_itself = ticket is not None and ticket["consumed_at"] is not None
+        return by_itself or (step["step_index"], step["attempt"]) in covered
+
+    return "gold" if all(map(approved, writes)) else "silver"
+
+
+def _under_approval_scopes(books: Books, tenant_id: UUID, run_id: UUID) -> set[tuple[int, int]]:
+    """The attempts that an approval scope let through, by the events of their grants."""
+    granted = [
+        json.loads(event["payload"])
+        for event in books.events.rows((tenant_id, run_stream(run_id)))
+        if event["kind"] == "step_granted"
+    ]
+    return {(each["step"], each["attempt"]) for each in granted if each["answer"].get("approval_scope_id")}

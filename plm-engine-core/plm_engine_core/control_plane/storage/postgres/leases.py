@@ -16,7 +16,8 @@ from plm_engine_core.control_plane.storage.rows import run_row
 from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, RunKind, RunState
 
 # Published rule of `runs.quality_level`. Bronze: every call is settled, so the ledger is complete. Silver: besides, the
-# run had effects and each was verified. Gold: besides, a human approved each of them.
+# run had effects and each was verified. Gold: besides, a human approved each of them, by itself or by an approval scope
+# (the event of a grant names the one that let its call through).
 _SET_QUALITY = """
 UPDATE runs SET updated_at = clock_timestamp(), quality_level = (
     CASE WHEN facts.unsettled > 0 THEN 'pending'
@@ -29,8 +30,14 @@ FROM (
            count(*) FILTER (WHERE s.state = 'succeeded' AND s.decision ->> 'mode' <> 'read'
                               AND s.evidence = 'verified') AS verified,
            count(*) FILTER (WHERE s.state = 'succeeded' AND s.decision ->> 'mode' <> 'read'
-                              AND t.consumed_at IS NOT NULL) AS approved
+                              AND (t.consumed_at IS NOT NULL OR c.step IS NOT NULL)) AS approved
     FROM run_steps AS s LEFT JOIN approval_tickets AS t ON t.tenant_id = s.tenant_id AND t.id = s.ticket_id
+    LEFT JOIN (
+        SELECT (e.payload::jsonb ->> 'step')::integer AS step, (e.payload::jsonb ->> 'attempt')::integer AS attempt
+        FROM events AS e WHERE e.tenant_id = %(tenant)s AND e.stream = %(stream)s AND e.kind = 'step_granted'
+          AND e.payload LIKE '%%"approval_scope_id"%%'  -- spares most events from being parsed
+          AND e.payload::jsonb #>> '{answer,approval_scope_id}' IS NOT NULL
+    ) AS c ON c.step = s.step_index AND c.attempt = s.attempt
     WHERE s.tenant_id = %(tenant)s AND s.run_id = %(run)s
 ) AS facts
 WHERE runs.tenant_id = %(tenant)s AND runs.id = %(run)s AND runs.quality_level = 'pending'
@@ -230,7 +237,7 @@ async def close_books(connection: Session, tenant_id: UUID, run_id: UUID) -> Non
         "UPDATE approval_tickets SET state = 'cancelled' WHERE tenant_id = %s AND run_id = %s AND state = 'pending'",
         [tenant_id, run_id],
     )
-    await connection.execute(_SET_QUALITY, {"tenant": tenant_id, "run": run_id})
+    await connection.execute(_SET_QUALITY, {"tenant": tenant_id, "run": run_id, "stream": run_stream(run_id)})
 
 
 async def _standing_halt(connection: Session, tenant_id: UUID, run_id: UUID) -> Mapping[str, Any] | None:
