@@ -62,6 +62,7 @@ _REMEDIES = {
     "already_voted": "have somebody else say otherwise",
     "approval_expired": "start a new run to ask again",
     "escalated": "have somebody decide who holds the scope that the ticket now needs",
+    "feed_pruned": "ask again with `cursor`",
     "idempotency_conflict": "send the first request again, or choose another key",
     "impossible_transition": "read the run, nothing is left to change",
     "missing_scopes": "get a token that holds it",
@@ -157,7 +158,8 @@ def install(app: FastAPI) -> None:
     async def conflict(_: Request, error: engine.Conflict) -> ProblemResponse:
         code = _CONFLICT_CODES.get(error.reason, "validation/impossible_transition")
         detail = f"{error}; {_REMEDIES.get(error.reason, 'read the present state and decide anew')}"
-        return problem(409, code, detail, reason=error.reason)
+        cursor = error.cursor if isinstance(error, engine.FeedPruned) else None
+        return problem(409, code, detail, reason=error.reason, cursor=cursor)
 
     @app.exception_handler(engine.PolicyMissing)
     async def undecided(_: Request, error: engine.PolicyMissing) -> ProblemResponse:

@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.errors import FeedPruned, InvalidRequest
 from plm_engine_core.control_plane.events import PublicKeys, Signer, open_archive, rebuild, run_stream, verify_tenant
 from plm_engine_core.control_plane.events import archive as archive_module
 from plm_engine_core.control_plane.events.archive import Archivist
@@ -321,6 +321,41 @@ async def test_nobody_deletes_an_event_that_no_covered_stub_stands_for(bench, ro
             connection.rollback()
     with psycopg.connect(bench.database.app) as app, pytest.raises(psycopg.errors.InsufficientPrivilege):
         app.execute("INSERT INTO event_retention (tenant_id, keep) VALUES (%s, '1 day')", [bench.tenant])
+
+
+async def read_all(bench, cursor=None):
+    """Every event that the feed shows from a cursor on, and where it ends."""
+    seen = []
+    async with asyncio.timeout(60):
+        while True:
+            page = await bench.control_plane.feed(bench.tenant, cursor=cursor, limit=2)
+            seen += [(event.stream, event.seq) for event in page.events]
+            cursor = page.cursor.encode()
+            if page.held_back is None and not page.events:
+                return seen, cursor
+            await asyncio.sleep(0.01 if page.events else 0.05)
+
+
+async def test_a_reader_of_the_feed_whom_pruning_overtook_is_told_once_and_misses_nothing_else(bench, local):
+    await append(bench, "tenant", 1)
+    behind = (await read_all(bench))[1]
+    ended = await finished_run(bench)
+    going_on = run_stream((await bench.lease()).run.id)
+    await sign(bench)
+    await Archivist(bench.storage, local).archive(bench.tenant)
+    ahead = (await read_all(bench, behind))[1]
+    keep(bench, days=5)
+    age(bench, days=9)
+    assert (await prune(bench))["status"] == "pruned"
+    with pytest.raises(FeedPruned) as told:
+        await bench.control_plane.feed(bench.tenant, cursor=behind)
+    assert (told.value.reason, told.value.streams) == ("feed_pruned", 1)
+    left = [(going_on, 1), (going_on, 2), ("tenant", 2)]
+    assert (await read_all(bench, told.value.cursor))[0] == left
+    assert (await read_all(bench, ahead))[0] == [("tenant", 2)], "who has seen it all is told nothing"
+    anew, cursor = await read_all(bench)
+    assert ended not in {stream for stream, _ in anew}
+    assert (await read_all(bench, cursor))[0] == []
 
 
 async def test_the_record_says_what_was_pruned_and_by_whom(bench, local):

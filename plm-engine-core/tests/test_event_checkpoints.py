@@ -232,7 +232,8 @@ $$
 """
 CUT_OFF = (
     "DELETE FROM events WHERE stream = 'b' AND seq = 2",
-    """UPDATE event_streams SET (last_seq, last_hash) = (SELECT seq, hash FROM events WHERE stream = 'b')
+    """UPDATE event_streams SET (last_seq, last_hash, last_position) =
+            (SELECT seq, hash, feed_position FROM events WHERE stream = 'b')
         WHERE stream = 'b'""",
 )
 REMOVED = ("DELETE FROM events WHERE stream = 'b'", "DELETE FROM event_streams WHERE stream = 'b'")

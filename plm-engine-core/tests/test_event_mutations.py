@@ -51,16 +51,19 @@ DECLARE
     v_prev bytea := '\\x';
     v_hash bytea;
     v_seq  bigint := 0;
+    v_at   xid8 := '0';
     r      record;
 BEGIN
     FOR r IN SELECT ctid, * FROM events WHERE stream = 'tenant' AND tenant_id = 'TENANT' ORDER BY seq, kind LOOP
         v_seq := v_seq + 1;
         v_hash := engine_event_hash_v1(
             r.tenant_id, r.stream, v_seq, v_prev, r.kind, r.actor, r.occurred_at, r.payload);
-        UPDATE events SET seq = v_seq, prev_hash = v_prev, hash = v_hash WHERE ctid = r.ctid;
+        v_at := GREATEST(v_at, r.feed_position);
+        UPDATE events SET seq = v_seq, prev_hash = v_prev, hash = v_hash, feed_position = v_at WHERE ctid = r.ctid;
         v_prev := v_hash;
     END LOOP;
-    UPDATE event_streams SET last_seq = v_seq, last_hash = v_prev WHERE stream = 'tenant' AND tenant_id = 'TENANT';
+    UPDATE event_streams SET last_seq = v_seq, last_hash = v_prev, last_position = v_at
+        WHERE stream = 'tenant' AND tenant_id = 'TENANT';
     DELETE FROM event_streams WHERE last_seq = 0;
 END
 $$
@@ -148,6 +151,24 @@ async def test_every_change_of_every_kind_of_event_is_found_and_named(forger):
             assert (found.stream, found.first_bad_seq) == (STREAM, named), (kind, name, found)
             forger.run(*RESTORE)
     assert not bad(await verify_tenant(bench.storage, bench.tenant))
+
+
+async def test_a_place_in_the_feed_that_its_stream_cannot_have_is_found_and_named(forger):
+    """Places are not hashed: what is found is one that is out of the order of its stream, or beyond its head."""
+    bench, last = forger.bench, len(KINDS)
+    for seq in range(1, last + 1):
+        moved = {f"UPDATE events SET feed_position = '4611686018427387904' WHERE seq = {seq}": seq}
+        if seq > 1:
+            moved[f"UPDATE events SET feed_position = '0' WHERE seq = {seq}"] = seq
+            swapped = f"(SELECT feed_position FROM events AS o WHERE o.seq = {2 * seq - 1} - e.seq)"
+            moved[f"UPDATE events AS e SET feed_position = {swapped} WHERE seq IN ({seq - 1}, {seq})"] = seq
+        for statement, named in moved.items():
+            forger.run(statement)
+            (found,) = bad(await verify_tenant(bench.storage, bench.tenant))
+            assert (found.stream, found.first_bad_seq) == (STREAM, named), statement
+            assert "its place in the feed" in found.problem
+            forger.run(*RESTORE)
+    assert not bad(await verify_tenant(bench.storage, bench.tenant, trusted=BELIEVED))
 
 
 async def test_a_forger_who_hashes_everything_anew_is_found_with_an_export(forger):

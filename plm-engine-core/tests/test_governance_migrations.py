@@ -14,7 +14,7 @@ from plm_shared.schema_lint import lint
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = tuple(f"{number:04}" for number in range(13, 30))
+REVISIONS = tuple(f"{number:04}" for number in range(13, 31))
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -105,6 +105,7 @@ def test_only_the_look_for_abandoned_runs_goes_across_tenants_and_only_pruning_h
         ("engine_abandoned_runs_v4(integer,double precision)", "plm_migrator"),
         ("engine_orphaned_runs_v1(integer,double precision)", "plm_migrator"),
         ("engine_prune_events_v1(uuid,text)", "plm_owner"),  # under row-level security, like everyone
+        ("engine_prune_events_v2(uuid,text)", "plm_owner"),
     ]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query
-from plm_engine_core.control_plane.events import BEGINNING, FeedCursor
 
 from plm_backend.dependencies import TheCaller, ThePlatform
 from plm_backend.json_body import JsonRoute
@@ -25,10 +24,10 @@ async def list_events(
     """Events of every stream of the tenant, each at least once and none left out; within a stream in order.
 
     `next` is always there: ask again with it, also after an empty page. `held_back` tells of events that are committed
-    and will be shown once an older transaction has ended.
+    and will be shown once an older transaction has ended. Without a cursor it begins with the oldest that is kept; a
+    reader that its retention has overtaken is told so, once (409, `feed_pruned`), with the `cursor` to go on with.
     """
-    after = BEGINNING if cursor is None else FeedCursor.decode(cursor)
-    page = await platform.control_plane.storage.events.feed(caller.tenant_id, after=after, limit=limit)
+    page = await platform.control_plane.feed(caller.tenant_id, cursor=cursor, limit=limit)
     held_back = page.held_back
     return {
         "items": [event_document(event) for event in page.events],

@@ -18,7 +18,7 @@ from psycopg.conninfo import conninfo_to_dict
 from plm_engine_core.cli.db import driver_words
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import show
-from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden
+from plm_engine_core.control_plane.errors import ControlPlaneError, FeedPruned, Forbidden
 from plm_engine_core.control_plane.identity import AuditError, PostgresAuditSink
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
@@ -60,7 +60,11 @@ def with_books(work: Callable[[Books], Awaitable[Answer]], *, as_json: bool = Fa
 def _refused(error: ControlPlaneError | AuditError, *, as_json: bool) -> NoReturn:
     reason = getattr(error, "reason", error.code)
     if as_json:
-        more = {"missing_scopes": list(error.missing_scopes)} if isinstance(error, Forbidden) else {}
+        more: dict[str, Any] = {}
+        if isinstance(error, Forbidden):
+            more = {"missing_scopes": list(error.missing_scopes)}
+        elif isinstance(error, FeedPruned):
+            more = {"cursor": error.cursor}
         show({"refused": error.code, "reason": reason, "message": str(error), **more}, "", as_json=True)
     fail(ExitCode.FAILED, f"{error} [{reason}]")
 

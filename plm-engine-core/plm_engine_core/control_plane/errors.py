@@ -5,7 +5,8 @@
     ├── NotFound              nothing of that id in this tenant
     ├── Forbidden             the caller lacks a scope or may not decide this
     ├── Conflict              the state does not allow it (any more): read it again
-    │   └── IdempotencyConflict   the same key was used for other content
+    │   ├── IdempotencyConflict   the same key was used for other content
+    │   └── FeedPruned            events this reader has not seen are gone: go on with `cursor`
     ├── FencingLost           another run worker took the run over: drop everything
     └── StorageUnavailable    send the same again: whatever was booked already is not booked twice
         └── PolicyMissing         nothing can be decided here; another process may
@@ -71,6 +72,21 @@ class IdempotencyConflict(Conflict):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, reason="idempotency_conflict")
+
+
+class FeedPruned(Conflict):
+    """Events that a reader of the feed has not seen were pruned; with `cursor` it goes on, missing no others."""
+
+    code = "feed_pruned"
+
+    def __init__(self, *, streams: int, cursor: str) -> None:
+        super().__init__(
+            f"events of {streams} streams were pruned before this reader saw them; they are in the archive, if one is "
+            f"kept, and what was not pruned goes on after the cursor {cursor}",
+            reason="feed_pruned",
+        )
+        self.streams = streams
+        self.cursor = cursor
 
 
 class FencingLost(ControlPlaneError):

@@ -18,7 +18,7 @@ from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
 from plm_engine_core.control_plane.agents import AgentDesk, StandingAgent
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, PolicyMissing
-from plm_engine_core.control_plane.events import Verification, verify_tenant
+from plm_engine_core.control_plane.events import BEGINNING, FeedCursor, FeedPage, Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, KillSwitch
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
@@ -478,6 +478,19 @@ class ControlPlane:
     async def why(self, tenant_id: UUID, asked: str) -> Why:
         """Why a run, attempt, ticket or budget stands where it stands; see `why.why`."""
         return await why(self.storage, tenant_id, asked)
+
+    async def feed(self, tenant_id: UUID, *, cursor: str | None = None, limit: int = 500) -> FeedPage:
+        """Events of every stream of a tenant after a cursor, each at least once and none left out.
+
+        Without a cursor, from the oldest that is kept; go on with `page.cursor.encode()`, also after an empty page.
+
+        Raises:
+            FeedPruned: events after the cursor were pruned; it carries the cursor to go on with.
+            InvalidRequest: the cursor is none, or of another database.
+            Conflict: the events are of another server, whose transactions had higher ids.
+        """
+        after = FeedCursor.decode(cursor) if cursor is not None else BEGINNING
+        return await self.storage.events.feed(tenant_id, after=after, limit=limit)
 
     async def verify_events(self, tenant_id: UUID) -> list[Verification]:
         """Check every stream of a tenant from its first event to its head."""

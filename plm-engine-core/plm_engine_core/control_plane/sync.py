@@ -66,6 +66,7 @@ class SyncControlPlane:
     registered_agents = _waiting(ControlPlane.registered_agents)
     set_agent_status = _waiting(ControlPlane.set_agent_status)
     why = _waiting(ControlPlane.why)
+    feed = _waiting(ControlPlane.feed)
     verify_events = _waiting(ControlPlane.verify_events)
 
     def call(self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]]) -> T:

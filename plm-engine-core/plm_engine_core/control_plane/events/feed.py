@@ -25,15 +25,21 @@ _GREATEST = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class FeedCursor:
-    """Where a reader stands: after this event. Its text is opaque to readers."""
+    """Where a reader stands: after this event. Its text is opaque to readers.
+
+    `pruned` is the newest pruning of which the reader knows; whoever stands at the beginning asks for what there is.
+    """
 
     position: int
     stream: str
     seq: int
+    pruned: int = 0
 
     def encode(self) -> str:
         """The text that a reader keeps."""
-        return base64.urlsafe_b64encode(json.dumps([self.position, self.stream, self.seq]).encode()).decode()
+        return base64.urlsafe_b64encode(
+            json.dumps([self.position, self.stream, self.seq, self.pruned]).encode()
+        ).decode()
 
     @classmethod
     def decode(cls, text: str) -> FeedCursor:
@@ -43,19 +49,20 @@ class FeedCursor:
             InvalidRequest: no feed has given this text.
         """
         try:
-            position, stream, seq = json.loads(base64.urlsafe_b64decode(text.encode("ascii")))
+            position, stream, seq, *more = json.loads(base64.urlsafe_b64decode(text.encode("ascii")))
+            (pruned,) = more or (0,)  # what a release gave that did not tell of pruning
         except (ValueError, TypeError, RecursionError, binascii.Error) as error:
             raise _not_ours() from error
-        numbers = type(position) is int and type(seq) is int
-        if not numbers or type(stream) is not str or "\x00" in stream or not stream.isprintable():
+        numbers = (position, seq, pruned)
+        if type(stream) is not str or "\x00" in stream or not stream.isprintable():
             raise _not_ours()
-        if not (0 <= position <= _GREATEST and 0 <= seq <= _GREATEST):
+        if not all(type(each) is int and 0 <= each <= _GREATEST for each in numbers):
             raise _not_ours()
-        return cls(position, stream, seq)
+        return cls(position, stream, seq, pruned)
 
 
-BEGINNING = FeedCursor(0, "", 0)
-"""Before the first event."""
+BEGINNING = FeedCursor(0, "", 0, -1)
+"""Before the first event that there is."""
 
 
 @dataclass(frozen=True, kw_only=True)

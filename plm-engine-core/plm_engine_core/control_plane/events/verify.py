@@ -185,8 +185,17 @@ async def verify_tenant(
         copied = {name: head for name, head in copied.items() if name == stream}
     links = storage.checkpoints.links(tenant_id, stream=stream, after=number)
     results = await asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=copied)
+    misplaced = await storage.events.misplaced(tenant_id, stream=stream, after=number)
+    results = [_placed(each, misplaced) for each in results]
     changed = await _changed_checkpoint(storage.checkpoints, tenant_id, exported.newest) if exported else None
     return [changed, *results] if changed is not None else results
+
+
+def _placed(result: Verification, misplaced: Mapping[str, int]) -> Verification:
+    seq = misplaced.get(result.stream)
+    if seq is None or not result.consistent:
+        return result
+    return replace(result, first_bad_seq=seq, problem="its place in the feed is not where its stream has it")
 
 
 async def _changed_checkpoint(store: CheckpointStore, tenant_id: UUID, copy: Checkpoint | None) -> Verification | None:

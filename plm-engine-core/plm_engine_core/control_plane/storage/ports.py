@@ -424,7 +424,15 @@ class EventStore(Protocol):
 
         Raises:
             InvalidRequest: the cursor is of another database.
+            FeedPruned: events after the cursor are gone; from `BEGINNING` on, what is left is shown.
             Conflict: the events are of another server, whose transactions had higher ids.
+        """
+        ...
+
+    async def misplaced(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Mapping[str, int]:
+        """By stream, the first event whose place in the feed is before that of the one before it or beyond the head's.
+
+        Events that checkpoint `after` covers are not looked at.
         """
         ...
 

@@ -44,8 +44,24 @@ class MemoryEvents:
             rows = [row for name in streams for row in books.events.rows((tenant_id, name)) if _feed(row) > _at(after)]
             page = sorted(rows, key=_feed)[:limit]
             last = page[-1] if page else None
-            cursor = FeedCursor(last["feed_position"], last["stream"], last["seq"]) if last else after
+            if last is not None:
+                after = FeedCursor(last["feed_position"], last["stream"], last["seq"])
+            cursor = replace(after, pruned=0)  # nothing ever is
             return FeedPage(events=[_event(row) for row in page], cursor=cursor)
+
+    async def misplaced(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Mapping[str, int]:  # noqa: ARG002  # looks at all
+        """By stream, the first event whose place in the feed is not where its stream has it."""
+        found: dict[str, int] = {}
+        async with self._books.turn() as books:
+            for head in books.event_streams.rows(tenant_id):
+                before = 0
+                for event in sorted(books.events.rows((tenant_id, head["stream"])), key=lambda row: row["seq"]):
+                    place = event["feed_position"]
+                    moved = event["seq"] == head["last_seq"] and place != head["last_position"]
+                    if place < before or place > head["last_position"] or moved:
+                        found.setdefault(head["stream"], event["seq"])
+                    before = place
+        return {name: seq for name, seq in found.items() if stream in (None, name)}
 
     async def fold(self, tenant_id: UUID, apply: Callable[[Event], None]) -> Standing:
         """Hand every event to `apply`, in the order of its stream, and answer what the tables said at that instant."""

@@ -135,7 +135,7 @@ class PostgresCheckpoints:
     async def prune(self, tenant_id: UUID, *, actor: str) -> Mapping[str, Any]:
         """Prune what the tenant's retention no longer asks for."""
         async with self._gateway.transaction(tenant_id) as connection:
-            cursor = await connection.execute("SELECT engine_prune_events_v1(%s, %s) AS answer", [tenant_id, actor])
+            cursor = await connection.execute("SELECT engine_prune_events_v2(%s, %s) AS answer", [tenant_id, actor])
             row: Any = await cursor.fetchone()
             answer: Mapping[str, Any] = row["answer"]
             return answer

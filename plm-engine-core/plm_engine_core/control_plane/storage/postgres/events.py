@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
 from psycopg.rows import dict_row
 
-from plm_engine_core.control_plane.errors import Conflict, InvalidRequest
+from plm_engine_core.control_plane.errors import Conflict, FeedPruned, InvalidRequest
 from plm_engine_core.control_plane.events.event import Event
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage, HeldBack
 from plm_engine_core.control_plane.events.standing import Standing, run_standing, ticket_standing
@@ -38,6 +39,33 @@ _HELD_BACK = (
     "SELECT count(*) AS events, min(h.occurred_at) AS since FROM (SELECT occurred_at FROM events "
     "WHERE tenant_id = %s AND feed_position >= %s::xid8 ORDER BY feed_position LIMIT %s) AS h"
 )
+# Prunings that the reader does not know of, of events after its cursor.
+_PRUNED = """
+SELECT COALESCE(max(p.pruned_in::text::bigint), 0) AS newest, count(*) FILTER (
+    WHERE p.pruned_in > %(known)s::xid8 AND (p.place > %(after)s::xid8
+        OR (p.place = %(after)s::xid8 AND (p.stream COLLATE "C", p.last_seq) > (%(stream)s COLLATE "C", %(seq)s)))
+) AS missed
+FROM (
+    SELECT s.stream, s.last_seq, s.pruned_in, COALESCE(s.last_position, e.last_position) AS place FROM event_stubs AS s
+    JOIN event_streams AS e ON e.tenant_id = s.tenant_id AND e.stream = s.stream WHERE s.tenant_id = %(tenant)s
+) AS p
+"""
+_MISPLACED = """
+SELECT p.stream, min(p.seq) AS seq
+FROM (
+    SELECT e.stream, e.seq, e.feed_position AS place,
+           lag(e.feed_position) OVER (PARTITION BY e.stream ORDER BY e.seq) AS before
+    FROM events AS e LEFT JOIN LATERAL (
+        SELECT h.last_seq FROM event_checkpoint_heads AS h
+        WHERE %(after)s::bigint > 0 AND h.tenant_id = e.tenant_id AND h.stream = e.stream
+          AND h.number <= %(after)s::bigint ORDER BY h.number DESC LIMIT 1
+    ) AS c ON true
+    WHERE e.tenant_id = %(tenant)s AND (%(stream)s::text IS NULL OR e.stream = %(stream)s)
+      AND e.seq > COALESCE(c.last_seq, 0)
+) AS p JOIN event_streams AS s ON s.tenant_id = %(tenant)s AND s.stream = p.stream
+WHERE p.place < p.before OR p.place > s.last_position OR (p.seq = s.last_seq AND p.place <> s.last_position)
+GROUP BY p.stream
+"""
 _BLOCKING = (
     "SELECT pid FROM pg_locks WHERE locktype = 'transactionid' AND granted AND mode = 'ExclusiveLock' "
     "AND transactionid::text::bigint = %s"
@@ -87,10 +115,18 @@ class PostgresEvents:
                 },
             )
             rows = await cursor.fetchall()
+            newest = await _pruned(connection, tenant_id, after)  # looked at last, so that no pruning slips in between
             held_back = await _held_back(connection, tenant_id, horizon) if len(rows) < limit else None
             for row in rows:
                 after = FeedCursor(int(row.pop("feed_position")), row["stream"], row["seq"])
-            return FeedPage(events=[event_row(row) for row in rows], cursor=after, held_back=held_back)
+            cursor_after = replace(after, pruned=newest)
+            return FeedPage(events=[event_row(row) for row in rows], cursor=cursor_after, held_back=held_back)
+
+    async def misplaced(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Mapping[str, int]:
+        """By stream, the first event whose place in the feed is not where its stream has it."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(_MISPLACED, {"tenant": tenant_id, "stream": stream, "after": after})
+            return {row["stream"]: row["seq"] for row in await cursor.fetchall()}
 
     async def fold(self, tenant_id: UUID, apply: Callable[[Event], None]) -> Standing:
         """Hand every event to `apply`, in the order of its stream, and answer what the tables said at that instant."""
@@ -147,6 +183,17 @@ async def _horizon(connection: Session, tenant_id: UUID, after: FeedCursor) -> s
     if after.position >= int(row["next"]):
         raise InvalidRequest("this cursor was given by another database; leave it out to begin anew", field="cursor")
     return str(row["horizon"])
+
+
+async def _pruned(connection: Session, tenant_id: UUID, after: FeedCursor) -> int:
+    """The newest pruning; refuses a reader that has not seen what went."""
+    values = {"tenant": tenant_id, "known": str(max(after.pruned, 0)), "after": str(after.position)}
+    cursor = await connection.execute(_PRUNED, {**values, "stream": after.stream, "seq": after.seq})
+    row: Any = await cursor.fetchone()
+    newest = int(row["newest"])
+    if row["missed"] and after != BEGINNING:
+        raise FeedPruned(streams=row["missed"], cursor=replace(after, pruned=newest).encode())
+    return newest
 
 
 async def _held_back(connection: Session, tenant_id: UUID, horizon: str) -> HeldBack | None:
