@@ -43,14 +43,16 @@ from plugin_substrate import (
 from plugin_substrate.queue.store import (
     Change,
     ChangedJob,
+    ChangedSequence,
     Forget,
     ForgetSequence,
     JobFilter,
     KeptJob,
     NewEvent,
     NewJob,
-    PutSequence,
+    NewSequence,
 )
+from plugin_substrate.stores.job_rows import changed_sequence_row
 from plugin_substrate.stores.job_writer import connect
 
 VALUES = [
@@ -187,7 +189,7 @@ async def test_what_is_forgotten_is_gone_with_its_events(store: JobStore) -> Non
     await keep(store, Forget("a"))
     assert (store.job("a"), store.job_events("a", 0, 10)) == (None, [])
     assert [each.job_id for each in store.queue_events(0, 10)] == ["b"]
-    await keep(store, Forget("a"), PutSequence(JobSequence(id="s", steps=())), ForgetSequence("s"))
+    await keep(store, Forget("a"), NewSequence(JobSequence(id="s", steps=())), ForgetSequence("s"))
     assert store.sequence("s") is None
 
 
@@ -200,18 +202,25 @@ async def test_a_sequence_is_read_with_what_its_jobs_gave(store: JobStore) -> No
     )
     sequence = JobSequence(id="s", steps=steps, owner="acme", priority=1, fail_fast=False, current_job_id="a")
     change = new("a", 1)
-    await keep(store, change, PutSequence(sequence))
+    await keep(store, change, NewSequence(sequence))
     assert store.sequence("s") == sequence
     done = replace(change.kept.job, status=JobStatus.COMPLETED, result={"rows": [1, 2]}, completed_at=datetime.now(UTC))
     ended = replace(
         sequence, status=SequenceStatus.COMPLETED, results=(StepResult(job_id="a", success=True, result=done.result),)
     )
-    await keep(store, ChangedJob(done), PutSequence(ended))
+    await keep(store, ChangedJob(done), ChangedSequence(ended))
     assert store.sequence("s") == ended
     await keep(store, Forget("a"))
     kept = store.sequence("s")
     assert kept is not None
     assert kept.results[0].success
+
+
+def test_how_a_sequence_stands_is_written_without_its_steps() -> None:
+    """Else each step of a long one would cost as much as all of them."""
+    step = SequenceStep(plugin_instance_id="probe", args=(b"x" * 10_000,))
+    sequence = JobSequence(id="s", steps=(step,) * 100)
+    assert sum(len(str(value)) for value in changed_sequence_row(sequence)) < 1000
 
 
 async def test_what_a_host_leaves_is_found_by_the_next(path: Path) -> None:
@@ -220,7 +229,7 @@ async def test_what_a_host_leaves_is_found_by_the_next(path: Path) -> None:
     waits, runs, done = new("waits", 1), new("runs", 2), new("done", 3)
     ended = replace(done.kept.job, status=JobStatus.COMPLETED, completed_at=datetime.now(UTC))
     sequence = JobSequence(id="s", steps=(), current_job_id="runs")
-    await keep(first, waits, runs, done, PutSequence(sequence), event("runs", 1, 1), event("runs", 2, 2))
+    await keep(first, waits, runs, done, NewSequence(sequence), event("runs", 1, 1), event("runs", 2, 2))
     running = replace(runs.kept.job, status=JobStatus.RUNNING, progress=0.5)
     await keep(first, ChangedJob(running, recoveries=1), ChangedJob(ended))
     await first.close()

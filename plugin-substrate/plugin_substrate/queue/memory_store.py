@@ -19,6 +19,7 @@ from plugin_substrate.queue.store import (
     Asked,
     Change,
     ChangedJob,
+    ChangedSequence,
     Forget,
     ForgetSequence,
     JobFilter,
@@ -26,7 +27,7 @@ from plugin_substrate.queue.store import (
     Leftover,
     NewEvent,
     NewJob,
-    PutSequence,
+    NewSequence,
 )
 
 # A long queue is many of these, which the collector of garbage need not look into: plain tuples of plain values.
@@ -72,7 +73,7 @@ class InMemoryJobStore:
                     self._jobs[kept.job.id] = kept.job
                     self._requests[kept.job.id] = kept.request
                     self._origins[kept.job.id] = kept.order, kept.idempotent
-                case PutSequence(sequence):
+                case NewSequence(sequence) | ChangedSequence(sequence):
                     self._sequences[sequence.id] = sequence
                 case Forget(job_id):
                     self._forget(job_id)

@@ -23,7 +23,7 @@ from plugin_substrate.queue.sequences import (
     resolved,
     result_of,
 )
-from plugin_substrate.queue.store import Change, NewJob, PutSequence
+from plugin_substrate.queue.store import Change, ChangedSequence, NewJob, NewSequence
 
 Make = Callable[..., tuple[LiveJob, NewJob]]
 
@@ -48,7 +48,8 @@ class Sequencer:
         sequence = JobSequence(id=uuid.uuid4().hex, steps=steps, priority=priority, owner=owner, fail_fast=fail_fast)
         for step in steps:
             self._check(_request(sequence, step, lambda _: None))
-        return self._go_on(sequence, None)
+        begun, live, changes = self._go_on(sequence, None)
+        return begun, live, [NewSequence(sequence), *changes]
 
     def after(self, job: Job) -> tuple[LiveJob | None, list[Change]]:
         """Return what follows the end of a step: the next job, if there is one, and the changes to write."""
@@ -68,7 +69,7 @@ class Sequencer:
     def ask_to_cancel(self, sequence_id: str) -> str:
         """Have no step come after the current one, whose job id is returned; a ValueError when it has ended."""
         sequence = self.running[sequence_id] = replace(self.running[sequence_id], cancel_requested=True)
-        self._journal.write([PutSequence(sequence)])
+        self._journal.write([ChangedSequence(sequence)])
         return sequence.current_job_id or ""
 
     def _go_on(self, sequence: JobSequence, prior: Job | None) -> tuple[JobSequence, LiveJob | None, list[Change]]:
@@ -91,7 +92,7 @@ class Sequencer:
                 )
                 continue
             sequence = self.running[sequence.id] = replace(sequence, current_job_id=live.job.id)
-            changes: list[Change] = [new, PutSequence(sequence)]
+            changes: list[Change] = [new, ChangedSequence(sequence)]
             if prior is not None:
                 changes.append(self._advanced(live, prior))
             return sequence, live, changes
@@ -107,7 +108,7 @@ class Sequencer:
     def _end(self, sequence: JobSequence, status: SequenceStatus) -> list[Change]:
         self.running.pop(sequence.id, None)
         ended = replace(sequence, status=status, completed_at=datetime.now(UTC), current_job_id=None)
-        return [PutSequence(ended)]
+        return [ChangedSequence(ended)]
 
 
 def _request(sequence: JobSequence, step: SequenceStep, resolve: Callable[[FromStep], Any]) -> JobRequest:

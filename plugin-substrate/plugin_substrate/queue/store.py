@@ -53,8 +53,15 @@ class NewEvent:
 
 
 @dataclass(frozen=True)
-class PutSequence:
-    """A sequence is new, or stands otherwise than before. Results of its steps are those of their jobs."""
+class NewSequence:
+    """A sequence was submitted."""
+
+    sequence: JobSequence
+
+
+@dataclass(frozen=True)
+class ChangedSequence:
+    """A sequence stands otherwise than before. Its steps stay; the results of its steps are those of their jobs."""
 
     sequence: JobSequence
 
@@ -81,7 +88,7 @@ class Answered:
     answer: Mapping[str, Any]
 
 
-Change = NewJob | ChangedJob | NewEvent | PutSequence | Forget | ForgetSequence | Answered
+Change = NewJob | ChangedJob | NewEvent | NewSequence | ChangedSequence | Forget | ForgetSequence | Answered
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -78,11 +78,8 @@ INSERT_EVENT = (
     "INSERT INTO events (position, job_id, number, instance, sequence_id, sequence_index, type, at, payload) "
     "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 )
-PUT_SEQUENCE = (
-    "INSERT INTO sequences (id, status, completed_at, steps, state) VALUES (?, ?, ?, ?, ?) "
-    "ON CONFLICT (id) DO UPDATE SET status = excluded.status, completed_at = excluded.completed_at, "
-    "state = excluded.state"
-)
+INSERT_SEQUENCE = "INSERT INTO sequences (status, completed_at, state, id, steps) VALUES (?, ?, ?, ?, ?)"
+UPDATE_SEQUENCE = "UPDATE sequences SET status = ?, completed_at = ?, state = ? WHERE id = ?"
 JOBS = (
     "SELECT id, ord, instance, owner, status, priority, sequence_id, request, arguments, state, result, result_size "
     "FROM jobs "
@@ -139,8 +136,8 @@ def event_row(event: JobEvent) -> tuple[Any, ...]:
     )
 
 
-def sequence_row(sequence: JobSequence) -> tuple[Any, ...]:
-    """Return the values for `PUT_SEQUENCE`. The results of steps are not in it: they are their jobs'."""
+def new_sequence_row(sequence: JobSequence) -> tuple[Any, ...]:
+    """Return the values for `INSERT_SEQUENCE`."""
     steps = [
         {
             "plugin_instance_id": step.plugin_instance_id,
@@ -150,6 +147,11 @@ def sequence_row(sequence: JobSequence) -> tuple[Any, ...]:
         }
         for step in sequence.steps
     ]
+    return *changed_sequence_row(sequence), to_bytes(steps, "steps")
+
+
+def changed_sequence_row(sequence: JobSequence) -> tuple[Any, ...]:
+    """Return the values for `UPDATE_SEQUENCE`. The results of steps are not in it: they are their jobs'."""
     state = {
         "priority": sequence.priority,
         "owner": sequence.owner,
@@ -160,8 +162,7 @@ def sequence_row(sequence: JobSequence) -> tuple[Any, ...]:
         "completed_at": sequence.completed_at,
         "results": [{"job_id": each.job_id, "success": each.success, "error": each.error} for each in sequence.results],
     }
-    completed = _seconds(sequence.completed_at)
-    return sequence.id, sequence.status.value, completed, to_bytes(steps, "steps"), _json(state)
+    return sequence.status.value, _seconds(sequence.completed_at), _json(state), sequence.id
 
 
 def kept_job(row: tuple[Any, ...], results: Path) -> KeptJob:

@@ -29,6 +29,7 @@ from plugin_substrate.queue.store import (
     Asked,
     Change,
     ChangedJob,
+    ChangedSequence,
     Ended,
     Forget,
     ForgetSequence,
@@ -37,7 +38,7 @@ from plugin_substrate.queue.store import (
     Leftover,
     NewEvent,
     NewJob,
-    PutSequence,
+    NewSequence,
 )
 from plugin_substrate.stores import job_rows as rows
 from plugin_substrate.stores.files import PASSAGE, make_private, private_folder
@@ -201,8 +202,10 @@ class LocalJobStore:
                 return self._change(change, job)
             case NewJob():
                 return [(rows.INSERT_JOB, rows.new_job_row(change))]
-            case PutSequence(sequence):
-                return [(rows.PUT_SEQUENCE, rows.sequence_row(sequence))]
+            case NewSequence(sequence):
+                return [(rows.INSERT_SEQUENCE, rows.new_sequence_row(sequence))]
+            case ChangedSequence(sequence):
+                return [(rows.UPDATE_SEQUENCE, rows.changed_sequence_row(sequence))]
             case Forget(job_id):
                 return [
                     ("DELETE FROM events WHERE job_id = ?", (job_id,)),
