@@ -259,6 +259,11 @@ class Cluster:
         found = [f"{name}: {self.query(question)}" for name, question in questions.items()]
         return "\n".join([*found, *(f"{node.log}: {node.log.read_text()[-1500:]}" for node in self.nodes)])
 
+    def story(self, run_id: str) -> str:
+        """What is on record of a run, an event a line; for a test that did not expect its end."""
+        events = "SELECT occurred_at, kind, actor, left(payload::text, 400) FROM events WHERE stream = %s ORDER BY seq"
+        return "\n".join(" ".join(map(str, event)) for event in self.query(events, f"run/{run_id}"))
+
     def consistent(self) -> None:
         """Every event chain of the tenant holds, and nothing is reserved for a call that has ended."""
         done = self.cli("events", "verify", "--tenant-id", str(self.tenant), "--json")

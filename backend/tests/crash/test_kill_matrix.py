@@ -114,9 +114,9 @@ def _strike(cluster: Any, victim: str, fault: str, moment: str, journal: Any) ->
         assert outcomes.items() >= kept[kind].items(), "what was recorded stayed as it was"
         unknown = "outcome_unknown" in acted
         if kind == "repeatable" or moment not in BEGUN:
-            assert not unknown, run
+            assert not unknown, cluster.story(run_id)
         elif victim in NODES or (fault == "killed" and victim in PLUGINS and moment == "while the plugin works"):
-            assert unknown, run
+            assert unknown, cluster.story(run_id)
     assert _calls(cluster, runs["repeatable"]) == 3
 
 
@@ -139,14 +139,15 @@ def _bring_to(cluster: Any, moment: str, runs: dict[str, str], journals: dict[st
             cluster.until(lambda folder=folder: folder.entered("act"), "the call begins")
     else:
         for run_id in runs.values():
-            cluster.until(lambda run_id=run_id: _parked(cluster.run(run_id)), f"run {run_id} is parked")
+            cluster.until(lambda run_id=run_id: _parked(cluster, run_id), f"run {run_id} is parked")
     return {cluster.holder(run_id) for run_id in runs.values()}
 
 
-def _parked(run: dict[str, Any]) -> bool:
+def _parked(cluster: Any, run_id: str) -> bool:
     """Whether it waits for its approval, to which nothing has stood in the way so far."""
-    assert run["state"] in ("queued", "running", "awaiting_approval"), (run["reason"], run["message"], run)
-    return bool(run["state"] == "awaiting_approval")
+    state = cluster.run(run_id)["state"]
+    assert state in ("queued", "running", "awaiting_approval"), cluster.story(run_id)
+    return bool(state == "awaiting_approval")
 
 
 @contextmanager
