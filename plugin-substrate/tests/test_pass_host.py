@@ -416,7 +416,11 @@ async def test_a_tree_too_large_to_copy_is_worked_on_in_place_with_what_is_prote
     assert record["violations"] == [
         ".exlab-wizard/creation.json", ".exlab-wizard/more", "README.md", "README.md.jinja",
     ]  # fmt: skip
+    write("dry", describe_changes="path.write_text('dry'); return []")
+    dry = await run(packages, tree, ["dry"], files=["sub/2.txt"], limits=small, run_unlisted=False, dry_run=True)
+    assert "PermissionError" in dry.applied[0]["error"], "no copy keeps a dry run from the tree"
     after = snapshot(tree)
+    assert after["sub/2.txt"] == before["sub/2.txt"]
     protected = {path for path in before if REFERENCE.covers(path)}
     assert {path for path in after if REFERENCE.covers(path)} == protected
     for path in protected:

@@ -178,6 +178,23 @@ async def test_whatever_the_variables_are_found_to_be_is_a_record(
     assert (await hostile(packages, tree, tmp_path))["status"] == "failed"
 
 
+async def test_a_plugin_that_fills_the_disk_is_ended_while_it_does(
+    packages: Path, tree: Path, write: Write, tmp_path: Path
+) -> None:
+    write(
+        manifest="isolation: {timeout_seconds: 120}",
+        transform="""
+            for number in range(40):
+                with open(number.__str__(), "wb") as file:
+                    file.write(bytes(1 << 20))
+            while True:
+                time.sleep(9)
+        """,
+    )
+    record = await hostile(packages, tree, tmp_path, limits=PassLimits(growth_bytes=10 << 20))
+    assert "disk" in record["error"] or record["status"] == "policy_violation", record
+
+
 async def test_nothing_is_written_after_the_end(packages: Path, tree: Path, write: Write, tmp_path: Path) -> None:
     write(
         pre_transform_all="""

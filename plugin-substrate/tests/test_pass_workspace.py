@@ -60,6 +60,14 @@ def test_folders_of_dead_hosts_are_removed_and_those_of_the_living_are_not(tmp_p
     assert list(tmp_path.iterdir()) == [foreign]
 
 
+def test_a_backup_of_what_is_protected_outlives_its_host(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    backup = tmp_path / "file-pass-dead" / "protected-x"
+    backup.mkdir(parents=True)
+    WorkFolder(tmp_path).remove()
+    assert backup.is_dir()
+    assert "what it protected is kept" in caplog.text
+
+
 async def test_a_work_folder_that_cannot_be_made_is_a_record(
     packages: Path, tree: Path, write: Write, tmp_path: Path
 ) -> None:

@@ -105,8 +105,9 @@ class PluginHost:
         """Run the plugins in the order given over those files that each supports.
 
         ``file_paths`` are absolute or relative to ``ctx.dst_root``, and lie in it; a ValueError names one that does
-        not. ``on_input_required`` answers questions: a mapping is handed to the plugin, `InputDeclined` fails it, and
-        None cancels the pass. What that function raises is raised here, with the folder as it was.
+        not. A folder that is not there is a FileNotFoundError. ``on_input_required`` answers questions: a mapping is
+        handed to the plugin, `InputDeclined` fails it, and None cancels the pass. What that function raises is raised
+        here, with the folder as it was.
         """
         root = ctx.dst_root.resolve(strict=True)
         files = [_relative(root, path) for path in file_paths]
@@ -285,6 +286,8 @@ class PluginHost:
             cpu_seconds=cpu_seconds,
             memory_bytes=memory_bytes,
             file_bytes=self._limits.file_bytes,
+            disk_bytes=stage.disk_bytes,
+            look=one_pass.ctx.dry_run and not stage.is_copy,
             environment={name: os.environ[name] for name in self._forward_env if name in os.environ},
             on_line=log.line,
         )

@@ -33,8 +33,8 @@ class ProtectedBackup:
         self._store = os.open(store, FOLDER)
         self._protected = protected
         self._limits = limits
-        self._before = scan(self._root, depth=limits.tree_depth)
-        self._kept = {path: entry for path, entry in self._before.items() if protected.covers(path)}
+        self.before = scan(self._root, depth=limits.tree_depth)  #: what the tree was
+        self._kept = {path: entry for path, entry in self.before.items() if protected.covers(path)}
         self._copies = {path: str(number) for number, path in enumerate(self._kept)}
         for path, entry in self._kept.items():
             if entry.kind is Kind.FILE:
@@ -49,7 +49,7 @@ class ProtectedBackup:
         """Say what has changed, by facts and not by content, but for what is protected."""
         after = scan(self._root, depth=self._limits.tree_depth)
         written = {path: entry for path, entry in after.items() if self._is_new(path, entry)}
-        removed = {path: entry for path, entry in self._before.items() if path not in after}
+        removed = {path: entry for path, entry in self.before.items() if path not in after}
         violations = {shown(path): "is protected" for path in (*written, *removed) if self._protected.covers(path)}
         for path, entry in written.items():
             if entry.kind is Kind.SPECIAL:
@@ -69,7 +69,7 @@ class ProtectedBackup:
             self._put_back(path, entry)
 
     def _is_new(self, path: str, entry: Entry) -> bool:
-        old = self._before.get(path)
+        old = self.before.get(path)
         if old is None or old.kind is not entry.kind:
             return True
         if entry.kind is Kind.FOLDER:

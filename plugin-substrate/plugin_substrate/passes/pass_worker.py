@@ -28,7 +28,10 @@ _OPEN_FILES = 256
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerTerms:
-    """What one worker gets. ``seconds`` bounds all its working time together, ``tree`` is where it works."""
+    """What one worker gets. ``seconds`` bounds all its working time together, ``tree`` is where it works.
+
+    One that may only ``look`` works in its scratch folder instead, and cannot write to the tree.
+    """
 
     tree: Path
     scratch: Path
@@ -36,6 +39,8 @@ class WorkerTerms:
     cpu_seconds: int
     memory_bytes: int
     file_bytes: int
+    disk_bytes: int
+    look: bool
     environment: Mapping[str, str]
     on_line: Callable[[str], object]
 
@@ -43,12 +48,13 @@ class WorkerTerms:
         """Return how it is confined: it writes to its tree and its scratch folder, and starts no process."""
         return IsolationProfile(
             network=record.network,
-            read_paths=(str(record.package_path.resolve()),),
+            read_paths=(str(record.package_path.resolve()), str(self.tree)),
             write_paths=(str(self.scratch),),
             memory_bytes=max(self.memory_bytes, _LEAST_MEMORY_BYTES),
             cpu_seconds=self.cpu_seconds,
             open_files=_OPEN_FILES,
             file_bytes=self.file_bytes,
+            disk_bytes=self.disk_bytes,
         )
 
 
@@ -99,7 +105,8 @@ class PassWorker:
         terms = self._terms
         environment = worker_environment(sys.executable, terms.scratch, terms.environment, keeps_data=False)
         (terms.scratch / "tmp").mkdir(parents=True, exist_ok=True)
-        process = await self._supervisor.spawn(env=environment, cwd=terms.tree, isolation=terms.profile(self._record))
+        folder = terms.scratch if terms.look else terms.tree
+        process = await self._supervisor.spawn(env=environment, cwd=folder, isolation=terms.profile(self._record))
         self._proxy = RemotePluginProxy(process, lambda _, line: terms.on_line(line))
         await self._proxy.load(_MODULE, _CLASS, config, 1)
 

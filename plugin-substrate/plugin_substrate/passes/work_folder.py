@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import secrets
 import tempfile
@@ -10,15 +11,17 @@ from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
 
-from plugin_substrate.passes.tree import FOLDER, open_folder, opened
+from plugin_substrate.passes.tree import FOLDER, names_in, open_folder, opened
 
 __all__ = ["WorkFolder", "remove_tree"]
 
 _PREFIX = "file-pass-"
+_KEPT = "protected-"
+_logger = logging.getLogger(__name__)
 
 
 class WorkFolder:
-    """A new folder, locked as long as its host lives. Making one removes those of this user whose host does not."""
+    """A new folder, locked as long as its host lives. Making one removes this user's whose host does not."""
 
     def __init__(self, parent: Path | None) -> None:
         """Make it in ``parent``, or where temporary files go; an OSError when it cannot be made."""
@@ -26,9 +29,9 @@ class WorkFolder:
         _sweep(where)
         self.path, self._lock = _made(where)
 
-    def new(self) -> Path:
-        """Return a new, empty folder in it."""
-        return Path(tempfile.mkdtemp(dir=self.path))
+    def new(self, *, keep: bool = False) -> Path:
+        """Return a new, empty folder in it; with ``keep`` nobody sweeps it all when our host is killed."""
+        return Path(tempfile.mkdtemp(prefix=_KEPT if keep else None, dir=self.path))
 
     def remove(self) -> None:
         """Remove it and all that is in it, as far as it can be removed."""
@@ -50,7 +53,11 @@ def _made(parent: Path) -> tuple[Path, int]:
 def _sweep(parent: Path) -> None:
     for path in parent.glob(f"{_PREFIX}*"):
         with suppress(OSError), open_folder(path) as folder:
-            if os.fstat(folder).st_uid == os.geteuid() and _lock(folder) is _Locked.BY_US:
+            if os.fstat(folder).st_uid != os.geteuid() or _lock(folder) is not _Locked.BY_US:
+                continue
+            if any(name.startswith(_KEPT) for name in names_in(folder)):
+                _logger.warning("a host was killed over a tree; what it protected is kept", extra={"folder": str(path)})
+            else:
                 remove_tree(path)
 
 

@@ -15,12 +15,14 @@ from plugin_substrate.passes.changes import Changes, compare
 from plugin_substrate.passes.in_place import ProtectedBackup
 from plugin_substrate.passes.records import UNFINISHED, PassLimits, ProtectedPaths
 from plugin_substrate.passes.staging import copy_tree, too_large
-from plugin_substrate.passes.tree import Entry, TreeTooLargeError, open_folder, scan
+from plugin_substrate.passes.tree import Entry, Kind, TreeTooLargeError, open_folder, scan
 from plugin_substrate.passes.work_folder import WorkFolder, remove_tree
 
 __all__ = ["Stage", "Workspace"]
 
 T = TypeVar("T")
+
+_MOST_OF_AN_ENTRY = 8192  # bytes that an entry takes besides its content
 
 
 class Stage(Protocol):
@@ -34,6 +36,16 @@ class Stage(Protocol):
     @property
     def how(self) -> str:
         """How it was staged: ``copy``, ``reflink`` where that shares the tree's blocks, or ``in_place`` and why."""
+        ...
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the tree is out of a plugin's reach."""
+        ...
+
+    @property
+    def disk_bytes(self) -> int:
+        """What the folder may come to hold."""
         ...
 
     def changes(self) -> Changes:
@@ -96,7 +108,9 @@ class Workspace:
             return self._copy
         reason, before = self._read()
         if reason:
-            self._backup = _InPlace(self._root, self.scratch(), reason, protected=self._protected, limits=self._limits)
+            self._backup = _InPlace(
+                self._root, self._work().new(keep=True), reason, protected=self._protected, limits=self._limits
+            )
             return self._backup
         if self._copy is not None:
             remove_tree(self._copy.tree)
@@ -107,9 +121,7 @@ class Workspace:
 
     def scratch(self) -> Path:
         """Return a new, empty folder."""
-        if self._folder is None:
-            self._folder = WorkFolder(self._parent)
-        return self._folder.new()
+        return self._work().new()
 
     def close(self) -> None:
         """Remove everything of ours."""
@@ -117,6 +129,11 @@ class Workspace:
             self._backup.close()
         if self._folder is not None:
             self._folder.remove()
+
+    def _work(self) -> WorkFolder:
+        if self._folder is None:
+            self._folder = WorkFolder(self._parent)
+        return self._folder
 
     def _go_on(self) -> None:
         if self._stopping.is_set():
@@ -133,8 +150,16 @@ class Workspace:
         return too_large(before, most_files=limits.staged_files, most_bytes=limits.staged_bytes), before
 
 
+def _disk_bytes(tree: Mapping[str, Entry], limits: PassLimits) -> int:
+    """Return what a tree takes on a disk at most, with what it may grow."""
+    size = sum(entry.size for entry in tree.values() if entry.kind is Kind.FILE)
+    return size + _MOST_OF_AN_ENTRY * (len(tree) + 1) + limits.growth_bytes
+
+
 class _Copy:
     """A copy of the tree; good for another plugin as long as everything done to it was carried over."""
+
+    is_copy = True
 
     def __init__(
         self,
@@ -156,6 +181,7 @@ class _Copy:
         with open_folder(root) as source, open_folder(tree) as target:
             shared = copy_tree(source, target, before, go_on)
         self.how = "reflink" if shared else "copy"
+        self.disk_bytes = _disk_bytes(before, limits)
 
     def changes(self) -> Changes:
         self.stale = True  # until it is known to equal the tree
@@ -184,10 +210,13 @@ class _Copy:
 class _InPlace:
     """The tree itself, with what is protected backed up."""
 
+    is_copy = False
+
     def __init__(self, root: Path, store: Path, reason: str, *, protected: ProtectedPaths, limits: PassLimits) -> None:
         self.tree = root
         self.how = f"in_place: {reason}"
         self._backup = ProtectedBackup(root, store, protected=protected, limits=limits)
+        self.disk_bytes = _disk_bytes(self._backup.before, limits)
 
     def changes(self) -> Changes:
         return self._backup.changes()
