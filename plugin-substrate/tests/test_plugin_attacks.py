@@ -312,6 +312,14 @@ async def test_files_that_take_too_much_together_end_their_worker(
     assert not caught.value.outcome_known
 
 
+async def test_too_many_files_end_their_worker_though_they_are_empty(
+    manager: PluginManager, attacker_meta: MetaFactory
+) -> None:
+    await manager.load_plugin_async(attacker_meta(granted={"disk_bytes": 8 << 20}))
+    with pytest.raises(PluginResourceError, match=r"of 8388608 granted \(disk\)"):
+        await tried(manager, "fill_disk_with_names")
+
+
 async def test_files_in_a_folder_where_nobody_can_look_end_their_worker(attack: Attack) -> None:
     with pytest.raises(PluginResourceError, match="hidden_folders"):
         await attack("fill_disk_far_below")
@@ -499,4 +507,4 @@ def test_all_this_holds_as_an_ordinary_user() -> None:
             capture_output=True, text=True, check=False, timeout=600,
         )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "121 passed, 8 skipped" in done.stdout, "everything but what only root can do"
+    assert "122 passed, 8 skipped" in done.stdout, "everything but what only root can do"

@@ -20,6 +20,7 @@ _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.1, 1.0
 _WRITTEN_PER_SECOND = 1 << 30
 _SHARE = 1 / 50  # of a processor
 _BLOCK = 512  # bytes, what st_blocks counts in
+_LEAST = 4096  # bytes that a file counts for, though it is empty: a file system has only so many of them
 
 
 class FolderWatch:
@@ -75,7 +76,7 @@ def _sizes_below(folder: bytes) -> Iterator[int]:
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(entry.path)
                         names = 1
-                    yield found.st_blocks * _BLOCK // names
+                    yield max(found.st_blocks * _BLOCK, _LEAST) // names
         except OSError as error:
             if error.errno in (errno.ENAMETOOLONG, errno.EACCES):
                 raise _HiddenError from error

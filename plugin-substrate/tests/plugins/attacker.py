@@ -354,6 +354,13 @@ class Attacker(PluginInterface):
             number += 1
             time.sleep(0.01)
 
+    @plugin_action("attacker.fill_disk_with_names")
+    def fill_disk_with_names(self):
+        number = 0
+        while True:
+            (self.data_dir / f"empty-{number}").touch()
+            number += 1
+
     @plugin_action("attacker.fill_disk_far_below")
     def fill_disk_far_below(self):
         """Go down until no path leads there any more."""
