@@ -21,6 +21,7 @@ from plugin_substrate.log_file import LogFile
 from plugin_substrate.metadata import PluginMeta, WorkerView
 from plugin_substrate.process_tree import CpuClock
 from plugin_substrate.proxy import RemotePluginProxy
+from plugin_substrate.removal import remove_tree
 from plugin_substrate.revival import Revival, Reviver
 from plugin_substrate.templates import Template, TemplateKey, TemplateTable
 from plugin_substrate.worker.isolation import IsolationProfile
@@ -29,7 +30,6 @@ from plugin_substrate.worker_folder import (
     clear_dead_runs,
     new_run_folder,
     prepare_folder,
-    remove_run_folder,
     tenant_folder,
     tenant_log,
     worker_environment,
@@ -179,7 +179,7 @@ class TenantWorker:
         await self._leave_template()
         self._log.close()
         if self.seat.run:
-            await asyncio.to_thread(remove_run_folder, self._settings().data_dir / self._folder_name)
+            await asyncio.to_thread(remove_tree, self._settings().data_dir / self._folder_name)
 
     async def _start(self) -> RemotePluginProxy:
         settings = self._settings()

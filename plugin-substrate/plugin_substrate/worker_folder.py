@@ -6,11 +6,11 @@ import hashlib
 import os
 import re
 import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 from plugin_substrate.interface import DATA_DIR_VARIABLE, MODELS_DIR_VARIABLE
+from plugin_substrate.removal import remove_tree
 from plugin_substrate.sweep import start_of
 
 #: The folder of calls that name no tenant: they are a tenant of their own.
@@ -40,11 +40,6 @@ def new_run_folder() -> str:
     return f"run-{_own_namespace()}-{os.getpid()}-{start_of(os.getpid())}-{secrets.token_hex(8)}"
 
 
-def remove_run_folder(folder: Path) -> None:
-    """Remove all that a confidential run left, as far as it can be removed."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def clear_dead_runs(data_dir: Path) -> None:
     """Remove what confidential runs of hosts that were killed left of one plugin.
 
@@ -53,7 +48,7 @@ def clear_dead_runs(data_dir: Path) -> None:
     for folder in data_dir.glob("run-*"):
         match = _RUN_FOLDER.fullmatch(folder.name)
         if match and match[1] == _own_namespace() and start_of(int(match[2])) != match[3]:
-            remove_run_folder(folder)
+            remove_tree(folder)
 
 
 def _own_namespace() -> str:

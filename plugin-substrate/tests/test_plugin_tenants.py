@@ -216,6 +216,13 @@ async def test_the_files_of_a_confidential_run_go_with_its_worker(keeper: Plugin
     assert below(tmp_path, "run-*") == []
 
 
+async def test_what_a_confidential_run_buried_goes_too(keeper: PluginManager, tmp_path: Path) -> None:
+    secret = of(A, run_id="run", confidential=True)
+    await keeper.execute_plugin_async("keeper", action="keeper.bury", secret="s3cret", depth=1500, call=secret)
+    await keeper.unload_plugin_async("keeper")
+    assert below(tmp_path, "run-*") == []
+
+
 async def test_what_a_killed_host_left_of_a_confidential_run_goes_with_the_next(
     keeper: PluginManager, tmp_path: Path
 ) -> None:

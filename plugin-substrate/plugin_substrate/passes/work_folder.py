@@ -5,13 +5,13 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import secrets
 import tempfile
 from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
 
-from plugin_substrate.passes.tree import FOLDER, names_in, open_folder, opened
+from plugin_substrate.passes.tree import FOLDER, names_in, open_folder
+from plugin_substrate.removal import remove_tree
 
 __all__ = ["WorkFolder", "remove_tree"]
 
@@ -77,40 +77,3 @@ def _lock(folder: int) -> _Locked:
     except OSError:
         return _Locked.BY_NOBODY
     return _Locked.BY_US
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a folder and all below it, as far as it can be removed, however deep it is and whatever its permissions.
-
-    Nobody may be working in it. What lies deeper is first moved up, so that no depth is too much.
-    """
-    with suppress(OSError):
-        with open_folder(path) as top:
-            token = secrets.token_hex(8)
-            left = _without_files(top)
-            moved = 0
-            while left:
-                name = left.pop()
-                with suppress(OSError):
-                    os.chmod(name, 0o700, dir_fd=top)
-                    with opened(name, FOLDER, top) as folder:
-                        for below in _without_files(folder):
-                            moved += 1
-                            os.chmod(below, 0o700, dir_fd=folder)
-                            os.rename(below, f"{token}-{moved}", src_dir_fd=folder, dst_dir_fd=top)
-                            left.append(f"{token}-{moved}")
-                    os.rmdir(name, dir_fd=top)
-        path.rmdir()
-
-
-def _without_files(folder: int) -> list[str]:
-    """Remove everything in a folder but its folders, and return their names."""
-    below = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                below.append(entry.name)
-            else:
-                with suppress(OSError):
-                    os.unlink(entry.name, dir_fd=folder)
-    return below

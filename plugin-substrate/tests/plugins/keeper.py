@@ -44,6 +44,16 @@ class Keeper(PluginInterface):
         threading.Thread(target=threading.Event().wait, name=secret, daemon=True).start()
         return os.getpid()
 
+    @plugin_action("keeper.bury")
+    def bury(self, secret, depth):
+        """Keep it so deep that no path, no stack and no number of open folders leads there; nobody may look in."""
+        for _ in range(depth):
+            os.mkdir("d")  # noqa: PTH102 - a path would be too long
+            os.chdir("d")
+        Path("kept").write_text(secret)
+        os.mkdir("closed", 0o300)  # noqa: PTH102
+        Path("closed/kept").write_text(secret)
+
     @plugin_action("keeper.find")
     def find(self):
         places = [Path.cwd(), Path(tempfile.gettempdir()), Path("~").expanduser()]

@@ -1,0 +1,58 @@
+"""Removing folders that foreign code has filled."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a folder and all below it, as far as it can be removed, however deep it is and whatever its permissions.
+
+    Nobody may be working in it. What lies deeper is first moved up, so that no depth is too much.
+    """
+    with suppress(OSError):
+        with _opened(path) as top:
+            token = secrets.token_hex(8)
+            left = _without_files(top)
+            moved = 0
+            while left:
+                name = left.pop()
+                with suppress(OSError):
+                    os.chmod(name, 0o700, dir_fd=top)
+                    with _opened(name, top) as folder:
+                        for below in _without_files(folder):
+                            moved += 1
+                            os.chmod(below, 0o700, dir_fd=folder)
+                            os.rename(below, f"{token}-{moved}", src_dir_fd=folder, dst_dir_fd=top)
+                            left.append(f"{token}-{moved}")
+                    os.rmdir(name, dir_fd=top)
+        path.rmdir()
+
+
+def _without_files(folder: int) -> list[str]:
+    """Remove everything in a folder but its folders, and return their names."""
+    below = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                below.append(entry.name)
+            else:
+                with suppress(OSError):
+                    os.unlink(entry.name, dir_fd=folder)
+    return below
+
+
+@contextmanager
+def _opened(path: Path | str, beside: int | None = None) -> Iterator[int]:
+    """Open a folder that is no link for the length of a with-block."""
+    descriptor = os.open(path, _FOLDER, dir_fd=beside)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
