@@ -108,6 +108,7 @@ async def test_a_plugin_reads_nothing_of_the_host_of_its_neighbours_or_of_other_
     pid, supervisor = os.getpid(), manager.get_instance("attacker").supervisor_pid
     private = [f"/proc/{who}/{what}" for who in (pid, supervisor) for what in ("environ", "mem", "maps", "fd")]
     paths = [outside / "precious", outside, neighbour, neighbour / "secret", *others, Path.home(), "/etc/shadow"]
+    paths += [f"/proc/self/{name}" for name in ("net/tcp", "net/unix", "task", "mem")]
     paths += [tmp_path, "/proc", tempfile.gettempdir(), "/var", "/dev", "/sys/fs", *private]
     assert all_refused(await attack("read", paths=[str(path) for path in paths]))
 

@@ -24,8 +24,17 @@ _OF_NETWORK = (
     "/etc/resolv.conf", "/etc/hosts", "/etc/host.conf", "/etc/gai.conf", "/etc/services", "/etc/protocols",
     "/etc/ssl", "/etc/ca-certificates", "/etc/pki", "/etc/crypto-policies",
 )  # fmt: skip
+# Of itself, and nothing of the network: whom this machine speaks with, and who listens here, is told below there too.
+_OF_ITSELF = tuple(
+    f"/proc/self/{name}"
+    for name in (
+        "auxv", "cgroup", "cmdline", "comm", "environ", "fd", "fdinfo", "io", "limits", "maps", "mountinfo", "mounts",
+        "numa_maps", "oom_score", "oom_score_adj", "sched", "schedstat", "smaps", "smaps_rollup", "stat", "statm",
+        "status",
+    )
+)  # fmt: skip
 _OF_KERNEL = (
-    "/proc/self", "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/version", "/proc/filesystems",
+    "/proc/cpuinfo", "/proc/meminfo", "/proc/stat", "/proc/version", "/proc/filesystems",
     "/proc/sys/vm/overcommit_memory", "/proc/sys/kernel/osrelease", "/proc/sys/kernel/random",
     "/sys/devices/system/cpu", "/sys/devices/system/node", "/sys/kernel/mm/transparent_hugepage",
 )  # fmt: skip
@@ -45,7 +54,16 @@ PLAIN_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/ura
 def readable_paths(*, network: bool) -> tuple[str, ...]:
     """Return what any plugin of this interpreter may read; paths that do not exist are among them."""
     limits = limit_files(_membership())
-    return (*OUR_FILES, *_SYSTEM, *_PROGRAMS, *_CONFIGURATION, *_OF_KERNEL, *limits, *(_OF_NETWORK if network else ()))
+    return (
+        *OUR_FILES,
+        *_SYSTEM,
+        *_PROGRAMS,
+        *_CONFIGURATION,
+        *_OF_ITSELF,
+        *_OF_KERNEL,
+        *limits,
+        *(_OF_NETWORK if network else ()),
+    )
 
 
 def limit_files(membership: str) -> tuple[str, ...]:
