@@ -10,6 +10,7 @@ import pytest
 from plm_engine_core.control_plane import ArtifactRecord, Granted
 from plm_engine_core.control_plane.errors import Conflict, FencingLost, IdempotencyConflict, InvalidRequest
 from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.storage.postgres import open_pool
 from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
     HaltScope,
@@ -235,6 +236,22 @@ async def test_a_late_worker_writes_nothing_its_ledger_rows_included(bench, take
     assert (await ledger(bench, late.run), await bench.kinds(late.run)) == before
     (step,) = await bench.storage.runs.steps(bench.tenant, late.run.id)
     assert step.state.value == taken_over_as.value
+
+
+@pytest.mark.postgres_only
+async def test_after_any_number_of_refusals_the_same_connection_settles_again(bench):
+    """The driver prepares what it sends often; a refusal must not have it believe in what was never prepared."""
+    async with open_pool(bench.database.app, max_size=1) as pool:
+        bench.storage.admission._gateway._pool = pool
+        lease = await bench.lease()
+        late = await bench.begun(lease)
+        await bench.settle(late, lease, usage=THREE)
+        for _ in range(8):
+            with pytest.raises(IdempotencyConflict):
+                await bench.settle(late, lease, OutcomeStatus.FAILED, usage=THREE)
+        for step in range(1, 4):
+            grant = await bench.begun(lease, step_index=step, step_id=f"s{step}")
+            await bench.settle(grant, lease, usage=THREE)
 
 
 async def test_an_expired_lease_that_nobody_took_may_still_record_what_happened(bench):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -95,8 +96,12 @@ class PostgresAdmission:
                 return await _first(await _send_settlement(connection, command, parameters))
         async with self._gateway.connection() as own:
             # What a pipeline sends up to its end is one transaction: committed whole, or not at all.
-            async with own.pipeline():
-                cursor = await _send_settlement(own, command, parameters)
+            try:
+                async with own.pipeline():
+                    cursor = await _send_settlement(own, command, parameters)
+            except psycopg.Error:
+                await _forget_prepared(own)
+                raise
             return await _first(cursor)
 
 
@@ -113,6 +118,18 @@ async def _send_settlement(
         for statement in statements:
             await connection.execute(statement.sql.encode(), statement.params)
     return await _rows(connection).execute(_SETTLE, parameters)
+
+
+async def _forget_prepared(connection: Session) -> None:
+    """Have driver and server agree again on what is prepared, which is nothing.
+
+    The server skips what comes after an error in a pipeline, also what was to be prepared there; the driver learns of
+    that from a ROLLBACK only, and a pipeline that is a transaction by itself has none.
+    """
+    if not connection.closed:
+        with suppress(psycopg.Error):  # what went wrong before is what counts
+            async with connection.transaction(force_rollback=True):
+                pass
 
 
 def _rows(connection: Session) -> psycopg.AsyncCursor[Any]:
