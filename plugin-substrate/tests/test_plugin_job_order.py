@@ -227,6 +227,7 @@ def test_advice_that_makes_no_sense_is_not_heard(told: Any) -> None:
         ("owner", "a\nb"),
         ("deadline_seconds", 0),
         ("deadline_seconds", float("nan")),
+        ("deadline_seconds", "soon"),
         ("no_progress_seconds", float("inf")),
     ],
 )

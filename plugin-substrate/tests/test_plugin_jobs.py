@@ -267,6 +267,16 @@ async def test_events_are_numbered_without_a_gap_and_a_slow_follower_misses_none
     assert [event async for event in jobs.events(job_id, after=slow[-3].number)] == slow[-2:]
 
 
+async def test_hundreds_follow_one_job_and_each_sees_all_of_it(jobs: JobQueue) -> None:
+    job_id = await jobs.submit("jobber", action="job.steps", count=20)
+
+    async def follow() -> list[int]:
+        return [event.number async for event in jobs.events(job_id)]
+
+    seen = await asyncio.gather(*(follow() for _ in range(300)))
+    assert {tuple(numbers) for numbers in seen} == {tuple(range(1, len(seen[0]) + 1))}
+
+
 async def test_a_flood_of_lines_is_limited_and_a_flood_of_progress_thinned(
     make_queue: MakeQueue, jobber: PluginManager
 ) -> None:

@@ -25,7 +25,8 @@ from plugin_substrate.manager import PluginManager
 from plugin_substrate.metadata import PluginInstance
 from plugin_substrate.queue.demands import Demands
 from plugin_substrate.queue.job import BlockReason, CancelPhase, Job, JobEventType, JobStatus
-from plugin_substrate.queue.journal import Journal, LiveJob
+from plugin_substrate.queue.journal import Journal
+from plugin_substrate.queue.live import LiveJob
 from plugin_substrate.queue.request import JobRequest, RetryPolicy
 from plugin_substrate.queue.resources import Ledger, MachineResources
 from plugin_substrate.queue.runner import Runner

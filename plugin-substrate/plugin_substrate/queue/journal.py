@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any
 
 from plugin_substrate.errors import StoreError
-from plugin_substrate.interface import CallContext
+from plugin_substrate.queue.following import EVERYTHING, Following
 from plugin_substrate.queue.job import Job, JobEvent, JobEventType, JobStatus
-from plugin_substrate.queue.request import JobRequest
-from plugin_substrate.queue.resources import NO_DEMAND, Demand
+from plugin_substrate.queue.live import LiveJob
 from plugin_substrate.queue.store import (
     Change,
     ChangedJob,
@@ -26,87 +25,12 @@ from plugin_substrate.queue.store import (
     Leftover,
     NewEvent,
 )
-from plugin_substrate.queue.waiting import LaneKey
 
 _logger = logging.getLogger(__name__)
 
 #: Reports of progress become events as they come up to this many, then at most one in `_PROGRESS_SECONDS`, the latest.
 _PROGRESS_BURST = 100
 _PROGRESS_SECONDS = 0.1
-_BATCH = 200
-_ALL = ""  # the key of those who follow everything
-
-Follow = Callable[[int, int], list[JobEvent]]
-
-
-def context_of(job: Job, request: JobRequest) -> CallContext:
-    """Return what the calls of a job are told of themselves."""
-    call = request.call or CallContext(call_id=job.id, step_key=job.id)
-    if request.deadline_seconds is None:
-        return call
-    deadline = job.submitted_at.timestamp() + request.deadline_seconds
-    return replace(call, deadline=min(deadline, call.deadline or deadline))
-
-
-@dataclass(kw_only=True, eq=False, slots=True)
-class LiveJob:
-    """A job that has not ended, with what only the queue needs to know of it.
-
-    A long queue is many of these, and the collector of garbage goes over each: what a waiting job has no use for yet is
-    made when it is needed, and what many can share is shared.
-    """
-
-    job: Job
-    request: JobRequest
-    lane: LaneKey
-    order: int
-    demand: Demand = NO_DEMAND
-    idempotent: bool = False
-    events: int = 0
-    recoveries: int = 0
-    sent: bool = False
-    stalled: bool = False
-    forced: bool = False
-    met_shortage: bool = False
-    began: float = 0.0
-    again_after: float | None = None
-    not_before: datetime | None = None
-    log_lines: int = 0
-    reports: int = 0
-    untold_progress: bool = False
-    task: asyncio.Task[None] | None = None
-    snapshots: asyncio.Task[None] | None = None
-    timers: dict[str, asyncio.TimerHandle] = field(default_factory=dict)
-    _done: asyncio.Event | None = field(default=None, init=False)
-
-    @property
-    def done(self) -> asyncio.Event:
-        """Set when it has ended and its end is kept."""
-        if self._done is None:
-            self._done = asyncio.Event()
-        return self._done
-
-    @property
-    def context(self) -> CallContext:
-        """What its calls are told of themselves: the same for each attempt, under whichever host."""
-        return context_of(self.job, self.request)
-
-    def set_timer(self, name: str, seconds: float, what: Callable[[], object]) -> None:
-        """Do something later, once, unless it is set anew or stopped."""
-        self.stop_timer(name)
-        self.timers[name] = asyncio.get_running_loop().call_later(seconds, what)
-
-    def stop_timer(self, name: str) -> None:
-        """Give up a timer, if there is one."""
-        if (timer := self.timers.pop(name, None)) is not None:
-            timer.cancel()
-
-    def stop_all(self) -> None:
-        """Give up every timer and the snapshots."""
-        for name in list(self.timers):
-            self.stop_timer(name)
-        if self.snapshots is not None:
-            self.snapshots.cancel()
 
 
 class Journal:
@@ -126,7 +50,7 @@ class Journal:
         self._history: deque[Ended] = deque()
         self._counts: Counter[JobStatus] = Counter()  # of the live that have not ended, and of the retained
         self._ended_sequences: deque[str] = deque()
-        self._followers: dict[str, set[asyncio.Event]] = defaultdict(set)
+        self._following = Following()
         self._last_submission = datetime.min.replace(tzinfo=UTC)
         self._age_timer: asyncio.TimerHandle | None = None
 
@@ -203,16 +127,11 @@ class Journal:
         if self.failure is not None:
             raise self.failure
         kept = self.store.write(changes)
-        told = {
-            event.job_id: event.sequence_id
-            for change in changes
-            if isinstance(change, NewEvent)
-            for event in [change.event]
-        }
+        events = [change.event for change in changes if isinstance(change, NewEvent)]
         if kept is None:
-            self._tell(told)
+            self._following.tell(events)
         else:
-            kept.add_done_callback(partial(self._kept, told))
+            kept.add_done_callback(partial(self._kept, events))
         return kept
 
     def log(self, live: LiveJob, line: str) -> None:
@@ -295,17 +214,8 @@ class Journal:
 
     def follow_job(self, job_id: str, after: int) -> AsyncIterator[JobEvent]:
         """Yield a job's events with numbers above ``after``, those to come too; end with the job, or if forgotten."""
-
-        def read(last: int, limit: int) -> list[JobEvent]:
-            return self.store.job_events(job_id, last, limit)
-
-        return self._follow(
-            job_id,
-            after,
-            read,
-            lambda: job_id not in self.live,
-            by_position=False,
-        )
+        read = partial(self.store.job_events, job_id)
+        return self._following.events(job_id, after, read, lambda: job_id not in self.live, by_position=False)
 
     def follow_sequence(self, sequence_id: str, after: int) -> AsyncIterator[JobEvent]:
         """Yield the events of a sequence's jobs with positions above ``after``; end with the sequence."""
@@ -314,38 +224,15 @@ class Journal:
             sequence = self.store.sequence(sequence_id)
             return sequence is None or sequence.status.terminal
 
-        return self._follow(
-            sequence_id, after, lambda last, limit: self.store.queue_events(last, limit, sequence_id), ended
-        )
+        read = partial(self.store.queue_events, sequence_id=sequence_id)
+        return self._following.events(sequence_id, after, read, ended, by_position=True)
 
     def follow_all(self, after: int | None) -> AsyncIterator[JobEvent]:
         """Yield all events with positions above ``after``, None for those to come; never ends."""
         start = self._position if after is None else after
-        return self._follow(_ALL, start, self.store.queue_events, lambda: False)
+        return self._following.events(EVERYTHING, start, self.store.queue_events, lambda: False, by_position=True)
 
-    async def _follow(
-        self, key: str, after: int, read: Follow, ended: Callable[[], bool], *, by_position: bool = True
-    ) -> AsyncIterator[JobEvent]:
-        """Read on from the store whenever there is news: who is slow finds everything there."""
-        news = asyncio.Event()
-        self._followers[key].add(news)
-        try:
-            while True:
-                news.clear()
-                over = ended()  # asked before reading: what happened up to the end is then read
-                while events := read(after, _BATCH):
-                    for event in events:
-                        after = event.position if by_position else event.number
-                        yield event
-                if over:
-                    return
-                if self.failure is not None:
-                    raise self.failure
-                await news.wait()
-        finally:
-            self._followers[key].discard(news)
-            if not self._followers[key]:
-                del self._followers[key]
+    # -- within
 
     def _note(self, live: LiveJob, kind: JobEventType, payload: dict[str, Any]) -> None:
         if self.failure is None:
@@ -355,21 +242,11 @@ class Journal:
         if self.failure is None and not live.job.status.terminal:
             self.write(self.last_progress(live))
 
-    def _kept(self, told: dict[str, str | None], kept: asyncio.Future[None]) -> None:
+    def _kept(self, events: list[JobEvent], kept: asyncio.Future[None]) -> None:
         error = kept.exception()
         if error is None:
-            self._tell(told)
-            return
-        if self.failure is None:
+            self._following.tell(events)
+        elif self.failure is None:
             self.failure = error if isinstance(error, StoreError) else StoreError(f"jobs cannot be kept: {error!r}")
             _logger.error("jobs cannot be kept, so none is started any more: %s", error)
-        for followers in self._followers.values():
-            for news in followers:
-                news.set()
-
-    def _tell(self, told: dict[str, str | None]) -> None:
-        if not self._followers or not told:
-            return
-        for key in {_ALL, *told, *filter(None, told.values())}:
-            for news in self._followers.get(key, ()):
-                news.set()
+            self._following.fail(self.failure)

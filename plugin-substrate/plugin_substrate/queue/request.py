@@ -82,8 +82,8 @@ class JobRequest:
     def __post_init__(self) -> None:
         for name in ("deadline_seconds", "no_progress_seconds"):
             seconds = getattr(self, name)
-            if seconds is not None and not 0 < seconds <= _MAX_SECONDS:
-                raise ValueError(f"{name} must be over 0 and at most {_MAX_SECONDS:g}, not {seconds}")
+            if seconds is not None and not (is_amount(seconds) and 0 < seconds <= _MAX_SECONDS):
+                raise ValueError(f"{name} must be over 0 and at most {_MAX_SECONDS:g}, not {seconds!r:.80}")
         check_priority(self.priority)
         owner = self.owner
         if not isinstance(owner, str) or not owner.isprintable() or len(owner) > _MAX_OWNER:

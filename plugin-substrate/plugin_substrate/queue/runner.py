@@ -23,7 +23,8 @@ from plugin_substrate.errors import (
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.metadata import CallResult
 from plugin_substrate.queue.job import CancelPhase, JobEventType, JobStatus
-from plugin_substrate.queue.journal import Journal, LiveJob
+from plugin_substrate.queue.journal import Journal
+from plugin_substrate.queue.live import LiveJob
 from plugin_substrate.queue.request import RetryPolicy
 
 End = Callable[..., None]

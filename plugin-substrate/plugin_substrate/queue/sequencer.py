@@ -11,7 +11,8 @@ from typing import Any
 
 from plugin_substrate.errors import JobError, PluginError
 from plugin_substrate.queue.job import Job, JobEventType, JobStatus
-from plugin_substrate.queue.journal import Journal, LiveJob
+from plugin_substrate.queue.journal import Journal
+from plugin_substrate.queue.live import LiveJob
 from plugin_substrate.queue.request import JobRequest
 from plugin_substrate.queue.sequences import (
     FromStep,
