@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,8 @@ from plm_engine_core.control_plane.storage.ports import RunStore
 from plugin_substrate.interface import InputFile, OutputFile
 
 from plm_backend.artifacts import REFERENCE, Artifacts, is_reference, reference
+
+logger = logging.getLogger(__name__)
 
 
 class FileExchange:
@@ -34,14 +37,27 @@ class FileExchange:
         return {name: await self._file_in(call, value) for name, value in call.arguments.items()}
 
     async def outward(self, call: Call, outcome: Outcome) -> Outcome:
-        """The outcome with every file of its output stored and referenced.
+        """The outcome with every file of its output stored and referenced; where one cannot be, none stays stored.
 
         Raises:
             OSError: the store failed; ValueError: a file is too large for it.
         """
         stored: list[ArtifactRecord] = []
-        output = await self._file_out(call, outcome.output, stored)
+        try:
+            output = await self._file_out(call, outcome.output, stored)
+        except (OSError, ValueError):
+            await self._forget(call, stored)
+            raise
         return replace(outcome, output=output, artifacts=tuple(stored))
+
+    async def _forget(self, call: Call, stored: list[ArtifactRecord]) -> None:
+        """Remove the files of an output that no record will name."""
+        try:
+            await self._artifacts.discard(call.tenant_id, call.trace_id, stored)
+        except OSError:
+            logger.warning(
+                "files of a lost output stay in the store", extra={"run_id": str(call.run_id)}, exc_info=True
+            )
 
     async def _file_in(self, call: Call, value: Any) -> Any:
         if is_reference(value):
