@@ -45,6 +45,7 @@ BAD = {
     "invalid name 'a b'": GOOD.format(name="'a b'"),
     "unsupported api_version '2'": GOOD.format(name="x").replace("api_version: 1", "api_version: 2"),
     "supported_extensions must be a list of strings": GOOD.format(name="x").replace("[.txt]", "[1]"),
+    "author must be a text, not ['a']": GOOD.format(name="x") + "author: [a]",
     "required_variables must be a list of strings": GOOD.format(name="x") + "required_variables: [1]",
     "isolation block must be a mapping": GOOD.format(name="x") + "isolation: [1]",
     "isolation.timeout_seconds=301 exceeds cap 300": GOOD.format(name="x") + "isolation: {timeout_seconds: 301}",

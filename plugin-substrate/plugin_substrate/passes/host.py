@@ -198,7 +198,12 @@ class PluginHost:
     async def _transform(
         self, one_pass: _Pass, part: Part, record: PluginRecord, stage: Stage, log: PassLog, files: list[str]
     ) -> bool:
-        request = {"context": _context_json(one_pass.ctx, one_pass.root, stage.tree), "files": files}
+        request = {
+            "plugin_module": record.module_name,
+            "context": _context_json(one_pass.ctx, one_pass.root, stage.tree),
+            "files": files,
+            "dry_run": one_pass.ctx.dry_run,
+        }
         if _json_bytes({**request, "extra_inputs": None}) > self._limits.frame_bytes:
             part.fail(EXIT_HOST, "ipc_frame_oversize")
             return False

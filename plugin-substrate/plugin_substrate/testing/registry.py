@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from plugin_substrate.passes.manifest import load_record
 from plugin_substrate.passes.records import PluginRecord
-from plugin_substrate.passes.registry import load_record
 
 __all__ = ["registry_of"]
 

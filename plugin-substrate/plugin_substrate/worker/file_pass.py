@@ -71,7 +71,8 @@ class FilePassPlugin(PluginInterface):
         if action == "validate":
             return {"errors": [str(text)[:_MAX_TEXT] for text in self._plugin.validate_variables(request["variables"])]}
         if action == "run":
-            self._run = _Run(self._plugin, _context(request["context"]), request["files"])
+            context = {**request["context"], "dry_run": request["dry_run"]}
+            self._run = _Run(self._plugin, _context(context), request["files"])
         if self._run is None:
             raise PluginError("nothing was asked that could be resumed")
         return self._run.go_on(request["extra_inputs"])
