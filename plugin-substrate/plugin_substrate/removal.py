@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,7 +15,8 @@ _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 def remove_tree(path: Path) -> None:
     """Remove a folder and all below it, as far as it can be removed, however deep it is and whatever its permissions.
 
-    Nobody may be working in it. What lies deeper is first moved up, so that no depth is too much.
+    Nobody should be working in it; who does can keep something of it, and have nothing else changed. What lies deeper
+    is first moved up, so that no depth is too much.
     """
     with suppress(OSError):
         with _opened(path) as top:
@@ -24,12 +26,11 @@ def remove_tree(path: Path) -> None:
             while left:
                 name = left.pop()
                 with suppress(OSError):
-                    os.chmod(name, 0o700, dir_fd=top)
                     with _opened(name, top) as folder:
                         for below in _without_files(folder):
                             moved += 1
-                            os.chmod(below, 0o700, dir_fd=folder)
-                            os.rename(below, f"{token}-{moved}", src_dir_fd=folder, dst_dir_fd=top)
+                            with _opened(below, folder):  # only who may write in a folder may move it
+                                os.rename(below, f"{token}-{moved}", src_dir_fd=folder, dst_dir_fd=top)
                             left.append(f"{token}-{moved}")
                     os.rmdir(name, dir_fd=top)
         path.rmdir()
@@ -50,9 +51,26 @@ def _without_files(folder: int) -> list[str]:
 
 @contextmanager
 def _opened(path: Path | str, beside: int | None = None) -> Iterator[int]:
-    """Open a folder that is no link for the length of a with-block."""
-    descriptor = os.open(path, _FOLDER, dir_fd=beside)
+    """Open a folder that is no link, and that we then may change, for the length of a with-block."""
     try:
+        descriptor = os.open(path, _FOLDER, dir_fd=beside)
+    except PermissionError:
+        _unlock(path, beside)
+        descriptor = os.open(path, _FOLDER, dir_fd=beside)
+    try:
+        if os.fstat(descriptor).st_mode & 0o700 != 0o700:
+            os.fchmod(descriptor, 0o700)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _unlock(path: Path | str, beside: int | None) -> None:
+    """Let us into a folder that may not be opened: by a handle of it, as its name may mean something else by now."""
+    if sys.platform != "linux":
+        raise PermissionError(f"{path} cannot be opened")
+    handle = os.open(path, os.O_PATH | _FOLDER, dir_fd=beside)
+    try:
+        Path(f"/proc/self/fd/{handle}").chmod(0o700)
+    finally:
+        os.close(handle)

@@ -110,6 +110,16 @@ def test_a_link_in_the_place_of_the_file_is_refused(file: Path, tmp_path: Path) 
     assert not (tmp_path / "elsewhere.json").exists()
 
 
+def test_what_is_no_file_is_refused_and_stays_as_it_is(file: Path) -> None:
+    """A device, as root's: to close that to others would close it for the whole system."""
+    file.parent.mkdir(mode=0o700)
+    os.mkfifo(file)
+    file.chmod(0o666)
+    with pytest.raises(StoreError, match="neither a file nor a folder"):
+        LocalSecretStore(file).get_secret("reader", "TOKEN")
+    assert file.stat().st_mode & 0o777 == 0o666
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b'{"__default__": {"reader": {"TOKEN": 1}}}', b"[]", b"\xff", b"[" * 99999]
 )
