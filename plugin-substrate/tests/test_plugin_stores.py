@@ -115,7 +115,7 @@ def test_what_is_no_file_is_refused_and_stays_as_it_is(file: Path) -> None:
     file.parent.mkdir(mode=0o700)
     os.mkfifo(file)
     file.chmod(0o666)
-    with pytest.raises(StoreError, match="neither a file nor a folder"):
+    with pytest.raises(StoreError, match="is no file"):
         LocalSecretStore(file).get_secret("reader", "TOKEN")
     assert file.stat().st_mode & 0o777 == 0o666
 

@@ -43,8 +43,6 @@ def make_private(path: Path, mode: int) -> None:
     kind, is_kind = ("folder", stat.S_ISDIR) if mode & stat.S_IXUSR else ("file", stat.S_ISREG)
     if not is_kind(found.st_mode):
         raise StoreError(f"{path} is no {kind}; give another path", path=str(path))
-    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
-        raise StoreError(f"{path} is neither a file nor a folder; name another place", path=str(path))
     if found.st_uid != os.geteuid():
         raise StoreError(f"{path} belongs to user {found.st_uid}, not to {os.geteuid()}; chown it", path=str(path))
     loose = stat.S_IMODE(found.st_mode) & ~mode
