@@ -69,7 +69,8 @@ def test_a_process_that_cannot_load_the_active_policy_is_not_ready_and_says_so(l
         until(lambda: client.get("/v1/health/ready").status_code == 503, "the process is not ready any more")
         checks = client.get("/v1/health/ready").json()["checks"]
         assert (checks["database"], checks["policy"]) == ("ok", "the active policy cannot be loaded")
-        assert client.post("/v1/runs", json={"agent": "echo"}).status_code == 503
+        refused = client.post("/v1/runs", json={"agent": "echo"})
+        assert (refused.status_code, refused.json()["code"]) == (503, "dependency/policy_missing")
         digest = client.post("/v1/policy/activations", json=_body(_policy(), None)).json()
         assert digest["reason"] == "policy_changed"
 

@@ -140,7 +140,7 @@ class Scene:
 
 @pytest.fixture
 async def scene(bench: Any) -> Scene:
-    leases = [await bench.lease() for _ in range(3)]
+    leases = [await bench.lease(seconds=600) for _ in range(3)]
     elsewhere = await bench.run(agent={"name": "another"})
     standing = await bench.halt_over(HaltScope.RUN, elsewhere)
     _, pending = await bench.ask()
