@@ -409,6 +409,23 @@ async def test_a_deadline_ends_a_job_that_waits_and_one_that_runs(jobs: JobQueue
         assert (job.started_at is None) == (job_id == waits)
 
 
+async def test_a_deadline_ends_also_a_job_whose_plugin_the_next_host_does_not_have(
+    jobber: PluginManager, tmp_path: Path
+) -> None:
+    first = JobQueue(jobber, store=LocalJobStore(tmp_path / "jobs.db"))
+    late, waits = [
+        await first.submit_request(JobRequest(plugin_instance_id="jobber", deadline_seconds=seconds))
+        for seconds in (0.2, None)
+    ]
+    await first.close()
+    await jobber.unload_plugin_async("jobber")
+    async with JobQueue(jobber, store=LocalJobStore(tmp_path / "jobs.db")) as second:
+        job = await ended(second, late)
+        assert job.error is not None
+        assert (job.status, job.error.error_type) == (JobStatus.FAILED, "PluginTimeoutError")
+        assert second.get_job(waits).status is JobStatus.PENDING
+
+
 async def test_a_job_that_reports_nothing_for_too_long_is_ended(jobs: JobQueue) -> None:
     request = JobRequest(plugin_instance_id="jobber", kwargs={"action": "job.silent"}, no_progress_seconds=1.0)
     job = await ended(jobs, await jobs.submit_request(request))

@@ -354,6 +354,7 @@ class Dispatcher:
                 return
             self.runner.again(live, error, 0.0)
             live.again_after = None
+        self._watch_deadline(live)
         self._parked.setdefault(live.job.plugin_instance_id, deque()).append(live)
 
     def _may_repeat(self, live: LiveJob) -> bool:
