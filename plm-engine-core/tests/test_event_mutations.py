@@ -78,9 +78,7 @@ class Forger:
         self.connection = connection
         for table in ("events", "event_streams", "event_checkpoints", "event_checkpoint_heads"):
             connection.execute(f"ALTER TABLE {table} DISABLE TRIGGER ALL".encode())
-        connection.execute(
-            "ALTER TABLE events DROP CONSTRAINT events_pkey, DROP CONSTRAINT events_tenant_id_stream_fkey"
-        )
+        connection.execute("ALTER TABLE events DROP CONSTRAINT events_pkey")
 
     def columns(self, table):
         return dict(self.connection.execute(COLUMNS, [table]).fetchall())

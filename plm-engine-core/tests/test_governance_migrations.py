@@ -11,10 +11,11 @@ import pytest
 from plm_engine_core import migrations
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.schema_lint import lint
+from plm_shared.sqlalchemy_kernel_emitter import ledger_function
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = tuple(f"{number:04}" for number in range(13, 31))
+REVISIONS = tuple(f"{number:04}" for number in range(13, 32))
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -110,11 +111,18 @@ def test_only_the_look_for_abandoned_runs_goes_across_tenants_and_only_pruning_h
 
 
 def test_every_function_stands_in_a_shipped_file_or_its_migration(engine_database: DatabaseUrls) -> None:
-    folder = files("plm_engine_core") / "control_plane" / "storage" / "sql"
-    written = "".join(each.read_text() for each in folder.iterdir() if each.name.endswith(".sql"))
+    package = files("plm_engine_core")
+    folders = (package / "control_plane" / "storage" / "sql", package / "migrations" / "versions")
+    shipped = [each for folder in folders for each in folder.iterdir() if each.name.endswith(".sql")]
+    written = "".join(each.read_text() for each in shipped)
     for signature, _, _ in query(engine_database.admin, FUNCTIONS):
         name = str(signature).partition("(")[0]
         assert f"FUNCTION {name}(" in written or "abandoned" in name or "orphaned" in name, name
+
+
+def test_the_function_that_writes_the_ledger_is_the_one_that_its_emitter_renders() -> None:
+    shipped = files("plm_engine_core") / "migrations" / "versions" / "0031_ledger_v1.sql"
+    assert shipped.read_text().endswith(ledger_function("engine_write_ledger_v1"))
 
 
 @pytest.mark.parametrize(

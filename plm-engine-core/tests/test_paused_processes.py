@@ -21,7 +21,11 @@ async def begin(bench, lease):
     await bench.begin(await bench.grant(lease), lease)
 
 
-@pytest.mark.parametrize("operation", [renew, admit, begin], ids=lambda each: each.__name__)
+async def settle(bench, lease):
+    await bench.settle(await bench.begun(lease), lease)
+
+
+@pytest.mark.parametrize("operation", [renew, admit, begin, settle], ids=lambda each: each.__name__)
 async def test_whenever_a_process_has_its_answer_the_run_is_free(bench, monkeypatch, operation):
     lease = await bench.lease()
     free = []

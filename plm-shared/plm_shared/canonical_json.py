@@ -50,7 +50,8 @@ def canonical_json(value: Any, *, root: str = "payload") -> str:
     Raises:
         JsonRefused: a value's text would differ between processes.
     """
-    _check(value, root, 0, _hashable_leaf)
+    if not _plainly_json(value, 0):
+        _check(value, root, 0, _hashable_leaf)
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "UnknownRun",
     "UnknownTenant",
     "insert_many",
+    "ledger_function",
     "ledger_statements",
     "refusal_of",
     "rows_of_unknown_runs",
@@ -80,16 +81,20 @@ class _Table:
         # other, and never in a circle. Among rows of one identity the first given wins.
         rows = f"ROWS FROM (json_to_recordset(%(rows)s::json) AS ({shape})) WITH ORDINALITY AS r"
         order = f" ORDER BY {', '.join(f'r.{column}' for column in identity.split())}, r.ordinality"
-        # LIMIT keeps this a look into the index per row; a join of the whole ledger would grow with it.
+        # LIMIT keeps this a look into the index per row; a join of the whole ledger would grow with it. The key holds
+        # the identity, which is named all the same: either unique index then leads to the one row, and not, in a plan
+        # made while the table was small, one of them to all rows of the tenant.
+        same = "".join(f" AND old.{column} = r.{column}" for column in (*identity.split(), "idempotency_key"))
         seen = (
             f" LEFT JOIN LATERAL (SELECT true AS found FROM {name} AS old WHERE old.tenant_id = %(tenant_id)s::uuid"  # noqa: S608 - our own constants
-            " AND old.idempotency_key = r.idempotency_key LIMIT 1) AS seen ON true"
+            f"{same} LIMIT 1) AS seen ON true"
         )
         link = (", pricing_snapshot_id", f", {_SNAPSHOT_ID}") if priced else ("", "")
         insert = (
             f"INSERT INTO {name} (id, tenant_id, {names}{link[0]})"  # noqa: S608 - our own constants
             f" SELECT {_ID}, %(tenant_id)s::uuid, {values}{link[1]} FROM {rows}"
         )
+        self.name, self.priced = name, priced
         self.identity_constraint = f"uq_{name}_logical"
         self.insert_new = f"{insert}{order} ON CONFLICT DO NOTHING"
         self.insert_or_fail = f"{insert}{seen} WHERE seen.found IS NULL{order}"
@@ -206,6 +211,27 @@ def _statements(record: LedgerRecord, tenant_id: str, *, alone: bool = False) ->
     inserts = [table.insert_or_fail] if alone else [table.insert_new, table.insert_or_fail]
     texts = [*([table.snapshot] if record.priced else []), *inserts]
     return [Statement(text, params) for text in texts]
+
+
+def ledger_function(name: str) -> str:
+    """The text of a database function ``name(p_tenant uuid, p_ledger json)`` that records entries.
+
+    ``p_ledger`` maps tables to lists of the objects that ``ledger_record`` renders. The transaction must hold a lock
+    that keeps every other writer of their keys out, as for ``alone`` of ``ledger_statements``, which it then equals.
+    """
+    parts = []
+    for table in _TABLES.values():
+        texts = [*([table.snapshot] if table.priced else []), table.insert_or_fail]
+        inserts = "".join(f"        {text};\n" for text in texts)
+        parts.append(
+            f"    v_rows := p_ledger -> '{table.name}';\n    IF v_rows IS NOT NULL THEN\n{inserts}    END IF;\n"
+        )
+    body = "".join(parts).replace("%(tenant_id)s::uuid", "p_tenant").replace("%(rows)s::json", "v_rows")
+    return (
+        f"CREATE FUNCTION {name}(p_tenant uuid, p_ledger json) RETURNS void\n"
+        "LANGUAGE plpgsql VOLATILE SECURITY INVOKER SET search_path = pg_catalog, public, pg_temp AS $$\n"
+        f"DECLARE\n    v_rows json;\nBEGIN\n{body}END\n$$;\n"
+    )
 
 
 _REBUILT: Final = re.compile(r"_cc(?:new|old)\d*$")  # what REINDEX CONCURRENTLY appends to the one of two that goes

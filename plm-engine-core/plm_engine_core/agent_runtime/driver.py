@@ -37,6 +37,7 @@ AgentFactory = Callable[[Run], Agent]
 """Makes the agent of a run from what the run recorded of it."""
 
 _CAME_TO_NOTHING = (OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED)
+_NOT_NOW = (Reason.STORAGE_BUSY, Reason.POLICY_MISSING, Reason.POLICY_CHANGED)  # nothing was booked
 
 
 class Driver:
@@ -183,7 +184,7 @@ class Driver:
     async def _admit(self, proposal: Proposal) -> Admission:
         async def admit() -> Admission:
             admission = await self._control_plane.admit(proposal)
-            if isinstance(admission, Denied) and admission.reason in (Reason.STORAGE_BUSY, Reason.POLICY_MISSING):
+            if isinstance(admission, Denied) and admission.reason in _NOT_NOW:
                 raise StorageUnavailable(admission.message)
             return admission
 

@@ -297,9 +297,7 @@ class ControlPlane:
         """
         if lease is not None:
             await self.storage.leases.require(lease)
-        answer = await self.storage.admission.begin(
-            grant.tenant_id, grant.run_id, grant.id, fencing_token=fencing_token, actor=actor
-        )
+        answer = await self.storage.admission.begin(grant, fencing_token=fencing_token, actor=actor)
         if answer["status"] != "begun":
             return Begun(accepted=False, reason=Reason(answer["reason"]), message=answer["message"])
         await self.signals.changed(grant.tenant_id, grant.run_id)

@@ -245,6 +245,7 @@ class Reason(StrEnum):
     MODEL_NOT_ALLOWED = "model_not_allowed"
     AUTONOMY_TOO_LOW = "autonomy_too_low"
     POLICY_MISSING = "policy_missing"
+    POLICY_CHANGED = "policy_changed"
     CAPABILITY_BLOCKED = "capability_blocked"
     RULE_DENIED = "rule_denied"
     EVALUATOR_DENIED = "evaluator_denied"

@@ -39,6 +39,7 @@ UNBLOCKED_BY: Mapping[str, str] = {
     Reason.MODEL_NOT_ALLOWED: "a model that the policy allows, or another policy",
     Reason.AUTONOMY_TOO_LOW: "a higher autonomy ceiling in the policy, or a tier that asks a human",
     Reason.POLICY_MISSING: "a process that can load the active policy, or activating one that this one can",
+    Reason.POLICY_CHANGED: "time: it is decided anew by itself, by the policy that is active now",
     Reason.CAPABILITY_BLOCKED: "another tier in the policy",
     Reason.RULE_DENIED: "another proposal than the rule denies, or another rule",
     Reason.EVALUATOR_DENIED: "another proposal than the evaluator denies, or another policy",

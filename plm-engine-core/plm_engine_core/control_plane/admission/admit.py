@@ -23,6 +23,8 @@ from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegi
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCommand, Connection
 from plm_engine_core.control_plane.vocabulary import Reason
 
+_AGAIN_MS = 200
+
 
 @dataclass(frozen=True, kw_only=True)
 class Denied:
@@ -107,7 +109,7 @@ async def admit(
             message=str(error),
             rule="storage",
             unblock="asking again, once the database answers",
-            retry_after_ms=200,
+            retry_after_ms=_AGAIN_MS,
         )
     return _admission(proposal, answer)
 
@@ -207,6 +209,14 @@ def _admission(proposal: Proposal, answer: Mapping[str, Any]) -> Admission:
                 ticket_id=UUID(answer["ticket_id"]),
                 deadline=datetime.fromisoformat(answer["deadline"]),
                 message=answer["message"] or "",
+            )
+        case "policy_changed":
+            return Denied(
+                reason=Reason.POLICY_CHANGED,
+                message=answer["message"],
+                rule="policy",
+                unblock="proposing it again, to be decided by the policy that is active now",
+                retry_after_ms=_AGAIN_MS,
             )
         case "steered":
             return Steered(guidance=answer["guidance"], message=answer["message"])

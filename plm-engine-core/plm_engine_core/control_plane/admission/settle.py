@@ -129,6 +129,8 @@ async def settle(
         SettleCommand(
             tenant_id=grant.tenant_id,
             run_id=grant.run_id,
+            step_index=grant.step_index,
+            attempt=grant.attempt,
             grant_id=grant.id,
             fencing_token=fencing_token,
             status=outcome.status,
@@ -191,6 +193,7 @@ def _ledger(
         "layers": list(outcome.layers),
     }
     cost = charges.get(BudgetUnit.EUR.value)
+    content = compute_content_hash({**facts, "cost_eur": cost})
 
     def key(event_type: str) -> IdempotencyKey:
         return IdempotencyKey(
@@ -198,7 +201,7 @@ def _ledger(
             trace_id=trace_id,
             span_id=grant.span_id,
             event_type=event_type,
-            content_hash=compute_content_hash({**facts, "cost_eur": cost}),
+            content_hash=content,
         )
 
     return (

@@ -60,6 +60,8 @@ def settle_json(command: SettleCommand) -> dict[str, Any]:
     return {
         "tenant_id": str(command.tenant_id),
         "run_id": str(command.run_id),
+        "step_index": command.step_index,
+        "attempt": command.attempt,
         "grant_id": str(command.grant_id),
         "fencing_token": command.fencing_token,
         "status": command.status.value,

@@ -33,6 +33,7 @@ from plm_engine_core.control_plane.vocabulary import (
 
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.activation import Activation, Roles
+    from plm_engine_core.control_plane.admission.grants import Grant
     from plm_engine_core.control_plane.events import Checkpoint, Event, Head, StreamHead
     from plm_engine_core.control_plane.events.archive import Piece
     from plm_engine_core.control_plane.events.chain import Link
@@ -88,6 +89,8 @@ class SettleCommand:
 
     tenant_id: UUID
     run_id: UUID
+    step_index: int
+    attempt: int
     grant_id: UUID
     fencing_token: int
     status: OutcomeStatus
@@ -143,9 +146,7 @@ class AdmissionStore(Protocol):
         """Book a decision; the answer has `status` granted, pending, steered or denied."""
         ...
 
-    async def begin(
-        self, tenant_id: UUID, run_id: UUID, grant_id: UUID, *, fencing_token: int, actor: str
-    ) -> Mapping[str, Any]:
+    async def begin(self, grant: Grant, *, fencing_token: int, actor: str) -> Mapping[str, Any]:
         """Use a grant up; the answer has `status` begun or refused."""
         ...
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.errors import FencingLost, IdempotencyConflict, NotFound
+from plm_engine_core.control_plane.admission.grants import Grant
+from plm_engine_core.control_plane.errors import FencingLost, IdempotencyConflict
 from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.limits import Bucket, Prepared
 from plm_engine_core.control_plane.storage.commands import admit_json
@@ -63,35 +64,33 @@ class MemoryAdmission(MemorySettlement):
                     raise IdempotencyConflict(f"command {command.command_id} was already used for another proposal")
                 return fresh({**record["result"], "replayed": True})
             answer = AdmitBooking(books, booking).book()
+            if answer["status"] == "policy_changed":
+                return answer
             record = {"digest": command.command_digest, "result": answer}
             books.idempotency_records.put(command.tenant_id, name, record)
             return fresh(answer)
 
-    async def begin(
-        self, tenant_id: UUID, run_id: UUID, grant_id: UUID, *, fencing_token: int, actor: str
-    ) -> Mapping[str, Any]:
+    async def begin(self, grant: Grant, *, fencing_token: int, actor: str) -> Mapping[str, Any]:
         """Use a grant up."""
         async with self._books.turn() as books:
-            grant = books.grants.get(tenant_id, grant_id)
-            halt = books.standing_halt(tenant_id, run_id, capability=_capability(books, grant, run_id))
-            run = books.hold_run(tenant_id, run_id, fencing_token, live=True)
+            halt = books.standing_halt(grant.tenant_id, grant.run_id, capability=_capability(books, grant))
+            run = books.hold_run(grant.tenant_id, grant.run_id, fencing_token, live=True)
             if halt is not None:
                 refusal = {name: value for name, value in halted(halt).items() if name != "outcome"}
                 return {"status": "refused", **refusal}
             if run["cancel_requested_at"] is not None:
                 return _refused("cancel_requested", "the run is being cancelled")
-            if grant is None or grant["run_id"] != run_id:
-                raise NotFound("grant", grant_id)
-            if grant["fencing_token"] != fencing_token:
-                raise FencingLost(f"grant {grant_id} belongs to an earlier holder of the lease of run {run_id}")
-            if grant["state"] == "revoked":
-                return _refused("halted", f"grant {grant_id} was revoked by a halt; its call has to be admitted anew")
-            if grant["state"] != "issued":
-                return _refused("grant_used", f"grant {grant_id} is {grant['state']}; a grant is used once")
-            if grant["expires_at"] <= books.now():
-                expired = text_time(grant["expires_at"])
-                return _refused("grant_expired", f"grant {grant_id} expired at {expired} before its call could start")
-            self._start(books, grant, actor)
+            kept = books.grant_of(grant.tenant_id, grant.run_id, (grant.step_index, grant.attempt), grant.id)
+            if kept["fencing_token"] != fencing_token:
+                raise FencingLost(f"grant {grant.id} belongs to an earlier holder of the lease of run {grant.run_id}")
+            if kept["state"] == "revoked":
+                return _refused("halted", f"grant {grant.id} was revoked by a halt; its call has to be admitted anew")
+            if kept["state"] != "issued":
+                return _refused("grant_used", f"grant {grant.id} is {kept['state']}; a grant is used once")
+            if kept["expires_at"] <= books.now():
+                expired = text_time(kept["expires_at"])
+                return _refused("grant_expired", f"grant {grant.id} expired at {expired} before its call could start")
+            self._start(books, kept, actor)
             return {"status": "begun"}
 
     def _start(self, books: Books, grant: Row, actor: str) -> None:
@@ -103,11 +102,9 @@ class MemoryAdmission(MemorySettlement):
         books.append(tenant_id, run_stream(run_id), "step_started", actor, payload)
 
 
-def _capability(books: Books, grant: Row | None, run_id: UUID) -> str | None:
-    """What a grant is for, where it is one of this run."""
-    if grant is None or grant["run_id"] != run_id:
-        return None
-    step = books.run_steps.get((grant["tenant_id"], run_id), (grant["step_index"], grant["attempt"]))
+def _capability(books: Books, grant: Grant) -> str | None:
+    """What a grant is for."""
+    step = books.run_steps.get((grant.tenant_id, grant.run_id), (grant.step_index, grant.attempt))
     return step["capability"] if step is not None else None
 
 

@@ -19,6 +19,12 @@ _DECIDED = ("outcome", "reason", "message", "rule", "unblock", "guidance", "retr
 _NOT_ANSWERED = ("outcome", "reserved", "opens")
 
 
+def policy_changed(decided: str, active: str) -> dict[str, Any]:
+    """What is answered, and not kept, where another policy was activated since a decision."""
+    words = f"policy {decided[:12]} decided, and meanwhile policy {active[:12]} was activated"
+    return {"status": "policy_changed", "message": words}
+
+
 class AdmitBooking:
     """Books one command, `admit_json` as it is kept; to be used inside a transaction."""
 
@@ -31,8 +37,11 @@ class AdmitBooking:
 
     def book(self) -> dict[str, Any]:
         """The answer, after everything it says was written."""
+        active = self._books.active_policy()
         halt = self._books.standing_halt(self._tenant, self._run, capability=self._c["capability"])
         self._books.hold_run(self._tenant, self._run, self._c["fencing_token"], live=True)
+        if active is not None and active != self._c["policy_digest"]:
+            return policy_changed(self._c["policy_digest"], active)
         verdict = self._verdict(halt)
         state = _STEP_STATES.get(verdict["outcome"] or "", "denied")
         if state == "awaiting_approval" and verdict.get("ticket_id") is None:

@@ -14,7 +14,7 @@ from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, No
 from plm_engine_core.control_plane.events.chain import link_hash
 from plm_engine_core.control_plane.events.event import microseconds
 from plm_engine_core.control_plane.storage.memory.values import json_text, kept_json, storable_text
-from plm_engine_core.control_plane.vocabulary import RunState
+from plm_engine_core.control_plane.vocabulary import PolicyRole, RunState
 
 Clock = Callable[[], datetime]
 """Answers the time, with its zone."""
@@ -160,6 +160,18 @@ class Books:
         if run["fencing_token"] != fencing_token or run["state"] != "running" or (live and expired):
             raise FencingLost(f"the lease of run {run_id} is no longer held with fencing token {fencing_token}")
         return run
+
+    def grant_of(self, tenant_id: UUID, run_id: UUID, attempt: tuple[int, int], grant_id: UUID) -> Row:
+        """The grant of an attempt, or NotFound."""
+        row = self.grants.get(tenant_id, grant_id)
+        if row is None or (row["run_id"], row["step_index"], row["attempt"]) != (run_id, *attempt):
+            raise NotFound("grant", grant_id)
+        return row
+
+    def active_policy(self) -> str | None:
+        """The digest of the policy that was activated last."""
+        made = (row["activation"] for row in reversed(self.policy_activations.rows(None)))
+        return next((each.digest for each in made if each.role is PolicyRole.ACTIVE), None)
 
     def standing_halt(self, tenant_id: UUID, run_id: UUID, *, capability: str | None = None) -> dict[str, Any] | None:
         """The widest standing halt over a run, or over its use of a capability."""

@@ -8,7 +8,7 @@ from uuid import UUID
 
 from plm_shared.ledger import ledger_record
 
-from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, NotFound
+from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict
 from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.storage.commands import settle_json
 from plm_engine_core.control_plane.storage.memory.books import Books, Row, refuse_connection
@@ -52,9 +52,8 @@ class MemorySettlement:
 
 def _hold_grant(books: Books, command: SettleCommand) -> Row:
     """The grant, for who may settle it; the same outcome again is let through even after the run moved on."""
-    grant = books.grants.get(command.tenant_id, command.grant_id)
-    if grant is None or grant["run_id"] != command.run_id:
-        raise NotFound("grant", command.grant_id)
+    attempt = (command.step_index, command.attempt)
+    grant = books.grant_of(command.tenant_id, command.run_id, attempt, command.grant_id)
     if grant["state"] == "settled" and grant["outcome_digest"] == command.outcome_digest:
         return grant
     books.hold_run(command.tenant_id, command.run_id, command.fencing_token, live=False)

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-import psycopg
-from plm_shared.sqlalchemy_kernel_emitter import ledger_statements
+from plm_shared.ledger import ledger_record
+from plm_shared.sqlalchemy_kernel_emitter import Statement
 from psycopg.rows import dict_row
 
+from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.limits import Bucket, Dimension, Prepared, RateReading, Subjects
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
 from plm_engine_core.control_plane.storage.ports import AdmitCommand, Connection, SettleCommand
+from plm_engine_core.control_plane.storage.postgres.calls import Calls
 from plm_engine_core.control_plane.storage.postgres.gateway import (
     Gateway,
-    Session,
-    jsonb,
+    json_parameter,
     require_transaction,
     translated,
 )
 
-_ADMIT = "SELECT engine_admit_v2(%s) AS answer"
-_SETTLE = "SELECT engine_settle_v2(%s) AS answer"
+_PREPARE = (
+    "SELECT engine_prepare_v2(%(tenant)s, %(run)s, %(buckets)s)"
+    " || jsonb_build_object('at', clock_timestamp()) AS answer"
+)
+_ADMIT = "SELECT engine_admit_v3(%(command)s) AS answer"
+_BEGIN = (
+    "SELECT engine_begin_v3(%(tenant)s, %(run)s, %(step)s, %(attempt)s, %(grant)s, %(fencing)s, %(actor)s) AS answer"
+)
+_SETTLE = "SELECT engine_settle_v3(%(command)s, %(ledger)s) AS answer"
 
 
 class PostgresAdmission:
@@ -33,18 +40,15 @@ class PostgresAdmission:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
+        self._calls = Calls()
 
     async def prepare(self, tenant_id: UUID, run_id: UUID, *, buckets: Sequence[Bucket]) -> Prepared:
         """Take one token of every bucket or of none, and read for whom the run works."""
         wanted = [
             {"dimension": each.dimension.value, "per_second": each.per_second, "burst": each.burst} for each in buckets
         ]
-        async with self._gateway.connection() as connection:
-            answer = await _scalar(
-                connection,
-                "SELECT engine_prepare_v2(%s, %s, %s) || jsonb_build_object('at', clock_timestamp()) AS answer",
-                [tenant_id, run_id, jsonb(wanted, root="buckets")],
-            )
+        parameters = {"tenant": tenant_id, "run": run_id, "buckets": json_parameter(wanted, root="buckets")}
+        answer = await self._booked(Statement(_PREPARE, parameters))
         return Prepared(
             rate=RateReading(
                 allowed=answer["allowed"],
@@ -67,83 +71,44 @@ class PostgresAdmission:
             return [row["capability"] for row in await cursor.fetchall()][::-1]
 
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
-        """Book a decision in one autocommit statement, or in the caller's transaction."""
-        parameters = [jsonb(admit_json(command), root="proposal")]
-        if connection is not None:
-            with translated():
-                require_transaction(connection)
-                return await _scalar(connection, _ADMIT, parameters)
-        async with self._gateway.connection() as own:
-            return await _scalar(own, _ADMIT, parameters)
+        """Book a decision in one transaction of its own, or in the caller's."""
+        parameters = {"command": json_parameter(admit_json(command), root="proposal")}
+        return await self._booked(Statement(_ADMIT, parameters), connection)
 
-    async def begin(
-        self, tenant_id: UUID, run_id: UUID, grant_id: UUID, *, fencing_token: int, actor: str
-    ) -> Mapping[str, Any]:
+    async def begin(self, grant: Grant, *, fencing_token: int, actor: str) -> Mapping[str, Any]:
         """Use a grant up."""
-        async with self._gateway.connection() as connection:
-            return await _scalar(
-                connection,
-                "SELECT engine_begin_v2(%s, %s, %s, %s, %s) AS answer",
-                [tenant_id, run_id, grant_id, fencing_token, actor],
-            )
+        named = {"tenant": grant.tenant_id, "run": grant.run_id, "step": grant.step_index, "attempt": grant.attempt}
+        parameters = {**named, "grant": grant.id, "fencing": fencing_token, "actor": actor}
+        return await self._booked(Statement(_BEGIN, parameters))
 
     async def settle(self, command: SettleCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
-        """Book an outcome: the grant is locked, ledger rows and settlement written, in one pipelined transaction."""
-        parameters = [jsonb(settle_json(command), root="outcome")]
-        if connection is not None:
+        """Book an outcome: the grant is locked, ledger rows and settlement written, by one statement."""
+        rows: dict[str, list[str]] = {}
+        for entry in command.ledger:
+            record = ledger_record(entry, tenant_id=command.tenant_id, run_id=command.run_id)
+            rows.setdefault(record.table, []).append(record.text)
+        ledger = ",".join(f'"{table}":[{",".join(texts)}]' for table, texts in rows.items())
+        parameters = {"command": json_parameter(settle_json(command), root="outcome"), "ledger": f"{{{ledger}}}"}
+        return await self._booked(Statement(_SETTLE, parameters), connection)
+
+    async def _booked(self, statement: Statement, connection: Connection | None = None) -> Mapping[str, Any]:
+        """What a statement answers, in a transaction of its own or in the caller's."""
+        if connection is None:
+            async with self._gateway.connection() as own:
+                answer = await self._calls.run(own, statement)
+        else:
             with translated():
                 require_transaction(connection)
-                return await _first(await _send_settlement(connection, command, parameters))
-        async with self._gateway.connection() as own:
-            # What a pipeline sends up to its end is one transaction: committed whole, or not at all.
-            try:
-                async with own.pipeline():
-                    cursor = await _send_settlement(own, command, parameters)
-            except psycopg.Error:
-                await _forget_prepared(own)
-                raise
-            return await _first(cursor)
+                answer = await _executed(connection, statement)
+        if answer is None:
+            raise StorageUnavailable("the database gave no answer")
+        booked: Mapping[str, Any] = answer
+        return booked
 
 
-async def _send_settlement(
-    connection: Session, command: SettleCommand, parameters: list[Any]
-) -> psycopg.AsyncCursor[Any]:
-    await connection.execute(
-        "SELECT engine_hold_grant_v1(%s, %s, %s, %s, %s)",
-        [command.tenant_id, command.run_id, command.grant_id, command.fencing_token, command.outcome_digest],
-    )
-    for entry in command.ledger:
-        # The grant is held, and its span is in the key: nobody else can be writing these rows.
-        statements = ledger_statements(entry, tenant_id=str(command.tenant_id), run_id=command.run_id, alone=True)
-        for statement in statements:
-            await connection.execute(statement.sql.encode(), statement.params)
-    return await _rows(connection).execute(_SETTLE, parameters)
-
-
-async def _forget_prepared(connection: Session) -> None:
-    """Have driver and server agree again on what is prepared, which is nothing.
-
-    The server skips what comes after an error in a pipeline, also what was to be prepared there; the driver learns of
-    that from a ROLLBACK only, and a pipeline that is a transaction by itself has none.
-    """
-    if not connection.closed:
-        with suppress(psycopg.Error):  # what went wrong before is what counts
-            async with connection.transaction(force_rollback=True):
-                pass
-
-
-def _rows(connection: Session) -> psycopg.AsyncCursor[Any]:
-    """A cursor of ours, whatever kind of rows the caller's connection answers."""
-    return connection.cursor(row_factory=dict_row)
-
-
-async def _scalar(connection: Session, query: str, parameters: list[Any]) -> Mapping[str, Any]:
-    return await _first(await _rows(connection).execute(query.encode(), parameters))
-
-
-async def _first(cursor: psycopg.AsyncCursor[Any]) -> Mapping[str, Any]:
+async def _executed(connection: Connection, statement: Statement) -> Any:
+    """On the caller's connection, whatever it is in the middle of; by a cursor of ours, whose rows are dictionaries."""
+    cursor = connection.cursor(row_factory=dict_row)
+    await cursor.execute(statement.sql.encode(), statement.params)
     row = await cursor.fetchone()
-    if row is None:
-        raise StorageUnavailable("the database gave no answer")
-    answer: Mapping[str, Any] = row["answer"]
-    return answer
+    return row["answer"] if row is not None else None

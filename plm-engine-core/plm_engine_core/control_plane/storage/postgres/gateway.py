@@ -34,16 +34,25 @@ _LONGEST_WAIT = "5s"
 _LONGEST_ANSWER_SECONDS = 15.0  # a server that is frozen closes no connection and ends no wait
 
 
-def jsonb(value: Any, *, root: str) -> Jsonb:
-    """A JSON parameter, checked before anything is sent.
+def json_parameter(value: Any, *, root: str) -> str:
+    """The text of a JSON parameter, checked before anything is sent.
 
     Raises:
         InvalidRequest: the value holds what the database cannot store (NaN, U+0000); names the path, from `root`.
     """
     try:
-        text = storable_json(value, root=root)
+        return storable_json(value, root=root)
     except JsonRefused as error:
         raise InvalidRequest(str(error), field=error.path) from error
+
+
+def jsonb(value: Any, *, root: str) -> Jsonb:
+    """A JSON parameter of the driver's, checked as `json_parameter` does.
+
+    Raises:
+        InvalidRequest: as there.
+    """
+    text = json_parameter(value, root=root)
     return Jsonb(value, dumps=lambda _: text)
 
 
