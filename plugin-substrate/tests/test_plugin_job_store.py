@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import marshal
 import os
+import select
+import socket
 import sqlite3
 import stat
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import closing
 from dataclasses import replace
@@ -52,8 +57,9 @@ from plugin_substrate.queue.store import (
     NewJob,
     NewSequence,
 )
+from plugin_substrate.stores import job_writer
 from plugin_substrate.stores.job_rows import changed_sequence_row
-from plugin_substrate.stores.job_writer import connect
+from plugin_substrate.stores.job_writer import LENGTH, connect
 
 VALUES = [
     (1, "ä", None),
@@ -321,6 +327,21 @@ async def test_a_writer_that_dies_is_an_error_not_a_silence(path: Path) -> None:
     with pytest.raises(StoreError, match="cannot be written"):
         await store.write([event("a", 1, 1)])
     await store.close()
+
+
+def test_a_writer_whose_host_was_killed_ends_without_a_word(path: Path) -> None:
+    path.parent.mkdir()
+    ours, theirs = socket.socketpair()
+    with subprocess.Popen([sys.executable, job_writer.__file__, path], stdin=theirs, stderr=subprocess.PIPE) as writer:
+        theirs.close()
+        message = marshal.dumps([("CREATE TABLE t (x)", ())])
+        ours.sendall(LENGTH.pack(len(message)) + message)
+        assert select.select([ours], [], [], 60)[0], "it has answered, and nobody has read it"
+        ours.close()
+        assert writer.communicate(timeout=60)[1] == b""
+    assert writer.returncode == 0
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM t").fetchone() == (0,), "what it had sent is there"
 
 
 @pytest.mark.parametrize("damage", ["not a database", "another version", "a damaged row"])

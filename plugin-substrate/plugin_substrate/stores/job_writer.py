@@ -99,7 +99,7 @@ def main() -> None:
     with socket.socket(fileno=0) as channel:
         try:
             write_until_the_end(Path(sys.argv[1]), channel)
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             return  # the host is gone; what it had sent is committed
         except Exception as error:  # noqa: BLE001 - whatever it is, the host must hear of it
             channel.sendall(LENGTH.pack(FAILED) + str(error).encode()[:1000])
