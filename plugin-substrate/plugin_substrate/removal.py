@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,21 +20,35 @@ def remove_tree(path: Path) -> None:
     is first moved up, so that no depth is too much.
     """
     with suppress(OSError):
-        with _opened(path) as top:
-            token = secrets.token_hex(8)
-            left = _without_files(top)
-            moved = 0
-            while left:
-                name = left.pop()
-                with suppress(OSError):
-                    with _opened(name, top) as folder:
-                        for below in _without_files(folder):
-                            moved += 1
-                            with _opened(below, folder):  # only who may write in a folder may move it
-                                os.rename(below, f"{token}-{moved}", src_dir_fd=folder, dst_dir_fd=top)
-                            left.append(f"{token}-{moved}")
-                    os.rmdir(name, dir_fd=top)
+        with _opened(path) as folder:
+            _empty(folder)
         path.rmdir()
+
+
+def remove_below(parent: int, name: str) -> None:
+    """Remove what stands at a name in an open folder, and all below it; an OSError when it cannot be removed."""
+    if not stat.S_ISDIR(os.lstat(name, dir_fd=parent).st_mode):
+        os.unlink(name, dir_fd=parent)
+        return
+    with _opened(name, parent) as folder:
+        _empty(folder)
+    os.rmdir(name, dir_fd=parent)
+
+
+def _empty(top: int) -> None:
+    token = secrets.token_hex(8)
+    left = _without_files(top)
+    moved = 0
+    while left:
+        name = left.pop()
+        with suppress(OSError):
+            with _opened(name, top) as folder:
+                for below in _without_files(folder):
+                    moved += 1
+                    with _opened(below, folder):  # only who may write in a folder may move it
+                        os.rename(below, f"{token}-{moved}", src_dir_fd=folder, dst_dir_fd=top)
+                    left.append(f"{token}-{moved}")
+            os.rmdir(name, dir_fd=top)
 
 
 def _without_files(folder: int) -> list[str]:

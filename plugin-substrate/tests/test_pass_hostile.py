@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from file_passes import Write, one, snapshot
+from file_passes import REFERENCE, Write, one, snapshot
 from plugin_substrate.passes import PassLimits
 from plugin_substrate.passes import host as host_module
 
@@ -134,6 +134,54 @@ async def test_a_hostile_plugin_is_a_record(
     )
     record = await hostile(packages, tree, tmp_path, limits=PassLimits(staged_files=MANY // 10))
     assert record["status"] in statuses, record
+
+
+IN_PLACE = {
+    "goes too deep": "os.makedirs('/'.join('d' * 150))",
+    "goes too deep where it may not": "os.makedirs('.exlab-wizard/' + '/'.join('d' * 150))",
+    "puts a full folder in the place of a protected file": (
+        "os.unlink('README.md')\nos.makedirs('README.md/a/b')\nopen('README.md/a/x', 'w').close()"
+    ),
+    "puts a file in the place of a protected folder": (
+        "import shutil\nshutil.rmtree('.exlab-wizard')\nopen('.exlab-wizard', 'w').close()"
+    ),
+    "puts a link in the place of a protected folder": (
+        "os.rename('.exlab-wizard', 'away')\nos.symlink('away', '.exlab-wizard')"
+    ),
+    "takes rights away": "os.chmod('.exlab-wizard', 0)\nos.chmod('README.md', 0)\nos.unlink('.exlab-answers.yml')",
+    "leaves a journal": "place = '.file-pass-unfinished'\nos.mkdir(place, 0o700)\n" + JOURNAL,
+    "makes the same file again with other rights": (
+        "text = open('README.md').read()\nos.unlink('README.md')\nopen('README.md', 'w').write(text)"
+    ),
+    "stands in the way": "open('.README.md.restored', 'w').close()\nopen('README.md', 'w').close()",
+    "dies in the middle": "open('README.md', 'w').close()\nos._exit(0)",
+}
+
+
+@pytest.mark.parametrize("case", IN_PLACE)
+async def test_what_is_protected_is_put_back_whatever_happened_to_it_in_place(
+    packages: Path, tree: Path, write: Write, case: str
+) -> None:
+    write(post_transform_all=IN_PLACE[case])
+    before = {path: entry for path, entry in snapshot(tree).items() if REFERENCE.covers(path)}
+    async with asyncio.timeout(120):
+        record = await one(packages, tree, limits=PassLimits(staged_files=3))
+    assert record["status"] == "policy_violation", record
+    after = {path: entry for path, entry in snapshot(tree).items() if REFERENCE.covers(path)}
+    assert after.keys() == before.keys()
+    for path, (mode, _, _, content) in before.items():
+        assert (after[path][0], after[path][3]) == (mode, content), path
+
+
+async def test_a_tree_too_deep_to_be_read_is_a_record(packages: Path, tree: Path, write: Write) -> None:
+    write(transform="path.write_text('x')")
+    (tree / "/".join("d" * 150)).mkdir(parents=True)
+    before = snapshot(tree)
+    record = await one(packages, tree)
+    assert (record["status"], record["isolation"]["exit_code"]) == ("failed", 3)
+    assert record["error"].startswith("staging_failed: ")
+    assert "lies too deep" in record["error"]
+    assert snapshot(tree) == before
 
 
 @pytest.mark.parametrize("case", FORGED)

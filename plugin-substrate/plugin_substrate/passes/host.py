@@ -157,11 +157,11 @@ class PluginHost:
         """Run one plugin to its record; tells whether the pass was cancelled over it."""
         try:
             stage = await one_pass.workspace.do(one_pass.workspace.stage)
+            log = PassLog(record.name, self._log_path(one_pass.ctx, record), most_bytes=self._limits.log_bytes)
         except OSError as error:
             part.fail(EXIT_HOST, f"staging_failed: {error}")
             return False
         part.staging = stage.how
-        log = PassLog(record.name, self._log_path(one_pass.ctx, record), most_bytes=self._limits.log_bytes)
         cancelled = False
         try:
             if await self._is_valid(one_pass, part, record, stage, log):
@@ -266,20 +266,23 @@ class PluginHost:
 
     async def _judge(self, one_pass: _Pass, part: Part, stage: Stage) -> None:
         """Compare, then carry over or have nothing of it. The worker is dead."""
+        do = one_pass.workspace.do
         try:
-            changes = await one_pass.workspace.do(stage.changes)
+            changes = await do(stage.changes)
             if changes.violations:
                 part.violated(changes)
-            if part.status is not PluginStatus.SKIPPED or one_pass.ctx.dry_run:
-                await one_pass.workspace.do(stage.reject)
+            elif part.status is PluginStatus.SKIPPED and not one_pass.ctx.dry_run:
+                await do(stage.accept, changes)
+                part.changed(changes)
                 return
-            await one_pass.workspace.do(stage.accept, changes)
         except TreeChangedError as error:
             part.fail(EXIT_HOST, f"tree_changed: {error}")
         except OSError as error:
             part.fail(EXIT_HOST, f"apply_failed: {error}")
-        else:
-            part.changed(changes)
+        try:
+            await do(stage.reject)
+        except OSError as error:
+            part.error = f"restore_failed: {error}; {part.error}"
 
     def _terms(
         self, one_pass: _Pass, stage: Stage, log: PassLog, seconds: float, cpu_seconds: int, memory_bytes: int

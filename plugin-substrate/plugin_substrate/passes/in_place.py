@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 from plugin_substrate.passes.changes import Changes
@@ -14,12 +15,15 @@ from plugin_substrate.passes.tree import (
     READ,
     Entry,
     Kind,
+    TreeTooLargeError,
     look,
     open_below,
     opened,
+    remove_entry,
     scan,
     shown,
 )
+from plugin_substrate.removal import remove_below
 
 __all__ = ["ProtectedBackup"]
 
@@ -47,7 +51,10 @@ class ProtectedBackup:
 
     def changes(self) -> Changes:
         """Say what has changed, by facts and not by content, but for what is protected."""
-        after = scan(self._root, depth=self._limits.tree_depth)
+        try:
+            after = scan(self._root, depth=self._limits.tree_depth)
+        except TreeTooLargeError as error:
+            return Changes(violations={".": str(error)})
         written = {path: entry for path, entry in after.items() if self._is_new(path, entry)}
         removed = {path: entry for path, entry in self.before.items() if path not in after}
         violations = {shown(path): "is protected" for path in (*written, *removed) if self._protected.covers(path)}
@@ -59,18 +66,46 @@ class ProtectedBackup:
         return Changes(written=written, removed=removed, violations=dict(sorted(violations.items())))
 
     def restore(self) -> None:
-        """Make everything protected what it was: content, permissions, owner and time."""
-        after = scan(self._root, depth=self._limits.tree_depth)
-        for path in sorted(after, key=lambda path: -path.count("/")):
-            old = self._kept.get(path)
-            if self._protected.covers(path) and (old is None or old.kind is not after[path].kind):
-                self._take_away(path, after[path])
+        """Make everything protected what it was: content, permissions, owner and time.
+
+        An OSError names what could not be; everything else was.
+        """
+        failures = []
+        for path in self._protected.tops:
+            try:
+                self._take_away_what_is_new(path)
+            except OSError as error:
+                failures.append(f"{shown(path)!r}: {error}")
         for path, entry in self._kept.items():
-            self._put_back(path, entry)
+            try:
+                self._put_back(path, entry)
+            except OSError as error:
+                failures.append(f"{shown(path)!r}: {error}")
+        if failures:
+            raise OSError(f"{len(failures)} protected paths are not what they were: {failures[0]}")
+
+    def _take_away_what_is_new(self, top: str) -> None:
+        parent, _, name = top.rpartition("/")
+        with open_below(self._root, parent) as folder:
+            entry = look(folder, name)
+            below: dict[str, Entry] = {}
+            if entry is not None and entry.kind is Kind.FOLDER:
+                try:
+                    with opened(name, FOLDER, folder) as inner:
+                        below = scan(inner, depth=self._limits.tree_depth)
+                except OSError:  # nobody can say what is in it: it is made anew from the backup
+                    entry = None
+                    remove_below(folder, name)
+        for path, now in sorted(below.items(), key=lambda item: item[0].count("/"), reverse=True):
+            self._take_away(f"{top}/{path}", now)
+        if entry is not None:
+            self._take_away(top, entry)
 
     def _is_new(self, path: str, entry: Entry) -> bool:
         old = self.before.get(path)
         if old is None or old.kind is not entry.kind:
+            return True
+        if path in self._kept and old.mode != entry.mode:
             return True
         if entry.kind is Kind.FOLDER:
             return False
@@ -81,16 +116,12 @@ class ProtectedBackup:
 
     def _copy(self, path: str) -> None:
         parent, _, name = path.rpartition("/")
-        with open_below(self._root, parent) as folder:
-            source = os.open(name, READ, dir_fd=folder)
-        try:
-            target = os.open(self._copies[path], CREATE, 0o600, dir_fd=self._store)
-            try:
-                copy_file(source, target, os.fstat(source).st_size)
-            finally:
-                os.close(target)
-        finally:
-            os.close(source)
+        with (
+            open_below(self._root, parent) as folder,
+            opened(name, READ, folder) as source,
+            opened(self._copies[path], CREATE, self._store) as target,
+        ):
+            copy_file(source, target, os.fstat(source).st_size)
 
     def _is_copy(self, path: str) -> bool:
         parent, _, name = path.rpartition("/")
@@ -101,13 +132,13 @@ class ProtectedBackup:
         ):
             return same_content(now, kept)
 
-    def _take_away(self, path: str, entry: Entry) -> None:
-        parent, _, name = path.rpartition("/")
-        with open_below(self._root, parent) as folder:
-            if entry.kind is Kind.FOLDER:
-                os.rmdir(name, dir_fd=folder)
-            else:
-                os.unlink(name, dir_fd=folder)
+    def _take_away(self, path: str, now: Entry) -> None:
+        """Remove what was not there, or was something else."""
+        old = self._kept.get(path)
+        if old is None or old.kind is not now.kind:
+            parent, _, name = path.rpartition("/")
+            with open_below(self._root, parent) as folder:
+                remove_below(folder, name)
 
     def _put_back(self, path: str, entry: Entry) -> None:
         parent, _, name = path.rpartition("/")
@@ -115,10 +146,11 @@ class ProtectedBackup:
             now = look(folder, name)
             if entry.kind is Kind.FOLDER:
                 if now is None:
-                    os.mkdir(name, entry.mode, dir_fd=folder)
+                    os.mkdir(name, 0o700, dir_fd=folder)
+                os.chmod(name, entry.mode, dir_fd=folder)
             elif entry.kind is Kind.LINK:
                 if now is None or now.target != entry.target:
-                    _unlink_if_there(folder, name, now)
+                    remove_entry(folder, name)
                     os.symlink(entry.target, name, dir_fd=folder)
             elif entry.kind is Kind.FILE and (now is None or not self._is_copy(path)):
                 self._write_back(folder, name, path, entry)
@@ -127,21 +159,13 @@ class ProtectedBackup:
                 os.utime(name, ns=(entry.modified, entry.modified), dir_fd=folder, follow_symlinks=False)
 
     def _write_back(self, folder: int, name: str, path: str, entry: Entry) -> None:
-        temporary = f".{name[:100]}.restored"
-        source = os.open(self._copies[path], READ, dir_fd=self._store)
+        temporary = f".{name[:100]}.{secrets.token_hex(8)}"  # which nobody can have put in the way
         try:
-            target = os.open(temporary, CREATE, 0o600, dir_fd=folder)
-            try:
+            with opened(self._copies[path], READ, self._store) as source, opened(temporary, CREATE, folder) as target:
                 copy_file(source, target, entry.size)
                 os.fchmod(target, entry.mode)
                 os.utime(target, ns=(entry.modified, entry.modified))
-            finally:
-                os.close(target)
-        finally:
-            os.close(source)
-        os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-
-
-def _unlink_if_there(folder: int, name: str, entry: Entry | None) -> None:
-    if entry is not None:
-        os.unlink(name, dir_fd=folder)
+            os.rename(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            remove_entry(folder, temporary)
+            raise

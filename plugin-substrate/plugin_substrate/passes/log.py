@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -49,15 +50,20 @@ class PassLog:
 
     def close(self) -> None:
         """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with suppress(OSError):  # a disk that a plugin has filled
+                file.close()
 
     def _keep(self, text: str) -> None:
         if self._file is None or self._left <= 0:
             return
         self._left -= len(text.encode(errors="backslashreplace")) + 1
-        self._file.write(text + "\n" if self._left > 0 else _CUT)
+        try:
+            self._file.write(text + "\n" if self._left > 0 else _CUT)
+        except OSError as error:
+            self.close()
+            _logger.warning("what a plugin says is not kept", extra={"plugin": self._plugin, "reason": str(error)})
 
 
 def run_id_of(*names: str) -> str:

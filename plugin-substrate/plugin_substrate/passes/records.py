@@ -74,6 +74,11 @@ class ProtectedPaths:
     names: frozenset[str] = frozenset()
     folders: frozenset[str] = frozenset()
 
+    @property
+    def tops(self) -> frozenset[str]:
+        """All that is protected, by name."""
+        return self.names | self.folders | {UNFINISHED}
+
     def covers(self, path: str) -> bool:
         """Whether a path, relative to the tree and with slashes, is protected, as `UNFINISHED` always is."""
         top = path.partition("/")[0]

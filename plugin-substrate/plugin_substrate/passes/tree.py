@@ -67,8 +67,8 @@ class Entry:
         return self.device, self.inode
 
 
-class TreeTooLargeError(Exception):
-    """A tree has more in it than is to be read."""
+class TreeTooLargeError(OSError):
+    """A tree has more in it, or is deeper, than is to be read."""
 
 
 @contextmanager
