@@ -184,8 +184,10 @@ async def verify_tenant(
         since = {name: head for name, head in since.items() if name == stream}
         copied = {name: head for name, head in copied.items() if name == stream}
     links = storage.checkpoints.links(tenant_id, stream=stream, after=number)
-    results = await asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=copied)
-    misplaced = await storage.events.misplaced(tenant_id, stream=stream, after=number)
+    results, misplaced = await asyncio.gather(
+        asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=copied),
+        storage.events.misplaced(tenant_id, stream=stream, after=number),
+    )
     results = [_placed(each, misplaced) for each in results]
     changed = await _changed_checkpoint(storage.checkpoints, tenant_id, exported.newest) if exported else None
     return [changed, *results] if changed is not None else results

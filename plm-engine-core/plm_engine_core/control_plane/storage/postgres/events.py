@@ -55,17 +55,18 @@ SELECT p.stream, min(p.seq) AS seq
 FROM (
     SELECT e.stream, e.seq, e.feed_position AS place,
            lag(e.feed_position) OVER (PARTITION BY e.stream ORDER BY e.seq) AS before
-    FROM events AS e LEFT JOIN LATERAL (
-        SELECT h.last_seq FROM event_checkpoint_heads AS h
-        WHERE %(after)s::bigint > 0 AND h.tenant_id = e.tenant_id AND h.stream = e.stream
-          AND h.number <= %(after)s::bigint ORDER BY h.number DESC LIMIT 1
-    ) AS c ON true
-    WHERE e.tenant_id = %(tenant)s AND (%(stream)s::text IS NULL OR e.stream = %(stream)s)
-      AND e.seq > COALESCE(c.last_seq, 0)
+    FROM events AS e {covered}
+    WHERE e.tenant_id = %(tenant)s AND (%(stream)s::text IS NULL OR e.stream = %(stream)s) {newer}
 ) AS p JOIN event_streams AS s ON s.tenant_id = %(tenant)s AND s.stream = p.stream
 WHERE p.place < p.before OR p.place > s.last_position OR (p.seq = s.last_seq AND p.place <> s.last_position)
 GROUP BY p.stream
 """
+_MISPLACED_ANYWHERE = _MISPLACED.format(covered="", newer="")
+_MISPLACED_SINCE = _MISPLACED.format(
+    covered="LEFT JOIN LATERAL (SELECT h.last_seq FROM event_checkpoint_heads AS h WHERE h.tenant_id = e.tenant_id "
+    "AND h.stream = e.stream AND h.number <= %(after)s ORDER BY h.number DESC LIMIT 1) AS c ON true",
+    newer="AND e.seq > COALESCE(c.last_seq, 0)",
+)
 _BLOCKING = (
     "SELECT pid FROM pg_locks WHERE locktype = 'transactionid' AND granted AND mode = 'ExclusiveLock' "
     "AND transactionid::text::bigint = %s"
@@ -125,7 +126,9 @@ class PostgresEvents:
     async def misplaced(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Mapping[str, int]:
         """By stream, the first event whose place in the feed is not where its stream has it."""
         async with self._gateway.transaction(tenant_id) as connection:
-            cursor = await connection.execute(_MISPLACED, {"tenant": tenant_id, "stream": stream, "after": after})
+            query = _MISPLACED_SINCE if after else _MISPLACED_ANYWHERE
+            values = {"tenant": tenant_id, "stream": stream, "after": after}
+            cursor = await connection.execute(query.encode(), values)
             return {row["stream"]: row["seq"] for row in await cursor.fetchall()}
 
     async def fold(self, tenant_id: UUID, apply: Callable[[Event], None]) -> Standing:
