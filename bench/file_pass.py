@@ -4,8 +4,8 @@ pass that is large in every way: how long it holds up the event loop, and what m
 Everything is real: the supervisor, confined workers, the copy, the comparison and the way back. The baselines are what
 the same plugin code takes in this process, without any isolation; ``cp -r`` of the same tree; and for the bytes alone
 one file of the same size. No copy is removed before the last one is measured: an ext4 without a journal hands out no
-inode that was freed a short while ago and searches past all of them for every new file, so that 2 000 files cost three
-to five times as much where as many were just removed. BENCH_ROUNDS scales it.
+inode that was freed a short while ago and searches past all of them for every new file. A pass keeps its copies apart
+from such places; what is compared with it, and other programs, do not. BENCH_ROUNDS scales it.
 """
 
 from __future__ import annotations
