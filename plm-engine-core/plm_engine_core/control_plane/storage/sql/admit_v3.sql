@@ -145,6 +145,7 @@ $$;
 CREATE FUNCTION engine_park_v3(c jsonb, p_answer jsonb, p_verdict jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SECURITY INVOKER SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
+    v_tenant uuid := (c ->> 'tenant_id')::uuid;
     v_opened jsonb := '{}';
 BEGIN
     IF p_verdict -> 'opens' = 'true' THEN
@@ -152,7 +153,7 @@ BEGIN
     END IF;
     UPDATE run_states SET state = 'awaiting_approval', reason = 'approval_required', message = p_answer ->> 'message',
             lease_owner = NULL, lease_expires_at = NULL, updated_at = clock_timestamp()
-        WHERE tenant_id = (c ->> 'tenant_id')::uuid AND run_id = (c ->> 'run_id')::uuid;
+        WHERE tenant_id = v_tenant AND run_id = (c ->> 'run_id')::uuid;
     RETURN v_opened;
 END
 $$;
