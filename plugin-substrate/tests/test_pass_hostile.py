@@ -258,7 +258,8 @@ async def test_nothing_is_written_after_the_end(packages: Path, tree: Path, writ
                     except OSError:
                         pass
             threading.Thread(target=swap, daemon=True).start()
-        """
+        """,
+        post_transform_all="while not (ctx.dst_root / 'late').exists(): pass",
     )
     record = await hostile(packages, tree, tmp_path)
     after = snapshot(tree)
