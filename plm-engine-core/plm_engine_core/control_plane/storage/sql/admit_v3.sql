@@ -2,7 +2,7 @@
 -- Locks, always in this order: policy and halt scopes (shared), run, ticket or approval scope, budgets from narrow to wide,
 -- grant, stream head. The run guards the idempotency records of its commands: they are read and written while it is held.
 -- The command `c` is built by storage/commands; every key it reads is written there.
--- A call of a function that pins its search_path costs as much as a statement, so what every admission does stands here;
+-- Each call of a function that pins its search_path has its cost, so what every admission does stands here;
 -- what only some do is in the functions of halts_v2, tickets_v2 and budgets_v3.
 CREATE FUNCTION engine_admit_v3(c jsonb) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SECURITY INVOKER

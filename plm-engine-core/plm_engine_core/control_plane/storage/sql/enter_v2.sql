@@ -1,6 +1,6 @@
 -- Binds the transaction to one tenant, which it answers. On a caller's own connection it refuses to move a transaction from
 -- one tenant to another, and any isolation but READ COMMITTED: a snapshot older than the halt lock would miss a halt.
--- As version 1, but to be called in an assignment, which costs half of what PERFORM does.
+-- As version 1, but to be called in an assignment, which needs no statement as PERFORM does.
 CREATE FUNCTION engine_enter_v2(p_tenant uuid) RETURNS uuid
 LANGUAGE plpgsql VOLATILE SECURITY INVOKER SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
