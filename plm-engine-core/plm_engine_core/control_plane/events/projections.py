@@ -40,6 +40,8 @@ CHANGES_NOTHING = frozenset(
         EventKind.BUDGET_SET,
         EventKind.SHADOW_CHANGED,
         EventKind.EVENTS_PRUNED,
+        EventKind.LEASE_TAKEN,
+        EventKind.LEASE_RELEASED,
     }
 )
 """Kinds of event that change neither a run nor a ticket nor a budget."""
