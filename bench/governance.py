@@ -1,7 +1,7 @@
 """What deciding and booking cost: the pure decision, evaluators, a replay, and admission with settlement.
 
 The database rows are real: PostgreSQL with fsync on, row-level security, the application's role. D, measured in the
-same run, is a plain insert of one row, committed, under row-level security, by one client. Run it with
+same run, is a plain insert of one row, committed, under row-level security, by one client.
 BENCH_PAIRS sets the pairs of admission and settlement of each run.
 """
 
