@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import signal
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -54,6 +55,9 @@ from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import create_tenants
 from psycopg.rows import dict_row
 from typer.testing import CliRunner
+
+# A shell makes its background jobs, and all that they start, deaf to SIGINT; what the tests interrupt must hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ALL_SCOPES = frozenset(
     {"plm.runs.create", "plm.hitl.resolve", "plm.halt", "plm.halt.system", "things.read", "things.write"}
