@@ -29,6 +29,7 @@ MAX_LINE_BYTES = 64 << 20
 _NOBODY = UUID(int=0)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
+_decode = json.JSONDecoder().decode  # `json.loads` guesses the encoding of each line, which is always UTF-8
 
 
 class ExportSource(Protocol):
@@ -131,9 +132,9 @@ class ExportReader:
     def _read(self, lines: Iterable[bytes]) -> None:
         numbered = enumerate(_bounded(lines), 1)
         try:
-            self._begin(json.loads(next(numbered)[1]))
+            self._begin(_decode(next(numbered)[1].decode()))
             for number, line in numbered:
-                value = json.loads(line)
+                value = _decode(line.decode())
                 if type(value) is list:
                     self._event(number, value)
                 else:
