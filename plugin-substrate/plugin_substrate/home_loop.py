@@ -85,11 +85,11 @@ class _HandedOver(Generic[T]):
         self._given_up = False
         self._ended = threading.Lock()
         self._ended.acquire()
-        loop.call_soon_threadsafe(self._start)
 
     def result(self) -> T:
-        """Wait for the end; who is interrupted meanwhile takes the work back."""
+        """Hand the work over and wait for its end; who is interrupted meanwhile takes it back."""
         try:
+            self._loop.call_soon_threadsafe(self._start)  # wakes the loop: a signal may be heard when it runs already
             self._ended.acquire()
         except BaseException:
             self._loop.call_soon_threadsafe(self._give_up)

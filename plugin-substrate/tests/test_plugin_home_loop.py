@@ -73,6 +73,40 @@ async def test_work_that_is_cancelled_before_its_first_step_does_not_leave_its_c
         loop.set_task_factory(None)
 
 
+async def test_who_is_interrupted_while_still_handing_over_takes_the_work_back(
+    home: HomeLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waking the loop is a system call: a signal may be heard in it, when the work has begun already."""
+    loop = home.adopt()
+    hand_over = loop.call_soon_threadsafe
+    begun = threading.Event()
+    ended: asyncio.Future[str] = loop.create_future()
+
+    async def work() -> None:
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set_result("taken back")
+
+    def interrupted(callback: Any, *args: Any) -> asyncio.Handle:
+        monkeypatch.undo()
+        hand_over(callback, *args)
+        assert begun.wait(30)
+        raise KeyboardInterrupt
+
+    def wait() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            home.run(work)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", interrupted)
+    waiting = threading.Thread(target=wait, daemon=True)
+    waiting.start()
+    async with asyncio.timeout(30):
+        assert await ended == "taken back"
+    await asyncio.to_thread(waiting.join)
+
+
 async def test_many_threads_at_once_each_get_their_own(home: HomeLoop) -> None:
     home.adopt()
 
