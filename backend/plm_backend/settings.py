@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     archive_seconds: float = Field(default=3600.0, ge=0.2, le=86_400)
     """How often what was signed is added to the archive, and what a tenant's retention lets go is pruned."""
 
+    artifact_grace_seconds: float = Field(default=86_400.0, ge=3600)
+    """How long a stored file may be without its record before it is removed as a stray; longer than any upload."""
+
     patience_seconds: float = Field(default=30.0, ge=0.5, le=3600)
     """An enqueued run that no run worker took for so long is enqueued once more: its job may be lost."""
 

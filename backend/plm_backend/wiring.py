@@ -29,7 +29,7 @@ from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open
 from plm_engine_core.control_plane.storage.postgres.gateway import Pool
 from plm_engine_core.control_plane.storage.postgres.signals import PostgresSignals
 from plm_shared.addresses import driver_dsn
-from plm_shared.artifact_store import LocalFilesystemBackend
+from plm_shared.artifact_store import ArtifactStorageBackend, LocalFilesystemBackend
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.queue import JobQueue
 
@@ -63,6 +63,7 @@ class Platform:
     file_policy: PolicySnapshot
     agents: AgentCatalog
     artifacts: Artifacts
+    artifact_store: ArtifactStorageBackend
     identity: IdentityProvider
     audit: PostgresAuditSink
     hub: SignalHub
@@ -94,6 +95,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
         agents=load_agents(settings.agent_register) if settings.agent_register is not None else None,
         cancel_seconds=settings.lease_seconds + _CANCEL_SECONDS,
     )
+    artifact_store = LocalFilesystemBackend(settings.artifact_root)
     keeper = PolicyKeeper(control_plane.in_force, control_plane.storage.policies, file=policy, news=hub.policy_news)
     async with pool, background(hub.listen, "signal hub"):
         _tell_difference(await keeper.refresh(), policy, settings)  # nothing is decided by a file that was replaced
@@ -105,7 +107,8 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
                 control_plane=control_plane,
                 file_policy=policy,
                 agents=agents,
-                artifacts=Artifacts(LocalFilesystemBackend(settings.artifact_root), name="local"),
+                artifacts=Artifacts(artifact_store, name="local"),
+                artifact_store=artifact_store,
                 identity=identity,
                 audit=PostgresAuditSink(pool),
                 hub=hub,
@@ -172,6 +175,8 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
             platform.control_plane.storage,
             every_seconds=settings.recovery_seconds,
             patience_seconds=settings.patience_seconds,
+            artifacts=platform.artifact_store,
+            artifact_grace_seconds=settings.artifact_grace_seconds,
         )
         delivery = partial(deliver, platform.dsn, driver.drive, concurrency=settings.run_concurrency)
         await stack.enter_async_context(background(delivery, "delivery"))

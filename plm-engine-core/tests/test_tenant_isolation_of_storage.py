@@ -48,6 +48,7 @@ ABSENT = {
     "runs.revive": False,
     "runs.mcrc": NotFound,
     "runs.artifact": NotFound,
+    "runs.unrecorded": "the same as of an id that nobody has",
     "approvals.get": NotFound,
     "approvals.list": [],
     "approvals.votes": [],
@@ -158,6 +159,7 @@ async def foreign(bench):
         "runs.revive": lambda: storage.runs.revive(other, run.id, patience_seconds=0),
         "runs.mcrc": lambda: storage.runs.mcrc(other, run.id),
         "runs.artifact": lambda: storage.runs.artifact(other, record.id),
+        "runs.unrecorded": lambda: as_of_nobody(storage, other, record.id),
         "approvals.get": lambda: storage.approvals.get(other, pending.ticket_id),
         "approvals.list": lambda: storage.approvals.list(other, limit=9, after=None, state=None),
         "approvals.votes": lambda: storage.approvals.votes(other, approved.ticket_id),
@@ -231,6 +233,12 @@ async def foreign(bench):
         "checkpoints.links": lambda: collected(storage.checkpoints.links(other, stream=run_stream(run.id))),
     }
     return bench, calls
+
+
+async def as_of_nobody(storage, tenant, artifact_id):
+    unknown = new_id()
+    assert set(await storage.runs.unrecorded(tenant, [artifact_id, unknown])) == {artifact_id, unknown}
+    return ABSENT["runs.unrecorded"]
 
 
 async def collected(events):

@@ -9,9 +9,11 @@ from plm_shared.artifacts import (
     DEFAULT_MAX_BYTES,
     ArtifactCorrupt,
     ArtifactExists,
+    ArtifactPage,
     ArtifactRef,
     ArtifactSizeExceeded,
     ArtifactStorageBackend,
+    ListedArtifact,
     StoredArtifact,
 )
 from plm_shared.local_store import LocalFilesystemBackend
@@ -21,9 +23,11 @@ __all__ = [
     "DEFAULT_MAX_BYTES",
     "ArtifactCorrupt",
     "ArtifactExists",
+    "ArtifactPage",
     "ArtifactRef",
     "ArtifactSizeExceeded",
     "ArtifactStorageBackend",
+    "ListedArtifact",
     "LocalFilesystemBackend",
     "ObjectStoreBackend",
     "StoredArtifact",

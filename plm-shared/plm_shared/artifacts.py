@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Final, Protocol
@@ -21,19 +21,25 @@ from typing import Any, BinaryIO, Final, Protocol
 __all__ = [
     "CHUNK",
     "DEFAULT_MAX_BYTES",
+    "LARGEST_PAGE",
     "ArtifactCorrupt",
     "ArtifactExists",
+    "ArtifactPage",
     "ArtifactRef",
     "ArtifactSizeExceeded",
     "ArtifactStorageBackend",
+    "ListedArtifact",
     "Meter",
     "StoredArtifact",
+    "checked_page",
     "chunks_of",
+    "ref_at",
     "verified",
 ]
 
 DEFAULT_MAX_BYTES: Final = 100 * 1024 * 1024
 CHUNK: Final = 64 * 1024
+LARGEST_PAGE: Final = 1000  # S3's own limit
 _PART: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,127}")
 
 
@@ -104,6 +110,26 @@ class StoredArtifact:
     sha256: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class ListedArtifact:
+    """An artifact that is in the store; its age is in seconds by the store's own clock, since its upload at the latest.
+
+    S3 counts from the beginning of an upload in parts, so an artifact may be as old as its upload took when it appears.
+    """
+
+    ref: ArtifactRef
+    size_bytes: int
+    age_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArtifactPage:
+    """Some artifacts of a tenant, and the place ``after`` which the next page begins: None when this was the last."""
+
+    artifacts: Sequence[ListedArtifact]
+    after: str | None
+
+
 class ArtifactStorageBackend(Protocol):
     """A place for artifacts."""
 
@@ -129,6 +155,16 @@ class ArtifactStorageBackend(Protocol):
     def delete(self, ref: ArtifactRef) -> None:
         """Remove the artifact; does nothing when it is not there."""
 
+    def list(self, tenant_id: str, *, after: str | None = None, limit: int = 1000) -> ArtifactPage:
+        """The artifacts of a tenant, a page of at most ``limit`` (1 to 1000) at a time; a page may be empty.
+
+        Whoever goes on after each page sees each artifact once that is there from the first page to the last. What has
+        no name of an artifact is passed over.
+
+        Raises:
+            ValueError: the tenant is no UUID in its canonical text, or the limit is none.
+        """
+
 
 class Meter:
     """Reads through, counts, hashes, and stops at the limit. Not seekable, so that a client streams it once."""
@@ -151,6 +187,24 @@ class Meter:
     def stored_at(self, uri: str) -> StoredArtifact:
         """What was read so far, as stored there."""
         return StoredArtifact(uri=uri, size_bytes=self.size_bytes, sha256=self._hash.hexdigest())
+
+
+def ref_at(path: str) -> ArtifactRef | None:
+    """The artifact of a relative path; None where it is the path of none."""
+    tenant_id, _, rest = path.partition("/")
+    trace_id, _, name = rest.partition("/")
+    artifact_id, _, ext = name.rpartition(".")
+    try:
+        return ArtifactRef(tenant_id, trace_id, artifact_id, ext)
+    except ValueError:
+        return None
+
+
+def checked_page(tenant_id: str, limit: int) -> str:
+    """The tenant whose page is asked for; raises ``ValueError`` as ``list`` does."""
+    if not 1 <= limit <= LARGEST_PAGE:
+        raise ValueError(f"limit must be 1 to {LARGEST_PAGE}, not {limit}")
+    return ArtifactRef(tenant_id, "any", "any", "any").tenant_id
 
 
 def chunks_of(stream: Any) -> Iterator[bytes]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -14,10 +16,14 @@ from plm_shared.artifacts import (
     CHUNK,
     DEFAULT_MAX_BYTES,
     ArtifactExists,
+    ArtifactPage,
     ArtifactRef,
+    ListedArtifact,
     Meter,
     StoredArtifact,
+    checked_page,
     chunks_of,
+    ref_at,
     verified,
 )
 
@@ -97,6 +103,24 @@ class LocalFilesystemBackend:
             path.unlink(missing_ok=True)
             self._hash_path(ref).unlink(missing_ok=True)
 
+    def list(self, tenant_id: str, *, after: str | None = None, limit: int = 1000) -> ArtifactPage:
+        """The artifacts of a tenant, trace by trace in the order of their names.
+
+        Raises:
+            ValueError: the tenant is no UUID in its canonical text, or the limit is none.
+        """
+        folder = self._root / checked_page(tenant_id, limit)
+        trace, _, name = (after or "").partition("/")
+        found: list[ListedArtifact] = []
+        for each in _names(folder, since=trace):
+            for file in _names(folder / each, since=name if each == trace else ""):
+                if (each, file) == (trace, name):
+                    continue
+                if len(found) == limit:
+                    return ArtifactPage(artifacts=found, after=found[-1].ref.relative_path.partition("/")[2])
+                found += _listed(folder / each / file, f"{tenant_id}/{each}/{file}")
+        return ArtifactPage(artifacts=found, after=None)
+
     def _replace(self, ref: ArtifactRef, partial: Path, target: Path, sha256: str) -> None:
         """Old and new hash are both good while the content changes: a crash in between leaves a readable artifact."""
         self._remember(ref, [sha256, *(self._hashes(ref) if target.exists() else [])])
@@ -104,7 +128,7 @@ class LocalFilesystemBackend:
         _flush_folder(target.parent)
         self._remember(ref, [sha256])
 
-    def _remember(self, ref: ArtifactRef, hashes: list[str]) -> None:
+    def _remember(self, ref: ArtifactRef, hashes: Sequence[str]) -> None:
         path = self._hash_path(ref)
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _written(path.parent) as (file, partial):
@@ -113,7 +137,7 @@ class LocalFilesystemBackend:
             partial.replace(path)
         _flush_folder(path.parent)
 
-    def _hashes(self, ref: ArtifactRef) -> list[str]:
+    def _hashes(self, ref: ArtifactRef) -> Sequence[str]:
         try:
             return self._hash_path(ref).read_text(encoding="ascii").split()
         except FileNotFoundError:
@@ -124,6 +148,26 @@ class LocalFilesystemBackend:
 
     def _hash_path(self, ref: ArtifactRef) -> Path:
         return self._root / _HASHES / ref.relative_path
+
+
+def _names(folder: Path, *, since: str) -> Sequence[str]:
+    """The names in a folder from `since` on, in order; none where there is no such folder."""
+    try:
+        return sorted(each.name for each in folder.iterdir() if each.name >= since)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _listed(path: Path, relative: str) -> Sequence[ListedArtifact]:
+    """The artifact at a path, if there is one (still)."""
+    ref = ref_at(relative)
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return []
+    if ref is None or not stat.S_ISREG(found.st_mode):
+        return []
+    return [ListedArtifact(ref=ref, size_bytes=found.st_size, age_seconds=time.time() - found.st_mtime)]
 
 
 @contextmanager

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from email.utils import parsedate_to_datetime
 from typing import Any, BinaryIO, Final
 
 from plm_shared.artifacts import (
     CHUNK,
     DEFAULT_MAX_BYTES,
     ArtifactExists,
+    ArtifactPage,
     ArtifactRef,
+    ListedArtifact,
     Meter,
     StoredArtifact,
+    checked_page,
+    ref_at,
     verified,
 )
 
@@ -135,6 +140,25 @@ class ObjectStoreBackend:
         if _NOTE in metadata:
             self._remove(metadata[_NOTE])
 
+    def list(self, tenant_id: str, *, after: str | None = None, limit: int = 1000) -> ArtifactPage:
+        """The artifacts of a tenant in the order of their names; their ages are by the server's clock.
+
+        Raises:
+            ValueError: the tenant is no UUID in its canonical text, or the limit is none.
+        """
+        prefix = f"{checked_page(tenant_id, limit)}/"
+        place = {"StartAfter": prefix + after} if after is not None else {}
+        answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=prefix, MaxKeys=limit, **place)
+        now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+        objects = answer.get("Contents", [])
+        found = [
+            ListedArtifact(ref=ref, size_bytes=each["Size"], age_seconds=(now - each["LastModified"]).total_seconds())
+            for each in objects
+            if (ref := ref_at(each["Key"])) is not None
+        ]
+        last = objects[-1]["Key"].removeprefix(prefix) if answer["IsTruncated"] else None
+        return ArtifactPage(artifacts=found, after=last)
+
     def _upload_parts(self, ref: ArtifactRef, part: bytes, meter: Meter, condition: dict[str, str]) -> None:
         place = {"Bucket": self._bucket, "Key": ref.relative_path}
         note = f".sha256/{ref.relative_path}/{uuid.uuid4().hex}"
@@ -172,7 +196,7 @@ class ObjectStoreBackend:
             else:
                 return
 
-    def _hashes(self, metadata: dict[str, str]) -> list[str]:
+    def _hashes(self, metadata: dict[str, str]) -> Sequence[str]:
         """What the content may hash to: nothing when that was lost, or never kept by whoever put the object there."""
         if _NOTE not in metadata:
             return [metadata[_HASH]] if _HASH in metadata else []

@@ -411,6 +411,95 @@ def test_a_presigned_address_gives_the_artifact(backend: ArtifactStorageBackend)
         assert answer.read() == b"data"
 
 
+def whole_list(backend: ArtifactStorageBackend, tenant_id: str, limit: int) -> list[ArtifactRef]:
+    """Every artifact of a tenant, a page at a time."""
+    found: list[ArtifactRef] = []
+    after = None
+    while True:
+        page = backend.list(tenant_id, after=after, limit=limit)
+        assert len(page.artifacts) <= limit
+        found.extend(each.ref for each in page.artifacts)
+        if (after := page.after) is None:
+            return found
+
+
+def test_every_artifact_of_a_tenant_is_listed_once_whatever_the_size_of_a_page(backend: ArtifactStorageBackend) -> None:
+    tenant, other = str(uuid.uuid4()), str(uuid.uuid4())
+    refs = [
+        ArtifactRef(tenant, trace, name, ext)
+        for trace in ("B", "a", "b")
+        for name, ext in (("one", "txt"), ("one.two", "tar"), ("Z", "gz"))
+    ]
+    for ref in [*refs, replace(refs[0], tenant_id=other)]:
+        backend.put(ref, io.BytesIO(b"12345"))
+    for limit in (1, 2, 5, len(refs), 1000):
+        found = whole_list(backend, tenant, limit)
+        assert sorted(found, key=str) == sorted(refs, key=str), limit
+    assert whole_list(backend, other, 1000) == [replace(refs[0], tenant_id=other)]
+    assert whole_list(backend, str(uuid.uuid4()), 1000) == []
+    (listed, *_) = backend.list(tenant).artifacts
+    assert listed.size_bytes == 5
+    assert -2 < listed.age_seconds < 600, "it was stored a moment ago; servers tell whole seconds"
+    for ref in [*refs, replace(refs[0], tenant_id=other)]:
+        backend.delete(ref)
+    assert whole_list(backend, tenant, 1000) == []
+
+
+def test_what_comes_and_goes_meanwhile_hides_nothing_that_stays(backend: ArtifactStorageBackend) -> None:
+    tenant = str(uuid.uuid4())
+    refs = [ArtifactRef(tenant, "trace", f"{number}", "txt") for number in range(6)]
+    for ref in refs:
+        backend.put(ref, io.BytesIO(b""))
+    first = backend.list(tenant, limit=3)
+    for ref in refs[1:3]:  # the last of the first page too, after which the next one begins
+        backend.delete(ref)
+    backend.put(replace(refs[0], artifact_id="00"), io.BytesIO(b""))
+    rest = backend.list(tenant, after=first.after, limit=1000)
+    assert [each.ref for each in first.artifacts] == refs[:3]
+    assert [each.ref for each in rest.artifacts] == refs[3:]
+    for listed in backend.list(tenant).artifacts:
+        backend.delete(listed.ref)
+
+
+@pytest.mark.parametrize("place", ["local", "moto"])
+def test_names_that_sort_before_the_separator_are_listed_too(
+    buckets: dict[str, dict[str, str]], tmp_path: Path, place: str
+) -> None:
+    """``-`` and ``.`` come before ``/``, so keys and folders have different orders; nanio takes one for the other."""
+    tenant = str(uuid.uuid4())
+    store = LocalFilesystemBackend(tmp_path) if place == "local" else ObjectStoreBackend(**buckets[place])
+    refs = [ArtifactRef(tenant, trace, name, "txt") for trace in ("a", "a-b", "a.b", "ab") for name in ("1", "1-2")]
+    for ref in refs:
+        store.put(ref, io.BytesIO(b""))
+    for limit in (1, 3):
+        assert sorted(whole_list(store, tenant, limit), key=str) == sorted(refs, key=str)
+    if isinstance(store, ObjectStoreBackend):
+        store._client.close()
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1001])
+def test_a_page_of_no_size_or_of_no_tenant_is_refused(tmp_path: Path, limit: int) -> None:
+    store = LocalFilesystemBackend(tmp_path)
+    with pytest.raises(ValueError, match="limit"):
+        store.list(REF.tenant_id, limit=limit)
+    for tenant in ("", "..", ".sha256", REF.tenant_id.upper()):
+        with pytest.raises(ValueError, match="tenant_id"):
+            store.list(tenant)
+
+
+def test_what_is_no_artifact_is_not_listed(tmp_path: Path) -> None:
+    store = LocalFilesystemBackend(tmp_path)
+    store.put(REF, io.BytesIO(b"x"))
+    folder = (tmp_path / REF.relative_path).parent
+    (folder / ".partial-1").write_bytes(b"half")
+    (folder / "no-extension").write_bytes(b"")
+    (folder / "folder.txt").mkdir()
+    (folder / "link.txt").symlink_to("/etc/passwd")
+    (folder.parent / "file").write_bytes(b"")
+    os.mkfifo(folder / "pipe.txt")
+    assert whole_list(store, REF.tenant_id, 1) == [REF]
+
+
 @pytest.mark.parametrize("part", ["tenant_id", "trace_id", "artifact_id", "ext"])
 @pytest.mark.parametrize(
     "value", ["", "..", "a/../b", "/etc/passwd", "a/b", "a\\b", ".hidden", "a..b", "a\0b", "a\n", "é", "x" * 200, 7]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable
+
+from plm_shared.artifact_store import ArtifactStorageBackend
 
 from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
 from plm_engine_core.control_plane.admission.settle import settle
@@ -11,6 +14,7 @@ from plm_engine_core.control_plane.errors import ControlPlaneError, FencingLost,
 from plm_engine_core.control_plane.runs.run import Lease, Orphan, Step
 from plm_engine_core.control_plane.storage.leasing import RECOVERY
 from plm_engine_core.control_plane.storage.ports import Storage
+from plm_engine_core.control_plane.stray_artifacts import GRACE_SECONDS, StrayArtifacts
 from plm_engine_core.control_plane.vocabulary import OutcomeStatus, RunKind, RunState, StepState
 
 logger = logging.getLogger(__name__)
@@ -33,6 +37,9 @@ class Recovery:
     itself: a call that did not begin gives back what it had reserved, one that did is parked as `outcome_unknown`, and
     otherwise the run is queued for whoever made it. Queued and left alone for `forsaken_seconds`, it fails as
     `abandoned`.
+
+    With an artifact store it also removes, once in `artifacts_every_seconds`, what stands there for
+    `artifact_grace_seconds` without a record; see `StrayArtifacts` for how long that has to be.
     """
 
     def __init__(
@@ -42,11 +49,18 @@ class Recovery:
         every_seconds: float = 10.0,
         patience_seconds: float = 30.0,
         forsaken_seconds: float = 7 * 86_400.0,
+        artifacts: ArtifactStorageBackend | None = None,
+        artifacts_every_seconds: float = 3600.0,
+        artifact_grace_seconds: float = GRACE_SECONDS,
     ) -> None:
         self._storage = storage
         self._every_seconds = every_seconds
         self._patience = patience_seconds
         self._orphans = _Orphans(storage, forsaken_seconds=forsaken_seconds)
+        self._strays = (
+            None if artifacts is None else StrayArtifacts(storage, artifacts, grace_seconds=artifact_grace_seconds)
+        )
+        self._artifacts_every_seconds = artifacts_every_seconds
 
     async def sweep(self) -> int:
         """One pass; answers how many runs were enqueued. What fails for one row or tenant is left to the next pass."""
@@ -70,16 +84,30 @@ class Recovery:
             except ControlPlaneError:
                 logger.warning("a halt is not finished yet", extra={"tenant_id": str(tenant_id)}, exc_info=True)
 
+    async def sweep_artifacts(self) -> int:
+        """One pass over the artifact store, if there is one; answers how many stray files were removed."""
+        return await self._strays.sweep() if self._strays is not None else 0
+
     async def run(self) -> None:
-        """Sweep until cancelled; a failed pass is logged and the next one tries again."""
-        while True:
-            try:
-                await self.sweep()
-            except StorageUnavailable as error:
-                logger.warning("a recovery pass has to wait: %s", error)
-            except Exception:
-                logger.exception("a recovery pass failed; the next one tries again")
-            await asyncio.sleep(self._every_seconds)
+        """Sweep until cancelled; a failed pass is logged and the next one tries again.
+
+        A store that is slow to answer does not hold up what runs wait for.
+        """
+        async with asyncio.TaskGroup() as both:
+            both.create_task(_repeat(self.sweep, self._every_seconds))
+            if self._strays is not None:
+                both.create_task(_repeat(self._strays.sweep, self._artifacts_every_seconds))
+
+
+async def _repeat(sweep: Callable[[], Awaitable[int]], seconds: float) -> None:
+    while True:
+        try:
+            await sweep()
+        except StorageUnavailable as error:
+            logger.warning("a recovery pass has to wait: %s", error)
+        except Exception:
+            logger.exception("a recovery pass failed; the next one tries again")
+        await asyncio.sleep(seconds)
 
 
 class _Orphans:

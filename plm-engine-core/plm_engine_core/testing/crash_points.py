@@ -50,7 +50,7 @@ PORTS: Mapping[str, type] = {
 
 READS = frozenset({
     "abandoned", "artifact", "budgets", "comments", "fetch", "get", "history", "list", "mcrc", "now", "orphaned",
-    "scopes", "steps", "unfinished", "votes",
+    "scopes", "steps", "unfinished", "unrecorded", "votes",
 })  # fmt: skip
 """Operations that change nothing and hand nothing over: no point stands there."""
 

@@ -255,6 +255,10 @@ class RunStore(Protocol):
         """One artifact's record."""
         ...
 
+    async def unrecorded(self, tenant_id: UUID, artifact_ids: Sequence[UUID]) -> Sequence[UUID]:
+        """Those of the ids that no artifact of the tenant has a record under, in any order; none for no such tenant."""
+        ...
+
 
 class ApprovalStore(Protocol):
     """Approval tickets, what was said about them, and the approval scopes that came of them."""

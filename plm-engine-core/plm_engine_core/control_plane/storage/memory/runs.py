@@ -186,6 +186,14 @@ class MemoryRuns(MemoryLeases):
                 raise NotFound("artifact", artifact_id)
             return ArtifactRow(**{name: value for name, value in row.items() if name != "tenant_id"})
 
+    async def unrecorded(self, tenant_id: UUID, artifact_ids: Sequence[UUID]) -> Sequence[UUID]:
+        """Those of the ids that no artifact of the tenant has a record under."""
+        async with self._books.turn() as books:
+            if books.tenants.get(None, tenant_id) is None:
+                return []
+            found = {identifier: books.artifacts.get(None, identifier) for identifier in artifact_ids}
+            return [each for each, row in found.items() if row is None or row["tenant_id"] != tenant_id]
+
 
 def _claim_key(books: Books, new: NewRun) -> UUID | None:
     """The run that the key already stands for."""

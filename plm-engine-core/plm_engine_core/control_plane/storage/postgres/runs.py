@@ -298,6 +298,17 @@ class PostgresRuns(PostgresLeases):
                 raise NotFound("artifact", artifact_id)
             return ArtifactRow(**row)
 
+    async def unrecorded(self, tenant_id: UUID, artifact_ids: Sequence[UUID]) -> Sequence[UUID]:
+        """Those of the ids that no artifact of the tenant has a record under."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT given.id FROM unnest(%s::uuid[]) AS given (id) "
+                "WHERE EXISTS (SELECT FROM tenants WHERE id = %s) AND NOT EXISTS ("
+                "SELECT FROM artifacts AS a WHERE a.tenant_id = %s AND a.id = given.id)",
+                [list(artifact_ids), tenant_id, tenant_id],
+            )
+            return [row["id"] for row in await cursor.fetchall()]
+
 
 async def _get(connection: Session, tenant_id: UUID, run_id: UUID, *, lock: bool = False) -> Run:
     cursor = await connection.execute(_GET_LOCKED if lock else _GET, [tenant_id, run_id])
