@@ -73,8 +73,10 @@ class InstanceTable:
         """Unload everything, and wait for what others are unloading."""
         for instance_id in {*self._instances, *self._loading}:
             self._begin_unload(instance_id)
-        await asyncio.gather(*self._unloading)
+        ended, _ = await asyncio.wait(self._unloading) if self._unloading else (set(), None)
         await self._books.close()
+        for task in ended:
+            task.result()
 
     def _pools(self) -> list[tuple[str, WorkerPool]]:
         return [(instance_id, instance.workers) for instance_id, instance in self._instances.items()]

@@ -1,0 +1,43 @@
+"""Who stops waiting, or changes something while others work, leaves nothing half-done behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from plugin_substrate import CallContext, PluginError, PluginInputError, PluginLoadError, PluginManager, PluginMeta
+from plugin_substrate.proxy import RemotePluginProxy
+
+MetaFactory = Callable[..., PluginMeta]
+
+
+async def test_who_stops_waiting_for_everything_to_be_unloaded_does_not_stop_it(
+    probe: PluginManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unloading, may_end = asyncio.Event(), asyncio.Event()
+    unload = RemotePluginProxy.unload
+
+    async def slow_unload(self: RemotePluginProxy, grace_seconds: float) -> None:
+        unloading.set()
+        await may_end.wait()
+        await unload(self, grace_seconds)
+
+    monkeypatch.setattr(RemotePluginProxy, "unload", slow_unload)
+    supervisor = probe.get_instance("probe").supervisor_pid
+    assert supervisor is not None
+    waiting = asyncio.create_task(probe.unload_all_async())
+    await unloading.wait()
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    may_end.set()
+    await probe.unload_all_async()
+    with pytest.raises(ProcessLookupError):
+        os.kill(supervisor, 0)
