@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
@@ -177,15 +178,21 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
     ) -> Generator[Any, None, None]:
         """Like `execute_plugin_stream`, synchronously."""
         batches = self._batches(instance_id, args, kwargs, call, CallListeners())
+        turn = asyncio.Lock()  # what an interrupted reader waited for ends first: what runs cannot be closed
 
         async def next_batch() -> list[Any]:
-            return await anext(batches, [])
+            async with turn:
+                return await anext(batches, [])
+
+        async def close() -> None:
+            async with turn:
+                await batches.aclose()
 
         try:
             while batch := self._home.run(next_batch):
                 yield from batch
         finally:
-            self._home.run(batches.aclose)
+            self._home.run(close)
 
     async def _batches(
         self,

@@ -41,3 +41,23 @@ async def test_who_stops_waiting_for_everything_to_be_unloaded_does_not_stop_it(
     await probe.unload_all_async()
     with pytest.raises(ProcessLookupError):
         os.kill(supervisor, 0)
+
+
+def next_of_interrupted(stream: Iterator[Any]) -> Any:
+    threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+    return next(stream)
+
+
+def test_who_is_interrupted_in_a_synchronous_stream_hears_of_that_alone_and_the_call_ends(
+    tmp_path: Path, probe_meta: MetaFactory
+) -> None:
+    manager = PluginManager(data_dir=tmp_path, grace_seconds=0.3)
+    assert manager.load_plugin(probe_meta("Streamer", "streamer", "streamer"))
+    try:
+        stream = manager.execute_plugin_stream_sync("streamer", kind="pauses")
+        assert next(stream) == "first"
+        with pytest.raises(KeyboardInterrupt):
+            next_of_interrupted(stream)
+        assert manager.execute_plugin("streamer", kind="free again") == ("free again", {})
+    finally:
+        manager.unload_all()
