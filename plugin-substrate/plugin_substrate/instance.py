@@ -88,7 +88,7 @@ class LoadedInstance:
         self._last_executed: datetime | None = None
         self._gate = Gate()
         self._closed = False
-        self._calls: dict[str, RemotePluginProxy] = {}
+        self._calls: dict[str, tuple[PendingCall, RemotePluginProxy]] = {}  # those sent, and about to be
         self._cancels: set[asyncio.Task[CancelOutcome]] = set()
 
     def view(self) -> PluginInstance:
@@ -274,9 +274,8 @@ class LoadedInstance:
 
     async def cancel(self, call_id: str, on_force: Callable[[], object] | None = None) -> CancelOutcome:
         """Ask a call to end and kill the worker when it has not within the grace; ``on_force`` hears of that before."""
-        proxy = self._calls.get(call_id)
-        call = proxy.calls.get(call_id) if proxy is not None else None
-        if proxy is None or call is None:
+        call, proxy = self._calls.get(call_id, (None, None))
+        if call is None or proxy is None or call_id not in proxy.calls:
             return CancelOutcome.NOT_RUNNING
         if proxy.alive:
             proxy.request_cancel(call_id)
@@ -337,7 +336,7 @@ class LoadedInstance:
         return worker
 
     def _leave(self, worker: TenantWorker, pending: PendingCall) -> None:
-        if pending.sent_at is not None:
+        if self._calls.get(pending.context.call_id, (None,))[0] is pending:
             del self._calls[pending.context.call_id]
         self._books.ended(self._payer, self.settings.meta, pending)
         worker.slots.release()
@@ -362,13 +361,13 @@ class LoadedInstance:
         message = proxy.encode_call(pending.context, args, kwargs, stream=isinstance(pending, PendingStream))
         if pending.context.deadline is not None and pending.context.deadline <= time.time():
             raise PluginTimeoutError(f"call {call_id} was not sent: its deadline has passed", timeout_seconds=0.0)
+        self._calls[call_id] = pending, proxy
         asked = listeners.before_start is not None and await _ask(listeners.before_start, call_id)
         if self._closed or (asked and not proxy.alive):  # unless something was awaited, it just was
             raise WorkerDiedError("the worker ended before the call was sent", outcome_known=True)
         if listeners.on_started is not None:
             listeners.on_started()
         self._last_executed = datetime.now(UTC)
-        self._calls[call_id] = proxy
         self._books.sent(self.settings.meta, worker, pending)
         proxy.send_call(pending, message)
 

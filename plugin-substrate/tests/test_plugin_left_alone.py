@@ -43,6 +43,36 @@ async def test_who_stops_waiting_for_everything_to_be_unloaded_does_not_stop_it(
         os.kill(supervisor, 0)
 
 
+async def test_a_second_call_of_one_id_is_refused_when_both_wait_for_their_permission(
+    probe: PluginManager,
+) -> None:
+    asked, may_start = asyncio.Event(), asyncio.Event()
+
+    async def before_start() -> bool:
+        asked.set()
+        await may_start.wait()
+        return True
+
+    async def call() -> Any:
+        return await probe.execute_call(
+            "twice", action="probe.echo", call=CallContext("the same"), before_start=before_start
+        )
+
+    await probe.load_plugin_async(probe.get_plugin_meta("probe"), instance_id="twice", max_concurrent_requests=2)
+    first = asyncio.create_task(call())
+    await asked.wait()
+    asked.clear()
+    second = asyncio.create_task(call())
+    asks = asyncio.create_task(asked.wait())
+    await asyncio.wait({second, asks}, return_when=asyncio.FIRST_COMPLETED)
+    asks.cancel()
+    may_start.set()
+    async with asyncio.timeout(60):
+        assert (await first).value == {}
+        with pytest.raises(PluginInputError, match="'the same' is already running"):
+            await second
+
+
 def next_of_interrupted(stream: Iterator[Any]) -> Any:
     threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     return next(stream)
