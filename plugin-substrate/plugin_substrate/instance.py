@@ -258,6 +258,12 @@ class LoadedInstance:
                 await asyncio.gather(*(proxy.kill() for proxy in proxies))
                 raise
             self._take_over(settings)
+            await self._stop_all_but(proxies)
+
+    async def _stop_all_but(self, told: list[RemotePluginProxy]) -> None:
+        """End what came up with the settings before, while others were told the new ones."""
+        untold = [worker for worker in self.workers if not (worker.proxy in told and worker.alive)]
+        await asyncio.gather(*(worker.stop_process() for worker in untold))
 
     def _take_over(self, settings: InstanceSettings) -> None:
         self.settings = settings

@@ -73,6 +73,34 @@ async def test_a_second_call_of_one_id_is_refused_when_both_wait_for_their_permi
             await second
 
 
+async def test_a_worker_that_comes_up_while_others_are_reconfigured_has_the_new_configuration(
+    manager: PluginManager, probe_meta: MetaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await manager.load_plugin_async(
+        probe_meta("Applying", "adjustable", "adjustable"), {"model": "small"}, strict=False
+    )
+    changing, may_end = asyncio.Event(), asyncio.Event()
+    ask = RemotePluginProxy.ask
+
+    async def slow_ask(self: RemotePluginProxy, verb: str, *arguments: Any, **options: Any) -> Any:
+        if verb == "reconfigure":
+            changing.set()
+            await may_end.wait()
+        return await ask(self, verb, *arguments, **options)
+
+    monkeypatch.setattr(RemotePluginProxy, "ask", slow_ask)
+    changed = asyncio.create_task(manager.reconfigure_async("adjustable", {"model": "large"}, strict=False))
+    await changing.wait()
+    await manager.prefetch_async("adjustable", tenant_id="another")
+    may_end.set()
+    await changed
+    for tenant in ("", "another"):
+        config, _ = await manager.execute_plugin_async(
+            "adjustable", action="adjust.config", call=CallContext(f"c-{tenant}", tenant_id=tenant)
+        )
+        assert config == {"model": "large"}
+
+
 def next_of_interrupted(stream: Iterator[Any]) -> Any:
     threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     return next(stream)
