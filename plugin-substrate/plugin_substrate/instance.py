@@ -87,6 +87,7 @@ class LoadedInstance:
         self._created_at = datetime.now(UTC)
         self._last_executed: datetime | None = None
         self._gate = Gate()
+        self._restarting = asyncio.Lock()
         self._closed = False
         self._calls: dict[str, tuple[PendingCall, RemotePluginProxy]] = {}  # those sent, and about to be
         self._cancels: set[asyncio.Task[CancelOutcome]] = set()
@@ -218,16 +219,20 @@ class LoadedInstance:
         """Return the worker that serves a tenant, if there is one."""
         return self.workers.find(self._seat(tenant_id))
 
-    async def restart(self, settings: InstanceSettings | None = None) -> None:
-        """Replace the workers, taking over other settings; the number of slots stays.
+    async def restart(self, config: Mapping[str, Any] | None = None) -> None:
+        """Replace the workers, with another configuration if one is given; one restart at a time.
 
         One is started at once, the others at their next call. When it does not come up, a `PluginLoadError` says why,
-        the settings stay as they were, and the next call starts a worker with them.
+        the configuration stays as it was, and the next call starts a worker with it.
         """
-        if self._closed:
-            raise PluginNotLoadedError(f"{self.settings.instance_id!r} is being unloaded")
+        async with self._restarting:
+            if self._closed:
+                raise PluginNotLoadedError(f"{self.settings.instance_id!r} is being unloaded")
+            await self._restart(self.settings if config is None else replace(self.settings, config=config))
+
+    async def _restart(self, settings: InstanceSettings) -> None:
         before = self.settings
-        self._take_over(settings or before)
+        self._take_over(settings)
         latest = max(self.workers, key=lambda worker: worker.last_used, default=None)
         try:
             await self.workers.stop_processes()
@@ -248,7 +253,7 @@ class LoadedInstance:
         async with self._gate.shut():
             proxies = self._live_proxies()
             if not proxies:
-                await self.restart(settings)
+                await self.restart(config)
                 return
             change = {"old": dict(self.settings.config), "new": dict(config)}
             try:

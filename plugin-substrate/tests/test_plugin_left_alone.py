@@ -101,6 +101,20 @@ async def test_a_worker_that_comes_up_while_others_are_reconfigured_has_the_new_
         assert config == {"model": "large"}
 
 
+async def test_reloads_that_fail_side_by_side_leave_the_configuration_as_it_was(
+    manager: PluginManager, probe_meta: MetaFactory
+) -> None:
+    meta = probe_meta("Adjustable", "adjustable", "adjustable")
+    await manager.load_plugin_async(meta, {"model": "small"}, strict=False)
+    reloads = [
+        manager.reload_plugin_async("adjustable", {"model": "unloadable", "number": number}, strict=False)
+        for number in range(3)
+    ]
+    failed = await asyncio.gather(*reloads, return_exceptions=True)
+    assert [type(failure) for failure in failed] == [PluginLoadError] * 3
+    assert manager.get_plugin_config("adjustable") == {"model": "small"}
+
+
 def next_of_interrupted(stream: Iterator[Any]) -> Any:
     threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     return next(stream)

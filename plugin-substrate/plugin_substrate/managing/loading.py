@@ -143,10 +143,9 @@ class LoadingVerbs(FindingVerbs, ConfiguringVerbs, SecretVerbs):
         """
         self._home.adopt()
         instance = self._instances.get(instance_id)
-        settings = instance.settings
         if config is not None:
-            settings = replace(settings, config=await checked_config(settings.meta, config, strict=strict))
-        await instance.restart(settings)
+            config = await checked_config(instance.settings.meta, config, strict=strict)
+        await instance.restart(config)
         return instance.view()
 
     def reload_plugin(self, instance_id: str, config: Mapping[str, Any] | None = None, *, strict: bool = True) -> bool:
