@@ -173,7 +173,7 @@ class TenantWorker:
         self._closed = True
         if self._reviver is not None:
             self._reviver.stop()
-        if self._patience is not None:
+        if self._patience is not None and not self._patience.expired():
             self._patience.reschedule(0)  # what is being loaded now is no longer wanted
         await self.stop_process()
         await self._leave_template()
@@ -207,6 +207,7 @@ class TenantWorker:
                     on_progress=lambda *_: self._be_patient(settings.load_timeout),
                 )
         except BaseException as error:
+            self._patience = None  # as it has failed, there is nothing to hurry
             failure = error
             if isinstance(error, PluginError | OSError):
                 failure = self._load_error(error, phase, proxy)

@@ -115,6 +115,33 @@ async def test_reloads_that_fail_side_by_side_leave_the_configuration_as_it_was(
     assert manager.get_plugin_config("adjustable") == {"model": "small"}
 
 
+async def test_unloading_while_a_load_that_failed_is_cleared_away_fails_nowhere(
+    manager: PluginManager, probe_meta: MetaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killing, may_end = asyncio.Event(), asyncio.Event()
+    kill, failures = RemotePluginProxy.kill, []
+
+    async def slow_kill(self: RemotePluginProxy) -> None:
+        killing.set()
+        await may_end.wait()
+        await kill(self)
+
+    monkeypatch.setattr(RemotePluginProxy, "kill", slow_kill)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: failures.append(context))
+    loading = asyncio.create_task(manager.load_plugin_async(probe_meta("RaisesOnInitialize", name="failing")))
+    await killing.wait()
+    unloading = asyncio.create_task(manager.unload_plugin_async("failing"))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    may_end.set()
+    with pytest.raises(PluginError, match="failing"):
+        await loading
+    assert await unloading
+    gc.collect()
+    await asyncio.sleep(0)
+    assert failures == []
+
+
 def next_of_interrupted(stream: Iterator[Any]) -> Any:
     threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
     return next(stream)
