@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date, datetime, time
 from decimal import Decimal
 from enum import Enum
@@ -42,6 +42,10 @@ def encodable(text: str) -> bool:
 
 
 compact_json: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+_sorted_json: Final = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str
+).encode
+_ESCAPED_NUL: Final = "\\u0000"  # how U+0000 is written; also within an escaped backslash, which is harmless
 
 
 def canonical_json(value: Any, *, root: str = "payload") -> str:
@@ -50,9 +54,12 @@ def canonical_json(value: Any, *, root: str = "payload") -> str:
     Raises:
         JsonRefused: a value's text would differ between processes.
     """
-    if not _plainly_json(value, 0):
-        _check(value, root, 0, _hashable_leaf)
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
+    if _plainly_json(value, 0):
+        text = _sorted_json(value)
+        if text.isascii() or encodable(text):
+            return text
+    _check(value, root, 0, _hashable_leaf)
+    return _sorted_json(value)
 
 
 def storable_json(value: Any, *, root: str = "payload") -> str:
@@ -61,36 +68,45 @@ def storable_json(value: Any, *, root: str = "payload") -> str:
     Raises:
         JsonRefused: a value is no JSON (a datetime, a NaN), or text that PostgreSQL cannot store (U+0000).
     """
+    if _plainly_json(value, 0):
+        text = compact_json(value)
+        if _ESCAPED_NUL not in text and (text.isascii() or encodable(text)):
+            return text
     check_storable(value, root=root)
     return compact_json(value)
 
 
 def check_storable(value: Any, *, root: str = "payload") -> None:
     """Only the checks of ``storable_json``."""
-    if not _plainly_json(value, 0):
-        _check(value, root, 0, _storable_leaf)
+    _check(value, root, 0, _storable_leaf)
 
 
 def _plainly_json(value: Any, depth: int) -> bool:
-    """Whether the value needs no closer look; one that does may still be fine."""
+    """Whether the value has nothing but what JSON has, texts aside: those are looked at once they are one.
+
+    One that has may still be fine. This is run for every value of every booking, so each leaf is judged in place.
+    """
     kind = type(value)
-    if kind is str:
-        return "\0" not in value and (value.isascii() or encodable(value))
-    if kind is dict or kind is list:
-        if depth >= _DEEPEST:
+    items: Iterable[Any] = (value,)
+    if kind is dict:
+        items = value.values()
+        for key in value:
+            if type(key) is not str:
+                return False
+    elif kind is list:
+        items = value
+    if depth >= _DEEPEST:
+        return False
+    for item in items:
+        kind = type(item)
+        if kind is str or item is None or kind is bool:
+            continue
+        if kind is dict or kind is list:
+            if not _plainly_json(item, depth + 1):
+                return False
+        elif not ((kind is int and -_SMALL < item < _SMALL) or (kind is float and math.isfinite(item))):
             return False
-        if kind is dict:
-            for key in value:
-                if not (type(key) is str and key.isascii() and "\0" not in key):
-                    return False
-            value = value.values()
-        return all(_plainly_json(item, depth + 1) for item in value)
-    return (
-        value is None
-        or kind is bool
-        or (kind is int and -_SMALL < value < _SMALL)
-        or (kind is float and math.isfinite(value))
-    )
+    return True
 
 
 def _check(value: Any, path: str, depth: int, leaf: Callable[[Any, str], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final
 
 from plm_shared.canonical_json import canonical_json, encodable
@@ -12,6 +12,9 @@ __all__ = ["LONGEST_KEY", "IdempotencyKey", "compute_content_hash"]
 
 LONGEST_KEY: Final = 2000
 """Bytes of a key's text: PostgreSQL indexes hold no row of more than about 2 700."""
+
+
+_PARTS: Final = ("tenant_id", "trace_id", "span_id", "event_type", "content_hash")
 
 
 @dataclass(frozen=True)
@@ -32,15 +35,15 @@ class IdempotencyKey:
     content_hash: str
 
     def __post_init__(self) -> None:
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if not isinstance(value, str) or not value or "\0" in value or not encodable(value):
+        parts = (self.tenant_id, self.trace_id, self.span_id, self.event_type, self.content_hash)
+        for name, value in zip(_PARTS, parts, strict=True):
+            if not isinstance(value, str) or not value or "\0" in value or not (value.isascii() or encodable(value)):
                 raise ValueError(
-                    f"IdempotencyKey.{part.name} must be text, not empty and without U+0000 or half a surrogate pair:"
+                    f"IdempotencyKey.{name} must be text, not empty and without U+0000 or half a surrogate pair:"
                     f" {value!r}"
                 )
-            if ":" in value and part.name != "content_hash":
-                raise ValueError(f"IdempotencyKey.{part.name} must not contain ':', which separates parts: {value!r}")
+            if ":" in value and name != "content_hash":
+                raise ValueError(f"IdempotencyKey.{name} must not contain ':', which separates parts: {value!r}")
         if (length := len(self.as_db_key().encode())) > LONGEST_KEY:
             raise ValueError(f"IdempotencyKey is {length} bytes long; shorten its parts to {LONGEST_KEY} together")
 

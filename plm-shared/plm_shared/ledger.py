@@ -23,7 +23,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, assert_never
 
-from plm_shared.canonical_json import JsonRefused, check_storable, compact_json
+from plm_shared.canonical_json import JsonRefused, compact_json, storable_json
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitGovernanceArgs, EmitLlmCallArgs, EmitTelemetryArgs
 from plm_shared.pricing import ledger_amount
 
@@ -220,10 +220,9 @@ def _cost(
 
 def _record(table: str, columns: dict[str, Any], name: str = "model", document: Any = None) -> LedgerRecord:
     priced = "priced_model" in columns
-    if document is not None:
-        check_storable(document, root=name)
-        columns[name] = document
     text = compact_json(columns)
+    if document is not None:
+        text = f'{text[:-1]},"{name}":{storable_json(document, root=name)}}}'
     if len(text) > _LARGEST:
         raise JsonRefused(name, f"makes an event of {len(text)} characters; {_LARGEST} is the limit")
     return LedgerRecord(table, text, priced)

@@ -96,7 +96,8 @@ async def admit(
     try:
         facts, subjects = await prepare(proposal, policy=policy, registry=registry, storage=storage, agents=agents)
         decision, facts = await decided(proposal, policy, facts, evaluators)
-        record = {**decision.to_json(), "facts": facts.to_json()}
+        stored = policy.plans.of(facts.capability).stored if facts.capability is not None else None
+        record = {**decision.to_json(), "facts": facts.to_json(capability=stored)}
         if shadow is not None:
             record["shadow"] = shadow_record(proposal, shadow, facts, decision, active=policy)
         reserve = _reserve(proposal, policy, facts, decision, subjects)

@@ -157,11 +157,10 @@ class BudgetPlan:
         That order is the order of locks: the widest row is hot, so it is taken last and held shortest. A unit that the
         call does not bound reserves nothing, and is checked and charged all the same.
         """
-        whose = _whose(subjects or Subjects(), tenant_id, model)
         reserves = [_reserve(BudgetScope.RUN, run_id, unit, amounts) for unit in self._run]
         reserves += [_reserve(BudgetScope.TENANT, tenant_id, unit, amounts) for unit in self._tenant]
         if self._limits:
-            reserves += self._limited(amounts, whose)
+            reserves += self._limited(amounts, _whose(subjects or Subjects(), tenant_id, model))
             reserves.sort(key=lambda each: (_WIDTH[each.scope], each.unit, each.period))
         return tuple(reserves)
 

@@ -68,6 +68,12 @@ def described(capability: CapabilityDescriptor) -> dict[str, Any]:
     }
 
 
+def stored_capability(capability: CapabilityDescriptor) -> dict[str, Any]:
+    """The stored form of a capability; sets have no order of their own, and it has to be the same each time."""
+    record = capability.model_dump(mode="json")
+    return {**record, "required_scopes": sorted(record["required_scopes"])}
+
+
 def document_of(proposal: Proposed, facts: Facts, capability: Mapping[str, Any]) -> dict[str, Any]:
     """The roots that paths start from, for conditions and evaluators alike."""
     return {
@@ -112,11 +118,10 @@ class Facts:
     unregistered: bool = False
     principal_until: datetime | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """The stored form, from which the decision can be made again."""
-        capability = self.capability.model_dump(mode="json") if self.capability is not None else None
-        if capability is not None:
-            capability["required_scopes"] = sorted(capability["required_scopes"])
+    def to_json(self, *, capability: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The stored form, from which to decide again; `capability` is its own in that form, where at hand."""
+        if capability is None and self.capability is not None:
+            capability = stored_capability(self.capability)
         record: dict[str, Any] = {
             "capability": capability,
             "principal_scopes": sorted(self.principal_scopes),

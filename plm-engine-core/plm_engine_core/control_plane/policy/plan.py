@@ -12,7 +12,7 @@ from plm_engine_core.control_plane.matching import Match, any_of
 from plm_engine_core.control_plane.policy.compiled import Test, compile_condition
 from plm_engine_core.control_plane.policy.conditions import EvaluatorSays, leaves
 from plm_engine_core.control_plane.policy.decision import Decision, StageResult
-from plm_engine_core.control_plane.policy.facts import described
+from plm_engine_core.control_plane.policy.facts import described, stored_capability
 from plm_engine_core.control_plane.policy.rules import Effect, Rule
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import (
@@ -45,6 +45,8 @@ class Plan:
 
     capability: CapabilityDescriptor
     fields: Mapping[str, Any]
+    stored: Mapping[str, Any]
+    """The capability as it is recorded with each of its decisions."""
     tier: ActionTier
     tier_at: str
     tier_step: RoutingResolutionStep
@@ -99,6 +101,7 @@ class Plans:
         return Plan(
             capability=capability,
             fields=described(capability),
+            stored=stored_capability(capability),
             tier=tier,
             tier_at="capability.approval"
             if marked

@@ -94,8 +94,7 @@ class PostgresAdmission:
     async def _booked(self, statement: Statement, connection: Connection | None = None) -> Mapping[str, Any]:
         """What a statement answers, in a transaction of its own or in the caller's."""
         if connection is None:
-            async with self._gateway.connection() as own:
-                answer = await self._calls.run(own, statement)
+            answer = await self._gateway.lent(lambda own: self._calls.run(own, statement))
         else:
             with translated():
                 require_transaction(connection)

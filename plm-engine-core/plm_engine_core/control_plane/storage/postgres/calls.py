@@ -43,15 +43,14 @@ class Calls:
         name, text, parameters = _numbered(statement.sql)
         values = [_encoded(statement.params[each]) for each in parameters]
         prepared = self._prepared.setdefault(connection, set())
-        async with connection.lock:
-            try:
-                result = await self._sent(connection, name, text, values, prepared)
-            except InvalidSqlStatementName:
-                # The driver drops what a connection has prepared after a rollback. Nothing was run.
-                prepared.clear()
-                result = await self._sent(connection, name, text, values, prepared)
+        try:
+            result = await self._sent(connection, name, text, values, prepared)
+        except InvalidSqlStatementName:
+            # The driver drops what a connection has prepared after a rollback. Nothing was run.
+            prepared.clear()
+            result = await self._sent(connection, name, text, values, prepared)
         answer = result.get_value(0, 0)
-        return json.loads(answer) if answer is not None else None
+        return json.loads(answer.decode()) if answer is not None else None
 
     async def _sent(
         self, connection: Session, name: bytes, text: bytes, values: list[bytes], prepared: set[bytes]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from uuid import UUID
 
 import psycopg
@@ -27,6 +27,8 @@ from plm_engine_core.control_plane.errors import (
 
 Pool = AsyncConnectionPool[psycopg.AsyncConnection[DictRow]]
 Session = psycopg.AsyncConnection[DictRow]
+
+_Made = TypeVar("_Made")
 
 _BUSY = {"25P03", "55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
 _BOUND = "SELECT set_config('app.tenant_id', %s, true), set_config('lock_timeout', %s, true)"
@@ -119,6 +121,19 @@ class Gateway:
         with translated():
             async with asyncio.timeout(_LONGEST_ANSWER_SECONDS), self._pool.connection() as connection:
                 yield connection
+
+    async def lent(self, use: Callable[[Session], Awaitable[_Made]]) -> _Made:
+        """What `use` makes of one pooled connection in autocommit mode, on which it leaves no transaction open.
+
+        As `connection`, without the layers around it: for statements that are run at every step of every run.
+        """
+        with translated():
+            async with asyncio.timeout(_LONGEST_ANSWER_SECONDS):
+                connection = await self._pool.getconn()
+                try:
+                    return await use(connection)
+                finally:
+                    await self._pool.putconn(connection)
 
     @asynccontextmanager
     async def transaction(self, tenant_id: UUID) -> AsyncIterator[Session]:
