@@ -207,14 +207,16 @@ def _active() -> ActiveCall:
 
 
 class PluginInterface(ABC):
-    """Base class of every plugin.
+    """Base class of every plugin: one has a name and a version, and overrides `execute`; all else has a default.
 
     ``WORKER_ENV`` declares the variables that the worker reads; ``config_class`` may name the dataclass of the
-    configuration, whose fields' metadata then says what a change of them releases.
+    configuration, whose fields make its schema, and whose fields' metadata says what a change of them releases.
+    ``config`` is the configuration as `initialize` keeps it: a dict.
     """
 
     WORKER_ENV: ClassVar[Sequence[EnvVarSpec]] = ()
     config_class: ClassVar[type | None] = None
+    config: Any
 
     @property
     @abstractmethod
@@ -227,20 +229,33 @@ class PluginInterface(ABC):
         """The plugin's version."""
 
     @abstractmethod
-    def initialize(self, config: dict[str, Any]) -> None:
-        """Prepare for calls; called once, before the first, with ``{}`` when nothing is configured."""
-
-    @abstractmethod
     def execute(self, *args: Any, **kwargs: Any) -> Any:
         """Do the work. A capability is called as ``execute(action="<capability id>", **arguments)``."""
 
-    @abstractmethod
-    def get_config_schema(self) -> dict[str, Any]:
-        """Return the JSON Schema of the configuration, ``{}`` when there is none."""
+    def initialize(self, config: dict[str, Any]) -> None:
+        """Prepare for calls; called once, before the first, with ``{}`` when nothing is configured.
 
-    @abstractmethod
+        Unless overridden it keeps the configuration as ``self.config``.
+        """
+        self.config = config
+
+    def get_config_schema(self) -> dict[str, Any]:
+        """Return the JSON Schema of the configuration: unless overridden the one of `config_class`, ``{}`` without."""
+        if self.config_class is None:
+            return {}
+        from plugin_substrate.validation import dataclass_to_jsonschema  # few plugins need it
+
+        return dataclass_to_jsonschema(self.config_class)
+
     def get_current_config(self) -> dict[str, Any]:
-        """Return the configuration in use."""
+        """Return the configuration in use: unless overridden ``self.config``."""
+        try:
+            return self.config  # type: ignore[no-any-return] # or a dataclass, which stands for one
+        except AttributeError:
+            raise NotImplementedError(
+                f"{type(self).__name__} overrides initialize() and keeps no self.config: have it call "
+                "super().initialize(config), or override get_current_config() too"
+            ) from None
 
     def execute_stream(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
         """Do the work piece by piece; unless overridden, in the one piece that ``execute`` returns."""

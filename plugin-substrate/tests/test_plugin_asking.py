@@ -8,7 +8,14 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
-from plugin_substrate import PluginDisabledError, PluginInputError, PluginManager, PluginMeta, ProtocolError
+from plugin_substrate import (
+    PluginDisabledError,
+    PluginFatalError,
+    PluginInputError,
+    PluginManager,
+    PluginMeta,
+    ProtocolError,
+)
 from plugin_substrate.instance import LoadedInstance
 
 MetaFactory = Callable[..., PluginMeta]
@@ -151,6 +158,41 @@ async def test_each_release_runs_once_even_when_one_raises(
     await manager.load_plugin_async(meta(), {"model": "small", "device": "cpu", "index": "flat"})
     await manager._instances.get("adjustable").reconfigure({"model": "large", "device": "gpu", "index": "tree"})
     assert diary() == ["initialize small", "release model", "release index", "initialize large"]
+
+
+async def test_a_plugin_needs_a_name_a_version_and_execute_and_nothing_else(
+    manager: PluginManager, probe_meta: MetaFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    schema = {"type": "object", "properties": {"rows": {"type": "integer", "default": 3}}}
+    await manager.load_plugin_async(probe_meta("Smallest", "smallest", "smallest", config_schema=schema))
+    assert await manager.execute_plugin_async("smallest", 1, b"x") == [1, b"x"]
+    instance = manager._instances.get("smallest")
+    assert await instance.ask("current_config") == {"rows": 3}
+    await manager.reconfigure_async("smallest", {"rows": 4})
+    assert await instance.ask("current_config") == {"rows": 4}
+    found = manager.get_plugin_meta("smallest")
+    assert found is not None
+    assert not found.config_schema_drift, "a schema that stands in the metadata alone is no other one"
+
+
+async def test_a_dataclass_that_is_named_makes_the_schema_and_keeps_drift_known(
+    manager: PluginManager, probe_meta: MetaFactory
+) -> None:
+    schema = {"type": "object", "properties": {"rows": {"type": "integer", "default": 10}}}
+    await manager.load_plugin_async(probe_meta("Configured", "smallest", "smallest", config_schema=schema))
+    assert await manager.execute_plugin_async("smallest") == {"rows": 10}
+    found = manager.get_plugin_meta("smallest")
+    assert found is not None
+    assert found.config_schema_drift
+    assert set((found.live_config_schema or {})["properties"]) == {"rows", "unit"}
+
+
+async def test_a_plugin_that_keeps_its_configuration_its_own_way_is_told_to_say_it_too(
+    manager: PluginManager, probe_meta: MetaFactory
+) -> None:
+    await manager.load_plugin_async(probe_meta("Forgetful", "smallest", "smallest"))
+    with pytest.raises(PluginFatalError, match=r"Forgetful overrides initialize\(\).* super\(\)\.initialize"):
+        await manager._instances.get("smallest").ask("current_config")
 
 
 async def test_a_restart_that_fails_leaves_the_instance_as_it_was_for_the_next_call(

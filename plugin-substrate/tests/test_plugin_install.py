@@ -40,31 +40,31 @@ def get_plugin_metadata():
         "module": "tiny.plugin",
         "class": "Tiny",
         "interface": "plugin_substrate.interface.PluginInterface",
-        "config_schema": {"type": "object", "properties": {"answer": {"type": "integer", "default": 42}}},
         "idempotent": True,
         "stateless": True,
         "capabilities": ["tiny.answer"],
     }
 """
 
+LAST_KEY = '"capabilities"'
+UNUSABLE_SCHEMA = '"config_schema": {"properties": {"answer": {"type": "number of things"}}}, '
+
 PLUGIN = """
+from dataclasses import dataclass
+
 from plugin_substrate.interface import PluginInterface, plugin_action
+
+@dataclass
+class Settings:
+    answer: int = 42
 
 class Tiny(PluginInterface):
     name = "tiny"
     version = "0.1"
-
-    def initialize(self, config):
-        self.config = config
+    config_class = Settings
 
     def execute(self, action, **arguments):
         return self.run_action(action, **arguments)
-
-    def get_config_schema(self):
-        return {}
-
-    def get_current_config(self):
-        return self.config
 
     @plugin_action("tiny.answer")
     def answer(self):
@@ -120,6 +120,13 @@ async def test_an_installed_plugin_is_described_by_itself_and_can_be_called(work
         (meta,) = manager.discover_manifests()
         await manager.load_plugin_async(meta)
         assert await manager.execute_plugin_async("tiny", action="tiny.answer") == 42
+        await manager.reconfigure_async("tiny", {"answer": 43})
+        assert await manager.execute_plugin_async("tiny", action="tiny.answer") == 43
+        with pytest.raises(PluginConfigError, match="answer"):
+            await manager.reconfigure_async("tiny", {"answer": "many"})
+        tiny = manager.get_plugin_meta("tiny")
+        assert tiny is not None
+        assert not tiny.config_schema_drift
 
 
 def test_libraries_that_plugin_and_host_both_need_are_installed_in_both(
@@ -171,7 +178,7 @@ def test_what_a_plugin_asks_for_and_is_not_granted_is_told_at_installation(works
 
 
 def test_a_configuration_schema_that_cannot_be_used_is_found_at_installation(workspace: Workspace) -> None:
-    (workspace.package / "meta.py").write_text(META.replace('"type": "integer"', '"type": "number of things"'))
+    (workspace.package / "meta.py").write_text(META.replace(LAST_KEY, UNUSABLE_SCHEMA + LAST_KEY))
     done = workspace.install()
     assert done.exit_code == 1
     assert "the config_schema of plugin 'tiny' cannot be used: properties.answer.type" in done.output
@@ -230,7 +237,7 @@ BROKEN = [
     ("meta.py", META.replace("tiny.answer", "tiny.other"), "differ in: tiny.answer, tiny.other"),
     ("meta.py", META.replace('"Tiny"', '"Absent"'), "tiny.plugin.Absent is not a class derived from"),
     ("meta.py", META.replace('"stateless"', '"statless"'), "unknown keys: statless"),
-    ("plugin.py", PLUGIN.replace("def get_current_config", "def other"), "does not implement get_current_config"),
+    ("plugin.py", PLUGIN.replace("def execute", "def other"), "does not implement execute"),
     ("plugin.py", "import os\nos._exit(5)", "gave no answer"),
     ("meta.py", "raise RuntimeError('\\x1b[31mred')", "RuntimeError: \\x1b[31mred"),
     ("meta.py", META.replace("Answers.", "Answers.\\x1b[31m"), "code.description must be one printable line"),

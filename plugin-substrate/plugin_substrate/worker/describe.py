@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Any
 
 from plugin_substrate.interface import PluginInterface, collect_plugin_actions
+from plugin_substrate.validation import dataclass_to_jsonschema
 from plugin_substrate.worker.interpreter import enter_environment
 from plugin_substrate.worker.verbs import plain
 
@@ -45,6 +46,8 @@ def _metadata(distribution: str) -> dict[str, Any]:
     cls = _checked_class(described)
     if cls.WORKER_ENV and "worker_env" not in described:
         described = {**described, "worker_env": list(cls.WORKER_ENV)}
+    if cls.config_class is not None and "config_schema" not in described:
+        described = {**described, "config_schema": dataclass_to_jsonschema(cls.config_class)}
     metadata_of: dict[str, Any] = plain(described)
     return metadata_of
 

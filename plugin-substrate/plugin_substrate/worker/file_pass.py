@@ -50,14 +50,6 @@ class FilePassPlugin(PluginInterface):
         """The plugin's version, as its class gives it."""
         return self._plugin.version if self._plugin else ""
 
-    def get_config_schema(self) -> dict[str, Any]:
-        """Return nothing: a file plugin has no configuration."""
-        return {}
-
-    def get_current_config(self) -> dict[str, Any]:
-        """Return nothing."""
-        return {}
-
     def initialize(self, config: dict[str, Any]) -> None:
         """Import the package in ``folder`` as ``module`` and compare its class with what the manifest says."""
         cls = _import_plugin(Path(config["folder"]), config["module"])

@@ -46,12 +46,18 @@ def _monitor(method: str) -> Callable[[PluginInterface], Any]:
     return ask
 
 
+def _schema(plugin: PluginInterface) -> dict[str, Any]:
+    if type(plugin).get_config_schema is PluginInterface.get_config_schema and plugin.config_class is None:
+        raise PluginInputError(f"the code of {plugin.name} leaves its configuration's schema to its metadata")
+    return plugin.get_config_schema()
+
+
 _VERBS: Mapping[str, Callable[..., Any]] = {
     "reconfigure": lambda plugin, old, new: plugin.reconfigure(old, new),
     "prefetch": lambda plugin: plugin.prefetch(),
     "on_disable": lambda plugin: plugin.on_disable(),
     "on_enable": lambda plugin: plugin.on_enable(),
-    "config_schema": lambda plugin: plain(plugin.get_config_schema() or {}),
+    "config_schema": lambda plugin: plain(_schema(plugin) or {}),
     "config_options": lambda plugin: plain(plugin.get_config_options() or {}),
     "current_config": lambda plugin: plain(plugin.get_current_config() or {}),
     "stats": lambda _: process_stats(),

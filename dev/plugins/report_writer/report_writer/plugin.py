@@ -31,17 +31,6 @@ class ReportWriter(PluginInterface):
         """The plugin's version."""
         return VERSION
 
-    def initialize(self, config: dict[str, Any]) -> None:
-        """Do nothing: there is nothing to configure."""
-
-    def get_config_schema(self) -> dict[str, Any]:
-        """Return the empty schema: there is nothing to configure."""
-        return {}
-
-    def get_current_config(self) -> dict[str, Any]:
-        """Return the empty configuration."""
-        return {}
-
     def execute(self, *, action: str, **arguments: Any) -> Any:
         """Run the capability ``action``."""
         return self.run_action(action, **arguments)

@@ -27,18 +27,6 @@ class ConfinementProbe(PluginInterface):
     name = "confinement-probe"
     version = "1"
 
-    def initialize(self, config: dict[str, Any]) -> None:
-        """Keep the configuration; nothing depends on it."""
-        self._config = config
-
-    def get_config_schema(self) -> dict[str, Any]:
-        """There is nothing to configure."""
-        return {}
-
-    def get_current_config(self) -> dict[str, Any]:
-        """Return what was given."""
-        return self._config
-
     def execute(self, action: str, **arguments: Any) -> dict[str, Any]:
         """Make one attempt; a refusal by the system is an answer, not an error."""
         try:
