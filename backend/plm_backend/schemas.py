@@ -245,11 +245,11 @@ class BudgetDocument(BaseModel):
     pinned: bool
 
 
-class BudgetList(BaseModel):
-    """Total budgets and present windows, from narrow to wide; `more` when there are others beyond the limit."""
+class BudgetPage(BaseModel):
+    """Total budgets and present windows, from narrow to wide; `next` is the cursor of the following page."""
 
     items: list[BudgetDocument]
-    more: bool
+    next: str | None
 
 
 class AgentDocument(BaseModel):

@@ -67,6 +67,26 @@ def test_a_window_of_any_subject_and_unit_is_opened_listed_and_explained(treasur
     assert (told["state"], told["limit"]["limit"]) == ("open", "7.5")
 
 
+def test_budgets_come_in_pages_and_a_cursor_of_nobody_is_refused(treasurer: Any) -> None:
+    for subject in ("paged/1", "paged/2", "paged/é"):
+        name = {"scope": "model", "subject": subject, "unit": "calls"}
+        assert treasurer.put("/v1/budgets", json={**name, "limit": "1"}).status_code == 200
+    found, cursor = [], None
+    while True:
+        asked = {"scope": "model", "limit": 1, **({"cursor": cursor} if cursor else {})}
+        page = treasurer.get("/v1/budgets", params=asked).json()
+        assert len(page["items"]) <= 1
+        found += page["items"]
+        if (cursor := page["next"]) is None:
+            break
+    whole = treasurer.get("/v1/budgets", params={"scope": "model", "limit": 200}).json()
+    assert (found, whole["next"]) == (whole["items"], None)
+    assert {"paged/1", "paged/2", "paged/é"} <= {each["subject"] for each in found}
+    for junk in ("x", "W10=", "W1tbW1tb"):
+        answer = treasurer.get("/v1/budgets", params={"cursor": junk})
+        assert (answer.status_code, answer.json()["field"]) == (422, "cursor")
+
+
 def test_who_may_not_change_a_budget_and_what_is_no_budget_is_refused(client: Any, treasurer: Any) -> None:
     name = {"scope": "agent", "subject": "echo", "unit": "calls"}
     for method, path, body in (

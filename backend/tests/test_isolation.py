@@ -269,8 +269,11 @@ def _standing(spy: Household, other: Household) -> tuple[bool, str]:
 
 def _budgets(spy: Household, other: Household) -> tuple[bool, str]:
     """Whether the budgets hold another's."""
-    answer = spy.client.get("/v1/budgets?limit=1000")
-    return any(each in answer.text for each in other.runs), answer.text
+    found, cursor = "", ""
+    while cursor is not None:
+        answer = spy.client.get(f"/v1/budgets?limit=200{cursor and '&cursor='}{cursor}")
+        found, cursor = found + answer.text, answer.json()["next"]
+    return any(each in found for each in other.runs), found
 
 
 SCENARIOS: dict[str, Callable[[Household, Household], tuple[bool, str]]] = {

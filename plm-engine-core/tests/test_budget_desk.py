@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import secrets
 import time
@@ -113,6 +114,65 @@ async def test_a_budget_that_is_not_there_is_not_corrected(bench: Any) -> None:
         await correct(bench, DAILY, "1")
 
 
+NAMES = ("a", "B", "é", "z", "Z", "\U0001f600", "\uffff", "a b")  # sorted by their code points
+
+
+async def test_every_budget_is_listed_once_in_pages_of_any_size(bench: Any) -> None:
+    keys = [BudgetKey.of(BudgetScope.AGENT, name, unit) for name in NAMES for unit in ("calls", "EUR")]
+    keys += [BudgetKey.of(BudgetScope.AGENT, "a", "calls", period) for period in (Period.DAY, Period.MONTH)]
+    keys += [BudgetKey.of(BudgetScope.TENANT, str(bench.tenant), "calls")]
+    keys += [BudgetKey.of(BudgetScope.USER, str(uuid.UUID(int=number << 96)), "calls") for number in (3, 1, 2)]
+    for key in keys:
+        await bench.control_plane.set_budget(bench.tenant, key, Decimal(1), by=OPERATOR)
+    for limit in (1, 4, len(keys)):
+        found, after = [], None
+        while page := await bench.storage.budgets.list(bench.tenant, limit=limit, after=after):
+            found += [each.key for each in page]
+            after = BudgetKey.decode(found[-1].encode())
+        assert found == sorted(keys, key=lambda key: key.place), limit
+    (rest,) = await bench.storage.budgets.list(bench.tenant, limit=9, scope=BudgetScope.USER, after=found[-3])
+    assert rest.key == found[-2]
+
+
+async def test_a_budget_that_went_meanwhile_is_still_a_place_to_go_on_from(bench: Any) -> None:
+    gone = BudgetKey.of(BudgetScope.AGENT, "m", "calls")
+    for name in ("a", "z"):
+        key = BudgetKey.of(BudgetScope.AGENT, name, "calls")
+        await bench.control_plane.set_budget(bench.tenant, key, Decimal(1), by=OPERATOR)
+    assert [each.subject for each in await bench.storage.budgets.list(bench.tenant, limit=9, after=gone)] == ["z"]
+
+
+def written(content: Any) -> str:
+    return base64.urlsafe_b64encode(json.dumps(content).encode()).decode()
+
+
+ITS_OWN = ["agent", str(uuid.UUID(int=1)), "calls", "total", "a"]
+
+
+@pytest.mark.parametrize(
+    "cursor",
+    [
+        "",
+        "é",
+        "x",
+        written(None),
+        written({}),
+        written(ITS_OWN[:4]),
+        written([*ITS_OWN, 1]),
+        *(
+            written([*ITS_OWN[:place], junk, *ITS_OWN[place + 1 :]])
+            for place in range(5)
+            for junk in (0, [], {}, 1.5, True, "\ud800", "\0")
+        ),
+        base64.urlsafe_b64encode(b"[" * 100_000).decode(),
+    ],
+    ids=range(42 + 1),
+)
+def test_a_cursor_that_no_list_gave_is_refused(cursor: str) -> None:
+    with pytest.raises(InvalidRequest, match="not a cursor of the budgets"):
+        BudgetKey.decode(cursor)
+
+
 @pytest.fixture
 def command(bench: Any) -> Any:
     """`plm-cli` as an operator; each command has a thread, for its own event loop."""
@@ -139,6 +199,12 @@ async def test_an_operator_sees_sets_and_corrects_budgets_at_the_terminal(bench:
     assert json.loads(said.stdout)["spent"].startswith("0")
     said = await command("show", "--scope", "tenant")
     assert f"tenant {tenant}: 0 spent and 0 reserved of 7 calls, set by an operator" in said.stdout
+    page = json.loads((await command("show", "--limit", "1", "--json")).stdout)
+    rest = json.loads((await command("show", "--after", page["next"], "--json")).stdout)
+    everything = json.loads((await command("show", "--json")).stdout)
+    assert (page["items"] + rest["items"], rest["next"]) == (everything["items"], None)
+    assert f"--after {page['next']}" in (await command("show", "--limit", "1")).stderr
+    assert (await command("show", "--after", "nonsense")).exit_code == 2
     refused = await command("set", "tenant", tenant, "calls", "9", scopes=())
     assert (refused.exit_code, "plm.budgets" in refused.stderr) == (1, True)
     assert (await command("set", "user", "ann", "calls", "9")).exit_code == 2

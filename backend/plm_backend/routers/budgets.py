@@ -16,7 +16,7 @@ from plm_backend.problems import BODIES, DOORS, documented
 from plm_backend.schemas import (
     BudgetCorrection,
     BudgetDocument,
-    BudgetList,
+    BudgetPage,
     BudgetSet,
     budget_document,
 )
@@ -24,7 +24,7 @@ from plm_backend.schemas import (
 router = APIRouter(prefix="/v1/budgets", tags=["budgets"], route_class=JsonRoute)
 
 
-@router.get("", operation_id="listBudgets", response_model=BudgetList, responses=documented(*DOORS))
+@router.get("", operation_id="listBudgets", response_model=BudgetPage, responses=documented(*DOORS))
 async def list_budgets(
     platform: ThePlatform,
     caller: TheCaller,
@@ -32,13 +32,20 @@ async def list_budgets(
     subject: Annotated[
         str | None, Query(min_length=1, max_length=200, description="With `scope`: whose, by name or id.")
     ] = None,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 200,
+    limit: Annotated[int, Query(ge=1, le=200)] = 50,
+    cursor: Annotated[str | None, Query(max_length=2000, description="`next` of the page before")] = None,
 ) -> Any:
     """Total budgets and present windows of the tenant, from narrow to wide."""
     found = await platform.control_plane.storage.budgets.list(
-        caller.tenant_id, limit=limit + 1, scope=scope, scope_id=_whose(scope, subject)
+        caller.tenant_id,
+        limit=limit + 1,
+        after=None if cursor is None else BudgetKey.decode(cursor),
+        scope=scope,
+        scope_id=_whose(scope, subject),
     )
-    return BudgetList(items=[budget_document(each) for each in found[:limit]], more=len(found) > limit)
+    shown = found[:limit]
+    following = shown[-1].key.encode() if len(found) > limit else None
+    return {"items": [budget_document(each) for each in shown], "next": following}
 
 
 @router.put("", operation_id="setBudget", response_model=BudgetDocument, responses=documented(*DOORS, *BODIES))

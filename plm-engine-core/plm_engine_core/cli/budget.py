@@ -33,6 +33,7 @@ def show_budgets(
     scope: Annotated[BudgetScope | None, typer.Option(help="Only budgets of this scope.")] = None,
     subject: Annotated[str | None, typer.Option(help="With --scope: only the budgets of this name or id.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many.")] = 200,
+    after: Annotated[str, typer.Option(help="Go on after this cursor, where a page ended.")] = "",
     as_json: AsJson = False,
 ) -> None:
     """Show the tenant's budgets and present windows, from narrow to wide.
@@ -42,13 +43,19 @@ def show_budgets(
     if subject is not None and scope is None:
         fail(ExitCode.USAGE, "--subject says whose budgets of a scope; give --scope too")
     of = _key(scope, subject, "").scope_id if scope is not None and subject is not None else None
+    cursor = _cursor(after)
 
     async def work(books: Books, caller: Caller) -> list[Budget]:
-        return list(await books.storage.budgets.list(caller.tenant_id, limit=limit, scope=scope, scope_id=of))
+        budgets = books.storage.budgets
+        return list(await budgets.list(caller.tenant_id, limit=limit + 1, after=cursor, scope=scope, scope_id=of))
 
-    budgets = as_caller(work, as_json=as_json)
+    found = as_caller(work, as_json=as_json)
+    budgets = found[:limit]
+    following = budgets[-1].key.encode() if len(found) > limit else None
     lines = "\n".join(map(_line, budgets)) or "there is no budget"
-    show({"items": [asdict(each) for each in budgets]}, lines, as_json=as_json)
+    show({"items": [asdict(each) for each in budgets], "next": following}, lines, as_json=as_json)
+    if following is not None and not as_json:
+        typer.echo(f"more follow: --after {following}", err=True)
 
 
 @app.command("set")
@@ -102,6 +109,13 @@ def correct(
 def _key(scope: BudgetScope, subject: str, unit: str, per: Period = Period.TOTAL) -> BudgetKey:
     try:
         return BudgetKey.of(scope, subject, unit, per)
+    except InvalidRequest as error:
+        fail(ExitCode.USAGE, str(error))
+
+
+def _cursor(after: str) -> BudgetKey | None:
+    try:
+        return BudgetKey.decode(after) if after else None
     except InvalidRequest as error:
         fail(ExitCode.USAGE, str(error))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -10,6 +13,7 @@ from hashlib import sha256
 from typing import Annotated
 from uuid import UUID
 
+from plm_shared.canonical_json import encodable
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from plm_engine_core.control_plane.amounts import Amount
@@ -67,6 +71,35 @@ class BudgetKey:
                 f"{subject!r:.80} is no id; a {scope.value} is named by its UUID", field="subject"
             ) from None
 
+    @property
+    def place(self) -> tuple[int, bool, str, UUID, str, str]:
+        """Where it stands in a list: from narrow to wide, then by name, those without one last and by id."""
+        return _WIDTH[self.scope], self.subject is None, self.subject or "", self.scope_id, self.unit, self.period
+
+    def encode(self) -> str:
+        """The text that a reader of a list keeps to go on after it."""
+        content = [self.scope, str(self.scope_id), self.unit, self.period, self.subject]
+        return base64.urlsafe_b64encode(json.dumps(content).encode()).decode()
+
+    @classmethod
+    def decode(cls, text: str) -> BudgetKey:
+        """Back from the text.
+
+        Raises:
+            InvalidRequest: no list has given this text.
+        """
+        try:
+            scope, scope_id, unit, period, subject = json.loads(base64.urlsafe_b64decode(text.encode("ascii")))
+            key = cls(
+                scope=BudgetScope(scope), scope_id=UUID(scope_id), unit=unit, period=Period(period), subject=subject
+            )
+        except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
+            raise _not_ours() from error
+        texts = (unit,) if subject is None else (unit, subject)
+        if not all(type(each) is str and encodable(each) and "\0" not in each for each in texts):
+            raise _not_ours()
+        return key
+
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
@@ -85,6 +118,13 @@ class Budget:
     subject: str | None = None
     starts_at: datetime | None = None
     pinned: bool = False
+
+    @property
+    def key(self) -> BudgetKey:
+        """Its name."""
+        return BudgetKey(
+            scope=self.scope, scope_id=self.scope_id, unit=self.unit, period=self.period, subject=self.subject
+        )
 
     @property
     def width(self) -> tuple[int, str, str]:
@@ -186,6 +226,10 @@ def _normal(scope: BudgetScope, subject: str | None) -> str | None:
     if subject is None or scope in (BudgetScope.AGENT, BudgetScope.TEAM):
         return subject
     return _model_name(subject) if scope is BudgetScope.MODEL else str(UUID(subject))
+
+
+def _not_ours() -> InvalidRequest:
+    return InvalidRequest("this is not a cursor of the budgets; leave it out to begin anew", field="cursor")
 
 
 def _model_name(written: str) -> str:

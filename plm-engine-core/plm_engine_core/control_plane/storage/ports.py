@@ -317,9 +317,18 @@ class BudgetStore(Protocol):
     """Budgets, as an operator sees and changes them; calls draw on them through admission."""
 
     async def list(
-        self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None, scope_id: UUID | None = None
+        self,
+        tenant_id: UUID,
+        *,
+        limit: int,
+        after: BudgetKey | None = None,
+        scope: BudgetScope | None = None,
+        scope_id: UUID | None = None,
     ) -> Sequence[Budget]:
-        """Total budgets and present windows, narrow to wide, at most `limit`; only those of a scope, or of one id."""
+        """Total budgets and present windows in the order of their places, at most `limit`, strictly behind `after`.
+
+        Only those of a scope, or of one id.
+        """
         ...
 
     async def set_limit(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, actor: str) -> Budget:

@@ -27,9 +27,15 @@ class MemoryBudgets:
         self._books = books
 
     async def list(
-        self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None, scope_id: UUID | None = None
+        self,
+        tenant_id: UUID,
+        *,
+        limit: int,
+        after: BudgetKey | None = None,
+        scope: BudgetScope | None = None,
+        scope_id: UUID | None = None,
     ) -> Sequence[Budget]:
-        """Total budgets and present windows, narrow to wide, at most `limit`; only those of a scope, or of one id."""
+        """Total budgets and present windows in the order of their places, at most `limit`, strictly behind `after`."""
         async with self._books.turn() as books:
             found = [
                 budget_row(row)
@@ -38,7 +44,8 @@ class MemoryBudgets:
                 and (scope is None or row["scope_kind"] == scope.value)
                 and (scope_id is None or row["scope_id"] == scope_id)
             ]
-            return sorted(found, key=_place)[:limit]
+            behind = [each for each in found if after is None or each.key.place > after.place]
+            return sorted(behind, key=lambda each: each.key.place)[:limit]
 
     async def set_limit(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, actor: str) -> Budget:
         """Set and pin the limit of the present window, opening it where it is not there."""
@@ -87,8 +94,3 @@ def _claim(books: Books, tenant_id: UUID, correction: Correction) -> bool:
 def _name(books: Books, key: BudgetKey) -> tuple[Any, ...]:
     period = key.period.value
     return (key.scope.value, key.scope_id, key.unit, period, window_start(period, books.now()))
-
-
-def _place(budget: Budget) -> tuple[Any, ...]:
-    scope, unit, period = budget.width
-    return (scope, budget.subject is None, budget.subject or "", budget.scope_id, unit, period)

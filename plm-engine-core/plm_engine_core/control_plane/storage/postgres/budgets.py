@@ -21,6 +21,17 @@ _NAMED = (
     "AND period = %(period)s AND starts_at = engine_window_v2(%(period)s)"
 )
 
+_PLACE = (  # as `BudgetKey.place` has it
+    "array_position(%(widths)s::text[], scope_kind), subject IS NULL, coalesce(subject, '') COLLATE \"C\", scope_id, "
+    'unit COLLATE "C", period COLLATE "C"'
+)
+_LIST = (
+    "SELECT * FROM budgets WHERE tenant_id = %(tenant)s AND starts_at = engine_window_v2(period) "  # noqa: S608  # literals
+    "AND (%(scope)s::text IS NULL OR scope_kind = %(scope)s) AND (%(of)s::uuid IS NULL OR scope_id = %(of)s) "
+    f"AND (%(width)s::integer IS NULL OR ({_PLACE}) > (%(width)s, %(nameless)s, %(subject)s, %(after)s, %(unit)s, "
+    f"%(period)s)) ORDER BY {_PLACE} LIMIT %(limit)s"
+).encode()
+
 
 class PostgresBudgets:
     """Budgets in PostgreSQL."""
@@ -29,21 +40,24 @@ class PostgresBudgets:
         self._gateway = gateway
 
     async def list(
-        self, tenant_id: UUID, *, limit: int, scope: BudgetScope | None = None, scope_id: UUID | None = None
+        self,
+        tenant_id: UUID,
+        *,
+        limit: int,
+        after: BudgetKey | None = None,
+        scope: BudgetScope | None = None,
+        scope_id: UUID | None = None,
     ) -> Sequence[Budget]:
-        """Total budgets and present windows, narrow to wide, at most `limit`; only those of a scope, or of one id."""
+        """Total budgets and present windows in the order of their places, at most `limit`, strictly behind `after`."""
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
-                "SELECT * FROM budgets WHERE tenant_id = %(tenant)s AND starts_at = engine_window_v2(period) "
-                "AND (%(scope)s::text IS NULL OR scope_kind = %(scope)s) "
-                "AND (%(of)s::uuid IS NULL OR scope_id = %(of)s) "
-                "ORDER BY array_position(%(widths)s::text[], scope_kind), subject, scope_id, unit, period "
-                "LIMIT %(limit)s",
+                _LIST,
                 {
                     "tenant": tenant_id,
                     "scope": scope and scope.value,
                     "of": scope_id,
                     "widths": [each.value for each in BudgetScope],
+                    **_behind(after),
                     "limit": limit,
                 },
             )
@@ -128,6 +142,14 @@ class PostgresBudgets:
         return InvalidRequest(
             f"only {row['spent'].normalize():f} {named['unit']} were spent; no more can be given back", field="amount"
         )
+
+
+def _behind(after: BudgetKey | None) -> dict[str, Any]:
+    names = ("width", "nameless", "subject", "after", "unit", "period")
+    if after is None:
+        return dict.fromkeys(names)
+    width, *rest = after.place
+    return dict(zip(names, (width + 1, *rest), strict=True))  # SQL counts from 1
 
 
 def _names(tenant_id: UUID, key: BudgetKey) -> dict[str, Any]:
