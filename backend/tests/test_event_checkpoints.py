@@ -57,3 +57,31 @@ def test_what_a_server_signs_is_archived_continuously_and_the_archive_shows_that
     assert alone["unforged"]
     assert answer["unforged_up_to_checkpoint"] >= 2
     assert {f"run/{run_id}" for run_id in finished} <= {stream["stream"] for stream in answer["streams"]}
+
+
+def test_a_reader_of_the_feed_whom_pruning_overtook_is_told_once_and_given_its_cursor(
+    launch: Any, platform: Any, cli: Any, tmp_path: Path
+) -> None:
+    key, archive = tmp_path / "key.pem", str(tmp_path / "archive")
+    cli("events", "new-key", "--to", str(key), environment=platform.environment)
+    with launch(PLM_EVENTS_KEY=str(key), PLM_CHECKPOINT_SECONDS="3600", PLM_RUN_CONCURRENCY="0") as server:
+        client, ours = server.client(), ("--tenant-id", str(server.tenant))
+
+        def run(*words: str) -> None:
+            done = server.cli("events", *words, *ours)
+            assert done.returncode == 0, done.stderr
+
+        behind = client.get("/v1/events").json()["next"]
+        assert client.post(f"/v1/runs/{client.run('echo')['run_id']}/cancel").status_code == 200
+        run("checkpoint")
+        run("archive", "write", "--archive", archive)
+        run("archive", "keep", "--days", "5")
+        owner = server.database()
+        owner.execute("ALTER TABLE event_checkpoints DISABLE TRIGGER USER")
+        owner.execute("UPDATE event_checkpoints SET taken_at = taken_at - interval '9 days'")
+        run("archive", "prune")
+        refused = client.get("/v1/events", params={"cursor": behind})
+        assert (refused.status_code, refused.json()["reason"]) == (409, "feed_pruned")
+        rest = client.get("/v1/events", params={"cursor": refused.json()["cursor"]})
+        assert (rest.status_code, [each["kind"] for each in rest.json()["items"]]) == (200, ["events_pruned"])
+        assert client.get("/v1/events", params={"cursor": rest.json()["next"]}).json()["items"] == []

@@ -189,3 +189,24 @@ def test_an_archive_is_written_verified_and_lets_the_database_forget(terminal: T
     nowhere = ("--archive", str(terminal.folder / "nowhere"))
     assert "holds nothing" in terminal.run("archive", "verify", *ours, *nowhere, *believed, status=1).stderr
     assert "no archive" in terminal.run("archive", "write", *ours, "--archive", "ftp://x", status=2).stderr
+
+
+def test_a_reader_whom_pruning_overtook_is_refused_once_with_the_cursor_to_go_on_with(terminal: Terminal) -> None:
+    ours = ("--tenant-id", str(terminal.tenant))
+    terminal.append("tenant")
+    behind = terminal.json("feed", *ours)["cursor"]
+    terminal.append("tenant")
+    terminal.run("checkpoint", *ours)
+    terminal.run("archive", "write", *ours, "--archive", terminal.folder / "archive")
+    terminal.run("archive", "keep", *ours, "--days", "5")
+    with psycopg.connect(terminal.database.admin) as connection:
+        connection.execute("ALTER TABLE event_checkpoints DISABLE TRIGGER ALL")
+        connection.execute("UPDATE event_checkpoints SET taken_at = taken_at - interval '9 days'")
+    assert terminal.json("archive", "prune", *ours)["events"] == 2
+    told = terminal.run("feed", *ours, "--after", behind, status=1).stderr
+    refused = terminal.json("feed", *ours, "--after", behind, status=1)
+    assert (refused["refused"], refused["reason"]) == ("feed_pruned", "feed_pruned")
+    assert refused["cursor"] in told
+    rest = terminal.json("feed", *ours, "--after", refused["cursor"])
+    assert [event["kind"] for event in rest["events"]] == ["events_pruned"]
+    assert terminal.json("feed", *ours, "--after", rest["cursor"])["events"] == []
