@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from plm_engine_core.agent_runtime.current_call import CallStopped, CurrentCall, current_call
     from plm_engine_core.agent_runtime.governed import OutcomeUnknown, governed
     from plm_engine_core.agent_runtime.governor import Governor
     from plm_engine_core.agent_runtime.refusals import CallDenied, CallPending, CallRefused, CallSteered
@@ -19,10 +20,13 @@ __all__ = [
     "CallPending",
     "CallRefused",
     "CallSteered",
+    "CallStopped",
     "ControlPlane",
+    "CurrentCall",
     "Governor",
     "OutcomeUnknown",
     "SyncControlPlane",
+    "current_call",
     "governed",
 ]
 
@@ -31,10 +35,13 @@ _HOMES = {
     "CallPending": "agent_runtime.refusals",
     "CallRefused": "agent_runtime.refusals",
     "CallSteered": "agent_runtime.refusals",
+    "CallStopped": "agent_runtime.current_call",
     "ControlPlane": "control_plane.facade",
+    "CurrentCall": "agent_runtime.current_call",
     "Governor": "agent_runtime.governor",
     "OutcomeUnknown": "agent_runtime.governed",
     "SyncControlPlane": "control_plane.sync",
+    "current_call": "agent_runtime.current_call",
     "governed": "agent_runtime.governed",
 }
 

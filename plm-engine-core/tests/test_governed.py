@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import uuid
 from decimal import Decimal
 
@@ -13,9 +14,11 @@ from plm_engine_core import (
     CallPending,
     CallRefused,
     CallSteered,
+    CallStopped,
     Governor,
     OutcomeUnknown,
     SyncControlPlane,
+    current_call,
     governed,
 )
 from plm_engine_core.control_plane import ControlPlane, Principal
@@ -23,6 +26,7 @@ from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy.starter import policy_of
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CostBound
 from plm_engine_core.control_plane.registry.written import registry_of
+from plm_engine_core.control_plane.storage.memory import MemoryStorage
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.vocabulary import (
     CapabilityMode,
@@ -34,6 +38,7 @@ from plm_engine_core.control_plane.vocabulary import (
     StepState,
     TicketDecision,
 )
+from plm_engine_core.testing.clock import FakeClock
 from plm_shared.testing.databases import create_tenants
 
 BOSS = Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=frozenset({"plm.hitl.resolve", "plm.halt"}))
@@ -339,6 +344,158 @@ class TestOutcomes:
         spent = {(each.scope.value, str(each.unit)): each.spent for each in budgets}
         assert spent["tenant", "EUR"] == Decimal("0.40")
         assert spent["run", "calls"] == 1
+
+
+@pytest.fixture
+def brief():
+    """A governor that hears of a halt within a tenth of a second, and whose leases do not run out meanwhile."""
+    with Governor.in_memory(CAPABILITIES, storage=MemoryStorage(clock=FakeClock())) as patient:
+        yield Governor(patient.plane, tenant_id=patient.tenant_id, principal=patient.principal, lease_seconds=0.3)
+
+
+def smoke(governor):
+    return governor.plane.halt(governor.tenant_id, HaltScope.TENANT, None, reason="smoke", by=BOSS)
+
+
+class TestStopping:
+    """A call in progress hears of a halt or a cancel."""
+
+    async def test_a_halt_cancels_an_asynchronous_function_in_its_middle(self, brief):
+        begun, undone = asyncio.Event(), []
+
+        @governed("shop.look", by=brief)
+        async def look():
+            begun.set()
+            try:
+                await asyncio.get_running_loop().create_future()
+            finally:
+                undone.append(1)
+
+        task = asyncio.create_task(look())
+        await begun.wait()
+        halt = await asyncio.to_thread(smoke, brief)
+        with pytest.raises(CallStopped, match="a tenant halt stands: smoke") as caught:
+            async with asyncio.timeout(30):
+                await task
+        (run,) = await asyncio.to_thread(runs, brief)
+        assert (run.id, run.state, undone) == (caught.value.run_id, RunState.OUTCOME_UNKNOWN, [1])
+        told = await asyncio.to_thread(brief.plane.call, lambda core: core.storage.halts.get(brief.tenant_id, halt.id))
+        assert (told.calls.in_flight, told.calls.open) == (1, 0), "its record says that the call has ended"
+
+    async def test_a_cancel_of_its_run_does_so_too(self, brief):
+        begun = asyncio.Event()
+
+        @governed("shop.look", by=brief)
+        async def look():
+            begun.set()
+            await asyncio.get_running_loop().create_future()
+
+        task = asyncio.create_task(look())
+        await begun.wait()
+        (run,) = await asyncio.to_thread(runs, brief)
+        await asyncio.to_thread(brief.plane.cancel, brief.tenant_id, run.id, by=brief.principal)
+        with pytest.raises(CallStopped, match="its run was cancelled"):
+            async with asyncio.timeout(30):
+                await task
+
+    async def test_the_task_around_a_stopped_call_goes_on(self, brief):
+        begun = asyncio.Event()
+
+        @governed("shop.look", by=brief)
+        async def look():
+            begun.set()
+            await asyncio.get_running_loop().create_future()
+
+        async def caller():
+            with pytest.raises(CallStopped):
+                await look()
+            await asyncio.sleep(0)
+            return asyncio.current_task().cancelling()
+
+        task = asyncio.create_task(caller())
+        await begun.wait()
+        await asyncio.to_thread(smoke, brief)
+        assert await task == 0
+
+    async def test_a_function_that_will_not_be_stopped_is_recorded_as_it_ended(self, brief):
+        begun = asyncio.Event()
+
+        @governed("shop.look", by=brief)
+        async def look():
+            begun.set()
+            try:
+                await asyncio.get_running_loop().create_future()
+            except asyncio.CancelledError:
+                return "done all the same"
+
+        async def caller():
+            return await look(), asyncio.current_task().cancelling()
+
+        task = asyncio.create_task(caller())
+        await begun.wait()
+        await asyncio.to_thread(smoke, brief)
+        assert await task == ("done all the same", 0)
+        (run,) = await asyncio.to_thread(runs, brief)
+        assert run.state is RunState.SUCCEEDED
+
+    async def test_a_cancel_of_the_callers_own_stays_one(self, brief):
+        begun = asyncio.Event()
+
+        @governed("shop.look", by=brief)
+        async def look():
+            begun.set()
+            await asyncio.get_running_loop().create_future()
+
+        task = asyncio.create_task(look())
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    def test_a_synchronous_function_asks(self, brief):
+        @governed("shop.look", by=brief)
+        def look():
+            smoke(brief)
+            give_up = time.monotonic() + 30
+            while time.monotonic() < give_up:
+                current_call().check()
+                time.sleep(0.01)
+
+        with pytest.raises(CallStopped, match="a tenant halt stands: smoke") as caught:
+            look()
+        (run,) = runs(brief)
+        assert (run.id, run.state) == (caught.value.run_id, RunState.OUTCOME_UNKNOWN)
+
+    def test_who_can_undo_what_was_done_says_so(self, brief):
+        @governed("shop.look", by=brief)
+        def look():
+            call = current_call()
+            smoke(brief)
+            give_up = time.monotonic() + 30
+            while not call.stopping and time.monotonic() < give_up:
+                time.sleep(0.01)
+            raise ValueError(f"taken back, as {call.stopping}")
+
+        with pytest.raises(ValueError, match="taken back, as a tenant halt stands: smoke"):
+            look()
+        (run,) = runs(brief)
+        assert run.state is RunState.FAILED
+
+    def test_each_call_has_its_own_and_outside_there_is_none(self, brief):
+        @governed("shop.look", by=brief)
+        def inner():
+            return str(current_call().run_id)
+
+        @governed("shop.look", by=brief)
+        def outer():
+            mine = str(current_call().run_id)
+            return [mine, inner(), str(current_call().run_id)]
+
+        first, second, third = outer()
+        assert first == third != second
+        assert {str(run.id) for run in runs(brief)} == {first, second}
+        with pytest.raises(LookupError, match="no governed function"):
+            current_call()
 
 
 class TestMisuse:

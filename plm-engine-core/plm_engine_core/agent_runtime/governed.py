@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 from plm_shared.canonical_json import JsonRefused, check_storable
 
+from plm_engine_core.agent_runtime.current_call import CallStopped, calling, stoppable
 from plm_engine_core.agent_runtime.governor import Governor, Opened
 from plm_engine_core.agent_runtime.refusals import CallPending
 from plm_engine_core.control_plane.admission.settle import Outcome
@@ -41,9 +42,13 @@ def governed(
     function says so. What it raises is recorded as a failure and raised; where it is interrupted, its outcome is
     unknown.
 
+    A halt, or a cancel of its run, cancels an asynchronous function that is being called, as the task that awaits it
+    would be. A synchronous one cannot be ended from outside: it asks `current_call()` now and then.
+
     Raises:
         InvalidRequest: from here, the capability is not registered; from a call, an argument is no JSON value.
         CallRefused: from a call; it was denied or steered, or waits for a human. The function did not run.
+        CallStopped: from a call; it was stopped in its middle.
         StorageUnavailable: from a call; what became of it could not be recorded.
         RuntimeError: from a call of a synchronous function, where an event loop runs, which it would block.
     """
@@ -91,7 +96,8 @@ def _synchronous(by: Governor, shape: _Shape, function: Callable[P, T]) -> Calla
             except CallPending as pending:
                 raise pending.resumed_by(make) from None
             try:
-                result = function(*args, **kwargs)
+                with calling(opened.call):
+                    result = function(*args, **kwargs)
             except BaseException as error:
                 by.wait(_closing(by, opened, failed(error)))
                 raise
@@ -114,7 +120,8 @@ def _asynchronous(by: Governor, shape: _Shape, function: Callable[..., Any]) -> 
             except CallPending as pending:
                 raise pending.resumed_by(make) from None
             try:
-                result = await function(*args, **kwargs)
+                with stoppable(opened.call):
+                    result = await function(*args, **kwargs)
             except BaseException as error:
                 await asyncio.shield(by.away(_closing(by, opened, failed(error))))
                 raise
@@ -149,7 +156,7 @@ def reported(result: Any) -> Outcome:
 
 def failed(error: BaseException) -> Outcome:
     """What a function that raised says of itself; an interruption leaves open what it did."""
-    known = isinstance(error, Exception) and not isinstance(error, OutcomeUnknown)
+    known = isinstance(error, Exception) and not isinstance(error, OutcomeUnknown | CallStopped)
     words = str(error).encode(errors="backslashreplace").decode().replace("\0", "\\0")[:_LONGEST]
     return Outcome(
         status=OutcomeStatus.FAILED if known else OutcomeStatus.OUTCOME_UNKNOWN,

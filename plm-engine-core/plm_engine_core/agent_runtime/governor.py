@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AsyncExitStack, suppress
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from uuid import UUID
 
-from plm_engine_core.agent_runtime.hold import held, moment
+from plm_engine_core.agent_runtime.current_call import CurrentCall, pass_on
+from plm_engine_core.agent_runtime.hold import Hold, held, moment
 from plm_engine_core.agent_runtime.refusals import CallDenied, CallPending, CallSteered
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, Granted, Pending, Steered
 from plm_engine_core.control_plane.admission.grants import Grant
@@ -42,6 +43,7 @@ class Opened:
     lease: Lease
     grant: Grant
     capability: str
+    call: CurrentCall
     keeping: AsyncExitStack = field(default_factory=AsyncExitStack)
 
 
@@ -51,7 +53,8 @@ class Governor:
     All its runs belong to one run group, `run_group_id`, so that they can be halted and limited together. `principal`
     is who proposes; it needs `plm.runs.create` and what the capabilities require, and can never approve what it asked.
     Any number of threads and event loops may use a governor; the control plane runs in a thread of its own, which
-    renews each call's lease of `lease_seconds` while it runs. When this process is gone, recovery closes its calls.
+    renews each call's lease of `lease_seconds` while it runs, and hears of halts and cancels when it does so, three
+    times in that time. When this process is gone, recovery closes its calls.
     """
 
     def __init__(
@@ -183,9 +186,10 @@ class Governor:
             raise
         if isinstance(admission, Granted):
             opened = await self._begin(core, lease, admission.grant, capability)
-            await opened.keeping.enter_async_context(
+            hold = await opened.keeping.enter_async_context(
                 held(core.storage.runs, lease, seconds=self._lease_seconds, asked_at=asked_at, wake=asyncio.Event())
             )
+            await opened.keeping.enter_async_context(_passed_on(hold, opened.call))
             return opened
         if not isinstance(admission, Pending):
             reason = admission.reason if isinstance(admission, Denied) else Reason.STEERED
@@ -209,7 +213,8 @@ class Governor:
         return CallDenied(words, run_id=run.id, reason=Reason.APPROVAL_MISMATCH, unblock="calling the function anew")
 
     async def _begin(self, core: ControlPlane, lease: Lease, grant: Grant, capability: str) -> Opened:
-        opened = Opened(run=lease.run, lease=lease, grant=grant, capability=capability)
+        call = CurrentCall(lease.run.id)
+        opened = Opened(run=lease.run, lease=lease, grant=grant, capability=capability, call=call)
         try:
             begun = await core.begin(grant, fencing_token=lease.fencing_token, actor=self.principal.actor)
         except StorageUnavailable:  # it may have begun; the call is not made
@@ -268,6 +273,15 @@ class Governor:
             reason=reason,
             message=message,
         )
+
+
+@asynccontextmanager
+async def _passed_on(hold: Hold, call: CurrentCall) -> AsyncIterator[None]:
+    task = asyncio.create_task(pass_on(hold, call))
+    try:
+        yield
+    finally:
+        task.cancel()
 
 
 def _refusal(core: ControlPlane, run: Run, admission: Admission) -> Exception:
