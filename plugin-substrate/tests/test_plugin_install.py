@@ -237,6 +237,7 @@ BROKEN = [
     ("meta.py", META.replace("tiny.answer", "tiny.other"), "differ in: tiny.answer, tiny.other"),
     ("meta.py", META.replace('"Tiny"', '"Absent"'), "tiny.plugin.Absent is not a class derived from"),
     ("meta.py", META.replace('"stateless"', '"statless"'), "unknown keys: statless"),
+    ("plugin.py", PLUGIN.replace("import dataclass\n", "import dataclas\n"), "/tiny/plugin.py, line 2)"),
     ("plugin.py", PLUGIN.replace("def execute", "def other"), "does not implement execute"),
     ("plugin.py", "import os\nos._exit(5)", "gave no answer"),
     ("meta.py", "raise RuntimeError('\\x1b[31mred')", "RuntimeError: \\x1b[31mred"),

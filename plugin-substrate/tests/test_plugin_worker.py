@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import plugin_substrate
 import pytest
 from plugin_substrate import (
     CallContext,
@@ -436,6 +437,21 @@ async def test_a_worker_has_nothing_of_the_host_but_its_socket_and_its_log(
         "seccomp",
         "umask",
     )
+
+
+async def test_a_plugin_may_import_from_the_package_itself_what_belongs_to_plugins(
+    manager: PluginManager, probe_meta: MetaFactory
+) -> None:
+    await manager.load_plugin_async(probe_meta("FromTheTop", "from_the_top", "from-the-top"))
+    modules = [f"plugin_substrate.{name}" for name in ("interface", "errors")]
+    names = [
+        name
+        for name in plugin_substrate.__all__
+        if getattr(getattr(plugin_substrate, name), "__module__", "") in modules
+    ]
+    assert {"PluginInterface", "PluginInputError", "plugin_action"} < set(names)
+    call = manager.execute_plugin_async("from-the-top", [*names, "PluginManager", "os"])
+    assert await call == (["PluginManager", "os"], "plugin_substrate.interface")
 
 
 async def test_neither_supervisor_nor_worker_was_started_with_a_secret(

@@ -24,7 +24,7 @@ _OFFERED = ("interface", "errors", "file_plugin", "validation", "worker")
 
 
 class HostFiles:
-    """Finds what is offered of ``plugin_substrate``; the package itself is an empty one."""
+    """Finds what is offered of ``plugin_substrate``; the package itself offers the public names of the same modules."""
 
     def find_spec(
         self,
@@ -37,7 +37,7 @@ class HostFiles:
         if package != _PACKAGE:
             return None
         if not names:
-            shell = ModuleSpec(fullname, None, is_package=True)
+            shell = ModuleSpec(fullname, Shell(), is_package=True)  # type: ignore[arg-type] # it is one without saying so
             shell.submodule_search_locations = []
             return shell
         if names[0] not in _OFFERED:
@@ -47,6 +47,28 @@ class HostFiles:
             return _spec(fullname, os.path.join(place, "__init__.py"), package=place)  # noqa: PTH118
         file = place + ".py"
         return _spec(fullname, file) if os.path.isfile(file) else None  # noqa: PTH113
+
+
+class Shell:
+    """Loads the package itself: nothing, until a name is asked for."""
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Have an empty module made."""
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Have names looked up in the modules that they stand in, as where the package is installed."""
+        module.__getattr__ = _public_name  # type: ignore[method-assign] # this is how a module has one
+
+
+def _public_name(name: str) -> object:
+    from importlib import import_module
+
+    for offered in () if name.startswith("_") else _OFFERED[:-1]:
+        module = import_module(f"{_PACKAGE}.{offered}")
+        found: object = getattr(module, name, None)
+        if getattr(found, "__module__", "") == module.__name__:
+            return found
+    raise AttributeError(f"a plugin's process has no {name!r} of {_PACKAGE}: it has {', '.join(_OFFERED[:-1])}")
 
 
 def _spec(fullname: str, file: str, package: str | None = None) -> ModuleSpec:

@@ -9,7 +9,9 @@ import importlib
 import json
 import os
 import re
+import traceback
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from plugin_substrate.interface import PluginInterface, collect_plugin_actions
@@ -29,10 +31,19 @@ def describe(descriptor: int, distribution: str) -> None:
         answer = {"metadata": _metadata(distribution)}
         text = json.dumps(answer, allow_nan=False)
     except BaseException as error:  # noqa: BLE001 - it runs foreign code, and its failure is the answer
-        reason = str(error) if isinstance(error, _UndescribedError) else f"{type(error).__name__}: {error}"
+        foreign = not isinstance(error, _UndescribedError)
+        reason = f"{type(error).__name__}: {error}{_place(error)}" if foreign else str(error)
         text = json.dumps({"problem": reason})
     with os.fdopen(descriptor, "w", encoding="utf-8") as answer_file:
         answer_file.write(text)
+
+
+def _place(error: BaseException) -> str:
+    """Return where the plugin's own code was last when it failed."""
+    ours = str(Path(__file__).parent.parent)
+    calls = traceback.extract_tb(error.__traceback__)
+    theirs = [call for call in calls if not call.filename.startswith(("<", ours))]
+    return f" ({theirs[-1].filename}, line {theirs[-1].lineno})" if theirs else ""
 
 
 def _metadata(distribution: str) -> dict[str, Any]:
