@@ -129,7 +129,11 @@ async def test_a_copy_has_its_own_socket_log_folder_configuration_and_calls(
     assert other["descriptors"] == [(0, False), (1, False), (2, False), (3, True)], "nothing of the template's"
     await ask(preloaded, "say", text="said by the first")
     await ask(preloaded, "say", "two", text="said by the second")
-    first, second = preloaded.get_plugin_logs("preloaded"), preloaded.get_plugin_logs("two")
+    first = second = ""
+    async with asyncio.timeout(30):
+        while min(first.count("said by"), second.count("said by")) < 3:  # a line of the pipe may lag
+            await asyncio.sleep(0.002)
+            first, second = preloaded.get_plugin_logs("preloaded"), preloaded.get_plugin_logs("two")
     assert (first.count("said by the first"), first.count("said by the second")) == (3, 0)
     assert (second.count("said by the first"), second.count("said by the second")) == (0, 3)
     assert "imported" in first, "whose load had the template made has its lines"
