@@ -253,6 +253,8 @@ async def test_a_plugin_holds_no_privilege_and_cannot_change_how_it_ends(
     lines = status_of(manager.get_instance("attacker").pid).splitlines()
     status = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
     assert [int(status[name], 16) for name in ("CapPrm", "CapEff", "CapInh", "CapAmb")] == [0, 0, 0, 0]
+    if os.geteuid() == 0:
+        assert int(status["CapBnd"], 16) == 0, "nor could a program give it any"
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     assert await attack("privileges") == {"die with parent": "EPERM", "dumpable": "EPERM"}
 

@@ -114,6 +114,7 @@ def confine_supervisor(host: int) -> None:
         kernel.prctl(kernel.PR_SET_CHILD_SUBREAPER, 1)
         die_with_parent(signal.SIGCONT, host)
         kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
+        privileges.bound_capabilities(os.uname().machine)
 
 
 def die_with_parent(death_signal: signal.Signals, parent: int) -> None:

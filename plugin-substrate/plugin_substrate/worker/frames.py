@@ -54,14 +54,18 @@ class FrameDecoder:
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._limit = max_frame_bytes
         self._buffer = bytearray()
-        self._room = memoryview(bytearray(_LARGE_PORTION))
+        self._room = memoryview(bytearray(_PORTION))
 
     def room(self) -> memoryview:
         """Return where to receive the next bytes; then tell `received` how many.
 
         Small frames come in portions that are quick to handle, however many are waiting.
         """
-        return self._room if len(self._buffer) > _PORTION else self._room[:_PORTION]
+        if len(self._buffer) <= _PORTION:
+            return self._room[:_PORTION]
+        if len(self._room) < _LARGE_PORTION:  # to most connections it never comes to that
+            self._room = memoryview(bytearray(_LARGE_PORTION))
+        return self._room
 
     def received(self, count: int) -> Iterator[Frame]:
         """Yield the frames that are complete now."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+import sys
 
 PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
 PR_SET_SECCOMP = 22
+PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_SECUREBITS = 28
 PR_SET_CHILD_SUBREAPER = 36
@@ -18,37 +19,40 @@ PR_CAP_AMBIENT = 47
 
 def prctl(option: int, *arguments: int | bytes) -> int:
     """Change what the kernel keeps about this process; what is not given is 0, as most options want it."""
-    values = [_argument(value) for value in [*arguments, 0, 0, 0, 0][:4]]
-    return _checked(_libc.prctl(ctypes.c_int(option), *values), f"prctl({option})")
+    return _checked(_prctl(option, *arguments, *_ZEROS[len(arguments) :]), "prctl", option)
 
 
 def unshare(flags: int) -> None:
     """Leave namespaces that this process shares with others."""
-    _checked(_libc.unshare(ctypes.c_int(flags)), "unshare")
+    _checked(_libc.unshare(ctypes.c_int(flags)), "unshare", flags)
 
 
 def system_call(number: int, *arguments: int | bytes) -> int:
-    """Call by number. Bytes stand for a pointer to a copy of them."""
-    return _checked(_libc.syscall(ctypes.c_long(number), *map(_argument, arguments)), f"system call {number}")
+    """Call by number. Bytes stand for a pointer to them: not for a call that writes there."""
+    return _checked(_syscall(number, *arguments, *_ZEROS[len(arguments) :], 0, 0), "system call", number)
 
 
 def read_back(number: int, first: bytes, size: int) -> bytes:
     """Call by number with two pointers, and return what the kernel wrote behind the second."""
     answer = ctypes.create_string_buffer(size)
-    _checked(_libc.syscall(ctypes.c_long(number), _argument(first), answer), f"system call {number}")
+    _checked(_syscall(number, first, answer, *_ZEROS), "system call", number)
     return answer.raw
 
 
-def _argument(value: int | bytes) -> Any:
-    return ctypes.c_long(value) if isinstance(value, int) else ctypes.create_string_buffer(value, len(value))
-
-
-def _checked(result: int, what: str) -> int:
+def _checked(result: int, what: str, number: int) -> int:
     if result < 0:
         error = ctypes.get_errno()
-        raise OSError(error, f"{what}: {os.strerror(error)}")
-    return int(result)
+        raise OSError(error, f"{what} {number}: {os.strerror(error)}")
+    return result
 
 
+# With the types of their parameters said once: to wrap each argument of each call takes longer than most of the calls,
+# of which a worker that is being confined makes more than a hundred.
+_ZEROS = (0, 0, 0, 0)
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+_syscall.argtypes = [ctypes.c_long, *[ctypes.c_void_p] * 6]
+if sys.platform == "linux":
+    _prctl = _libc.prctl
+    _prctl.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 4]
