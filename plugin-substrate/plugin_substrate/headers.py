@@ -11,6 +11,7 @@ from plugin_substrate.worker.text import clean_line
 
 _MAX_LAYERS = 64
 _MAX_NAME = 64
+_MOST_SPENT = 2**60  # seconds or bytes: more than any machine has, and sums of it are still numbers
 
 Header = dict[str, Any]
 
@@ -71,7 +72,7 @@ def spent_of(header: Header) -> Spent:
     if not isinstance(spent, dict):
         raise ProtocolError(f"spent is {spent!r:.80}, not an object")
     cpu, peak = spent.get("cpu_seconds"), spent.get("peak_bytes")
-    if not (cpu is None or is_amount(cpu)) or not (peak is None or is_amount(peak)):
+    if not all(figure is None or (is_amount(figure) and figure <= _MOST_SPENT) for figure in (cpu, peak)):
         raise ProtocolError(f"spent is {spent!r:.80}, not amounts")
     return Spent(cpu, peak)
 

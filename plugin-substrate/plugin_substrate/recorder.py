@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from plugin_substrate.errors import StoreError
-from plugin_substrate.stores.empirical import EmpiricalResourceRecord, EmpiricalResourceStore
+from plugin_substrate.stores.empirical import EmpiricalResourceRecord, EmpiricalResourceStore, add_usage
 
 T = TypeVar("T")
 
@@ -110,8 +110,7 @@ class EmpiricalRecorder:
         sums.cpu.add(cpu_percent)
         sums.memory.add(memory_mb_peak)
         sums.gpu.add(gpu_memory_mb_peak)
-        for unit, amount in usage.items():
-            sums.usage[unit] = sums.usage.get(unit, 0.0) + amount
+        add_usage(sums.usage, usage)
         if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_LINGER_SECONDS, self._write_soon)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import stat
+import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -16,9 +17,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plugin_substrate import CallContext, PluginError, PluginManager
+from plugin_substrate import CallContext, PluginError, PluginManager, PluginMeta
 from plugin_substrate.errors import StoreError
+from plugin_substrate.interface import MAX_USAGE_UNITS
 from plugin_substrate.stores.empirical import (
+    MAX_USAGE_TOTALS,
     EmpiricalResourceRecord,
     EmpiricalResourceStore,
     InMemoryEmpiricalResourceStore,
@@ -26,6 +29,8 @@ from plugin_substrate.stores.empirical import (
     ResourceSample,
     compute_config_hash,
 )
+
+MetaFactory = Callable[..., PluginMeta]
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SAMPLE = ResourceSample(
@@ -81,6 +86,36 @@ def test_configurations_and_instances_are_kept_apart(store: EmpiricalResourceSto
     keys = [("b", "sha256:0"), ("a", "sha256:1"), ("a", "sha256:0")]
     store.add([EmpiricalResourceRecord.of(replace(SAMPLE, instance_id=one, config_hash=two)) for one, two in keys])
     assert [(record.instance_id, record.config_hash) for record in store.list_all()] == sorted(keys)
+
+
+def test_what_plugins_report_as_used_is_bounded_whatever_they_say(store: EmpiricalResourceStore) -> None:
+    """A plugin names the units: neither their sums nor their number may cost others their records."""
+    most = sys.float_info.max
+    other = replace(SAMPLE, instance_id="other")
+    for number in range(3 * MAX_USAGE_TOTALS // MAX_USAGE_UNITS):
+        units = {f"{number}-{unit}": 1.0 for unit in range(MAX_USAGE_UNITS - 1)}
+        greedy = replace(SAMPLE, api_usage={"page": most, **units})
+        store.add([EmpiricalResourceRecord.of(greedy, greedy), EmpiricalResourceRecord.of(other)])
+    record, beside = store.get("reader", "sha256:0"), store.get("other", "sha256:0")
+    assert record is not None
+    assert beside is not None
+    assert record.api_usage_totals["page"] == most
+    assert record.api_usage_totals["0-0"] == 2.0
+    assert len(record.api_usage_totals) == MAX_USAGE_TOTALS
+    assert beside.sample_count == 3 * MAX_USAGE_TOTALS // MAX_USAGE_UNITS
+
+
+async def test_the_sums_of_a_plugin_that_reports_impossible_usage_hold_up_no_others(
+    manager: PluginManager, probe_meta: MetaFactory
+) -> None:
+    await manager.load_plugin_async(probe_meta("Spender", "spender", "spender"))
+    await manager.load_plugin_async(probe_meta())
+    for number in range(3):
+        await manager.execute_plugin_async("spender", number)
+        await manager.execute_plugin_async("probe", action="probe.echo")
+        records = {record.instance_id: record for record in await manager.get_empirical_records_async()}
+    assert (records["probe"].sample_count, records["spender"].sample_count) == (3, 3)
+    assert records["spender"].api_usage_totals["money"] == sys.float_info.max
 
 
 def test_no_configuration_has_the_digest_of_an_empty_one() -> None:

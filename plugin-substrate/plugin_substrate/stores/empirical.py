@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
@@ -17,6 +18,16 @@ from plugin_substrate.interface import is_amount
 from plugin_substrate.stores.files import PASSAGE, locked, make_private, private_folder
 
 _BUSY_SECONDS = 10.0
+
+#: Sums of usage are kept for the first so many units that a plugin names.
+MAX_USAGE_TOTALS = 1000
+
+
+def add_usage(totals: dict[str, float], usage: Mapping[str, float]) -> None:
+    """Add a report to sums. A plugin names units and amounts, so both the number of sums and each sum have an end."""
+    for unit, amount in usage.items():
+        if unit in totals or len(totals) < MAX_USAGE_TOTALS:
+            totals[unit] = min(totals.get(unit, 0.0) + amount, sys.float_info.max)
 
 
 def compute_config_hash(config: Mapping[str, Any] | None) -> str:
@@ -79,8 +90,7 @@ class EmpiricalResourceRecord:
         gpu = [sample.gpu_memory_mb_peak for sample in samples if sample.gpu_memory_mb_peak is not None]
         usage: dict[str, float] = {}
         for sample in samples:
-            for unit, amount in sample.api_usage.items():
-                usage[unit] = usage.get(unit, 0.0) + amount
+            add_usage(usage, sample.api_usage)
         return cls(
             instance_id=first.instance_id,
             config_hash=first.config_hash,
@@ -103,8 +113,7 @@ class EmpiricalResourceRecord:
     def combined(self, other: EmpiricalResourceRecord) -> EmpiricalResourceRecord:
         """Return the record of the samples of both, which are of one instance and configuration."""
         usage = dict(self.api_usage_totals)
-        for unit, amount in other.api_usage_totals.items():
-            usage[unit] = usage.get(unit, 0.0) + amount
+        add_usage(usage, other.api_usage_totals)
         return EmpiricalResourceRecord(
             instance_id=self.instance_id,
             config_hash=self.config_hash,
