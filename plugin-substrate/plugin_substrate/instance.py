@@ -23,7 +23,7 @@ from plugin_substrate.errors import (
 from plugin_substrate.gate import Gate
 from plugin_substrate.interface import CallContext
 from plugin_substrate.lifecycle import Supervisor
-from plugin_substrate.metadata import CallResult, PluginInstance
+from plugin_substrate.metadata import CallResult, CallTerms, PluginInstance
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.pending_stream import PendingStream
 from plugin_substrate.proxy import RemotePluginProxy
@@ -117,6 +117,18 @@ class LoadedInstance:
             idempotent=settings.meta.idempotent,
             resources=settings.meta.resources,
             workers=views,
+        )
+
+    def terms(self) -> CallTerms:
+        """Return what stands now of what a queue of calls must know, without a look at the workers."""
+        meta = self.settings.meta
+        return CallTerms(
+            instance_id=self.settings.instance_id,
+            plugin_name=meta.name,
+            enabled=self.switch.enabled,
+            stateless=meta.stateless,
+            idempotent=meta.idempotent,
+            resources=meta.resources,
         )
 
     async def load(self, tenant_id: str = "") -> None:

@@ -20,7 +20,7 @@ from plugin_substrate.interface import CallContext
 from plugin_substrate.managing.loading import LoadingVerbs
 from plugin_substrate.managing.measuring import MeasuringVerbs
 from plugin_substrate.managing.operating import OperatingVerbs
-from plugin_substrate.metadata import CallResult, PluginMeta, RejectedManifest
+from plugin_substrate.metadata import CallResult, CallTerms, PluginMeta, RejectedManifest
 from plugin_substrate.recorder import EmpiricalRecorder
 from plugin_substrate.revival import Revival
 from plugin_substrate.scheduling import GPU_MEMORY, SYSTEM_MEMORY, PermissiveScheduler, ResourceScheduler
@@ -219,6 +219,10 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         """
         self._home.adopt()
         return await self._instances.get(instance_id).cancel(call_id, on_force)
+
+    def terms_of(self, instance_id: str) -> CallTerms:
+        """Return on what terms an instance takes calls; a `PluginNotLoadedError` when there is none."""
+        return self._instances.get(instance_id).terms()
 
     def slots_of(self, instance_id: str) -> int:
         """Return how many calls one worker of an instance takes at a time, as `get_instance` does, but at no cost."""

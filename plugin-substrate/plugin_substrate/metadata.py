@@ -181,6 +181,18 @@ class PluginInstance:
         return hash_dict_canonical(self.config)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallTerms:
+    """What a queue of calls must know of an instance: of all that a `PluginInstance` tells, what costs nothing."""
+
+    instance_id: str
+    plugin_name: str
+    enabled: bool
+    stateless: bool
+    idempotent: bool
+    resources: ResourceRequirements
+
+
 @dataclass(frozen=True, kw_only=True)
 class CallResult:
     """What a call gave: the value, the last usage it reported, and the last lines it logged."""

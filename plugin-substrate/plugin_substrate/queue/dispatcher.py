@@ -22,7 +22,7 @@ from plugin_substrate.errors import (
     WorkerDiedError,
 )
 from plugin_substrate.manager import PluginManager
-from plugin_substrate.metadata import PluginInstance
+from plugin_substrate.metadata import CallTerms
 from plugin_substrate.queue.demands import Demands
 from plugin_substrate.queue.job import BlockReason, CancelPhase, Job, JobEventType, JobStatus
 from plugin_substrate.queue.journal import Journal
@@ -84,11 +84,11 @@ class Dispatcher:
         self, request: JobRequest, *, sequence_id: str | None = None, sequence_index: int | None = None
     ) -> tuple[LiveJob, NewJob]:
         """Make a job of a request, or refuse it."""
-        instance = self.check(request)
+        terms = self.check(request)
         job = Job(
             id=uuid.uuid4().hex,
             plugin_instance_id=request.plugin_instance_id,
-            plugin_name=instance.plugin_name,
+            plugin_name=terms.plugin_name,
             owner=request.owner,
             args=request.args,
             kwargs=request.kwargs,
@@ -97,9 +97,9 @@ class Dispatcher:
             sequence_id=sequence_id,
             sequence_index=sequence_index,
         )
-        kept = KeptJob(job=job, request=request, order=self.journal.next_order(), idempotent=instance.idempotent)
+        kept = KeptJob(job=job, request=request, order=self.journal.next_order(), idempotent=terms.idempotent)
         live = self._live(kept)
-        self._place(live, instance)
+        self._place(live, terms)
         return live, NewJob(kept)
 
     def _live(self, kept: KeptJob) -> LiveJob:
@@ -117,16 +117,16 @@ class Dispatcher:
         self.journal.add(live)
         return live
 
-    def check(self, request: JobRequest) -> PluginInstance:
+    def check(self, request: JobRequest) -> CallTerms:
         """Refuse what cannot be kept, and what is of an instance that is not there, not enabled, or needs too much."""
         instance_id = request.plugin_instance_id
-        instance = self._manager.get_instance(instance_id)
-        if not instance.enabled:
+        terms = self._manager.terms_of(instance_id)
+        if not terms.enabled:
             raise PluginDisabledError(
                 f"{instance_id!r} is disabled; enable_plugin({instance_id!r}) makes it take jobs again",
-                plugin_name=instance.plugin_name,
+                plugin_name=terms.plugin_name,
             )
-        short = self._demands.too_big(instance)
+        short = self._demands.too_big(terms)
         if short is not None:
             raise PluginResourceError(
                 f"a job of {instance_id!r} needs {short.needed:g} of {short.resource}, and this machine has "
@@ -135,7 +135,7 @@ class Dispatcher:
                 retriable=False,
             )
         self.journal.store.check(request)
-        return instance
+        return terms
 
     async def submitted(self, live: LiveJob, changes: list[Change]) -> None:
         """Have a new job kept and wait its turn."""
@@ -265,7 +265,7 @@ class Dispatcher:
             parked.remove(live)
 
     def _watch_deadline(self, live: LiveJob) -> None:
-        deadline = live.context.deadline
+        deadline = live.deadline
         if deadline is not None:
             left = max(0.0, deadline - datetime.now(UTC).timestamp())
             live.set_timer("deadline", left, functools.partial(self._too_late, live))
@@ -273,7 +273,7 @@ class Dispatcher:
     def _too_late(self, live: LiveJob) -> None:
         if live.task is None and not live.job.status.terminal:
             self.take_out(live)
-            seconds = (live.context.deadline or 0.0) - live.job.submitted_at.timestamp()
+            seconds = (live.deadline or 0.0) - live.job.submitted_at.timestamp()
             error = PluginTimeoutError(f"it waited until its deadline, {seconds:.3f} s", timeout_seconds=seconds)
             self.end(live, JobStatus.FAILED, error=self.runner.error_of(live, error))
 
@@ -312,10 +312,10 @@ class Dispatcher:
         """Return a job's place among those of its owner: priority is worth waiting time."""
         return live.job.submitted_at.timestamp() - live.job.priority * self._ageing, live.order
 
-    def _place(self, live: LiveJob, instance: PluginInstance) -> None:
+    def _place(self, live: LiveJob, terms: CallTerms) -> None:
         """Say whose slots a job takes, and what else."""
-        live.lane = instance.instance_id, "" if instance.stateless else live.context.tenant_id
-        live.demand = self._demands.of(instance)
+        live.lane = terms.instance_id, "" if terms.stateless else live.tenant_id
+        live.demand = self._demands.of(terms)
 
     def _slots(self, instance_id: str) -> int:
         """How many jobs a worker takes; one where the instance is gone, so that its jobs fail in their turn."""
@@ -360,18 +360,18 @@ class Dispatcher:
     def _may_repeat(self, live: LiveJob) -> bool:
         """Whether the plugin declared itself idempotent then, and does so now if it is loaded."""
         try:
-            return live.idempotent and self._manager.get_instance(live.job.plugin_instance_id).idempotent
+            return live.idempotent and self._manager.terms_of(live.job.plugin_instance_id).idempotent
         except PluginNotLoadedError:
             return live.idempotent
 
     def _unpark(self, instance_id: str) -> None:
         """Have jobs of an earlier host wait for their turn, if their instance is there."""
         try:
-            instance = self._manager.get_instance(instance_id)
+            terms = self._manager.terms_of(instance_id)
         except PluginNotLoadedError:
             return
         for live in self._parked.pop(instance_id):
-            self._place(live, instance)
+            self._place(live, terms)
             pause = 0.0
             if live.not_before is not None:
                 pause = (live.not_before - datetime.now(UTC)).total_seconds()

@@ -55,12 +55,25 @@ class LiveJob:
     @property
     def context(self) -> CallContext:
         """What its calls are told of themselves: the same for each attempt, under whichever host."""
-        job, request = self.job, self.request
-        call = request.call or CallContext(call_id=job.id, step_key=job.id)
-        if request.deadline_seconds is None:
-            return call
-        deadline = job.submitted_at.timestamp() + request.deadline_seconds
-        return replace(call, deadline=min(deadline, call.deadline or deadline))
+        call = self.request.call or CallContext(call_id=self.job.id, step_key=self.job.id)
+        deadline = self.deadline
+        return call if deadline == call.deadline else replace(call, deadline=deadline)
+
+    @property
+    def tenant_id(self) -> str:
+        """Whose call it is; nothing when it is nobody's."""
+        call = self.request.call
+        return call.tenant_id if call is not None else ""
+
+    @property
+    def deadline(self) -> float | None:
+        """The Unix time by which it must have ended: its own deadline or its call's, whichever is first."""
+        own, call = self.request.deadline_seconds, self.request.call
+        of_call = call.deadline if call is not None else None
+        if own is None:
+            return of_call
+        deadline = self.job.submitted_at.timestamp() + own
+        return min(deadline, of_call or deadline)
 
     def set_timer(self, name: str, seconds: float, what: Callable[[], object]) -> None:
         """Do something later, once, unless it is set anew or stopped."""

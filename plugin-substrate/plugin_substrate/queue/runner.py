@@ -211,7 +211,7 @@ class Runner:
         if policy is None:
             return False
         pause = policy.pause(error, live.job.retry_count, idempotent=live.idempotent or not live.sent)
-        deadline = live.context.deadline
+        deadline = live.deadline
         if pause is None or (deadline is not None and datetime.now(UTC).timestamp() + pause >= deadline):
             return False
         self.again(live, error, pause)
@@ -248,7 +248,7 @@ class Runner:
             return False
         live.met_shortage = True
         resource = error.resource_shortfall.resource if error.resource_shortfall else ""
-        await self._manager.make_room(live.job.plugin_instance_id, resource, tenant_id=live.context.tenant_id)
+        await self._manager.make_room(live.job.plugin_instance_id, resource, tenant_id=live.tenant_id)
         record = self.error_of(live, error)
         payload = {
             "attempt": live.job.retry_count + 1,
