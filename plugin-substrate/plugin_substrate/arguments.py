@@ -15,9 +15,14 @@ async def with_paths(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tu
 
     Writing happens in another thread. Whether the plugin may read the path is a matter of its isolation profile.
     """
-    if not any(hasattr(value, "to_temp_file") for value in (*args, *kwargs.values())):  # the protocol asks slowly
+    if not any_files(args, kwargs):
         return tuple(args), dict(kwargs)
     return await asyncio.to_thread(_replaced, args, kwargs)
+
+
+def any_files(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether there may be a `FileBackedDTO` among them."""
+    return any(hasattr(value, "to_temp_file") for value in (*args, *kwargs.values()))  # the protocol asks slowly
 
 
 def _replaced(args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -25,6 +25,7 @@ from plugin_substrate import (
     ErrorCategory,
     FromStep,
     InMemoryJobStore,
+    InputFile,
     Job,
     JobError,
     JobEvent,
@@ -118,6 +119,11 @@ def event(job_id: str, number: int, position: int, sequence_id: str | None = Non
             sequence_id=sequence_id,
         )
     )
+
+
+def test_arguments_are_unpacked_as_they_were_packed(store: JobStore) -> None:
+    for values in ([], [1, "two", None, [0.5, {"three": True}]], VALUES, [InputFile("a.txt", "text/plain", b"x")]):
+        assert store.unpack(store.pack(values, {"x": values})) == (tuple(values), {"x": values})
 
 
 async def test_a_job_is_read_as_it_was_written(store: JobStore) -> None:
@@ -403,12 +409,12 @@ async def test_a_result_that_cannot_be_kept_is_told_before_it_is_written(path: P
 async def test_arguments_that_cannot_be_kept_are_named(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalJobStore(path)
     with pytest.raises(WireValueError, match=r"args\[1\]\.rows"):
-        store.check(JobRequest(plugin_instance_id="probe", args=(1, {"rows": {1, 2}})))
+        store.pack((1, {"rows": {1, 2}}), {})
     with pytest.raises(WireValueError, match=r"kwargs\.weight"):
-        store.check(JobRequest(plugin_instance_id="probe", kwargs={"weight": float("nan")}))
+        store.pack((), {"weight": float("nan")})
     with pytest.raises(WireValueError, match=r"kwargs: .* bytes of JSON are over the limit"):
-        store.check(JobRequest(plugin_instance_id="probe", kwargs={"text": "x" * (9 << 20)}))
-    monkeypatch.setattr("plugin_substrate.stores.jobs.MAX_FRAME_BYTES", 1000)
+        store.pack((), {"text": "x" * (9 << 20)})
+    monkeypatch.setattr("plugin_substrate.stores.job_rows.MAX_FRAME_BYTES", 1000)
     half = b"x" * 500
     with pytest.raises(WireValueError, match=r"the arguments: .* for a call; use files"):
-        store.check(JobRequest(plugin_instance_id="probe", args=(half, half)))
+        store.pack((half, half), {})

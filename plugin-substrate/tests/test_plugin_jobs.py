@@ -148,6 +148,25 @@ async def test_a_job_too_big_for_the_machine_is_refused_with_the_numbers(
     assert (shortfall.resource, shortfall.needed, shortfall.available) == (resource, needed, available)
 
 
+@pytest.mark.parametrize("value", [{1, 2}, float("nan"), object()])
+async def test_arguments_that_cannot_reach_a_plugin_are_refused_at_submit(jobs: JobQueue, value: object) -> None:
+    with pytest.raises(WireValueError, match=r"kwargs\.value\[0\]"):
+        await jobs.submit("jobber", action="job.value", value=[value])
+    assert jobs.get_stats().total_pending == 0
+
+
+async def test_arguments_in_files_are_paths_as_soon_as_they_are_submitted(jobs: JobQueue, tmp_path: Path) -> None:
+    class Table:
+        def to_temp_file(self) -> Path:
+            return tmp_path / "table.csv"
+
+    job_id = await jobs.submit("jobber", action="job.value", value=Table())
+    step = SequenceStep(plugin_instance_id="jobber", kwargs={"action": "job.value", "value": Table()})
+    sequence = await jobs.wait_for_sequence(await jobs.submit_sequence([step]), 60)
+    results = [(await ended(jobs, job_id)).result, sequence.results[0].result]
+    assert results == [str(tmp_path / "table.csv")] * 2
+
+
 async def test_a_store_on_disk_refuses_what_it_could_not_carry_on(jobber: PluginManager, tmp_path: Path) -> None:
     async def allow() -> bool:
         return True
@@ -674,21 +693,58 @@ async def test_memory_stays_flat_however_many_jobs_there_were(make_queue: MakeQu
     assert jobber.get_instance("jobber").running_calls == 0
 
 
-async def test_a_waiting_job_is_few_objects_as_the_collector_of_garbage_stops_the_loop_for_each(
+async def test_what_an_earlier_host_left_of_any_tenant_goes_on_once_a_job_is_submitted_for_its_instance(
+    jobber: PluginManager, jobber_meta: MetaFactory, tmp_path: Path
+) -> None:
+    earlier = JobQueue(jobber, store=LocalJobStore(tmp_path / "jobs.db"))
+    left = [
+        await earlier.submit("jobber", action="job.value", value=tenant, call=CallContext(tenant, tenant))
+        for tenant in ("acme", "umbrella")
+    ]
+    await earlier.close()
+    await jobber.unload_plugin_async("jobber")
+    async with JobQueue(jobber, store=LocalJobStore(tmp_path / "jobs.db")) as queue:
+        await jobber.load_plugin_async(jobber_meta())
+        await ended(queue, await queue.submit("jobber", action="job.value", call=CallContext("now", "acme")))
+        assert [(await ended(queue, job_id)).result for job_id in left] == ["acme", "umbrella"]
+
+
+async def test_a_waiting_job_is_nothing_that_the_collector_of_garbage_must_look_into(
     make_queue: MakeQueue, jobber: PluginManager
 ) -> None:
     queue = make_queue()
 
     async def submit(count: int) -> int:
-        for _ in range(count):
-            await queue.submit("jobber", action="job.value")
+        for number in range(count):
+            job_id = await queue.submit(
+                "jobber",
+                action="job.value",
+                value=[number, {"rows": [number]}],
+                owner=f"owner-{number % 10}",
+                call=CallContext(f"call-{number}", "acme"),
+            )
+            await queue.reorder(job_id, number % 3)
+            assert queue.get_job(job_id).kwargs["value"] == [number, {"rows": [number]}]
         gc.collect()
         return len(gc.get_objects())
 
-    before = await submit(200)
+    before = await submit(100)
     after = await submit(500)
-    assert (after - before) / 500 < 4.5
-    assert queue.get_stats().total_pending == 700
+    assert (after - before) / 500 < 0.2
+    assert [job.priority for job in queue.get_pending()] == sorted(n % 3 for n in [*range(100), *range(500)])[::-1]
+
+
+async def test_what_was_submitted_is_sent_whatever_becomes_of_the_callers_values(
+    make_queue: MakeQueue, jobber: PluginManager
+) -> None:
+    queue = make_queue()
+    value = [1, b"raw"]
+    waits = await queue.submit("jobber", action="job.value", value=value)
+    value.append(2)
+    await queue.start()
+    runs = await queue.submit("jobber", action="job.value", value=value)
+    value.append(3)
+    assert [(await ended(queue, job_id)).result for job_id in (waits, runs)] == [[1, b"raw"], [1, b"raw", 2]]
 
 
 async def test_when_nothing_can_be_kept_any_more_nothing_is_started_or_confirmed(

@@ -6,10 +6,11 @@ import asyncio
 import functools
 import logging
 import uuid
-from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
+from operator import itemgetter
 from typing import Any
 
 from plugin_substrate.errors import (
@@ -28,10 +29,10 @@ from plugin_substrate.queue.job import BlockReason, CancelPhase, Job, JobEventTy
 from plugin_substrate.queue.journal import Journal
 from plugin_substrate.queue.live import LiveJob
 from plugin_substrate.queue.request import JobRequest, RetryPolicy
-from plugin_substrate.queue.resources import Ledger, MachineResources
+from plugin_substrate.queue.resources import NO_DEMAND, Ledger, MachineResources
 from plugin_substrate.queue.runner import Runner
 from plugin_substrate.queue.sequencer import Sequencer
-from plugin_substrate.queue.store import Change, KeptJob, NewJob
+from plugin_substrate.queue.store import Change, KeptJob, NewEvent
 from plugin_substrate.queue.waiting import LaneKey, Rank, WaitingJobs
 
 _logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Dispatcher:
         self._manager = manager
         self._ageing = ageing_seconds
         self._demands = Demands(manager, ledger)
-        self._parked: dict[str, deque[LiveJob]] = {}
+        self._parked: dict[str, dict[str, None]] = {}  # by instance, the jobs in order
         self._opened = False
         self.running = False
 
@@ -82,43 +83,45 @@ class Dispatcher:
 
     def make(
         self, request: JobRequest, *, sequence_id: str | None = None, sequence_index: int | None = None
-    ) -> tuple[LiveJob, NewJob]:
-        """Make a job of a request, or refuse it."""
-        terms = self.check(request)
+    ) -> tuple[LiveJob, list[Change]]:
+        """Make a job of a request, or refuse it; it takes its place at once, and starts when its changes are written.
+
+        `withdraw` undoes it.
+        """
+        terms, arguments = self.check(request)
+        self._unpark(request.plugin_instance_id)
+        job_id, submitted_at, order = uuid.uuid4().hex, self.journal.submission_time(), self.journal.next_order()
+        tenant_id = request.call.tenant_id if request.call is not None else ""
+        rank = self._rank(submitted_at, request.priority, order)
+        self.waiting.add(job_id, _lane(terms, tenant_id), request.owner, rank, self._demands.of(terms))
         job = Job(
-            id=uuid.uuid4().hex,
+            id=job_id,
             plugin_instance_id=request.plugin_instance_id,
             plugin_name=terms.plugin_name,
             owner=request.owner,
-            args=request.args,
-            kwargs=request.kwargs,
             priority=request.priority,
-            submitted_at=self.journal.submission_time(),
+            submitted_at=submitted_at,
             sequence_id=sequence_id,
             sequence_index=sequence_index,
+            block_reason=self._first_reason(job_id),
         )
-        kept = KeptJob(job=job, request=request, order=self.journal.next_order(), idempotent=terms.idempotent)
-        live = self._live(kept)
-        self._place(live, terms)
-        return live, NewJob(kept)
-
-    def _live(self, kept: KeptJob) -> LiveJob:
-        job, request = kept.job, kept.request
-        live = LiveJob(
-            job=job,
-            request=request,
-            lane=(job.plugin_instance_id, request.call.tenant_id if request.call else ""),
-            order=kept.order,
-            idempotent=kept.idempotent,
-            events=kept.events,
-            recoveries=kept.recoveries,
-            not_before=kept.not_before,
-        )
+        live = LiveJob(job=job, request=request, arguments=arguments, order=order, idempotent=terms.idempotent)
         self.journal.add(live)
-        return live
+        changes: list[Change] = [self.journal.new(live)]
+        if job.block_reason is not None:
+            changes.append(self._told_reason(live, job.block_reason))
+        return live, changes
 
-    def check(self, request: JobRequest) -> CallTerms:
-        """Refuse what cannot be kept, and what is of an instance that is not there, not enabled, or needs too much."""
+    def withdraw(self, live: LiveJob) -> None:
+        """Forget a job that could not be kept."""
+        self.waiting.remove(live.job.id)
+        self.journal.discard(live)
+
+    def check(self, request: JobRequest) -> tuple[CallTerms, bytes]:
+        """Refuse what cannot be kept, and what is of an instance that is not there, not enabled, or needs too much.
+
+        Returns the instance's terms and the packed arguments.
+        """
         instance_id = request.plugin_instance_id
         terms = self._manager.terms_of(instance_id)
         if not terms.enabled:
@@ -134,34 +137,42 @@ class Dispatcher:
                 resource_shortfall=short,
                 retriable=False,
             )
-        self.journal.store.check(request)
-        return terms
+        return terms, self.journal.store.pack(request.args, request.kwargs)
 
     async def submitted(self, live: LiveJob, changes: list[Change]) -> None:
         """Have a new job kept and wait its turn."""
         try:
             kept = self.journal.write(changes)
         except BaseException:
-            self.journal.discard(live)
+            self.withdraw(live)
             self.sequencer.running.pop(live.job.sequence_id or "", None)
             raise
-        if live.job.plugin_instance_id in self._parked:
-            self._unpark(live.job.plugin_instance_id)
-        self._enqueue(live)
+        self._go_on(live)
         if kept is not None:
             await asyncio.shield(kept)
 
     def _enqueue(self, live: LiveJob) -> None:
-        """Have a job wait, or start it at once."""
+        """Have a job wait once more, or start it at once."""
         self._wait(live)
-        if self.running:
-            self._begin_all(self.waiting.start_next(live.lane, self._now()))
-        if live.task is None and live.job.id in self.waiting:
-            self._tell_reason(live, self._reason(live))
+        self._go_on(live)
 
     def _wait(self, live: LiveJob) -> None:
+        """Have a job take its place; where its instance is gone, so that it fails in its turn."""
+        lane, demand = (live.job.plugin_instance_id, live.tenant_id), NO_DEMAND
+        with suppress(PluginNotLoadedError):
+            terms = self._manager.terms_of(live.job.plugin_instance_id)
+            lane, demand = _lane(terms, live.tenant_id), self._demands.of(terms)
+        self.waiting.add(live.job.id, lane, live.job.owner, self.rank(live), demand)
+
+    def _go_on(self, live: LiveJob) -> None:
+        """Start a job that has taken its place, or let it wait."""
         self._watch_deadline(live)
-        self.waiting.add(live.job.id, live.lane, live.job.owner, self.rank(live), live.demand)
+        if self.running:
+            self._begin_all(self.waiting.start_next(self.waiting.lane_of(live.job.id), self._now()))
+        if live.job.id in self.waiting:
+            if live.job.block_reason is None:
+                self._tell_reason(live, self._reason(live))
+            self.journal.live.let_wait(live)
 
     def _begin_all(self, job_ids: Iterable[str]) -> None:
         if not self.running or self.journal.failure is not None:
@@ -192,7 +203,9 @@ class Dispatcher:
             return
         self._begin_all(self.waiting.start_next(lane, self._now()))
         for job_id in self.waiting.heads():
-            self._tell_reason(self.journal.live[job_id], self.waiting.reason(job_id))
+            live = self.journal.live[job_id]
+            self._tell_reason(live, self.waiting.reason(job_id))
+            self.journal.live.let_wait(live)
 
     def _end_broken(self, live: LiveJob, task: asyncio.Task[None]) -> None:
         """End a job whose attempt did not end it: its task was cancelled, or met a fault of the queue."""
@@ -222,18 +235,20 @@ class Dispatcher:
         if live.job.sequence_id is not None:
             following, more = self.sequencer.after(live.job)
             told += more
-        live.request = replace(live.request, args=(), kwargs={})
+        live.arguments = b""
         try:
             kept = journal.write(told)
         except StoreError:
             live.done.set()  # who waits is told of the store
+            if following is not None:
+                self.withdraw(following)
             return
         if kept is None:
             self._ended(live, None)
         else:
             kept.add_done_callback(functools.partial(self._ended, live))
         if following is not None:
-            self._enqueue(following)
+            self._go_on(following)
 
     def _ended(self, live: LiveJob, kept: asyncio.Future[None] | None) -> None:
         """An end is kept: from here on the store is asked."""
@@ -260,9 +275,7 @@ class Dispatcher:
     def take_out(self, live: LiveJob) -> None:
         """Have a job wait no longer."""
         self.waiting.remove(live.job.id)
-        parked = self._parked.get(live.job.plugin_instance_id)
-        if parked is not None and live in parked:
-            parked.remove(live)
+        self._parked.get(live.job.plugin_instance_id, {}).pop(live.job.id, None)
 
     def _watch_deadline(self, live: LiveJob) -> None:
         deadline = live.deadline
@@ -283,8 +296,16 @@ class Dispatcher:
         if self.journal.failure is not None or (before is not None and before.resource == reason.resource):
             return
         live.job = replace(live.job, block_reason=reason)
-        event = self.journal.event(live, JobEventType.BLOCK_REASON_CHANGED, reason.payload())
-        self.journal.write([event, self.journal.changed(live)])
+        self.journal.write([self._told_reason(live, reason), self.journal.changed(live)])
+
+    def _told_reason(self, live: LiveJob, reason: BlockReason) -> NewEvent:
+        return self.journal.event(live, JobEventType.BLOCK_REASON_CHANGED, reason.payload())
+
+    def _first_reason(self, job_id: str) -> BlockReason | None:
+        """Why a job waits that has just taken its place; None when it starts as soon as it is kept."""
+        if not self.running:
+            return _NOT_STARTED
+        return None if self.waiting.would_start(job_id, self._now()) else self.waiting.reason(job_id)
 
     def why(self, live: LiveJob) -> BlockReason:
         """Say why a job waits, with how many go before it."""
@@ -310,12 +331,22 @@ class Dispatcher:
 
     def rank(self, live: LiveJob) -> Rank:
         """Return a job's place among those of its owner: priority is worth waiting time."""
-        return live.job.submitted_at.timestamp() - live.job.priority * self._ageing, live.order
+        return self._rank(live.job.submitted_at, live.job.priority, live.order)
 
-    def _place(self, live: LiveJob, terms: CallTerms) -> None:
-        """Say whose slots a job takes, and what else."""
-        live.lane = terms.instance_id, "" if terms.stateless else live.tenant_id
-        live.demand = self._demands.of(terms)
+    def _rank(self, submitted_at: datetime, priority: int, order: int) -> Rank:
+        return submitted_at.timestamp() - priority * self._ageing, order
+
+    def pending(self) -> list[Job]:
+        """Return the jobs that wait, in the order of their ranks, with their arguments."""
+        found = [
+            (self.rank(live), self.journal.shown(live))
+            for live in self.journal.live.awake()
+            if live.job.status is JobStatus.PENDING
+        ]
+        for folded in self.journal.live.folded():
+            job, order = self.journal.shown_folded(folded)
+            found.append((self._rank(job.submitted_at, job.priority, order), job))
+        return [job for _, job in sorted(found, key=itemgetter(0))]
 
     def _slots(self, instance_id: str) -> int:
         """How many jobs a worker takes; one where the instance is gone, so that its jobs fail in their turn."""
@@ -342,7 +373,17 @@ class Dispatcher:
 
     def _recover(self, kept: KeptJob) -> None:
         """Go on with a job: one that waited waits, one that ran is tried again or interrupted."""
-        live = self._live(kept)
+        live = LiveJob(
+            job=kept.job,
+            request=kept.request,
+            arguments=self.journal.store.pack(kept.job.args, kept.job.kwargs),
+            order=kept.order,
+            idempotent=kept.idempotent,
+            events=kept.events,
+            recoveries=kept.recoveries,
+            not_before=kept.not_before,
+        )
+        self.journal.add(live)
         if kept.job.status is JobStatus.RUNNING:
             live.recoveries += 1
             error = self.runner.error_of(
@@ -355,7 +396,8 @@ class Dispatcher:
             self.runner.again(live, error, 0.0)
             live.again_after = None
         self._watch_deadline(live)
-        self._parked.setdefault(live.job.plugin_instance_id, deque()).append(live)
+        self._parked.setdefault(live.job.plugin_instance_id, {})[live.job.id] = None
+        self.journal.live.let_wait(live)
 
     def _may_repeat(self, live: LiveJob) -> bool:
         """Whether the plugin declared itself idempotent then, and does so now if it is loaded."""
@@ -366,12 +408,10 @@ class Dispatcher:
 
     def _unpark(self, instance_id: str) -> None:
         """Have jobs of an earlier host wait for their turn, if their instance is there."""
-        try:
-            terms = self._manager.terms_of(instance_id)
-        except PluginNotLoadedError:
+        if instance_id not in self._parked or not self._is_loaded(instance_id):
             return
-        for live in self._parked.pop(instance_id):
-            self._place(live, terms)
+        for job_id in self._parked.pop(instance_id):
+            live = self.journal.live[job_id]
             pause = 0.0
             if live.not_before is not None:
                 pause = (live.not_before - datetime.now(UTC)).total_seconds()
@@ -380,3 +420,19 @@ class Dispatcher:
                 live.set_timer("again", pause, functools.partial(self._enqueue, live))
             else:
                 self._wait(live)
+                self._watch_deadline(live)
+                self.journal.live.let_wait(live)
+        if self.running:
+            self._begin_all(self.waiting.start_any(self._now()))
+
+    def _is_loaded(self, instance_id: str) -> bool:
+        try:
+            self._manager.slots_of(instance_id)
+        except PluginNotLoadedError:
+            return False
+        return True
+
+
+def _lane(terms: CallTerms, tenant_id: str) -> LaneKey:
+    """Whose slots a job takes: those of its tenant's worker, or of the one that all share."""
+    return terms.instance_id, "" if terms.stateless else tenant_id

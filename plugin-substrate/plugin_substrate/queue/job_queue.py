@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
 
-from plugin_substrate.arguments import with_paths
+from plugin_substrate.arguments import any_files, with_paths
 from plugin_substrate.errors import PluginCancelledError, PluginInputError
 from plugin_substrate.interface import CallContext
 from plugin_substrate.manager import PluginManager
@@ -87,7 +87,7 @@ class JobQueue:
     async def stop(self, timeout: float = 5.0) -> None:  # noqa: ASYNC109 - how long to be patient, not how long to take
         """Start no more jobs, wait for those that run, then cancel them. Pending jobs wait for a new `start`."""
         self._jobs.running = False
-        tasks = {live.task: live for live in self._journal.live.values() if live.task is not None}
+        tasks = {live.task: live for live in self._journal.live.awake() if live.task is not None}
         if not tasks:
             return
         _, late = await asyncio.wait(tasks, timeout=timeout)
@@ -99,7 +99,7 @@ class JobQueue:
         """Stop, and give the store up. Pending jobs stay pending in it, if it outlives this process."""
         await self._desk.close()
         await self.stop(timeout)
-        for live in self._journal.live.values():
+        for live in self._journal.live.awake():
             live.stop_all()
         self._journal.stop()
         await self._journal.store.close()
@@ -152,21 +152,21 @@ class JobQueue:
         process takes no such job (`PluginInputError`).
         """
         self._jobs.open()
-        if self._journal.store.durable:
-            if request.before_start is not None:
-                raise PluginInputError("before_start needs a store in memory", fields_invalid=["before_start"])
+        if self._journal.store.durable and request.before_start is not None:
+            raise PluginInputError("before_start needs a store in memory", fields_invalid=["before_start"])
+        if any_files(request.args, request.kwargs):
             args, kwargs = await with_paths(request.args, request.kwargs)
             request = replace(request, args=args, kwargs=kwargs)
         await self._jobs.learn(request.plugin_instance_id)
-        live, new = self._jobs.make(request)
-        await self._jobs.submitted(live, [new])
+        live, changes = self._jobs.make(request)
+        await self._jobs.submitted(live, changes)
         return live.job.id
 
     async def submit_asked(self, request: JobRequest, request_id: str) -> None:
         """Queue a call that somebody outside asked for, and keep the answer, ``{"job_id": …}``, together with it."""
         await self._jobs.learn(request.plugin_instance_id)
-        live, new = self._jobs.make(request)
-        await self._jobs.submitted(live, [new, Answered(request_id, {"job_id": live.job.id})])
+        live, changes = self._jobs.make(request)
+        await self._jobs.submitted(live, [*changes, Answered(request_id, {"job_id": live.job.id})])
 
     async def submit_sequence(
         self, steps: Sequence[SequenceStep], *, priority: int = 0, owner: str = "", fail_fast: bool = True
@@ -178,6 +178,7 @@ class JobQueue:
         step that cannot be submitted when its turn comes has failed. No step is a completed sequence.
         """
         self._jobs.open()
+        steps = [await _with_paths(step) for step in steps]
         sequence, live, changes = self._jobs.sequencer.begin(
             tuple(steps), priority=priority, owner=owner, fail_fast=fail_fast
         )
@@ -221,6 +222,7 @@ class JobQueue:
         live.job = replace(live.job, priority=priority)
         self._jobs.waiting.reorder(job_id, self._jobs.rank(live))
         kept = self._journal.write([self._journal.changed(live)])
+        self._journal.live.let_wait(live)
         if kept is not None:
             await asyncio.shield(kept)
         return True
@@ -303,8 +305,10 @@ class JobQueue:
         if live is None:
             return self._kept(job_id).job
         if live.job.status is JobStatus.PENDING:
-            return replace(live.job, block_reason=self._jobs.why(live))
-        return live.job
+            shown = self._journal.shown(live, block_reason=self._jobs.why(live))
+            self._journal.live.let_wait(live)
+            return shown
+        return self._journal.shown(live)
 
     def get_sequence(self, sequence_id: str) -> JobSequence:
         """Return the sequence as it stands; a ValueError when it is unknown."""
@@ -315,12 +319,13 @@ class JobQueue:
 
     def get_pending(self) -> list[Job]:
         """Return the jobs that wait, the order of their ranks; between owners the shares decide."""
-        pending = [live for live in self._journal.live.values() if live.job.status is JobStatus.PENDING]
-        return [live.job for live in sorted(pending, key=self._jobs.rank)]
+        return self._jobs.pending()
 
     def get_running(self) -> list[Job]:
         """Return the jobs whose calls are in a worker."""
-        return [live.job for live in self._journal.live.values() if live.job.status is JobStatus.RUNNING]
+        return [
+            self._journal.shown(live) for live in self._journal.live.awake() if live.job.status is JobStatus.RUNNING
+        ]
 
     def get_history(self, limit: int | None = None) -> list[Job]:
         """Return ended jobs, those submitted last first."""
@@ -381,3 +386,11 @@ class JobQueue:
         if kept is None:
             raise ValueError(f"there is no job {job_id!r:.80}; of ended jobs the last {self._max_history} are kept")
         return kept
+
+
+async def _with_paths(step: SequenceStep) -> SequenceStep:
+    """Return a step whose arguments can be kept, see `with_paths`."""
+    if not any_files(step.args, step.kwargs):
+        return step
+    args, kwargs = await with_paths(step.args, step.kwargs)
+    return replace(step, args=args, kwargs=kwargs)

@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 from plugin_substrate.errors import StoreError
+from plugin_substrate.queue.folding import Folded, job_of
 from plugin_substrate.queue.following import EVERYTHING, Following
 from plugin_substrate.queue.job import Job, JobEvent, JobEventType, JobStatus
-from plugin_substrate.queue.live import LiveJob
+from plugin_substrate.queue.live import LiveJob, LiveJobs
 from plugin_substrate.queue.store import (
     Change,
     ChangedJob,
@@ -22,8 +23,10 @@ from plugin_substrate.queue.store import (
     Forget,
     ForgetSequence,
     JobStore,
+    KeptJob,
     Leftover,
     NewEvent,
+    NewJob,
 )
 
 _logger = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ class Journal:
         self, store: JobStore, *, max_history: int, max_age_seconds: float | None, max_log_events: int
     ) -> None:
         self.store = store
-        self.live: dict[str, LiveJob] = {}
+        self.live = LiveJobs()
         self.failure: StoreError | None = None
         self._max_history = max_history
         self._max_age = None if max_age_seconds is None else timedelta(seconds=max_age_seconds)
@@ -79,14 +82,24 @@ class Journal:
 
     def add(self, live: LiveJob) -> None:
         """Have a job be live."""
-        self.live[live.job.id] = live
+        self.live.add(live)
         self._counts[live.job.status] += 1
 
     def discard(self, live: LiveJob) -> None:
         """Have a job be live no longer: it has ended, or was never kept."""
-        del self.live[live.job.id]
+        self.live.remove(live.job.id)
         if not live.job.status.terminal:
             self._counts[live.job.status] -= 1
+
+    def shown(self, live: LiveJob, **changes: Any) -> Job:
+        """Return a live job as others may see it, with its arguments."""
+        args, kwargs = self._arguments(live.arguments)
+        return replace(live.job, args=args, kwargs=kwargs, **changes)
+
+    def shown_folded(self, folded: Folded) -> tuple[Job, int]:
+        """Return a job that only waits as others may see it, and its order."""
+        *_, arguments, order, _, _ = folded
+        return job_of(folded, *self._arguments(arguments)), order
 
     # -- what happens
 
@@ -107,6 +120,11 @@ class Journal:
                 sequence_index=job.sequence_index,
             )
         )
+
+    def new(self, live: LiveJob) -> NewJob:
+        """Return a job that was submitted, as a change."""
+        kept = KeptJob(job=live.job, request=live.request, order=live.order, idempotent=live.idempotent)
+        return NewJob(kept, live.arguments)
 
     def changed(self, live: LiveJob) -> ChangedJob:
         """Return how a job stands now, as a change."""
@@ -233,6 +251,10 @@ class Journal:
         return self._following.events(EVERYTHING, start, self.store.queue_events, lambda: False, by_position=True)
 
     # -- within
+
+    def _arguments(self, packed: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a live job; none when it has ended and is still being kept."""
+        return self.store.unpack(packed) if packed else ((), {})
 
     def _note(self, live: LiveJob, kind: JobEventType, payload: dict[str, Any]) -> None:
         if self.failure is None:

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from plugin_substrate.interface import CallContext
+from plugin_substrate.queue.folding import Folded, fold, job_of, only_waits, request_of
 from plugin_substrate.queue.job import Job
 from plugin_substrate.queue.request import JobRequest
-from plugin_substrate.queue.resources import NO_DEMAND, Demand
-from plugin_substrate.queue.waiting import LaneKey
 
 
 @dataclass(kw_only=True, eq=False, slots=True)
 class LiveJob:
     """A job that has not ended, with what only the queue needs to know of it.
 
-    A long queue is many of these, and the collector of garbage goes over each: what a waiting job has no use for yet is
-    made when it is needed, and what many can share is shared.
+    Neither ``job`` nor ``request`` is asked for the arguments: they are ``arguments``, as the store packs them.
     """
 
     job: Job
     request: JobRequest
-    lane: LaneKey
+    arguments: bytes
     order: int
-    demand: Demand = NO_DEMAND
     idempotent: bool = False
     events: int = 0
     recoveries: int = 0
@@ -51,6 +48,12 @@ class LiveJob:
         if self._done is None:
             self._done = asyncio.Event()
         return self._done
+
+    @property
+    def only_waits(self) -> bool:
+        """Whether it can be made anew from what was asked for, as nothing was begun and nobody waits for its end."""
+        started = self.task or self.timers or self._done or self.not_before or self.recoveries or self.reports
+        return not started and only_waits(self.job)
 
     @property
     def context(self) -> CallContext:
@@ -91,3 +94,61 @@ class LiveJob:
             self.stop_timer(name)
         if self.snapshots is not None:
             self.snapshots.cancel()
+
+
+class LiveJobs:
+    """The live jobs of a queue, by id. One that only waits is a plain tuple until somebody asks for it."""
+
+    def __init__(self) -> None:
+        self._awake: dict[str, LiveJob] = {}
+        self._folded: dict[str, Folded] = {}
+
+    def __len__(self) -> int:
+        return len(self._awake) + len(self._folded)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._awake or job_id in self._folded
+
+    def __getitem__(self, job_id: str) -> LiveJob:
+        return self._awake.get(job_id) or self._wake(job_id)
+
+    def get(self, job_id: str) -> LiveJob | None:
+        """Return a live job, None when there is none."""
+        return self._awake.get(job_id) or (self._wake(job_id) if job_id in self._folded else None)
+
+    def add(self, live: LiveJob) -> None:
+        """Have a job be live."""
+        self._awake[live.job.id] = live
+
+    def remove(self, job_id: str) -> None:
+        """Have it be live no longer."""
+        if self._awake.pop(job_id, None) is None:
+            del self._folded[job_id]
+
+    def let_wait(self, live: LiveJob) -> None:
+        """Fold a job that does nothing but wait, and is watched by nobody; another stays as it is."""
+        if live.only_waits and self._awake.pop(live.job.id, None) is not None:
+            self._folded[live.job.id] = fold(
+                live.job, live.request, live.arguments, live.order, idempotent=live.idempotent, events=live.events
+            )
+
+    def awake(self) -> Collection[LiveJob]:
+        """Return those that are no tuples: all that run, and some that wait."""
+        return self._awake.values()
+
+    def folded(self) -> Iterable[Folded]:
+        """Return those that are tuples."""
+        return self._folded.values()
+
+    def _wake(self, job_id: str) -> LiveJob:
+        folded = self._folded.pop(job_id)
+        *_, arguments, order, idempotent, events = folded
+        live = self._awake[job_id] = LiveJob(
+            job=job_of(folded),
+            request=request_of(folded),
+            arguments=arguments,
+            order=order,
+            idempotent=idempotent,
+            events=events,
+        )
+        return live

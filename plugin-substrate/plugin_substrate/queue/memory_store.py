@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
-import json
-from collections.abc import Callable, Sequence
+import marshal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from operator import itemgetter
 from typing import Any
 
-from plugin_substrate.queue.job import Job, JobEvent, JobEventType
-from plugin_substrate.queue.request import JobRequest
+from plugin_substrate.queue.folding import Folded, changed, fold, job_of, only_waits, request_of, without_arguments
+from plugin_substrate.queue.job import Job, JobEvent, JobEventType, JobStatus
+from plugin_substrate.queue.packing import Arguments, pack_arguments, unpack_arguments
 from plugin_substrate.queue.sequences import JobSequence, StepResult
 from plugin_substrate.queue.store import (
     Asked,
@@ -31,8 +31,8 @@ from plugin_substrate.queue.store import (
 )
 
 # A long queue is many of these, which the collector of garbage need not look into: plain tuples of plain values.
-_Row = tuple[int, str, str, str | None, int | None, datetime, str]  # of an event; the last is its payload, as JSON
-_Place = tuple[int, str, int]  # of an event in the timeline: position, job, number
+# Of an event: its position, its number, its job, its type, instance, sequence, index in it, time, and payload.
+_Row = tuple[int, int, str, str, str, str | None, int | None, datetime, bytes]
 
 
 class InMemoryJobStore:
@@ -42,12 +42,12 @@ class InMemoryJobStore:
     keeps_arguments = False
 
     def __init__(self) -> None:
-        self._jobs: dict[str, Job] = {}
-        self._requests: dict[str, JobRequest] = {}
-        self._origins: dict[str, tuple[int, bool]] = {}  # by job: its order, and whether it may be repeated
+        self._submitted: dict[str, Folded] = {}
+        self._jobs: dict[str, Job | None] = {}  # None: it stands as it was submitted
         self._event_counts: dict[str, int] = {}
-        self._events: dict[tuple[str, int], _Row] = {}  # by job and number
-        self._timeline: list[_Place] = []  # of all jobs, with those of forgotten jobs until they are half of it
+        self._events: dict[str, _Row] = {}
+        self._positions: list[int] = []  # of all events, with those of forgotten jobs until they are half of it
+        self._keys: list[str] = []  # of the same events
         self._forgotten = 0
         self._sequences: dict[str, JobSequence] = {}
 
@@ -55,8 +55,13 @@ class InMemoryJobStore:
         """Return nothing: who made it is the only one who ever had it."""
         return Leftover()
 
-    def check(self, request: JobRequest) -> None:
-        """Take anything."""
+    def pack(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
+        """Return arguments as they are kept; a `WireValueError` names what of them could not reach a plugin."""
+        return pack_arguments(args, kwargs)
+
+    def unpack(self, packed: bytes) -> Arguments:
+        """Return arguments."""
+        return unpack_arguments(packed)
 
     def check_result(self, result: Any) -> None:
         """Take anything."""
@@ -69,10 +74,8 @@ class InMemoryJobStore:
                     self._put_event(event)
                 case ChangedJob(job):
                     self._change(job)
-                case NewJob(kept):
-                    self._jobs[kept.job.id] = kept.job
-                    self._requests[kept.job.id] = kept.request
-                    self._origins[kept.job.id] = kept.order, kept.idempotent
+                case NewJob(kept, arguments):
+                    self._put_job(kept, arguments)
                 case NewSequence(sequence) | ChangedSequence(sequence):
                     self._sequences[sequence.id] = sequence
                 case Forget(job_id):
@@ -83,16 +86,19 @@ class InMemoryJobStore:
 
     def job(self, job_id: str) -> KeptJob | None:
         """Return a kept job."""
-        job = self._jobs.get(job_id)
-        if job is None:
+        folded = self._submitted.get(job_id)
+        if folded is None:
             return None
-        order, idempotent = self._origins[job_id]
-        return KeptJob(job=job, request=self._requests[job_id], order=order, idempotent=idempotent)
+        job, request = self._jobs[job_id] or job_of(folded), request_of(folded)
+        *_, arguments, order, idempotent, _ = folded
+        if arguments:
+            args, kwargs = unpack_arguments(arguments)
+            job, request = replace(job, args=args, kwargs=kwargs), replace(request, args=args, kwargs=kwargs)
+        return KeptJob(job=job, request=request, order=order, idempotent=idempotent)
 
     def jobs(self, wanted: JobFilter, limit: int) -> list[Job]:
         """Return kept jobs, those submitted last first."""
-        found = (job for job in reversed(self._jobs.values()) if matches(job, wanted))
-        return list(itertools.islice(found, limit))
+        return [kept.job for job_id in itertools.islice(self._found(wanted), limit) if (kept := self.job(job_id))]
 
     def sequence(self, sequence_id: str) -> JobSequence | None:
         """Return a kept sequence."""
@@ -103,19 +109,17 @@ class InMemoryJobStore:
         """Return events of a job."""
         first = max(0, after) + 1  # numbers are dense and start at 1
         last = min(self._event_counts.get(job_id, 0), first + limit - 1)
-        return [self._event(job_id, number) for number in range(first, last + 1)]
+        return [_event(self._events[_key(job_id, number)]) for number in range(first, last + 1)]
 
     def queue_events(self, after: int, limit: int, sequence_id: str | None = None) -> list[JobEvent]:
         """Return events of one sequence or of all jobs."""
-        first = bisect.bisect_right(self._timeline, after, key=itemgetter(0))
         found: list[JobEvent] = []
-        for index in range(first, len(self._timeline)):
-            _, job_id, number = self._timeline[index]
+        for index in range(bisect.bisect_right(self._positions, after), len(self._keys)):
             if len(found) == limit:
                 break
-            job = self._jobs.get(job_id)
-            if job is not None and sequence_id in (None, job.sequence_id):
-                found.append(self._event(job_id, number))
+            row = self._events.get(self._keys[index])
+            if row is not None and sequence_id in (None, row[5]):
+                found.append(_event(row))
         return found
 
     def watch(self, news: Callable[[], object]) -> None:
@@ -129,58 +133,77 @@ class InMemoryJobStore:
         """Do nothing: memory needs no end."""
 
     def _put_event(self, event: JobEvent) -> None:
+        key = _key(event.job_id, event.number)
         self._event_counts[event.job_id] = event.number
-        self._timeline.append((event.position, event.job_id, event.number))
-        self._events[event.job_id, event.number] = (
+        self._positions.append(event.position)
+        self._keys.append(key)
+        self._events[key] = (
             event.position,
+            event.number,
+            event.job_id,
             event.type.value,
             event.plugin_instance_id,
             event.sequence_id,
             event.sequence_index,
             event.timestamp,
-            json.dumps(event.payload),
+            marshal.dumps(event.payload),
         )
 
-    def _event(self, job_id: str, number: int) -> JobEvent:
-        position, kind, instance, sequence_id, sequence_index, timestamp, payload = self._events[job_id, number]
-        return JobEvent(
-            number=number,
-            position=position,
-            type=JobEventType(kind),
-            job_id=job_id,
-            plugin_instance_id=instance,
-            payload=json.loads(payload),
-            sequence_id=sequence_id,
-            sequence_index=sequence_index,
-            timestamp=timestamp,
-        )
+    def _put_job(self, kept: KeptJob, arguments: bytes | None) -> None:
+        job, request = kept.job, kept.request
+        if arguments is None:
+            arguments = pack_arguments(request.args, request.kwargs)
+        self._submitted[job.id] = fold(job, request, arguments, kept.order, idempotent=kept.idempotent)
+        self._jobs[job.id] = None if only_waits(job) else job
 
     def _change(self, job: Job) -> None:
         if job.status.terminal:
-            job = replace(job, args=(), kwargs={})
-            request = self._requests[job.id]
-            self._requests[job.id] = replace(request, args=(), kwargs={}, before_start=None, on_progress=None)
+            job = replace(job, args=(), kwargs={}) if job.args or job.kwargs else job
+            self._submitted[job.id] = without_arguments(self._submitted[job.id])
+        elif self._jobs[job.id] is None and only_waits(job):
+            self._submitted[job.id] = changed(self._submitted[job.id], job)
+            return
         self._jobs[job.id] = job
 
+    def _found(self, wanted: JobFilter) -> Iterator[str]:
+        """The ids of the jobs that are meant, those submitted last first."""
+        for job_id, job in reversed(self._jobs.items()):
+            if wanted.statuses and (job.status if job else JobStatus.PENDING) not in wanted.statuses:
+                continue
+            _, instance, owner, *_ = self._submitted[job_id]
+            if wanted.plugin_instance_id in ("", instance) and wanted.owner in ("", owner):
+                yield job_id
+
     def _forget(self, job_id: str) -> None:
-        if self._jobs.pop(job_id, None) is None:
+        if self._submitted.pop(job_id, None) is None:
             return
-        del self._requests[job_id], self._origins[job_id]
+        del self._jobs[job_id]
         count = self._event_counts.pop(job_id, 0)
         for number in range(1, count + 1):
-            del self._events[job_id, number]
+            del self._events[_key(job_id, number)]
         self._forgotten += count
-        if self._forgotten * 2 > len(self._timeline):
-            self._timeline = [place for place in self._timeline if place[1] in self._jobs]
+        if self._forgotten * 2 > len(self._keys):
+            self._keys = [key for key in self._keys if key in self._events]
+            self._positions = [self._events[key][0] for key in self._keys]
             self._forgotten = 0
 
 
-def matches(job: Job, wanted: JobFilter) -> bool:
-    """Whether a job is meant."""
-    return (
-        (not wanted.statuses or job.status in wanted.statuses)
-        and wanted.plugin_instance_id in ("", job.plugin_instance_id)
-        and wanted.owner in ("", job.owner)
+def _key(job_id: str, number: int) -> str:
+    return f"{job_id}/{number}"
+
+
+def _event(row: _Row) -> JobEvent:
+    position, number, job_id, kind, instance, sequence_id, sequence_index, timestamp, payload = row
+    return JobEvent(
+        number=number,
+        position=position,
+        type=JobEventType(kind),
+        job_id=job_id,
+        plugin_instance_id=instance,
+        payload=marshal.loads(payload),  # noqa: S302 - made by `_put_event`
+        sequence_id=sequence_id,
+        sequence_index=sequence_index,
+        timestamp=timestamp,
     )
 
 

@@ -54,16 +54,17 @@ class Runner:
         while True:
             live.sent = live.stalled = live.forced = False
             try:
+                args, kwargs = self._journal.store.unpack(live.arguments)
                 result = await self._manager.execute_call(
                     live.job.plugin_instance_id,
-                    *live.request.args,
+                    *args,
                     call=live.context,
                     before_start=partial(self._may_start, live),
                     on_started=partial(self._on_started, live),
                     on_progress=partial(self._on_progress, live),
                     on_usage=partial(self._on_usage, live),
                     on_log=partial(self._journal.log, live),
-                    **live.request.kwargs,
+                    **kwargs,
                 )
             except Exception as error:  # noqa: BLE001 - whatever it is, it is this attempt's end
                 live.stop_all()

@@ -24,9 +24,9 @@ from plugin_substrate.queue.sequences import (
     resolved,
     result_of,
 )
-from plugin_substrate.queue.store import Change, ChangedSequence, NewJob, NewSequence
+from plugin_substrate.queue.store import Change, ChangedSequence, NewSequence
 
-Make = Callable[..., tuple[LiveJob, NewJob]]
+Make = Callable[..., tuple[LiveJob, list[Change]]]
 
 
 class Sequencer:
@@ -85,7 +85,7 @@ class Sequencer:
             step = sequence.steps[index]
             try:
                 request = _request(sequence, step, partial(result_of, sequence.results))
-                live, new = self._make(request, sequence_id=sequence.id, sequence_index=index)
+                live, changes = self._make(request, sequence_id=sequence.id, sequence_index=index)
             except PluginError as error:
                 record = JobError.from_exception(error, plugin_instance_id=step.plugin_instance_id)
                 sequence = replace(
@@ -93,7 +93,7 @@ class Sequencer:
                 )
                 continue
             sequence = self.running[sequence.id] = replace(sequence, current_job_id=live.job.id)
-            changes: list[Change] = [new, ChangedSequence(sequence)]
+            changes.append(ChangedSequence(sequence))
             if prior is not None:
                 changes.append(self._advanced(live, prior))
             return sequence, live, changes

@@ -31,9 +31,10 @@ class KeptJob:
 
 @dataclass(frozen=True)
 class NewJob:
-    """A job was submitted."""
+    """A job was submitted. ``arguments`` is what `JobStore.pack` gave; None where the request still has them."""
 
     kept: KeptJob
+    arguments: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -150,8 +151,12 @@ class JobStore(Protocol):
         """Claim the store for this process and return what is in it; a `StoreError` when another host has it."""
         ...
 
-    def check(self, request: JobRequest) -> None:
-        """Raise a `WireValueError` that names what of the arguments cannot be kept."""
+    def pack(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
+        """Return arguments as they are held and kept; a `WireValueError` names what of them cannot be."""
+        ...
+
+    def unpack(self, packed: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments that `pack` was given; a `StoreError` when the bytes are damaged."""
         ...
 
     def check_result(self, result: Any) -> None:

@@ -21,9 +21,9 @@ from plugin_substrate.queue.resources import Demand, Ledger
 LaneKey = tuple[str, str]  #: instance, and the tenant when it has a worker of its own
 Rank = tuple[float, int]  #: the lower goes first; the order of submission decides between equals
 
-# Plain tuples of plain values, which the collector of garbage need not look into: a long queue is many of them.
-_Place = tuple[Rank, LaneKey, str]  # where a job waits; the last is its owner
-_Entry = tuple[Rank, str]  # of a heap; the last is the job, which may wait no longer, or elsewhere
+# Where a job waits: its rank, itself, its lane and its owner. The same tuple stands in a heap, void there when the job
+# waits no longer, or elsewhere. A long queue is many of them; plain as they are, the collector looks into none.
+_Place = tuple[float, int, str, LaneKey, str]
 
 
 @dataclass(eq=False)
@@ -32,8 +32,8 @@ class Lane:
 
     key: LaneKey
     demand: Demand
-    heaps: dict[str, list[_Entry]] = field(default_factory=dict)
-    void: int = 0  # how many entries in the heaps are of jobs that wait no longer, or elsewhere; never too few
+    heaps: dict[str, list[_Place]] = field(default_factory=dict)
+    void: int = 0  # how many places in the heaps are void; never too few
     holding: set[str] = field(default_factory=set)
     short_since: float | None = None
     shortage: ResourceShortfall | None = None
@@ -74,11 +74,13 @@ class WaitingJobs:
 
     def add(self, job_id: str, key: LaneKey, owner: str, rank: Rank, demand: Demand) -> None:
         """Have a job wait."""
-        lane = self._lanes.setdefault(key, Lane(key, demand))
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = Lane(key, demand)
         lane.demand = demand
         if demand:
             self._contended[key] = lane
-        self._push(job_id, (rank, key, owner))
+        self._push((*rank, job_id, lane.key, owner))  # the lane's own key, which all of its jobs share
         self._share(owner).waiting += 1
 
     def remove(self, job_id: str) -> bool:
@@ -86,17 +88,28 @@ class WaitingJobs:
         place = self._places.pop(job_id, None)
         if place is None:
             return False
-        _, key, owner = place
+        *_, key, owner = place
         self._shares[owner].waiting -= 1
-        self._void_entry(self._lanes[key])
+        self._void_place(self._lanes[key])
         self._clean(key, owner)
         return True
 
     def reorder(self, job_id: str, rank: Rank) -> None:
         """Give a waiting job another rank."""
-        _, key, owner = self._places[job_id]
-        self._push(job_id, (rank, key, owner))
-        self._void_entry(self._lanes[key])
+        *_, key, owner = self._places[job_id]
+        self._push((*rank, job_id, key, owner))
+        self._void_place(self._lanes[key])
+
+    def lane_of(self, job_id: str) -> LaneKey:
+        """Return the lane in which a job waits."""
+        return self._places[job_id][3]
+
+    def would_start(self, job_id: str, now: float) -> bool:
+        """Whether a waiting job is the first that `start_next` of its lane would yield."""
+        lane = self._lanes[self.lane_of(job_id)]
+        if lane.demand:
+            return self._first_that_fits(now) == job_id
+        return len(lane.holding) < self._slots(lane.key[0]) and self._head(lane) == job_id
 
     def start_next(self, key: LaneKey, now: float) -> Iterator[str]:
         """Yield the jobs that start now that something has changed in one lane; each holds its slot from here on."""
@@ -128,21 +141,21 @@ class WaitingJobs:
 
     def why(self, job_id: str) -> BlockReason:
         """Say what a waiting job waits for. Looks at every job of its worker."""
-        rank, key, owner = self._places[job_id]
+        place = self._places[job_id]
+        *_, key, owner = place
         lane, order = self._lanes[key], self._order(job_id)
         ahead = 0
         for other_owner, heap in lane.heaps.items():
-            others = {job_id for entry in heap if (job_id := self._waiting_as(entry))}
+            others = filter(self._is_valid, heap)
             if other_owner == owner:
-                ahead += sum(1 for other in others if self._places[other][0] < rank)
+                ahead += sum(1 for other in others if other < place)
             else:  # between owners only who has had less is looked at
-                ahead += sum(1 for other in others if self._order(other) < order)
+                ahead += sum(1 for other in others if self._order(other[2]) < order)
         return self._reason(lane, ahead)
 
     def reason(self, job_id: str) -> BlockReason:
         """Say what a waiting job waits for, in constant time."""
-        _, key, _ = self._places[job_id]
-        lane = self._lanes[key]
+        lane = self._lanes[self.lane_of(job_id)]
         reason = self._reason(lane, 0)
         if reason != lane.reason:
             lane.reason = reason
@@ -217,29 +230,27 @@ class WaitingJobs:
         best = None
         for owner in list(lane.heaps):
             heap = lane.heaps[owner]
-            while heap and not self._waiting_as(heap[0]):
+            while heap and not self._is_valid(heap[0]):
                 heapq.heappop(heap)
             if not heap:
                 del lane.heaps[owner]
                 continue
-            _, job_id = heap[0]
+            job_id = heap[0][2]
             if best is None or self._order(job_id) < self._order(best):
                 best = job_id
         return best
 
     def _order(self, job_id: str) -> tuple[int, float, Rank]:
-        rank, _, owner = self._places[job_id]
+        rank, order, _, _, owner = self._places[job_id]
         share = self._shares[owner]
-        return share.running, share.served, rank
+        return share.running, share.served, (rank, order)
 
-    def _waiting_as(self, entry: _Entry) -> str:
-        """The job of an entry, nothing when it waits no longer, or elsewhere."""
-        rank, job_id = entry
-        place = self._places.get(job_id)
-        return job_id if place is not None and place[0] == rank else ""
+    def _is_valid(self, place: _Place) -> bool:
+        """Whether a place in a heap is still where its job waits."""
+        return self._places.get(place[2]) is place
 
     def _begin(self, job_id: str) -> str:
-        _, key, owner = self._places.pop(job_id)  # with which its entry in the heap is void
+        *_, key, owner = self._places.pop(job_id)  # with which its place in the heap is void
         lane = self._lanes[key]
         lane.holding.add(job_id)
         lane.short_since, lane.shortage = None, None
@@ -250,16 +261,17 @@ class WaitingJobs:
         self._started[job_id] = key, owner
         return job_id
 
-    def _push(self, job_id: str, place: _Place) -> None:
-        rank, key, owner = self._places[job_id] = place
-        heapq.heappush(self._lanes[key].heaps.setdefault(owner, []), (rank, job_id))
+    def _push(self, place: _Place) -> None:
+        *_, job_id, key, owner = place
+        self._places[job_id] = place
+        heapq.heappush(self._lanes[key].heaps.setdefault(owner, []), place)
 
-    def _void_entry(self, lane: Lane) -> None:
-        """Note that an entry is void, and do away with them when they are the half: they may never come to the top."""
+    def _void_place(self, lane: Lane) -> None:
+        """Note that a place is void, and remove the void when they are the half: they may never come to the top."""
         lane.void += 1
         if lane.void * 2 > sum(map(len, lane.heaps.values())):
             for heap in lane.heaps.values():
-                heap[:] = {entry for entry in heap if self._waiting_as(entry)}
+                heap[:] = filter(self._is_valid, heap)
                 heapq.heapify(heap)
             lane.void = 0
 

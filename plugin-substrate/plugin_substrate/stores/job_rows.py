@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from datetime import UTC, datetime
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from plugin_substrate.errors import ErrorCategory, JobError, ResourceShortfall, StoreError
+from plugin_substrate.errors import ErrorCategory, JobError, ResourceShortfall, StoreError, WireValueError
 from plugin_substrate.interface import CallContext
 from plugin_substrate.queue.job import BlockReason, CancelPhase, Job, JobEvent, JobEventType, JobStatus
 from plugin_substrate.queue.request import JobRequest, RetryPolicy
@@ -18,6 +18,7 @@ from plugin_substrate.queue.results import ResultFile, from_bytes, to_bytes
 from plugin_substrate.queue.sequences import FromStep, JobSequence, SequenceStatus, SequenceStep, StepResult
 from plugin_substrate.queue.store import ChangedJob, KeptJob, NewJob
 from plugin_substrate.telemetry import ResourceSnapshot
+from plugin_substrate.worker.frames import MAX_FRAME_BYTES
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -110,9 +111,24 @@ def new_job_row(new: NewJob) -> tuple[Any, ...]:
         job.priority,
         job.sequence_id,
         _json(static),
-        to_bytes([list(request.args), dict(request.kwargs)], "arguments"),
+        arguments_to_bytes(request.args, request.kwargs) if new.arguments is None else new.arguments,
         _state(ChangedJob(job)),
     )
+
+
+def arguments_to_bytes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
+    """Return the arguments of a call as bytes; a `WireValueError` names what of them cannot be kept."""
+    both = [list(args), dict(kwargs)]
+    try:
+        packed = to_bytes(both, "arguments")
+    except WireValueError:
+        for value, name in zip(both, ("args", "kwargs"), strict=True):
+            to_bytes(value, name)  # so that the error names the place as the caller does
+        raise
+    if len(packed) > MAX_FRAME_BYTES:
+        reason = f"{len(packed)} bytes are over the limit of {MAX_FRAME_BYTES} for a call; use files for large data"
+        raise WireValueError(f"the arguments: {reason}", path="arguments")
+    return packed
 
 
 def changed_job_row(change: ChangedJob) -> tuple[Any, ...]:
@@ -277,8 +293,7 @@ def as_json(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no JSON")
 
 
-def _json(value: Any) -> str:
-    return json.dumps(value, default=as_json, separators=(",", ":"))
+_json = json.JSONEncoder(default=as_json, separators=(",", ":")).encode
 
 
 def _state(change: ChangedJob) -> str:

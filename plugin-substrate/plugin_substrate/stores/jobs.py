@@ -11,17 +11,16 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from plugin_substrate.errors import StoreError, WireValueError
+from plugin_substrate.errors import StoreError
 from plugin_substrate.queue.job import Job, JobEvent, JobStatus
 from plugin_substrate.queue.memory_store import with_job_results
-from plugin_substrate.queue.request import JobRequest
 from plugin_substrate.queue.results import from_bytes, to_bytes
 from plugin_substrate.queue.sequences import JobSequence
 from plugin_substrate.queue.store import (
@@ -44,7 +43,6 @@ from plugin_substrate.stores import job_rows as rows
 from plugin_substrate.stores.files import PASSAGE, make_private, private_folder
 from plugin_substrate.stores.group_commit import GroupCommit, Statement
 from plugin_substrate.stores.job_writer import PUT_FILE, REMOVE_FILE, connect
-from plugin_substrate.worker.frames import MAX_FRAME_BYTES
 
 _VERSION = 1
 _CLAIM_SECONDS = 5.0
@@ -88,12 +86,14 @@ class LocalJobStore:
                 raise
             return left
 
-    def check(self, request: JobRequest) -> None:
-        """Raise a `WireValueError` that names what of the arguments cannot be kept."""
-        size = len(to_bytes(list(request.args), "args")) + len(to_bytes(dict(request.kwargs), "kwargs"))
-        if size > MAX_FRAME_BYTES:
-            reason = f"{size} bytes are over the limit of {MAX_FRAME_BYTES} for a call; use files for large data"
-            raise WireValueError(f"the arguments: {reason}", path="arguments")
+    def pack(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bytes:
+        """Return arguments as they are kept; a `WireValueError` names what of them cannot be."""
+        return rows.arguments_to_bytes(args, kwargs)
+
+    def unpack(self, packed: bytes) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments that `pack` was given; a `StoreError` when the bytes are damaged."""
+        args, kwargs = from_bytes(packed, "the arguments of a job")
+        return tuple(args), kwargs
 
     def check_result(self, result: Any) -> None:
         """Raise a `WireValueError` when a result cannot be kept."""
