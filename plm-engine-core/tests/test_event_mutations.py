@@ -169,6 +169,31 @@ async def test_a_place_in_the_feed_that_its_stream_cannot_have_is_found_and_name
     assert not bad(await verify_tenant(bench.storage, bench.tenant, trusted=BELIEVED))
 
 
+UNFOUND = {
+    "between its neighbours": ["UPDATE events SET feed_position = '1500' WHERE seq = 3"],
+    "to its neighbour's place": ["UPDATE events SET feed_position = '1000' WHERE seq = 3"],
+    "the first to the front": ["UPDATE events SET feed_position = '0' WHERE seq = 1"],
+    "the last, with the head's copy": [
+        f"UPDATE events SET feed_position = '3000' WHERE seq = {len(KINDS)}",
+        "UPDATE event_streams SET last_position = '3000'",
+    ],
+}
+
+
+@pytest.mark.parametrize("moved", UNFOUND)
+async def test_what_the_security_model_says_is_not_found_of_places_changes_no_stream(forger, moved):
+    """Places are no content; the test is here to be changed, with that page, by whoever has one more of them found."""
+    bench = forger.bench
+    before = await bench.storage.events.read(bench.tenant, STREAM)
+    forger.run(
+        "UPDATE events SET feed_position = (CASE WHEN seq < 3 THEN '1000' ELSE '2000' END)::xid8",
+        "UPDATE event_streams SET last_position = '2000'",
+        *UNFOUND[moved],
+    )
+    assert not bad(await verify_tenant(bench.storage, bench.tenant, exported=await exported(bench)))
+    assert await bench.storage.events.read(bench.tenant, STREAM) == before
+
+
 async def test_a_forger_who_hashes_everything_anew_is_found_with_an_export(forger):
     bench = forger.bench
     copy = await exported(bench)
