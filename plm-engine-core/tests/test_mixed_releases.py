@@ -1,0 +1,191 @@
+"""Nodes of before and after a migration book on one database: what one release begins, any other may end.
+
+The functions of earlier releases stay in the database for nodes that are not upgraded yet. A node of a release is
+played by calling its functions, with the command that they all take; which release is said, or drawn, for each call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import re
+from collections import Counter
+from dataclasses import replace
+from decimal import Decimal
+from itertools import product
+
+import pytest
+from plm_engine_core.control_plane import ControlPlane, Denied, Granted
+from plm_engine_core.control_plane.events import BEGINNING, rebuild, verify_tenant
+from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
+from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
+from plm_engine_core.control_plane.storage.postgres.admission import PostgresAdmission
+from plm_engine_core.control_plane.storage.postgres.gateway import jsonb
+from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, OutcomeStatus, Reason
+
+SOAK = float(os.environ.get("SOAK", "0.05"))
+OLDEST = 2  # what version 1 wrote into was changed by the migration that brought version 2
+LIMIT = 60
+RATE = {"per_second": 1e6, "burst": 1e6}
+
+
+class AnyRelease(PostgresAdmission):
+    """The books as nodes of several releases reach them; `release` says of each call which."""
+
+    def __init__(self, gateway, release):
+        super().__init__(gateway)
+        self._release = release
+
+    async def admit(self, command, *, connection=None):
+        return await self._one(command.tenant_id, f"engine_admit_v{self._release('admit')}(%s)", _json(command))
+
+    async def begin(self, grant, *, fencing_token, actor):
+        version = self._release("begin")
+        step = [grant.step_index, grant.attempt] if version > OLDEST else []
+        values = [grant.tenant_id, grant.run_id, *step, grant.id, fencing_token, actor]
+        call = f"engine_begin_v{version}({', '.join(['%s'] * len(values))})"
+        return await self._one(grant.tenant_id, call, values)
+
+    async def settle(self, command, *, connection=None):
+        version = self._release("settle")
+        values = [jsonb(settle_json(command), root="outcome"), *(["{}"] if version > OLDEST else [])]
+        call = f"engine_settle_v{version}({', '.join(['%s'] * len(values))})"
+        return await self._one(command.tenant_id, call, values)
+
+    async def _one(self, tenant, call, values):
+        async with self._gateway.transaction(tenant) as connection:
+            cursor = await connection.execute(f"SELECT {call} AS answer".encode(), values)
+            return (await cursor.fetchone())["answer"]
+
+
+def _json(command):
+    return [jsonb(admit_json(command), root="proposal")]
+
+
+@pytest.fixture
+def releases(bench):
+    """Every version of which all three functions are there."""
+    found = bench.sql("SELECT proname FROM pg_proc WHERE proname ~ '^engine_(admit|begin|settle)_v[0-9]+$'")
+    versions = Counter(int(re.search(r"\d+$", name)[0]) for (name,) in found)
+    complete = sorted(version for version, functions in versions.items() if functions == 3 and version >= OLDEST)
+    assert len(complete) > 1
+    return complete
+
+
+@pytest.fixture
+async def nodes(bench):
+    """A bench whose bookings are of the releases that `choose` answers, over connections enough for a crowd."""
+    async with open_pool(bench.database.app, max_size=8) as pool:
+
+        def choosing(choose, **policy):
+            storage = PostgresStorage(pool, bench.storage.runs._delivery)
+            storage.admission = AnyRelease(storage.admission._gateway, choose)
+            under = bench.with_policy(**policy).control_plane.policy
+            registry = bench.control_plane.registry
+            return replace(bench, control_plane=ControlPlane(policy=under, registry=registry, storage=storage))
+
+        yield choosing
+
+
+async def standing(bench):
+    """What is spent and reserved of the tenant's calls."""
+    budgets = await bench.storage.budgets.list(bench.tenant, limit=9, scope=BudgetScope.TENANT)
+    (calls,) = [each for each in budgets if each.unit == "calls"]
+    return calls.spent, calls.reserved
+
+
+async def assert_whole(bench):
+    """Every chain holds, the feed has every event, and what is told by events alone is what the tables say."""
+    results = await verify_tenant(bench.storage, bench.tenant)
+    assert [each for each in results if not each.consistent] == []
+    fed, cursor = Counter(), BEGINNING
+    async with asyncio.timeout(60):
+        while True:
+            page = await bench.storage.events.feed(bench.tenant, after=cursor, limit=200)
+            fed.update(event.stream for event in page.events)
+            cursor = page.cursor
+            if not page.events and page.held_back is None:
+                break
+    assert fed == {each.stream: each.events for each in results}
+    assert (await rebuild(bench.storage, bench.tenant))[1] == []
+
+
+@pytest.mark.parametrize("status", [OutcomeStatus.SUCCEEDED, OutcomeStatus.NOT_STARTED])
+async def test_whatever_release_admits_begins_and_settles_the_books_are_the_same(bench, nodes, releases, status):
+    now = {}
+    mixed = nodes(now.get)
+    spent, settled = Decimal(0), None
+    for admits, begins, settles in product(releases, repeat=3):
+        now.update(admit=admits, begin=begins, settle=settles)
+        lease = await mixed.lease()
+        grant = await mixed.grant(lease)
+        assert await standing(bench) == (spent, 1)
+        if status is OutcomeStatus.SUCCEEDED:
+            assert (await mixed.begin(grant, lease)).accepted
+            assert not (await mixed.begin(grant, lease)).accepted, "a grant is used up for every release"
+        first = await mixed.settle(grant, lease, status)
+        spent += Decimal(first.spent["calls"])
+        settled = settled or first
+        assert first == settled, (admits, begins, settles)
+        for again in releases:
+            now.update(settle=again)
+            assert await mixed.settle(grant, lease, status) == settled, "settled before, by whichever release"
+        assert await standing(bench) == (spent, 0)
+    await assert_whole(bench)
+
+
+async def test_what_one_release_has_answered_every_other_answers_again(bench, nodes, releases):
+    now = {}
+    mixed = nodes(now.get)
+    for first, second in product(releases, repeat=2):
+        lease = await mixed.lease()
+        now.update(admit=first)
+        granted = await mixed.control_plane.admit(mixed.proposal(lease))
+        now.update(admit=second)
+        assert await mixed.control_plane.admit(mixed.proposal(lease)) == granted
+    await assert_whole(bench)
+
+
+async def test_a_halt_ends_the_grants_of_every_release_for_every_release(bench, nodes, releases):
+    now = {}
+    mixed = nodes(now.get)
+    for admits, begins in product(releases, repeat=2):
+        now.update(admit=admits, begin=begins, settle=begins)
+        lease = await mixed.lease()
+        grant = await mixed.grant(lease)
+        halt = await bench.halt(HaltScope.RUN, lease.run.id)
+        refused = await mixed.begin(grant, lease)
+        assert (refused.accepted, refused.reason) == (False, Reason.HALTED)
+        assert isinstance(await mixed.control_plane.admit(mixed.proposal(lease, step_index=1)), Denied)
+        await mixed.settle(grant, lease, OutcomeStatus.NOT_STARTED)
+        await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
+    assert await standing(bench) == (0, 0)
+    await assert_whole(bench)
+
+
+async def test_a_crowd_of_mixed_nodes_is_granted_exactly_the_budget(bench, nodes, releases):
+    """Four times the budget is asked for at once, by calls that end in every way; nothing stays reserved."""
+    dice = random.Random(7)  # a test that can be repeated
+    budgets = {"run": {"EUR": "1000", "calls": "1000"}, "tenant": {"EUR": "1000", "calls": str(LIMIT)}}
+    mixed = nodes(lambda _: dice.choice(releases), budgets=budgets, rate_limit=RATE, grant_seconds=600)
+    ended = Counter()
+
+    async def spend():
+        lease = await mixed.lease(seconds=600)
+        answers = [await mixed.control_plane.admit(mixed.proposal(lease, step_index=step)) for step in range(4)]
+        for answer in answers:
+            if not isinstance(answer, Granted):
+                assert answer.reason is Reason.BUDGET_EXCEEDED
+                ended["refused"] += 1
+                continue
+            status = dice.choice([OutcomeStatus.SUCCEEDED, OutcomeStatus.FAILED])
+            assert (await mixed.begin(answer.grant, lease)).accepted
+            await mixed.settle(answer.grant, lease, status)
+            ended["spent"] += 1
+
+    crowd = max(1, int(4 * SOAK)) * LIMIT
+    await asyncio.gather(*(spend() for _ in range(crowd)))
+    assert ended == {"spent": LIMIT, "refused": 4 * crowd - LIMIT}
+    assert await standing(bench) == (LIMIT, 0)
+    await assert_whole(bench)
