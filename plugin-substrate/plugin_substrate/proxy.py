@@ -15,6 +15,7 @@ from plugin_substrate.errors import (
     PluginConfinementError,
     PluginError,
     PluginLoadError,
+    PluginTransientError,
     ProtocolError,
     WireValueError,
     WorkerDiedError,
@@ -32,6 +33,9 @@ from plugin_substrate.worker.isolation import missing_layers
 from plugin_substrate.worker.messages import Message, encode_message
 from plugin_substrate.worker.parked import Segment
 from plugin_substrate.worker.values import pack_value, unpack_value
+
+#: So many questions may wait for a plugin's answer.
+MAX_QUESTIONS = 100
 
 _EXIT_REPORT_SECONDS = 10.0  # hundreds of processes of a fork bomb die before the report that they did
 _LAST_WORDS_SECONDS = 0.5
@@ -186,11 +190,19 @@ class RemotePluginProxy:
         *,
         on_progress: Callable[[float, str], object] | None = None,
     ) -> Any:
-        """Ask something of the plugin that is no call, see `worker.verbs`, and return its answer."""
+        """Ask something of the plugin that is no call, see `worker.verbs`, and return its answer.
+
+        Who stops waiting leaves the question with the plugin. One that has left too many unanswered is asked no more: a
+        `PluginTransientError`.
+        """
         question = PendingCall(CallContext(call_id=f"{verb}-{uuid.uuid4().hex}"), on_progress=on_progress)
         segments = pack_value(dict(arguments or {}), verb)
         if not self.alive:
             raise WorkerDiedError(f"the worker ended before {verb} was sent", outcome_known=True)
+        if len(self._asks) >= MAX_QUESTIONS:
+            raise PluginTransientError(
+                f"{verb} was not asked: {len(self._asks)} questions before it are unanswered; reload_plugin() ends that"
+            )
         self._asks[question.context.call_id] = question
         self._send({"type": "ask", "id": question.context.call_id, "verb": verb}, segments)
         return await question.value

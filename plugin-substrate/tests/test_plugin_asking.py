@@ -14,6 +14,7 @@ from plugin_substrate import (
     PluginInputError,
     PluginManager,
     PluginMeta,
+    PluginTransientError,
     ProtocolError,
 )
 from plugin_substrate.instance import LoadedInstance
@@ -193,6 +194,21 @@ async def test_a_plugin_that_keeps_its_configuration_its_own_way_is_told_to_say_
     await manager.load_plugin_async(probe_meta("Forgetful", "smallest", "smallest"))
     with pytest.raises(PluginFatalError, match=r"Forgetful overrides initialize\(\).* super\(\)\.initialize"):
         await manager._instances.get("smallest").ask("current_config")
+
+
+async def test_a_plugin_that_answers_nothing_is_not_asked_for_ever(
+    manager: PluginManager, meta: MetaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is not answered is kept, here and there, until it is."""
+    monkeypatch.setattr("plugin_substrate.proxy.MAX_QUESTIONS", 3)
+    monkeypatch.setattr("plugin_substrate.managing.configuring._QUESTION_SECONDS", 0.2)
+    await manager.load_plugin_async(meta("NeverAnswers"))  # which asks for the schema
+    for _ in range(2):
+        assert await manager.get_config_options_async("adjustable") == {}
+    with pytest.raises(PluginTransientError, match="stats was not asked: 3 questions before it"):
+        await manager._instances.get("adjustable").ask("stats")
+    await manager.reload_plugin_async("adjustable")
+    assert await manager._instances.get("adjustable").ask("stats")
 
 
 async def test_a_restart_that_fails_leaves_the_instance_as_it_was_for_the_next_call(
