@@ -79,7 +79,9 @@ class LoadedInstance:
         self._books = books
         self._payer = _payer(settings)
         self.workers = WorkerPool(
-            lambda seat: TenantWorker(lambda: self.settings, seat, supervisor, templates), settings.max_workers
+            settings.instance_id,
+            lambda seat: TenantWorker(lambda: self.settings, seat, supervisor, templates),
+            settings.max_workers,
         )
         self.switch = Switch(settings.instance_id, settings.meta.name, enabled=settings.enabled, fire=self._fire)
         self.live_config_schema: Mapping[str, Any] | None = None
@@ -387,7 +389,7 @@ class LoadedInstance:
         self._calls[call_id] = pending, proxy
         asked = listeners.before_start is not None and await _ask(listeners.before_start, call_id)
         if self._closed or (asked and not proxy.alive):  # unless something was awaited, it just was
-            raise WorkerDiedError("the worker ended before the call was sent", outcome_known=True)
+            raise WorkerDiedError(f"call {call_id} was not sent: its worker had ended", outcome_known=True)
         if listeners.on_started is not None:
             listeners.on_started()
         self._last_executed = datetime.now(UTC)

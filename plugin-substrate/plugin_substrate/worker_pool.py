@@ -28,7 +28,8 @@ class WorkerPool:
     disturbed.
     """
 
-    def __init__(self, make: Callable[[Seat], TenantWorker], places: int) -> None:
+    def __init__(self, instance_id: str, make: Callable[[Seat], TenantWorker], places: int) -> None:
+        self._instance_id = instance_id
         self._make = make
         self._places = places
         self._workers: OrderedDict[Seat, TenantWorker] = OrderedDict()  # in the order in which they got their places
@@ -87,7 +88,7 @@ class WorkerPool:
         """End all workers, busy ones too, and turn away whoever waits for a place."""
         self._closed = True
         for wanted in self._wanted.values():
-            wanted.place.set_exception(PluginNotLoadedError("it is being unloaded"))
+            wanted.place.set_exception(PluginNotLoadedError(f"{self._instance_id!r} is being unloaded"))
             wanted.place.exception()
         self._wanted.clear()
         for worker in list(self):
@@ -97,7 +98,7 @@ class WorkerPool:
 
     async def _wait_for_place(self, seat: Seat) -> TenantWorker:
         if self._closed:
-            raise PluginNotLoadedError("it is being unloaded")
+            raise PluginNotLoadedError(f"{self._instance_id!r} is being unloaded")
         wanted = self._wanted.get(seat)
         if wanted is None:
             wanted = self._wanted[seat] = _Wanted()
