@@ -58,7 +58,7 @@ async def test_a_plugin_that_does_not_stream_gives_its_result_in_one_chunk(probe
 
 
 async def test_a_chunk_arrives_while_the_plugin_works_on_the_next(streamer: PluginManager) -> None:
-    async with closing_stream(streamer, kind="pauses") as chunks, asyncio.timeout(10):
+    async with closing_stream(streamer, kind="pauses") as chunks, asyncio.timeout(30):
         assert await anext(chunks) == "first"
 
 

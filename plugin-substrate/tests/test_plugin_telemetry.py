@@ -63,7 +63,7 @@ async def test_a_worker_that_does_nothing_but_work_is_measured_from_outside(
         )
     )
     await started.wait()
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         stats = await manager.get_plugin_stats_async("probe")
     assert stats.workers[0].memory_rss_mb > 0
     assert stats.workers[0].memory_peak_mb is None

@@ -226,8 +226,11 @@ def test_isolation_is_asked_for_and_granted_at_once(plugin_environments: Path, s
     assert meta.config_schema["properties"]["unit"]["default"] == "kg"
 
 
-def test_a_process_that_outlives_the_workers_is_named_and_killed(tmp_path: Path, sample: type[PluginInterface]) -> None:
+def test_a_process_that_outlives_the_workers_is_named_and_killed(
+    tmp_path: Path, sample: type[PluginInterface], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Here a process of the test plays one that got away: where there are namespaces none can."""
+    monkeypatch.setattr("plugin_substrate.testing.workers._GONE_SECONDS", 1.0)
     workers = PluginWorkers(tmp_path)
     workers.start(sample)
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]) as survivor:
@@ -236,7 +239,7 @@ def test_a_process_that_outlives_the_workers_is_named_and_killed(tmp_path: Path,
         with pytest.raises(LeftBehindError, match=r"time\.sleep\(1000\)") as caught, workers:
             pass
         assert len(caught.value.processes) == 1
-        assert survivor.wait(10) == -signal.SIGKILL
+        assert survivor.wait(30) == -signal.SIGKILL
 
 
 def _runs(pid: int) -> bool:
