@@ -164,6 +164,13 @@ async def test_granted_paths_are_reached_and_nothing_beside_them(
     assert await tried(manager, "read", paths=paths) == {paths[0]: "", paths[1]: "EACCES"}
 
 
+async def test_a_granted_device_can_be_used_and_no_other(manager: PluginManager, attacker_meta: MetaFactory) -> None:
+    """As drivers of GPUs are used: opened for both, and spoken to by ioctl, which this one does not understand."""
+    await manager.load_plugin_async(attacker_meta(granted={"devices": ["/dev/full"]}))
+    assert await tried(manager, "device", path="/dev/full") == {"open": "", "write": "ENOSPC", "ioctl": "ENOTTY"}
+    assert (await tried(manager, "device", path="/dev/ptmx"))["open"] in REFUSED
+
+
 async def test_a_folder_of_models_is_read_by_every_plugin_and_written_by_none(
     probe_meta: MetaFactory, attacker_meta: MetaFactory, outside: Path, tmp_path: Path
 ) -> None:

@@ -279,11 +279,12 @@ async def test_the_typed_error_of_initialize_is_the_cause(manager: PluginManager
     assert caught.value.__cause__.fields_invalid == ("threshold",)
 
 
-async def test_a_plugin_that_never_gets_ready_is_given_up(tmp_path: Path, probe_meta: MetaFactory) -> None:
+@pytest.mark.parametrize("module", ["probe", "hangs_on_import"])
+async def test_a_plugin_that_never_gets_ready_is_given_up(tmp_path: Path, probe_meta: MetaFactory, module: str) -> None:
     processes = child_processes()
     async with PluginManager(data_dir=tmp_path, load_timeout=0.3) as manager:
         with pytest.raises(PluginLoadError, match="not ready after"):
-            await manager.load_plugin_async(probe_meta("NeverReady"))
+            await manager.load_plugin_async(probe_meta("NeverReady", module))
         assert child_processes() == processes
 
 

@@ -22,6 +22,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from pathlib import Path
@@ -99,6 +100,20 @@ class Attacker(PluginInterface):
     @plugin_action("attacker.read")
     def read(self, paths):
         return {path: refused(self._list_or_read, Path(path)) for path in paths}
+
+    @plugin_action("attacker.device")
+    def device(self, path):
+        try:
+            device = os.open(path, os.O_RDWR)
+        except OSError as error:
+            return {"open": errno.errorcode[error.errno]}
+        outcome = {
+            "open": "",
+            "write": refused(os.write, device, b"x"),
+            "ioctl": refused(fcntl.ioctl, device, termios.TCGETS),
+        }
+        os.close(device)
+        return outcome
 
     @staticmethod
     def _list_or_read(path):
