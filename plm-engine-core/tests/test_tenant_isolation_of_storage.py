@@ -9,7 +9,7 @@ from decimal import Decimal
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from plm_engine_core.control_plane import ArtifactRecord
+from plm_engine_core.control_plane import ArtifactRecord, Denied
 from plm_engine_core.control_plane.errors import FencingLost, NotFound
 from plm_engine_core.control_plane.events import BEGINNING, FeedPage, Piece, run_stream
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
@@ -271,7 +271,7 @@ async def test_nothing_of_another_tenant_is_found_or_changed(foreign):
     assert everything(bench) == before
 
 
-async def test_admission_begin_and_settlement_do_not_cross_tenants_either(bench):
+async def test_admission_begin_and_settlement_do_not_cross_tenants_either(bench, monkeypatch):
     other = bench.behind.new_tenant()
     lease = await bench.lease()
     grant = await bench.begun(lease)
@@ -279,10 +279,22 @@ async def test_admission_begin_and_settlement_do_not_cross_tenants_either(bench)
     foreign = replace(grant, tenant_id=other)
     with pytest.raises(NotFound):
         await neighbour.control_plane.admit(neighbour.proposal(lease, step_index=1))
+    booked, admit_as_assumed = [], bench.storage.admission.admit_as_assumed
+
+    async def noted(command, assumed):
+        booked.append((command, assumed))
+        return await admit_as_assumed(command, assumed)
+
+    monkeypatch.setattr(bench.storage.admission, "admit_as_assumed", noted)
+    denied = await bench.control_plane.admit(bench.proposal(lease, capability="thing.unknown", step_index=1))
+    assert isinstance(denied, Denied)
+    ((command, assumed),) = booked
+    with pytest.raises(NotFound):
+        await admit_as_assumed(replace(command, tenant_id=other, step_index=2, command_id="another"), assumed)
     with pytest.raises(NotFound):
         await neighbour.begin(foreign, lease)
     with pytest.raises(NotFound):
         await neighbour.settle(foreign, lease)
     await bench.settle(grant, lease)
-    (step,) = await bench.storage.runs.steps(bench.tenant, lease.run.id)
-    assert step.state is StepState.SUCCEEDED
+    steps = await bench.storage.runs.steps(bench.tenant, lease.run.id)
+    assert [step.state for step in steps] == [StepState.SUCCEEDED, StepState.DENIED]

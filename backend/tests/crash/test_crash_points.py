@@ -149,6 +149,7 @@ STORIES: dict[str, Story] = {
     **dict.fromkeys(
         (
             "admission.admit",
+            "admission.admit_as_assumed",
             "admission.begin",
             "admission.settle",
             "admission.prepare",

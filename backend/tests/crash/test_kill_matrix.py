@@ -18,7 +18,7 @@ import pytest
 
 # Where the middle step is struck: the crash point, and the how-many-th crossing after the first step's call began.
 MOMENTS = {
-    "before admit": ("admission.admit.before", 1),
+    "before admit": ("admission.admit_as_assumed.before", 1),
     "between admit and begin": ("admission.begin.before", 1),
     "between begin and the first frame": ("admission.begin.after", 1),
     "while the plugin works": None,

@@ -13,6 +13,7 @@ from uuid import UUID
 from plm_engine_core.control_plane.activation import Activation, PolicyDesk
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, admit
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
+from plm_engine_core.control_plane.admission.expected import Expectations
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
@@ -111,6 +112,7 @@ class ControlPlane:
         self.agents = agents
         self.storage = storage
         self.signals: Signals = signals or NoSignals()
+        self._expectations = Expectations()
         self._desk = PolicyDesk(storage.policies, registry=registry, evaluators=evaluators)
         self._kill_switch = KillSwitch(
             storage.halts, registry=registry, agents=agents, signals=self.signals, cancel_seconds=cancel_seconds
@@ -280,6 +282,7 @@ class ControlPlane:
             evaluators=deciding.evaluators,
             shadow=deciding.shadow,
             agents=self.agents,
+            expectations=self._expectations,
             connection=connection,
         )
         if connection is None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.admission.evaluators import ParallelPolicyEvaluator
+from plm_engine_core.control_plane.admission.expected import Expectations
 from plm_engine_core.control_plane.admission.grants import Grant
-from plm_engine_core.control_plane.admission.prepare import prepare
+from plm_engine_core.control_plane.admission.prepare import gathered, prepare
 from plm_engine_core.control_plane.admission.proposal import Proposal, check_claims, content_hash, proposal_digest
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.ids import new_id
-from plm_engine_core.control_plane.limits import Reserve, Subjects
+from plm_engine_core.control_plane.limits import Assumed, Prepared, Reserve, Subjects
 from plm_engine_core.control_plane.policy import Decision, Facts, Needs, PolicySnapshot, Proposed, Verdict, decide
 from plm_engine_core.control_plane.policy.models import normal
 from plm_engine_core.control_plane.policy.shadow import shadow_record
@@ -78,12 +79,15 @@ async def admit(
     evaluators: ParallelPolicyEvaluator,
     agents: AgentRegistry | None = None,
     shadow: PolicySnapshot | None = None,
+    expectations: Expectations,
     connection: Connection | None = None,
 ) -> Admission:
     """Decide one proposal and book the answer.
 
     The same proposal admitted again, after a lost reply, answers the same and reserves nothing more. On the caller's
     `connection` nothing is committed here. What `shadow` would have decided is recorded beside, and changes nothing.
+    Where `expectations` know the run, the books are not asked before they are written, unless an evaluator has to be
+    asked or they are not as expected.
 
     Raises:
         InvalidRequest: the proposal holds what is no JSON; or `connection` holds no READ COMMITTED transaction, or one
@@ -91,18 +95,22 @@ async def admit(
         FencingLost: the caller no longer holds the run; it must stop.
         IdempotencyConflict: this attempt was already proposed with other content.
     """
-    digest = proposal_digest(proposal, registry.get(proposal.capability))
     check_claims(proposal.claims)
+    admitting = _Admitting(
+        proposal=proposal,
+        digest=proposal_digest(proposal, registry.get(proposal.capability)),
+        policy=policy,
+        registry=registry,
+        storage=storage,
+        evaluators=evaluators,
+        agents=agents,
+        shadow=shadow,
+    )
+    expected = expectations.of(proposal.tenant_id, proposal.run_id) if connection is None else None
     try:
-        facts, subjects = await prepare(proposal, policy=policy, registry=registry, storage=storage, agents=agents)
-        decision, facts = await decided(proposal, policy, facts, evaluators)
-        stored = policy.plans.of(facts.capability).stored if facts.capability is not None else None
-        record = {**decision.to_json(), "facts": facts.to_json(capability=stored)}
-        if shadow is not None:
-            record["shadow"] = shadow_record(proposal, shadow, facts, decision, active=policy)
-        reserve = _reserve(proposal, policy, facts, decision, subjects)
-        command = _command(proposal, policy, decision, record, digest, reserve=reserve)
-        answer = await storage.admit(command, connection=connection)
+        answer = await admitting.as_expected(expected) if expected is not None else None
+        if answer is None:
+            answer = await admitting.as_asked(expectations, connection)
     except StorageUnavailable as error:
         # Nothing was booked. A driver may ask again with the same command.
         return Denied(
@@ -128,58 +136,92 @@ async def decided(
     return answer, facts
 
 
-def _command(
-    proposal: Proposal,
-    policy: PolicySnapshot,
-    decision: Decision,
-    record: Mapping[str, Any],
-    digest: str,
-    *,
-    reserve: Sequence[Reserve],
-) -> AdmitCommand:
-    return AdmitCommand(
-        tenant_id=proposal.tenant_id,
-        run_id=proposal.run_id,
-        fencing_token=proposal.fencing_token,
-        command_id=proposal.command_id,
-        command_digest=content_hash([digest, dict(proposal.arguments), proposal.step_id]),
-        step_index=proposal.step_index,
-        attempt=proposal.attempt,
-        step_id=proposal.step_id,
-        step_key=proposal.step_key,
-        capability=proposal.capability,
-        resource=proposal.resource,
-        arguments=proposal.arguments,
-        digest=digest,
-        policy_digest=policy.digest,
-        executor_kind=proposal.executor_kind,
-        requester=proposal.principal.user_id,
-        actor=proposal.principal.actor,
-        decision=record,
-        ticket_id=proposal.ticket_id,
-        new_ticket_id=new_id(),
-        ticket_seconds=policy.approval.demand(decision.tier, decision.risk).timeout_seconds,
-        escalate_seconds=policy.approval.escalate_seconds,
-        grant_id=new_id(),
-        grant_seconds=policy.grant_seconds,
-        span_id=secrets.token_hex(8),
-        reserve=reserve,
-    )
+@dataclass(frozen=True, kw_only=True)
+class _Admitting:
+    """One proposal, and what it is decided and booked with."""
 
+    proposal: Proposal
+    digest: str
+    policy: PolicySnapshot
+    registry: CapabilityRegistry
+    storage: AdmissionStore
+    evaluators: ParallelPolicyEvaluator
+    agents: AgentRegistry | None
+    shadow: PolicySnapshot | None
 
-def _reserve(
-    proposal: Proposal, policy: PolicySnapshot, facts: Facts, decision: Decision, subjects: Subjects | None
-) -> tuple[Reserve, ...]:
-    """What the call sets aside, should it be granted."""
-    if decision.outcome not in (Verdict.ALLOW, Verdict.ASK):
-        return ()
-    return policy.budget_plan.of(
-        decision.reserve,
-        tenant_id=proposal.tenant_id,
-        run_id=proposal.run_id,
-        subjects=subjects,
-        model=_model(proposal, facts),
-    )
+    async def as_expected(self, expected: Prepared) -> Mapping[str, Any] | None:
+        """What is booked when the books are as `expected`; None, and nothing is, when they have to be asked."""
+        facts = await gathered(
+            self.proposal,
+            expected,
+            policy=self.policy,
+            registry=self.registry,
+            storage=self.storage,
+            agents=self.agents,
+        )
+        decision = decide(self.proposal, self.policy, facts)
+        if isinstance(decision, Needs):
+            return None
+        assumed = Assumed(buckets=self.policy.buckets, at=expected.at)
+        answer = await self.storage.admit_as_assumed(self._command(decision, facts, expected.subjects), assumed)
+        return answer if answer["status"] != "not_as_assumed" else None
+
+    async def as_asked(self, expectations: Expectations, connection: Connection | None) -> Mapping[str, Any]:
+        """What is booked after the books were asked; the next proposal of the run may expect the same of them."""
+        proposal, policy = self.proposal, self.policy
+        facts, prepared = await prepare(
+            proposal, policy=policy, registry=self.registry, storage=self.storage, agents=self.agents
+        )
+        expectations.learn(proposal.tenant_id, proposal.run_id, prepared)
+        decision, facts = await decided(proposal, policy, facts, self.evaluators)
+        return await self.storage.admit(self._command(decision, facts, prepared.subjects), connection=connection)
+
+    def _command(self, decision: Decision, facts: Facts, subjects: Subjects | None) -> AdmitCommand:
+        proposal, policy = self.proposal, self.policy
+        stored = policy.plans.of(facts.capability).stored if facts.capability is not None else None
+        record = {**decision.to_json(), "facts": facts.to_json(capability=stored)}
+        if self.shadow is not None:
+            record["shadow"] = shadow_record(proposal, self.shadow, facts, decision, active=policy)
+        return AdmitCommand(
+            tenant_id=proposal.tenant_id,
+            run_id=proposal.run_id,
+            fencing_token=proposal.fencing_token,
+            command_id=proposal.command_id,
+            command_digest=content_hash([self.digest, dict(proposal.arguments), proposal.step_id]),
+            step_index=proposal.step_index,
+            attempt=proposal.attempt,
+            step_id=proposal.step_id,
+            step_key=proposal.step_key,
+            capability=proposal.capability,
+            resource=proposal.resource,
+            arguments=proposal.arguments,
+            digest=self.digest,
+            policy_digest=policy.digest,
+            executor_kind=proposal.executor_kind,
+            requester=proposal.principal.user_id,
+            actor=proposal.principal.actor,
+            decision=record,
+            ticket_id=proposal.ticket_id,
+            new_ticket_id=new_id(),
+            ticket_seconds=policy.approval.demand(decision.tier, decision.risk).timeout_seconds,
+            escalate_seconds=policy.approval.escalate_seconds,
+            grant_id=new_id(),
+            grant_seconds=policy.grant_seconds,
+            span_id=secrets.token_hex(8),
+            reserve=self._reserve(decision, facts, subjects),
+        )
+
+    def _reserve(self, decision: Decision, facts: Facts, subjects: Subjects | None) -> tuple[Reserve, ...]:
+        """What the call sets aside, should it be granted."""
+        if decision.outcome not in (Verdict.ALLOW, Verdict.ASK):
+            return ()
+        return self.policy.budget_plan.of(
+            decision.reserve,
+            tenant_id=self.proposal.tenant_id,
+            run_id=self.proposal.run_id,
+            subjects=subjects,
+            model=_model(self.proposal, facts),
+        )
 
 
 def _model(proposal: Proposal, facts: Facts) -> str | None:

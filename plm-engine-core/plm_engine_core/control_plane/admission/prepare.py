@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from plm_engine_core.control_plane.admission.proposal import Proposal
-from plm_engine_core.control_plane.limits import Bucket, Dimension, Subjects
+from plm_engine_core.control_plane.limits import Prepared
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot
 from plm_engine_core.control_plane.policy.run_risk import MOST_STEPS, RunSoFar
 from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
@@ -18,21 +18,35 @@ async def prepare(
     registry: CapabilityRegistry,
     storage: AdmissionStore,
     agents: AgentRegistry | None = None,
-) -> tuple[Facts, Subjects | None]:
-    """Read the rate, the capability, the principal and the agent of one proposal, and for whom its run works.
+) -> tuple[Facts, Prepared]:
+    """Take the rate's tokens and read what one proposal is decided by; beside it, what the books said.
+
+    Raises:
+        StorageUnavailable: a fact could not be had; nothing was decided.
+    """
+    prepared = await storage.prepare(proposal.tenant_id, proposal.run_id, buckets=policy.buckets)
+    facts = await gathered(proposal, prepared, policy=policy, registry=registry, storage=storage, agents=agents)
+    return facts, prepared
+
+
+async def gathered(
+    proposal: Proposal,
+    prepared: Prepared,
+    *,
+    policy: PolicySnapshot,
+    registry: CapabilityRegistry,
+    storage: AdmissionStore,
+    agents: AgentRegistry | None = None,
+) -> Facts:
+    """The facts, from what the books said: the rate, the capability, the principal, the agent and the run so far.
 
     Without `agents` no agent has a ceiling of its own.
 
     Raises:
         StorageUnavailable: a fact could not be had; nothing was decided.
     """
-    prepared = await storage.prepare(
-        proposal.tenant_id,
-        proposal.run_id,
-        buckets=_buckets(policy),
-    )
     agent = agents.get(proposal.agent) if agents is not None else None
-    facts = Facts(
+    return Facts(
         capability=registry.get(proposal.capability),
         principal_scopes=proposal.principal.scopes,
         requester=proposal.principal.user_id,
@@ -49,17 +63,6 @@ async def prepare(
         principal_until=proposal.principal.expires_at,
         run=await _run_so_far(proposal, policy=policy, registry=registry, storage=storage),
     )
-    return facts, prepared.subjects
-
-
-def _buckets(policy: PolicySnapshot) -> list[Bucket]:
-    """From narrow to wide."""
-    rates = {Dimension.AGENT: policy.rate_limit_per_agent, Dimension.TENANT: policy.rate_limit}
-    return [
-        Bucket(dimension=dimension, per_second=rate.per_second, burst=rate.burst)
-        for dimension, rate in rates.items()
-        if rate is not None
-    ]
 
 
 async def _run_so_far(

@@ -2,10 +2,11 @@
 
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, BudgetPlan, Limit, Reserve, Unit
 from plm_engine_core.control_plane.limits.leases import ResourceLease
-from plm_engine_core.control_plane.limits.rate_limit import Bucket, Dimension, Prepared, RateReading
+from plm_engine_core.control_plane.limits.rate_limit import Assumed, Bucket, Dimension, Prepared, RateReading
 from plm_engine_core.control_plane.limits.subjects import Subjects
 
 __all__ = [
+    "Assumed",
     "Bucket",
     "Budget",
     "BudgetKey",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -35,6 +36,14 @@ class RateReading:
     allowed: bool
     retry_after_ms: int = 0
     dimension: Dimension | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumed:
+    """What a decision went by without having asked: that every bucket has a token, and the time by the books' clock."""
+
+    buckets: Sequence[Bucket]
+    at: datetime
 
 
 @dataclass(frozen=True, kw_only=True)

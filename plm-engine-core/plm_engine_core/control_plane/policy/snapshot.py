@@ -26,6 +26,7 @@ from pydantic import (
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import load_document, parse_document
 from plm_engine_core.control_plane.limits.budgets import BudgetPlan, Limit, Unit
+from plm_engine_core.control_plane.limits.rate_limit import Bucket, Dimension
 from plm_engine_core.control_plane.policy.approval import ApprovalRule
 from plm_engine_core.control_plane.policy.conditions import Condition, ConditionTree, EvaluatorSays, leaves
 from plm_engine_core.control_plane.policy.frozen import Table
@@ -221,6 +222,16 @@ class PolicySnapshot(_Frozen):
     def budget_plan(self) -> BudgetPlan:
         """Which budgets a call draws on."""
         return BudgetPlan(run=self.budgets.run, tenant=self.budgets.tenant, limits=self.limits)
+
+    @cached_property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """What a proposal takes a token of each of, from narrow to wide."""
+        rates = {Dimension.AGENT: self.rate_limit_per_agent, Dimension.TENANT: self.rate_limit}
+        return tuple(
+            Bucket(dimension=dimension, per_second=rate.per_second, burst=rate.burst)
+            for dimension, rate in rates.items()
+            if rate is not None
+        )
 
     @cached_property
     def _team_of(self) -> Mapping[UUID, str]:

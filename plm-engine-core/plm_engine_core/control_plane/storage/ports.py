@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Protocol
 from uuid import UUID
@@ -17,7 +17,7 @@ from plm_shared.kernel_api import EmitConnectorCallArgs, EmitLlmCallArgs, EmitTe
 
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, Reserve
 from plm_engine_core.control_plane.limits.leases import ResourceLease
-from plm_engine_core.control_plane.limits.rate_limit import Bucket, Prepared
+from plm_engine_core.control_plane.limits.rate_limit import Assumed, Bucket, Prepared
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
     Evidence,
@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 
 Connection = Any
 """An asynchronous psycopg connection of the caller's, inside a transaction; on it nothing is committed."""
+
+CLOCK_TOLERANCE = timedelta(seconds=2)
+"""How far the time that a decision assumed may be from that at which its booking arrives."""
 
 LedgerEntry = EmitTelemetryArgs | EmitConnectorCallArgs | EmitLlmCallArgs
 
@@ -143,7 +146,18 @@ class AdmissionStore(Protocol):
         ...
 
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
-        """Book a decision; the answer has `status` granted, pending, steered or denied."""
+        """Book a decision; the answer has `status` granted, pending, steered or denied.
+
+        It is `policy_changed`, and nothing is written, where another policy is active than the one that decided.
+        """
+        ...
+
+    async def admit_as_assumed(self, command: AdmitCommand, assumed: Assumed) -> Mapping[str, Any]:
+        """Book a decision that was made without `prepare`, in a transaction of its own; answers as `admit` does.
+
+        A token of every bucket is taken with it. Where one has none, or the time that the decision went by is more than
+        `CLOCK_TOLERANCE` off, the answer is `not_as_assumed`, and nothing is written.
+        """
         ...
 
     async def begin(self, grant: Grant, *, fencing_token: int, actor: str) -> Mapping[str, Any]:

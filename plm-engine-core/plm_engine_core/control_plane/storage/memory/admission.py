@@ -9,17 +9,21 @@ from uuid import UUID
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.errors import FencingLost, IdempotencyConflict
 from plm_engine_core.control_plane.events.event import run_stream
-from plm_engine_core.control_plane.limits import Bucket, Prepared
+from plm_engine_core.control_plane.limits import Assumed, Bucket, Prepared
 from plm_engine_core.control_plane.storage.commands import admit_json
 from plm_engine_core.control_plane.storage.memory.admit import AdmitBooking
 from plm_engine_core.control_plane.storage.memory.books import Books, Row, halted, refuse_connection
 from plm_engine_core.control_plane.storage.memory.rates import take_tokens
 from plm_engine_core.control_plane.storage.memory.settlement import MemorySettlement
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, text_time
-from plm_engine_core.control_plane.storage.ports import AdmitCommand, Connection
+from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection
 from plm_engine_core.control_plane.storage.rows import subjects_row
 
 _NEVER_GRANTED = ("denied", "steered", "awaiting_approval", "not_started")
+
+
+class _NotAsAssumed(Exception):
+    """Undoes a booking."""
 
 
 class MemoryAdmission(MemorySettlement):
@@ -56,19 +60,34 @@ class MemoryAdmission(MemorySettlement):
         refuse_connection(connection)
         booking = kept_json(admit_json(command), root="proposal")
         async with self._books.turn() as books:
-            books.require_tenant(command.tenant_id)
-            name = ("admit", command.command_id)
-            record = books.idempotency_records.get(command.tenant_id, name)
-            if record is not None:
-                if record["digest"] != command.command_digest:
-                    raise IdempotencyConflict(f"command {command.command_id} was already used for another proposal")
-                return fresh({**record["result"], "replayed": True})
-            answer = AdmitBooking(books, booking).book()
-            if answer["status"] == "policy_changed":
+            return self._admitted(books, command, booking)
+
+    async def admit_as_assumed(self, command: AdmitCommand, assumed: Assumed) -> Mapping[str, Any]:
+        """Book a decision, and hold it to what it assumed."""
+        booking = kept_json(admit_json(command), root="proposal")
+        try:
+            async with self._books.turn() as books:
+                _compare_clock(books, assumed)
+                answer = self._admitted(books, command, booking)
+                _take_assumed(books, command, assumed)
                 return answer
-            record = {"digest": command.command_digest, "result": answer}
-            books.idempotency_records.put(command.tenant_id, name, record)
-            return fresh(answer)
+        except _NotAsAssumed:
+            return {"status": "not_as_assumed"}
+
+    def _admitted(self, books: Books, command: AdmitCommand, booking: Any) -> Mapping[str, Any]:
+        books.require_tenant(command.tenant_id)
+        name = ("admit", command.command_id)
+        record = books.idempotency_records.get(command.tenant_id, name)
+        if record is not None:
+            if record["digest"] != command.command_digest:
+                raise IdempotencyConflict(f"command {command.command_id} was already used for another proposal")
+            return fresh({**record["result"], "replayed": True})
+        answer = AdmitBooking(books, booking).book()
+        if answer["status"] == "policy_changed":
+            return answer
+        record = {"digest": command.command_digest, "result": answer}
+        books.idempotency_records.put(command.tenant_id, name, record)
+        return fresh(answer)
 
     async def begin(self, grant: Grant, *, fencing_token: int, actor: str) -> Mapping[str, Any]:
         """Use a grant up."""
@@ -100,6 +119,17 @@ class MemoryAdmission(MemorySettlement):
         books.run_steps.change((tenant_id, run_id), attempt, state="running", started_at=now)
         payload = {"step": attempt[0], "attempt": attempt[1], "grant_id": str(grant["id"])}
         books.append(tenant_id, run_stream(run_id), "step_started", actor, payload)
+
+
+def _compare_clock(books: Books, assumed: Assumed) -> None:
+    if abs(books.now() - assumed.at) > CLOCK_TOLERANCE:
+        raise _NotAsAssumed
+
+
+def _take_assumed(books: Books, command: AdmitCommand, assumed: Assumed) -> None:
+    run = books.run_states.get(command.tenant_id, command.run_id)
+    if not take_tokens(books, command.tenant_id, command.run_id, run, assumed.buckets).allowed:
+        raise _NotAsAssumed
 
 
 def _capability(books: Books, grant: Grant) -> str | None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
+import psycopg
 from plm_shared.ledger import ledger_record
 from plm_shared.sqlalchemy_kernel_emitter import Statement
 from psycopg.rows import dict_row
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.errors import StorageUnavailable
-from plm_engine_core.control_plane.limits import Bucket, Dimension, Prepared, RateReading, Subjects
+from plm_engine_core.control_plane.limits import Assumed, Bucket, Dimension, Prepared, RateReading, Subjects
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
-from plm_engine_core.control_plane.storage.ports import AdmitCommand, Connection, SettleCommand
+from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection, SettleCommand
 from plm_engine_core.control_plane.storage.postgres.calls import Calls
 from plm_engine_core.control_plane.storage.postgres.gateway import (
     Gateway,
@@ -29,6 +31,13 @@ _PREPARE = (
     " || jsonb_build_object('at', clock_timestamp()) AS answer"
 )
 _ADMIT = "SELECT engine_admit_v3(%(command)s) AS answer"
+# An argument is worked out before its function is called: what was assumed is taken once the decision is booked.
+_ADMIT_AS_ASSUMED = (
+    "SELECT CASE WHEN abs(extract(epoch FROM statement_timestamp() - %(at)s::timestamptz)) <= %(tolerance)s"
+    " THEN engine_as_assumed_v1(engine_admit_v3(%(command)s), %(tenant)s, %(run)s, %(buckets)s)"
+    """ ELSE '{"status": "not_as_assumed"}' END AS answer"""
+)
+_NOT_AS_ASSUMED = "PLA01"
 _BEGIN = (
     "SELECT engine_begin_v3(%(tenant)s, %(run)s, %(step)s, %(attempt)s, %(grant)s, %(fencing)s, %(actor)s) AS answer"
 )
@@ -44,10 +53,7 @@ class PostgresAdmission:
 
     async def prepare(self, tenant_id: UUID, run_id: UUID, *, buckets: Sequence[Bucket]) -> Prepared:
         """Take one token of every bucket or of none, and read for whom the run works."""
-        wanted = [
-            {"dimension": each.dimension.value, "per_second": each.per_second, "burst": each.burst} for each in buckets
-        ]
-        parameters = {"tenant": tenant_id, "run": run_id, "buckets": json_parameter(wanted, root="buckets")}
+        parameters = {"tenant": tenant_id, "run": run_id, "buckets": _buckets_json(tuple(buckets))}
         answer = await self._booked(Statement(_PREPARE, parameters))
         return Prepared(
             rate=RateReading(
@@ -74,6 +80,19 @@ class PostgresAdmission:
         """Book a decision in one transaction of its own, or in the caller's."""
         parameters = {"command": json_parameter(admit_json(command), root="proposal")}
         return await self._booked(Statement(_ADMIT, parameters), connection)
+
+    async def admit_as_assumed(self, command: AdmitCommand, assumed: Assumed) -> Mapping[str, Any]:
+        """Book a decision and take what it assumed, by one statement."""
+        booking = json_parameter(admit_json(command), root="proposal")
+        named = {"tenant": command.tenant_id, "run": command.run_id, "at": assumed.at.isoformat()}
+        held = {"tolerance": CLOCK_TOLERANCE.total_seconds(), "buckets": _buckets_json(tuple(assumed.buckets))}
+        parameters = {**named, **held, "command": booking}
+        try:
+            return await self._booked(Statement(_ADMIT_AS_ASSUMED, parameters))
+        except psycopg.Error as error:  # as the database says it; every other one has its translation already
+            if error.sqlstate != _NOT_AS_ASSUMED:
+                raise
+            return {"status": "not_as_assumed"}
 
     async def begin(self, grant: Grant, *, fencing_token: int, actor: str) -> Mapping[str, Any]:
         """Use a grant up."""
@@ -103,6 +122,14 @@ class PostgresAdmission:
             raise StorageUnavailable("the database gave no answer")
         booked: Mapping[str, Any] = answer
         return booked
+
+
+@lru_cache(maxsize=16)
+def _buckets_json(buckets: tuple[Bucket, ...]) -> str:
+    wanted = [
+        {"dimension": each.dimension.value, "per_second": each.per_second, "burst": each.burst} for each in buckets
+    ]
+    return json_parameter(wanted, root="buckets")
 
 
 async def _executed(connection: Connection, statement: Statement) -> Any:
