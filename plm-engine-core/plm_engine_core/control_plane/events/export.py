@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Protocol
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import InvalidRequest
-from plm_engine_core.control_plane.events.chain import Chain, Link, framed, unframed
+from plm_engine_core.control_plane.events.chain import Chain, Link, framed, framed_names, unframed
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head, checkpoint_problem
 from plm_engine_core.control_plane.events.signing import PublicKeys
 
@@ -29,7 +29,7 @@ MAX_LINE_BYTES = 64 << 20
 _NOBODY = UUID(int=0)
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
-_decode = json.JSONDecoder().decode  # `json.loads` guesses the encoding of each line, which is always UTF-8
+_decoder = json.JSONDecoder()
 
 
 class ExportSource(Protocol):
@@ -132,9 +132,9 @@ class ExportReader:
     def _read(self, lines: Iterable[bytes]) -> None:
         numbered = enumerate(_bounded(lines), 1)
         try:
-            self._begin(_decode(next(numbered)[1].decode()))
+            self._begin(_parsed(next(numbered)[1]))
             for number, line in numbered:
-                value = _decode(line.decode())
+                value = _parsed(line)
                 if type(value) is list:
                     self._event(number, value)
                 else:
@@ -164,7 +164,7 @@ class ExportReader:
             seq,
             bytes.fromhex(prev_hash),
             bytes.fromhex(claimed),
-            framed(kind) + framed(actor),
+            framed_names(kind, actor),
             micros,
             framed(payload),
         )
@@ -208,6 +208,13 @@ def _bounded(lines: Iterable[bytes]) -> Iterator[bytes]:
         if len(line) > MAX_LINE_BYTES:
             raise _WrongError("a line is longer than any of an export")
         yield line
+
+
+def _parsed(line: bytes) -> Any:
+    """The value that a line begins with and only blanks follow; `json.loads` would first guess an encoding."""
+    text = line.decode()
+    value, end = _decoder.raw_decode(text)
+    return value if text[end:] == "\n" else _decoder.decode(text)
 
 
 def _line(value: object) -> bytes:
