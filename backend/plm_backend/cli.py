@@ -48,8 +48,6 @@ def serve(
     Status 0: it was stopped by SIGINT or SIGTERM; 3: a setting is missing or refused, and the sentence says which; 130:
     it was stopped before it was ready.
     """
-    from plm_backend.serving import serve_until_stopped
-
     stop = StopRequest()
     with setup_errors():
         stop.listen()
@@ -66,6 +64,8 @@ def serve(
             typer.echo(f"listening on {url}", err=True)
 
         with listener, open_database(settings) as database:
+            from plm_backend.serving import serve_until_stopped  # takes a second, which a refusal need not wait for
+
             asyncio.run(serve_until_stopped(settings, database, listener, stop, on_ready=announce))
 
 
@@ -74,14 +74,14 @@ def worker() -> None:
 
     Status as for `serve`, and 1: the database was away for longer than PLM_DATABASE_PATIENCE_SECONDS.
     """
-    from plm_backend.serving import work_until_stopped
-
     stop = StopRequest()
     with setup_errors():
         stop.listen()
         settings = load_settings()
         configure_logging(settings)
         with open_database(settings) as database:
+            from plm_backend.serving import work_until_stopped
+
             asyncio.run(work_until_stopped(settings, database, stop, on_ready=lambda: typer.echo("working", err=True)))
 
 

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import psycopg
 from plm_engine_core.cli.chains import upgrade_all as run_migrations
-from plm_engine_core.cli.db import database_sentence
+from plm_engine_core.cli.db import database_sentence, is_of_database
 from plm_shared.embedded_postgres import EmbeddedPostgres, LocationUnsuitable, PostgresUnavailable
 from plm_shared.provisioning import database_urls, provision
-from sqlalchemy.exc import DBAPIError
 
 from plm_backend.errors import SetupError
 from plm_backend.fitness import check_database
@@ -106,5 +104,7 @@ def _owner_errors() -> Iterator[None]:
         yield
     except PostgresUnavailable:
         raise
-    except (psycopg.Error, DBAPIError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        if not isinstance(error, ValueError) and not is_of_database(error):
+            raise
         raise SetupError(f"the database could not be prepared: {database_sentence(error)}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from plugin_substrate.worker.isolation import parse_required_layers
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
@@ -94,6 +93,10 @@ class Settings(BaseSettings):
     @field_validator("plugin_require")
     @classmethod
     def _are_layers(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            return value
+        from plugin_substrate.worker.isolation import parse_required_layers
+
         problems: list[str] = []
         parse_required_layers(list(value), "the list", problems)
         if problems:

@@ -95,6 +95,19 @@ def test_an_unreachable_server_is_one_sentence_without_the_password(command: lis
     assert "hunter2" not in result.stderr
 
 
+def test_a_command_waits_for_no_other_s_imports() -> None:
+    """What is asked of a database alone loads neither the control plane nor what others bring along."""
+    show = "import sys; from plm_engine_core.cli import build_app; build_app(*sys.argv[1:]); print(*sys.modules)"
+
+    def loaded(*word: str) -> set[str]:
+        command = [sys.executable, "-c", show, *word]
+        return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+    others = {"plm_engine_core.cli.events", "plm_engine_core.control_plane.policy"}
+    assert loaded("db") & {*others, "sqlalchemy"} == set()
+    assert others <= loaded()
+
+
 def test_other_packages_add_a_group_or_anything_else_and_a_broken_one_harms_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -2,6 +2,8 @@
 
 Rows travel as JSON (``LedgerRecord``) and PostgreSQL takes them apart, so one text per table serves a single event, a
 batch of hundreds, and the engine's settlement on its own connection. Refusals are drawn in ``plm_shared.ledger``.
+
+SQLAlchemy is loaded by its first use: the engine and the writer of batches, which need the texts alone, start without.
 """
 
 from __future__ import annotations
@@ -11,14 +13,12 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from datetime import date
-from typing import Any, Final, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, cast
 
 import psycopg
-import sqlalchemy
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
-from plm_shared.db import get_engine
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitGovernanceArgs, EmitLlmCallArgs, EmitTelemetryArgs
 from plm_shared.ledger import (
     IdempotencyConflict,
@@ -52,7 +52,10 @@ __all__ = [
     "utc_today",
 ]
 
-Connection = sqlalchemy.Connection | psycopg.Connection[Any]
+if TYPE_CHECKING:
+    import sqlalchemy
+
+    Connection = sqlalchemy.Connection | psycopg.Connection[Any]
 
 
 class Statement(NamedTuple):
@@ -383,6 +386,8 @@ class SqlAlchemyKernelEmitter:
         return ledger_statements(args, tenant_id=self._tenant, run_id=run_id, clock=self._clock)
 
     def _write(self, args: LedgerArgs, run_id: str | uuid.UUID | None) -> None:
+        from sqlalchemy.exc import IntegrityError
+
         record = ledger_record(args, tenant_id=self._tenant, run_id=run_id, clock=self._clock)
         try:
             if self._connection is None:
@@ -390,8 +395,8 @@ class SqlAlchemyKernelEmitter:
             else:
                 _write_within(self._connection, self._tenant, _statements(record, self._tenant))
                 refusal = None
-        except (sqlalchemy.exc.IntegrityError, psycopg.IntegrityError) as error:
-            cause = error.orig if isinstance(error, sqlalchemy.exc.IntegrityError) else error
+        except (IntegrityError, psycopg.IntegrityError) as error:
+            cause = error.orig if isinstance(error, IntegrityError) else error
             found = refusal_of(cause, self._tenant, record) if isinstance(cause, psycopg.Error) else error
             if isinstance(found, LedgerRefused):
                 raise found from error
@@ -402,25 +407,29 @@ class SqlAlchemyKernelEmitter:
 
 def _write_alone(tenant: str, record: LedgerRecord) -> IdempotencyConflict | None:
     """One transaction on a pooled connection. SQLAlchemy's own execution would cost as much again as the insert."""
+    from sqlalchemy.exc import DBAPIError
+
+    from plm_shared.db import get_engine
+
     try:
         with closing(get_engine().raw_connection()) as pooled:
             return insert_many(cast("psycopg.Connection[Any]", pooled.driver_connection), tenant, [record])[0]
     except psycopg.Error as error:
-        raise sqlalchemy.exc.DBAPIError.instance(None, None, error, psycopg.Error) from error
+        raise DBAPIError.instance(None, None, error, psycopg.Error) from error
 
 
 def _write_within(connection: Connection, tenant: str, statements: Sequence[Statement]) -> None:
     """A savepoint in the caller's transaction, and another when an index that is being rebuilt was overlooked."""
+    from sqlalchemy.exc import IntegrityError
+
     _bind_tenant(connection, tenant)
     for attempt in range(_REBUILDS):
         last = statements[-1]  # the only one that may meet the row in the way
         try:
-            with (
-                connection.begin_nested() if isinstance(connection, sqlalchemy.Connection) else connection.transaction()
-            ):
+            with connection.transaction() if isinstance(connection, psycopg.Connection) else connection.begin_nested():
                 for running in statements:
                     _execute(connection, running)
-        except (sqlalchemy.exc.IntegrityError, psycopg.errors.UniqueViolation) as error:
+        except (IntegrityError, psycopg.errors.UniqueViolation) as error:
             overlooked = isinstance(getattr(error, "orig", error), psycopg.errors.UniqueViolation)
             if not overlooked or running is last or attempt == _REBUILDS - 1:
                 raise
@@ -443,7 +452,7 @@ def _bind_tenant(connection: Connection, tenant: str) -> None:
 
 
 def _execute(connection: Connection, statement: Statement) -> Any:
-    if isinstance(connection, sqlalchemy.Connection):
-        return connection.exec_driver_sql(statement.sql, dict(statement.params))
-    # The caller's connection may make something else of a row.
-    return connection.cursor(row_factory=tuple_row).execute(cast("Any", statement.sql), statement.params)
+    if isinstance(connection, psycopg.Connection):
+        # The caller's connection may make something else of a row.
+        return connection.cursor(row_factory=tuple_row).execute(cast("Any", statement.sql), statement.params)
+    return connection.exec_driver_sql(statement.sql, dict(statement.params))

@@ -13,7 +13,6 @@ import psycopg
 import typer
 from plm_shared.addresses import driver_dsn
 from plm_shared.provisioning import provision
-from sqlalchemy.exc import DBAPIError
 
 from plm_engine_core.cli.chains import installed_chains, upgrade_all
 from plm_engine_core.cli.exits import ExitCode, fail
@@ -109,12 +108,23 @@ def database_errors() -> Iterator[None]:
     """Turn the database's refusals, and those of a chain such as `KernelSchemaMissing`, into one sentence."""
     try:
         yield
-    except (psycopg.Error, DBAPIError, RuntimeError) as error:
+    except Exception as error:
+        if not is_of_database(error):
+            raise
         fail(ExitCode.FAILED, database_sentence(error))
+
+
+def is_of_database(error: Exception) -> bool:
+    """Whether the database, or a chain of migrations, refused something."""
+    from sqlalchemy.exc import DBAPIError
+
+    return isinstance(error, psycopg.Error | DBAPIError | RuntimeError)
 
 
 def database_sentence(error: Exception) -> str:
     """One sentence for what went wrong; it may name hosts and roles, never a password."""
+    from sqlalchemy.exc import DBAPIError
+
     reason = error.orig if isinstance(error, DBAPIError) else error
     if isinstance(reason, psycopg.errors.InsufficientPrivilege):
         return f"the login may not do this ({reason.diag.message_primary}); set PG_ADMIN_DSN to the owner's address"

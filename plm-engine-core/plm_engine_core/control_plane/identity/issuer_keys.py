@@ -12,13 +12,16 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
-import httpx
 import jwt
 
 from plm_engine_core.control_plane.identity.errors import IdentityProviderConfigError, IdentityProviderUnavailable
+
+if TYPE_CHECKING:
+    import httpx
 
 FRESH_SECONDS: Final = 300.0
 """Keys this old are fetched anew before they are used: so long may a key that was withdrawn still count."""
@@ -63,6 +66,9 @@ class IssuerKeys:
         stale_seconds: float = STALE_SECONDS,
         cooldown_seconds: float = COOLDOWN_SECONDS,
     ) -> None:
+        import httpx  # only where an issuer is asked, and not in the midst of a request
+
+        self._failures = (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError)
         self._issuer = issuer
         self._jwks_uri = jwks_uri
         self._client = client or _client
@@ -123,7 +129,7 @@ class IssuerKeys:
             try:
                 async with asyncio.timeout(2 * _TIMEOUT_SECONDS):
                     self._keys = await self._fetch()
-            except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError) as error:
+            except self._failures as error:
                 self._reachable = False
                 _log.warning("the keys of %s could not be fetched: %s", self._issuer, _sentence(error))
                 return
@@ -186,7 +192,7 @@ def _read_key(entry: Any) -> SigningKey | None:
 async def _document(client: httpx.AsyncClient, url: str) -> Mapping[str, Any]:
     """One JSON object, read up to a bound; a redirect is an answer like any other that is not 200."""
     async with client.stream("GET", url, headers={"Accept": "application/json"}) as response:
-        if response.status_code != httpx.codes.OK:
+        if response.status_code != HTTPStatus.OK:
             raise ValueError(f"it answered {response.status_code}")
         body = bytearray()
         async for piece in response.aiter_bytes():
@@ -203,6 +209,8 @@ async def _document(client: httpx.AsyncClient, url: str) -> Mapping[str, Any]:
 
 
 def _client() -> httpx.AsyncClient:
+    import httpx
+
     return httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, follow_redirects=False)
 
 
