@@ -43,8 +43,7 @@ class InMemoryJobStore:
 
     def __init__(self) -> None:
         self._submitted: dict[str, Folded] = {}
-        self._jobs: dict[str, Job | None] = {}  # None: it stands as it was submitted
-        self._event_counts: dict[str, int] = {}
+        self._jobs: dict[str, Job] = {}  # without those that stand as they were submitted
         self._events: dict[str, _Row] = {}
         self._positions: list[int] = []  # of all events, with those of forgotten jobs until they are half of it
         self._keys: list[str] = []  # of the same events
@@ -89,7 +88,7 @@ class InMemoryJobStore:
         folded = self._submitted.get(job_id)
         if folded is None:
             return None
-        job, request = self._jobs[job_id] or job_of(folded), request_of(folded)
+        job, request = self._jobs.get(job_id) or job_of(folded), request_of(folded)
         *_, arguments, order, idempotent, _ = folded
         if arguments:
             args, kwargs = unpack_arguments(arguments)
@@ -107,9 +106,7 @@ class InMemoryJobStore:
 
     def job_events(self, job_id: str, after: int, limit: int) -> list[JobEvent]:
         """Return events of a job."""
-        first = max(0, after) + 1  # numbers are dense and start at 1
-        last = min(self._event_counts.get(job_id, 0), first + limit - 1)
-        return [_event(self._events[_key(job_id, number)]) for number in range(first, last + 1)]
+        return [_event(row) for row in itertools.islice(self._rows(job_id, max(0, after) + 1), limit)]
 
     def queue_events(self, after: int, limit: int, sequence_id: str | None = None) -> list[JobEvent]:
         """Return events of one sequence or of all jobs."""
@@ -132,9 +129,14 @@ class InMemoryJobStore:
     async def close(self) -> None:
         """Do nothing: memory needs no end."""
 
+    def _rows(self, job_id: str, number: int) -> Iterator[_Row]:
+        """The events of a job from a number on: numbers are dense and start at 1."""
+        while (row := self._events.get(_key(job_id, number))) is not None:
+            yield row
+            number += 1
+
     def _put_event(self, event: JobEvent) -> None:
         key = _key(event.job_id, event.number)
-        self._event_counts[event.job_id] = event.number
         self._positions.append(event.position)
         self._keys.append(key)
         self._events[key] = (
@@ -154,34 +156,35 @@ class InMemoryJobStore:
         if arguments is None:
             arguments = pack_arguments(request.args, request.kwargs)
         self._submitted[job.id] = fold(job, request, arguments, kept.order, idempotent=kept.idempotent)
-        self._jobs[job.id] = None if only_waits(job) else job
+        if not only_waits(job):
+            self._jobs[job.id] = job
 
     def _change(self, job: Job) -> None:
         if job.status.terminal:
             job = replace(job, args=(), kwargs={}) if job.args or job.kwargs else job
             self._submitted[job.id] = without_arguments(self._submitted[job.id])
-        elif self._jobs[job.id] is None and only_waits(job):
+        elif job.id not in self._jobs and only_waits(job):
             self._submitted[job.id] = changed(self._submitted[job.id], job)
             return
         self._jobs[job.id] = job
 
     def _found(self, wanted: JobFilter) -> Iterator[str]:
         """The ids of the jobs that are meant, those submitted last first."""
-        for job_id, job in reversed(self._jobs.items()):
-            if wanted.statuses and (job.status if job else JobStatus.PENDING) not in wanted.statuses:
+        for job_id, (_, instance, owner, *_) in reversed(self._submitted.items()):
+            status = self._jobs[job_id].status if job_id in self._jobs else JobStatus.PENDING
+            if wanted.statuses and status not in wanted.statuses:
                 continue
-            _, instance, owner, *_ = self._submitted[job_id]
             if wanted.plugin_instance_id in ("", instance) and wanted.owner in ("", owner):
                 yield job_id
 
     def _forget(self, job_id: str) -> None:
         if self._submitted.pop(job_id, None) is None:
             return
-        del self._jobs[job_id]
-        count = self._event_counts.pop(job_id, 0)
-        for number in range(1, count + 1):
-            del self._events[_key(job_id, number)]
-        self._forgotten += count
+        self._jobs.pop(job_id, None)
+        for number in itertools.count(1):
+            if self._events.pop(_key(job_id, number), None) is None:
+                break
+            self._forgotten += 1
         if self._forgotten * 2 > len(self._keys):
             self._keys = [key for key in self._keys if key in self._events]
             self._positions = [self._events[key][0] for key in self._keys]
