@@ -8,14 +8,17 @@ nothing. BENCH_JOBS scales it.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import procrastinate
@@ -29,7 +32,7 @@ from plugin_substrate.manifest import CodeSection, InstallSection, ManifestV2
 HERE = Path(__file__).resolve().parent
 JOBS = int(os.environ.get("BENCH_JOBS", "4000"))
 PENDING = 25 * JOBS
-ROUNDS = 6
+ROUNDS = 10
 CLIENTS = 32
 INSTANCES = 4
 SLOTS = 4
@@ -134,26 +137,50 @@ async def end_some(queue: JobQueue, count: int) -> None:
     await queue.stop()
 
 
-async def long_queue(queue: JobQueue) -> dict[str, float]:
-    """Rates with an empty queue and with a long one: of submitting, and of starting and ending what waits.
-
-    Both go on until the collector of garbage has had its turn: it comes once in so many new objects, and with a long
-    queue takes longer.
-    """
-    await submit_many(queue, JOBS // 10)
-    await end_some(queue, JOBS // 10)
-    rates: dict[str, float] = {}
-    for length in ("empty", "long"):
-        spent = {"submit": 0.0, "dispatch": 0.0}
-        for _ in range(ROUNDS):
+async def serve_rounds(turns: Connection, meta: PluginMeta, folder: Path, *, durable: bool, pending: int) -> None:
+    """Have so many jobs wait, then at each turn submit and end as many as the benchmark is of, and tell the seconds."""
+    async with queue_over(meta, folder, durable=durable) as queue:
+        await submit_many(queue, JOBS // 10)
+        await end_some(queue, JOBS // 10)
+        await submit_many(queue, pending)
+        turns.send({})
+        while await asyncio.to_thread(turns.recv):
+            spent = {}
             for verb, work in (("submit", submit_many), ("dispatch", end_some)):
                 started = time.perf_counter()
                 await work(queue, JOBS)
-                spent[verb] += time.perf_counter() - started
-        rates |= {f"{verb}, {length}": ROUNDS * JOBS / seconds for verb, seconds in spent.items()}
-        if length == "empty":
-            await submit_many(queue, PENDING)
-    return rates
+                spent[verb] = time.perf_counter() - started
+            turns.send(spent)
+
+
+def serve_in_a_process(turns: Connection, meta: PluginMeta, folder: Path, durable: bool, pending: int) -> None:
+    asyncio.run(serve_rounds(turns, meta, folder, durable=durable, pending=pending))
+
+
+def rates_by_length(meta: PluginMeta, folder: Path, *, durable: bool) -> dict[str, float]:
+    """Rates with an empty queue and with a long one: of submitting, and of starting and ending what waits.
+
+    Each queue has a process of its own, with a collector of garbage of its own, and they take turns, so that both find
+    the same machine. What counts is the time of all turns together, collections of garbage included.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    sides: dict[str, Connection] = {}
+    processes = []
+    for length, pending in (("empty", 0), ("long", PENDING)):
+        sides[length], theirs = spawn.Pipe()
+        arguments = (theirs, meta, folder, durable, pending)
+        processes.append(spawn.Process(target=serve_in_a_process, args=arguments, daemon=True))
+        processes[-1].start()
+        sides[length].recv()
+    spent: Counter[str] = Counter()
+    for number in range(ROUNDS):
+        for length in sorted(sides, reverse=bool(number % 2)):
+            sides[length].send(True)
+            spent.update({f"{verb}, {length}": seconds for verb, seconds in sides[length].recv().items()})
+    for side, process in zip(sides.values(), processes, strict=True):
+        side.send(False)
+        process.join()
+    return {name: ROUNDS * JOBS / seconds for name, seconds in spent.items()}
 
 
 async def procrastinate_rate(folder: Path) -> tuple[float, float]:
@@ -219,8 +246,7 @@ async def main(folder: Path) -> dict[str, Figure]:
                 target=limit,
                 baseline=their_latency * 1e3 if label == "p50" else None,
             )
-        async with queue_over(meta, folder, durable=durable) as queue:
-            rates = await long_queue(queue)
+        rates = await asyncio.to_thread(rates_by_length, meta, folder, durable=durable)
         for verb in ("submit", "dispatch"):
             figures[f"{verb} with {PENDING} pending, {name}"] = Figure(
                 value=rates[f"{verb}, long"],
