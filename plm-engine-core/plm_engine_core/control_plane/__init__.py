@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.admission.grants import Begun, Grant
     from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
     from plm_engine_core.control_plane.admission.settle import ArtifactRecord, Outcome, Settlement
-    from plm_engine_core.control_plane.facade import ControlPlane, RunRequest
+    from plm_engine_core.control_plane.facade import ControlPlane
+    from plm_engine_core.control_plane.runs.request import RunRequest
     from plm_engine_core.control_plane.sync import SyncControlPlane
 
 __all__ = [
@@ -45,7 +46,7 @@ _HOMES = {
     "Pending": "admission.admit",
     "Principal": "admission.proposal",
     "Proposal": "admission.proposal",
-    "RunRequest": "facade",
+    "RunRequest": "runs.request",
     "Settlement": "admission.settle",
     "Steered": "admission.admit",
     "SyncControlPlane": "sync",

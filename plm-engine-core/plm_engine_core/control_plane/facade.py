@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -37,7 +36,8 @@ from plm_engine_core.control_plane.registry import (
     narrowed,
     share_of,
 )
-from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run
+from plm_engine_core.control_plane.runs.request import RunRequest
+from plm_engine_core.control_plane.runs.run import NewRun, Run
 from plm_engine_core.control_plane.storage.ports import Connection, Storage
 from plm_engine_core.control_plane.vocabulary import (
     AgentStatus,
@@ -45,7 +45,6 @@ from plm_engine_core.control_plane.vocabulary import (
     HaltScope,
     PolicyRole,
     Reason,
-    RunKind,
     RunState,
     TicketDecision,
 )
@@ -61,27 +60,6 @@ CREATE_SCOPE = "plm.runs.create"
 OVERRIDE_SCOPE = "plm.cost.override"
 
 _LOOK_AGAIN_MS = 5_000
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRequest:
-    """What somebody asks to be run. `budget` lowers the policy's limits; raising one needs `plm.cost.override`.
-
-    A run of kind `external` is not delivered to run workers: whoever made it takes its lease and moves it.
-    """
-
-    tenant_id: UUID
-    run_id: UUID
-    agent: Mapping[str, Any]
-    input: Mapping[str, Any]
-    trace_id: str
-    root_span_id: str = field(default_factory=lambda: secrets.token_hex(8))
-    budget: Mapping[str, Decimal] = field(default_factory=dict)
-    run_group_id: UUID | None = None
-    kind: RunKind = RunKind.HOSTED
-    artifacts: Sequence[ArtifactRow] = ()
-    idempotency_key: str | None = None
-    request_digest: str = ""
 
 
 class ControlPlane:
