@@ -208,6 +208,18 @@ def test_a_steered_call_says_what_to_call_instead():
     assert isinstance(caught.value, CallRefused)
 
 
+def endless(governor):
+    """A governed function that never ends of itself, and what tells that it has begun."""
+    begun = asyncio.Event()
+
+    @governed("shop.look", by=governor)
+    async def look():
+        begun.set()
+        await asyncio.get_running_loop().create_future()
+
+    return look, begun
+
+
 class TestApproval:
     """A call that waits for a human."""
 
@@ -307,13 +319,7 @@ class TestOutcomes:
         assert run.state is RunState.OUTCOME_UNKNOWN
 
     async def test_a_cancelled_call_is_unknown_too(self, memory):
-        begun = asyncio.Event()
-
-        @governed("shop.look", by=memory)
-        async def look():
-            begun.set()
-            await asyncio.get_running_loop().create_future()
-
+        look, begun = endless(memory)
         task = asyncio.create_task(look())
         await begun.wait()
         task.cancel()
@@ -383,13 +389,7 @@ class TestStopping:
         assert (told.calls.in_flight, told.calls.open) == (1, 0), "its record says that the call has ended"
 
     async def test_a_cancel_of_its_run_does_so_too(self, brief):
-        begun = asyncio.Event()
-
-        @governed("shop.look", by=brief)
-        async def look():
-            begun.set()
-            await asyncio.get_running_loop().create_future()
-
+        look, begun = endless(brief)
         task = asyncio.create_task(look())
         await begun.wait()
         (run,) = await asyncio.to_thread(runs, brief)
@@ -399,12 +399,7 @@ class TestStopping:
                 await task
 
     async def test_the_task_around_a_stopped_call_goes_on(self, brief):
-        begun = asyncio.Event()
-
-        @governed("shop.look", by=brief)
-        async def look():
-            begun.set()
-            await asyncio.get_running_loop().create_future()
+        look, begun = endless(brief)
 
         async def caller():
             with pytest.raises(CallStopped):
@@ -439,13 +434,7 @@ class TestStopping:
         assert run.state is RunState.SUCCEEDED
 
     async def test_a_cancel_of_the_callers_own_stays_one(self, brief):
-        begun = asyncio.Event()
-
-        @governed("shop.look", by=brief)
-        async def look():
-            begun.set()
-            await asyncio.get_running_loop().create_future()
-
+        look, begun = endless(brief)
         task = asyncio.create_task(look())
         await begun.wait()
         task.cancel()

@@ -37,6 +37,16 @@ def kept(store, tenant, *, identifier=None, age=2 * GRACE, trace="0" * 32):
     return ref
 
 
+KIND = {"mime_type": "text/plain", "size_bytes": 1, "backend": "local", "storage_uri": "file:///x"}
+
+
+async def given(bench, identifier):
+    """A run that was made with an artifact of this id."""
+    request = bench.request()
+    row = ArtifactRow(id=identifier, run_id=request.run_id, trace_id=request.trace_id, **KIND)
+    return await bench.run(run_id=request.run_id, trace_id=request.trace_id, artifacts=[row])
+
+
 def stands(store, ref):
     return store._path(ref).exists()
 
@@ -52,14 +62,10 @@ async def test_a_file_without_a_record_goes_when_its_grace_is_over(bench, store)
 
 
 async def test_what_a_run_was_given_or_left_behind_stays_however_old_it_is(bench, store):
-    given, left = new_id(), new_id()
-    files = [kept(store, bench.tenant, identifier=each) for each in (given, left)]
-    kind = {"mime_type": "text/plain", "size_bytes": 1, "backend": "local", "storage_uri": "file:///x"}
-    request = bench.request()
-    row = ArtifactRow(id=given, run_id=request.run_id, trace_id=request.trace_id, **kind)
-    run = await bench.run(run_id=request.run_id, trace_id=request.trace_id, artifacts=[row])
-    lease = await bench.lease(run)
-    record = ArtifactRecord(id=left, name="x", sha256="0", **kind)
+    brought, left = new_id(), new_id()
+    files = [kept(store, bench.tenant, identifier=each) for each in (brought, left)]
+    lease = await bench.lease(await given(bench, brought))
+    record = ArtifactRecord(id=left, name="x", sha256="0", **KIND)
     await bench.settle(await bench.begun(lease), lease, artifacts=(record,))
     assert await recovery(bench, store).sweep_artifacts() == 0
     assert all(stands(store, ref) for ref in files)
@@ -97,17 +103,7 @@ async def test_what_is_not_this_databases_or_no_artifact_of_a_run_is_left_alone(
 async def test_a_record_of_another_tenant_keeps_no_file(bench, store):
     other = bench.behind.new_tenant()
     identifier = new_id()
-    request = bench.request()
-    row = ArtifactRow(
-        id=identifier,
-        run_id=request.run_id,
-        trace_id=request.trace_id,
-        mime_type="x/y",
-        size_bytes=1,
-        backend="local",
-        storage_uri="file:///x",
-    )
-    await bench.run(run_id=request.run_id, trace_id=request.trace_id, artifacts=[row])
+    await given(bench, identifier)
     mine, theirs = (kept(store, tenant, identifier=identifier) for tenant in (bench.tenant, other))
     assert await recovery(bench, store).sweep_artifacts() == 1
     assert [stands(store, ref) for ref in (mine, theirs)] == [True, False]
@@ -117,23 +113,12 @@ async def test_what_is_recorded_while_a_page_is_read_stays(bench, store):
     """The records are asked after the listing, so that nothing committed before a removal is missed."""
     identifier = new_id()
     ref = kept(store, bench.tenant, identifier=identifier)
-    request = bench.request()
-    row = ArtifactRow(
-        id=identifier,
-        run_id=request.run_id,
-        trace_id=request.trace_id,
-        mime_type="x/y",
-        size_bytes=1,
-        backend="local",
-        storage_uri="file:///x",
-    )
     loop = asyncio.get_running_loop()
 
     class Slow(LocalFilesystemBackend):
         def list(self, tenant_id, **options):
             page = super().list(tenant_id, **options)
-            creation = bench.run(run_id=request.run_id, trace_id=request.trace_id, artifacts=[row])
-            asyncio.run_coroutine_threadsafe(creation, loop).result(30)
+            asyncio.run_coroutine_threadsafe(given(bench, identifier), loop).result(30)
             return page
 
     assert await recovery(bench, Slow(store._root)).sweep_artifacts() == 0
