@@ -8,6 +8,7 @@ from decimal import Decimal
 import pytest
 from plm_engine_core.agent_runtime import Driver, Finish, Plan, PlanAgent, Propose, Selector, hold
 from plm_engine_core.agent_runtime.hold import Hold
+from plm_engine_core.agent_runtime.retry import MAX_LOSSES
 from plm_engine_core.control_plane import Outcome
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.registry import CapabilityRegistry
@@ -603,6 +604,28 @@ class TestDefects:
         run = await acts.fresh()
         assert run.reason == "attempts_exhausted"
         assert run.message == "step s0: refused or come to nothing 6 times; the last time: no disk"
+
+    async def test_losing_its_run_workers_does_not_use_a_steps_attempts_up(self, scene):
+        acts = await scene(plan(READ), thing_read=["hang"] * 8)
+        for _ in range(8):
+            acts.executor.entered.clear()
+            lost = acts.start()
+            await asyncio.wait_for(acts.executor.entered.wait(), 30)
+            await acts.kill(lost)
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert (await acts.steps())[-2:] == [("s0", 8, "superseded"), ("s0", 9, "succeeded")]
+
+    async def test_a_step_that_loses_every_run_worker_is_given_up_in_the_end(self, scene):
+        acts = await scene(plan(READ), thing_read=["hang before begin", *["hang"] * 30])
+        for _ in range(MAX_LOSSES):
+            acts.executor.entered.clear()
+            lost = acts.start()
+            await asyncio.wait_for(acts.executor.entered.wait(), 30)
+            await acts.kill(lost)
+        assert await acts.drive() is RunState.FAILED
+        run = await acts.fresh()
+        assert run.reason == "attempts_exhausted"
+        assert f"its run worker was lost {MAX_LOSSES} times" in run.message
 
     async def test_a_capability_nobody_here_offers_ends_the_run(self, scene):
         acts = await scene(plan(READ))

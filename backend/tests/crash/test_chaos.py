@@ -77,7 +77,7 @@ def test_killed_at_random_they_leave_what_one_process_leaves(open_cluster: Calla
         kills = _under_fire(cluster, errands)
         assert kills >= SECONDS / 3, "there was some killing"
         for errand, wanted in zip(errands, expected, strict=True):
-            assert _left_behind(cluster, errand) == wanted, (errand.run_id, errand.document)
+            assert _left_behind(cluster, errand) == wanted, f"{errand.run_id}:\n{cluster.story(errand.run_id)}"
         assert _tenant_spend(cluster, errands) == expected_spend
         cluster.consistent()
         held = "SELECT count(*) FROM budgets WHERE reserved <> 0"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from plm_engine_core.agent_runtime.agent import is_deferred, is_open, refusal
-from plm_engine_core.agent_runtime.retry import MAX_ATTEMPTS, MAX_PROPOSALS
+from plm_engine_core.agent_runtime.retry import MAX_ATTEMPTS, MAX_LOSSES, MAX_PROPOSALS
+from plm_engine_core.control_plane.admission.abandoned import ABANDONED
 from plm_engine_core.control_plane.runs.run import Step
 from plm_engine_core.control_plane.vocabulary import StepState
 
@@ -46,7 +47,10 @@ def exhausted(steps: Sequence[Step], place: Place) -> str:
         for step in steps
         if step.step_index == place.step_index and step.attempt < place.attempt and not is_deferred(step)
     ]
+    lost = sum(refusal(step)[0] == ABANDONED for step in tries)
+    if lost >= MAX_LOSSES:
+        return f"its run worker was lost {lost} times; the step may be what takes them down"
     refused = sum(step.state in _REFUSED for step in tries)
-    if refused < MAX_PROPOSALS and len(tries) < MAX_ATTEMPTS:
+    if refused < MAX_PROPOSALS and len(tries) - lost < MAX_ATTEMPTS:
         return ""
     return f"refused or come to nothing {len(tries)} times; the last time: {refusal(tries[-1])[1]}"

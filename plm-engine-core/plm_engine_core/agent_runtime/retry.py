@@ -17,7 +17,10 @@ MAX_PROPOSALS = 3
 """How often an agent may be refused at one step before its run fails."""
 
 MAX_ATTEMPTS = 6
-"""How often one step is attempted at all; to be told "not now" does not count."""
+"""How often one step is attempted at all; to be told "not now" does not count, nor does the loss of a run worker."""
+
+MAX_LOSSES = 20
+"""How many run workers may be lost during one step before its run fails: it may be the step that takes them down."""
 
 TRANSIENT = "transient"
 """The code of whatever may succeed later for no stated reason."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.policy import Facts
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import Evidence, OutcomeStatus, StepState
+
+ABANDONED: Final = "abandoned"
+"""The category of the error of a step that somebody else closed, because its holder was lost."""
 
 OPEN = frozenset({StepState.GRANTED, StepState.RUNNING})
 """The states of a step whose grant is not settled."""
@@ -40,5 +45,5 @@ def grant_of(run: Run, step: Step) -> Grant:
 
 def outcome_of(step: Step, status: OutcomeStatus, message: str) -> Outcome:
     """How the call of an open step is closed by somebody who did not make it."""
-    error = {"category": "abandoned", "message": f"{step.capability}: {message}"}
+    error = {"category": ABANDONED, "message": f"{step.capability}: {message}"}
     return Outcome(status=status, evidence=Evidence.REPORTED, error=error)
