@@ -39,6 +39,7 @@ from plm_engine_core.control_plane.registry import (
 from plm_engine_core.control_plane.runs.request import RunRequest
 from plm_engine_core.control_plane.runs.run import NewRun, Run
 from plm_engine_core.control_plane.storage.ports import Connection, Storage
+from plm_engine_core.control_plane.texts import LONGEST_KEY, LONGEST_NAME, check_text
 from plm_engine_core.control_plane.vocabulary import (
     AgentStatus,
     BudgetScope,
@@ -154,6 +155,12 @@ class ControlPlane:
         for name, pattern in (("trace_id", _TRACE_ID), ("root_span_id", _SPAN_ID)):
             if not pattern.fullmatch(getattr(request, name)):
                 raise InvalidRequest(f"{name} {getattr(request, name)!r} is no W3C trace context id", field=name)
+        if agent_id := _agent_id(request.agent):
+            check_text(agent_id, field="agent.name", longest=LONGEST_NAME)
+        if request.idempotency_key is not None:
+            check_text(request.idempotency_key, field="idempotency_key", longest=LONGEST_KEY)
+        if principal.expires_at is not None and principal.expires_at.tzinfo is None:
+            raise InvalidRequest("the end of a delegation needs a time zone", field="principal.expires_at")
         agent = self._active_agent(request)
         if principal.expires_at is not None and principal.expires_at <= await self.storage.runs.now():
             raise Forbidden(f"the delegation ended at {principal.expires_at.isoformat()}", reason="delegation_expired")
@@ -229,8 +236,8 @@ class ControlPlane:
             if unit not in limits:
                 known = " or ".join(repr(str(each)) for each in limits)
                 raise InvalidRequest(f"a run has a budget in {known}, not {unit!r}", field=f"budget.{unit}")
-            if not amount.is_finite() or amount < 0:
-                raise InvalidRequest(f"the budget in {unit} must be a number from 0 up", field="budget")
+            if not isinstance(amount, Decimal) or not amount.is_finite() or amount < 0:
+                raise InvalidRequest(f"the budget in {unit} must be a decimal number from 0 up", field="budget")
             if amount > limits[unit] and OVERRIDE_SCOPE not in principal.scopes:
                 raise Forbidden(
                     f"the policy allows {limits[unit]} {unit} a run; more needs the OAuth scope {OVERRIDE_SCOPE}",

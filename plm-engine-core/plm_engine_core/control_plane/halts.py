@@ -13,6 +13,7 @@ from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, NotF
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import HaltStore
+from plm_engine_core.control_plane.texts import LONGEST_NAME, LONGEST_REASON, check_text
 from plm_engine_core.control_plane.vocabulary import HaltScope
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class KillSwitch:
         _authorise(scope, by)
         if not reason.strip():
             raise InvalidRequest("a halt needs a reason, which everyone it stops will read", field="reason")
+        check_text(reason, field="reason", longest=LONGEST_REASON)
         if (scope in BY_ID) != (scope_id is not None):
             raise InvalidRequest(
                 "'scope_id' names the run or run group of its halt, and nothing else", field="scope_id"
@@ -134,6 +136,8 @@ class KillSwitch:
             )
         if scope is HaltScope.CAPABILITY and self._registry is not None and self._registry.get(subject or "") is None:
             raise NotFound("capability", subject)
+        if subject is not None:
+            check_text(subject, field="subject", longest=LONGEST_NAME)
         halt = await self._store.trigger(
             tenant_id,
             scope,

@@ -80,6 +80,7 @@ _BOOKED_AT: Mapping[str, str] = {
 }
 _REFUSED = (StepState.DENIED, StepState.STEERED)
 _MOST_OF_ONE = 1_000
+_DIGITS = 10  # of the number of a step or attempt, which the books keep in 32 bits
 _SCOPES, _PERIODS = frozenset(BudgetScope), frozenset(Period)
 _FORMS = "RUN, TICKET, RUN/STEP/ATTEMPT, RUN/UNIT, TENANT/UNIT or SCOPE/NAME/UNIT[/PERIOD]"
 
@@ -128,7 +129,7 @@ async def why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
     match rest:
         case []:
             return await _of_run_or_ticket(storage, tenant_id, identifier)
-        case [step, *attempt] if step.isdecimal() and len(attempt) <= 1 and all(part.isdecimal() for part in attempt):
+        case [step, *attempt] if len(rest) <= 2 and all(part.isdecimal() and len(part) <= _DIGITS for part in rest):
             steps = await storage.runs.steps(tenant_id, identifier)
             wanted = [each for each in steps if each.step_index == int(step)]
             chosen = [each for each in wanted if not attempt or each.attempt == int(attempt[0])]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from plm_shared.canonical_json import JsonRefused
@@ -14,6 +14,8 @@ from plm_shared.idempotency import compute_content_hash
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import ExecutorKind
+
+_LAST: Final = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,9 @@ class Proposal:
     (`risk`, `weight`, `score`): recorded, and never a reason to trust it more. `step_key` is the same for every attempt
     of a step, so that an idempotent plugin applies its effect once. `ticket_id` names the approval an earlier admission
     of the same attempt asked for.
+
+    Raises:
+        InvalidRequest: the step or the attempt has a number that none can have.
     """
 
     tenant_id: UUID
@@ -88,6 +93,13 @@ class Proposal:
     ticket_id: UUID | None = None
     agent: str = ""
     claims: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.step_index <= _LAST and 1 <= self.attempt <= _LAST):
+            raise InvalidRequest(
+                f"a step has an index from 0 and attempts from 1 up, not {self.step_index!s:.20}/{self.attempt!s:.20}",
+                field="step_index",
+            )
 
     @property
     def step_key(self) -> str:

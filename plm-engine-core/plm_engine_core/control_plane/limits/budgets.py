@@ -59,10 +59,12 @@ class BudgetKey:
         """The key of what people name: an agent, team or model by its name, anything else by its id.
 
         Raises:
-            InvalidRequest: `subject` is no id of a run, run group, user or tenant.
+            InvalidRequest: `subject` is no id of a run, run group, user or tenant, or no name that can be stored.
         """
         if scope in _NAMED:
             name = _model_name(subject) if scope is BudgetScope.MODEL else subject
+            if not encodable(name):
+                raise InvalidRequest("the subject holds half a surrogate pair, which cannot be stored", field="subject")
             return cls(scope=scope, scope_id=id_of(name), unit=unit, period=period, subject=name)
         try:
             return cls(scope=scope, scope_id=UUID(subject), unit=unit, period=period)

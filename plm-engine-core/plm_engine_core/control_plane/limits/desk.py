@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from decimal import Decimal
 from uuid import UUID
 
@@ -9,10 +10,12 @@ from plm_engine_core.control_plane.admission.proposal import Principal, content_
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
 from plm_engine_core.control_plane.storage.ports import BudgetStore, Correction
+from plm_engine_core.control_plane.texts import LONGEST_KEY, LONGEST_NAME, LONGEST_REASON, check_text
 
 OPERATOR_SCOPE = "plm.budgets"
 _SMALLEST = Decimal("0.00000001")
 _LARGEST = Decimal(10) ** 12
+_UNIT = re.compile("[A-Za-z][A-Za-z0-9_]{0,39}")  # as a policy may register it
 
 
 class BudgetDesk:
@@ -28,12 +31,16 @@ class BudgetDesk:
 
         Raises:
             Forbidden: the caller lacks `plm.budgets`.
-            InvalidRequest: the limit is no amount from 0 up that the books can hold.
+            InvalidRequest: the limit is no amount from 0 up that the books can hold, or the name or unit cannot be one.
             NotFound: the tenant does not exist.
         """
         _authorise(by)
         if not _bookable(limit) or limit < 0:
             raise InvalidRequest("the limit must be a number from 0 up, of at most eight decimals", field="limit")
+        if not _UNIT.fullmatch(key.unit):
+            raise InvalidRequest(f"{key.unit!r:.80} is no unit: 1 to 40 letters, digits and '_'", field="unit")
+        if key.subject is not None:
+            check_text(key.subject, field="subject", longest=LONGEST_NAME)
         return await self._store.set_limit(tenant_id, key, limit, actor=by.actor)
 
     async def correct(
@@ -51,9 +58,8 @@ class BudgetDesk:
             NotFound: the budget is not there.
         """
         _authorise(by)
-        for name, text in (("reason", reason), ("command_id", command_id)):
-            if not text.strip():
-                raise InvalidRequest(f"a correction needs a {name.replace('_', ' ')}", field=name)
+        check_text(reason, field="reason", longest=LONGEST_REASON)
+        check_text(command_id, field="command_id", longest=LONGEST_KEY)
         if not _bookable(amount) or amount == 0:
             raise InvalidRequest("the amount must be a number other than 0, of at most eight decimals", field="amount")
         content = [key.scope, key.scope_id, key.unit, key.period, amount.normalize(), reason]
@@ -68,7 +74,9 @@ class BudgetDesk:
 
 
 def _bookable(amount: Decimal) -> bool:
-    return amount.is_finite() and abs(amount) < _LARGEST and amount == amount.quantize(_SMALLEST)
+    if not isinstance(amount, Decimal) or not amount.is_finite() or abs(amount) >= _LARGEST:
+        return False
+    return amount == amount.quantize(_SMALLEST)
 
 
 def _authorise(by: Principal) -> None:

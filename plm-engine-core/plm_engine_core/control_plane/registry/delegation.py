@@ -72,6 +72,7 @@ def share_of(left: Mapping[str, Decimal], delegation: Delegation) -> dict[str, D
     Raises:
         InvalidRequest: the share is no part of a whole.
     """
-    if not (delegation.share.is_finite() and 0 < delegation.share <= 1):
+    share = delegation.share
+    if not (isinstance(share, Decimal) and share.is_finite() and 0 < share <= 1):
         raise InvalidRequest("the share of a delegation is more than 0 and at most 1", field="share")
     return {unit: max(amount, Decimal(0)) * delegation.share for unit, amount in left.items()}

@@ -17,6 +17,7 @@ from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, Fee
 from plm_engine_core.control_plane.events.standing import Standing, run_standing, ticket_standing
 from plm_engine_core.control_plane.events.verify import StreamHead
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
+from plm_engine_core.control_plane.storage.memory.values import storable_text
 from plm_engine_core.control_plane.storage.rows import budget_standing, event_row, run_row, ticket_row
 
 Make = Callable[[Checkpoint | None, Sequence[Head], Sequence[Head], datetime], Checkpoint]
@@ -31,7 +32,7 @@ class MemoryEvents:
     async def read(self, tenant_id: UUID, stream: str, *, after: int = 0, limit: int = 500) -> Sequence[Event]:
         """Events of one stream in order, from sequence `after` + 1."""
         async with self._books.turn() as books:
-            return _events(books, tenant_id, stream, max(after, 0), limit)
+            return _events(books, tenant_id, storable_text(stream), max(after, 0), limit)
 
     async def feed(self, tenant_id: UUID, *, after: FeedCursor = BEGINNING, limit: int = 500) -> FeedPage:
         """Events of all streams after a cursor; nothing is ever held back, for what is visible here is complete."""

@@ -83,6 +83,8 @@ def _translate(error: psycopg.Error) -> ControlPlaneError | None:
             return NotFound("tenant", "of this request")
         case "23505":
             return Conflict(f"it exists already: {text}", reason="already_exists")
+        case state if (state or "").startswith("54"):  # the driver counts these among failures of operation
+            return InvalidRequest(f"the database cannot hold a value of the request: {text}")
         case state if state in _BUSY or isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
             return StorageUnavailable(f"the database did not answer in time or is not reachable: {text}")
         case _ if isinstance(error, psycopg.DataError):

@@ -1,0 +1,25 @@
+"""What may be written down of what people say: texts that end, and that every part of the platform can keep."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from plm_shared.canonical_json import encodable
+
+from plm_engine_core.control_plane.errors import InvalidRequest
+
+LONGEST_REASON: Final = 2000
+LONGEST_NAME: Final = 200
+LONGEST_KEY: Final = 255
+
+
+def check_text(text: str, *, field: str, longest: int) -> None:
+    """Refuse a text that is nothing, has no end, or cannot be stored.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if not isinstance(text, str) or not text.strip() or len(text) > longest:
+        raise InvalidRequest(f"'{field}' must be 1 to {longest} characters, not all of them blank", field=field)
+    if "\0" in text or not encodable(text):
+        raise InvalidRequest(f"'{field}' holds NUL or half a surrogate pair, which cannot be stored", field=field)
