@@ -46,7 +46,7 @@ File = Annotated[
     Path | None, typer.Option("--file", help=f"The file of jobs. Default: {JOBS_FILE} in the data folder.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: one object, or with --follow one a line.")]
-JobId = Annotated[str, typer.Argument(help="The job's id, or how it begins.")]
+JobId = Annotated[str, typer.Argument(help="The job's id, or how it begins or ends.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until it has ended; bars on a terminal.")]
 Owner = Annotated[str, typer.Option("--owner", help="Whose jobs.")]
 

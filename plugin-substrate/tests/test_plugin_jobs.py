@@ -735,6 +735,16 @@ async def test_a_waiting_job_is_nothing_that_the_collector_of_garbage_must_look_
     assert [job.priority for job in queue.get_pending()] == sorted(n % 3 for n in [*range(100), *range(500)])[::-1]
 
 
+async def test_ids_sort_as_their_jobs_were_submitted(make_queue: MakeQueue, jobber: PluginManager) -> None:
+    """So a store on disk adds to the end of its indices, and a long queue costs it no more pages than an empty one."""
+    queue = make_queue()
+    ids = [await queue.submit("jobber", action="job.value") for _ in range(20)]
+    ids += await asyncio.gather(*(queue.submit("jobber", action="job.value") for _ in range(20)))
+    assert ids == sorted(ids)
+    assert len({job_id[-18:] for job_id in ids}) == len(ids)
+    assert {len(job_id) for job_id in ids} == {32}
+
+
 async def test_what_was_submitted_is_sent_whatever_becomes_of_the_callers_values(
     make_queue: MakeQueue, jobber: PluginManager
 ) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import uuid
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -25,7 +24,7 @@ from plugin_substrate.errors import (
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.metadata import CallTerms
 from plugin_substrate.queue.demands import Demands
-from plugin_substrate.queue.job import BlockReason, CancelPhase, Job, JobEventType, JobStatus
+from plugin_substrate.queue.job import BlockReason, CancelPhase, Job, JobEventType, JobStatus, new_id
 from plugin_substrate.queue.journal import Journal
 from plugin_substrate.queue.live import LiveJob
 from plugin_substrate.queue.request import JobRequest, RetryPolicy
@@ -90,7 +89,8 @@ class Dispatcher:
         """
         terms, arguments = self.check(request)
         self._unpark(request.plugin_instance_id)
-        job_id, submitted_at, order = uuid.uuid4().hex, self.journal.submission_time(), self.journal.next_order()
+        submitted_at, order = self.journal.submission_time(), self.journal.next_order()
+        job_id = new_id(submitted_at)
         tenant_id = request.call.tenant_id if request.call is not None else ""
         rank = self._rank(submitted_at, request.priority, order)
         self.waiting.add(job_id, _lane(terms, tenant_id), request.owner, rank, self._demands.of(terms))

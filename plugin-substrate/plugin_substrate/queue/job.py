@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
+from secrets import token_hex
 from typing import Any
 
 from plugin_substrate.errors import JobError
 from plugin_substrate.telemetry import ResourceSnapshot
+
+_EPOCH = datetime.fromtimestamp(0, UTC)
+
+
+def new_id(submitted_at: datetime) -> str:
+    """Return an id for what was submitted then: 32 hexadecimal digits, of which the last 18 are chance.
+
+    The ids of what comes later are greater, so that a store adds them to the end of its indices. Chance alone would
+    have it write another page for each, and the more pages the more jobs there are.
+    """
+    return f"{(submitted_at - _EPOCH) // timedelta(microseconds=1):014x}{token_hex(9)}"
 
 
 class JobStatus(StrEnum):

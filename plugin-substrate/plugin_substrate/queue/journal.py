@@ -35,6 +35,8 @@ _logger = logging.getLogger(__name__)
 _PROGRESS_BURST = 100
 _PROGRESS_SECONDS = 0.1
 
+_INSTANT = timedelta(microseconds=1)
+
 
 class Journal:
     """Keeps what happens. Everything goes through here, so what a follower sees is what the store holds."""
@@ -72,8 +74,8 @@ class Journal:
         return self._order
 
     def submission_time(self) -> datetime:
-        """Return now, but never before the last submission: a clock that is set back changes no order."""
-        self._last_submission = max(self._last_submission, datetime.now(UTC))
+        """Return now, but always after the last submission: a clock that is set back changes no order."""
+        self._last_submission = max(self._last_submission + _INSTANT, datetime.now(UTC))
         return self._last_submission
 
     def count(self, status: JobStatus) -> int:

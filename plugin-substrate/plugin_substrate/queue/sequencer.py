@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -10,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from plugin_substrate.errors import JobError, PluginError
-from plugin_substrate.queue.job import Job, JobEventType, JobStatus
+from plugin_substrate.queue.job import Job, JobEventType, JobStatus, new_id
 from plugin_substrate.queue.journal import Journal
 from plugin_substrate.queue.live import LiveJob
 from plugin_substrate.queue.request import JobRequest
@@ -46,7 +45,10 @@ class Sequencer:
     ) -> tuple[JobSequence, LiveJob | None, list[Change]]:
         """Return a new sequence, its first job and the changes to write."""
         check_references(steps)
-        sequence = JobSequence(id=uuid.uuid4().hex, steps=steps, priority=priority, owner=owner, fail_fast=fail_fast)
+        now = datetime.now(UTC)
+        sequence = JobSequence(
+            id=new_id(now), steps=steps, priority=priority, owner=owner, fail_fast=fail_fast, submitted_at=now
+        )
         for step in steps:
             self._check(_request(sequence, step, lambda _: None))
         begun, live, changes = self._go_on(sequence, None)

@@ -34,12 +34,13 @@ class JobDesk:
         self.store = LocalJobStore(path)
         self.path = path
 
-    def find(self, start: str) -> str:
-        """Return the id of the one job whose id begins so; a ValueError when there is none, or several."""
-        found = self._rows("SELECT id FROM jobs WHERE substr(id, 1, ?) = ? LIMIT 2", len(start), start)
-        if len(found) != 1 or not start:
-            several = "several jobs begin with" if found else f"no job in {self.path} begins with"
-            raise ValueError(f"{several} {start!r}")
+    def find(self, part: str) -> str:
+        """Return the id of the one job whose id begins or ends so; a ValueError when there is none, or several."""
+        statement = "SELECT id FROM jobs WHERE substr(id, 1, ?) = ? OR substr(id, -?) = ? LIMIT 2"
+        found = self._rows(statement, *(len(part), part) * 2)
+        if len(found) != 1 or not part:
+            several = "several jobs begin or end with" if found else f"no job in {self.path} begins or ends with"
+            raise ValueError(f"{several} {part!r}")
         return str(found[0][0])
 
     def ask(self, verb: str, arguments: Mapping[str, Any]) -> str:
