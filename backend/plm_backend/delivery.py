@@ -72,11 +72,20 @@ def upgrade(dsn: str, revision: str = "head") -> None:  # noqa: ARG001  # one re
         ).fetchone()
         if row is not None and row[0] == VERSION:
             return
-        connection.execute(f"CREATE SCHEMA {SCHEMA}".encode())
-        connection.execute(f"SET LOCAL search_path = {SCHEMA}, pg_catalog".encode())
-        connection.execute(SchemaManager.get_schema().encode())
-        for statement in (_ENQUEUE, _PIN_SEARCH_PATH, _GRANTS):
+        for statement in _statements():
             connection.execute(statement.encode())
+
+
+def sql_for(*, since: str | None = None) -> str:
+    """The statements of ``upgrade``, as one transaction for whoever runs them by hand."""
+    if since == VERSION:
+        return ""
+    return "".join(f"{each.rstrip()};\n\n" for each in ("BEGIN", *_statements(), "COMMIT"))
+
+
+def _statements() -> tuple[str, ...]:
+    begin = (f"CREATE SCHEMA {SCHEMA}", f"SET LOCAL search_path = {SCHEMA}, pg_catalog")
+    return (*begin, SchemaManager.get_schema(), _ENQUEUE, _PIN_SEARCH_PATH, _GRANTS)
 
 
 def downgrade(dsn: str, revision: str = "base") -> None:  # noqa: ARG001  # as for upgrade

@@ -14,8 +14,9 @@ cluster:
 
 from __future__ import annotations
 
+import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +25,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 from plm_shared.addresses import DatabaseUrls, build_dsn, driver_dsn
-from plm_shared.server_version import require_supported_server
+from plm_shared.server_version import OLDEST_MAJOR, require_supported_server
 
 __all__ = [
     "APP",
@@ -35,6 +36,7 @@ __all__ = [
     "ProvisioningRefused",
     "database_urls",
     "provision",
+    "script_for",
     "secure_database",
 ]
 
@@ -47,7 +49,24 @@ MIGRATOR = "plm_migrator"
 _LOCK = 0x706C6D01  # one provisioning per cluster at a time; any constant number serves
 _IDLE_IN_TRANSACTION = "60s"  # a forgotten transaction would hold back every feed across streams
 _RESTRICTED = "NOSUPERUSER NOCREATEDB NOCREATEROLE NOREPLICATION"
+_ROLES = {
+    OWNER: "LOGIN NOBYPASSRLS",
+    APP: "LOGIN NOBYPASSRLS",
+    KERNEL_WRITER: "NOLOGIN NOBYPASSRLS",
+    ENGINE_WRITER: "NOLOGIN NOBYPASSRLS",
+    MIGRATOR: "NOLOGIN BYPASSRLS",
+}
 _MEMBERSHIPS = ((KERNEL_WRITER, APP), (ENGINE_WRITER, APP), (MIGRATOR, OWNER))
+# Nothing for everybody: neither the public schema nor functions that the owner will create.
+_SECURE_SCHEMA = (
+    "REVOKE ALL ON SCHEMA public FROM PUBLIC",
+    f"ALTER DEFAULT PRIVILEGES FOR ROLE {OWNER} REVOKE ALL ON FUNCTIONS FROM PUBLIC",
+    f"ALTER DEFAULT PRIVILEGES FOR ROLE {OWNER} REVOKE ALL ON TYPES FROM PUBLIC",
+)
+_REFUSE_OLD_SERVER = (
+    f"DO $$ BEGIN IF current_setting('server_version_num')::int < {OLDEST_MAJOR}0000 "
+    f"THEN RAISE 'PostgreSQL {OLDEST_MAJOR} is the oldest that can hold the schema'; END IF; END $$"
+)
 
 Cursor = psycopg.Cursor[tuple[Any, ...]]
 
@@ -76,13 +95,13 @@ def provision(
         with _cursor(address) as cursor:
             require_supported_server(cursor.connection.info.server_version)
             cursor.execute("SELECT pg_advisory_lock(%s)", (_LOCK,))
-            _make_roles(cursor)
+            _execute(cursor, _roles())
             _make_database(cursor, database)
             _set_password(cursor, OWNER, owner_password)
             _set_password(cursor, APP, app_password)
             secure_database(cursor, database)
         with _cursor({**address, "dbname": database}) as cursor:
-            _secure_schema(cursor)
+            _execute(cursor, _SECURE_SCHEMA)
     except psycopg.errors.InsufficientPrivilege as error:
         raise ProvisioningRefused(
             f"the login of the admin address may not do this ({error.diag.message_primary}); use a superuser's"
@@ -103,31 +122,40 @@ def database_urls(admin_dsn: str, database: str, *, owner_password: str, app_pas
 
 def secure_database(cursor: Cursor, database: str) -> None:
     """Let only the owner and the application connect; a copy of a database does not inherit this."""
-    name = sql.Identifier(database)
-    cursor.execute(sql.SQL("REVOKE ALL ON DATABASE {} FROM PUBLIC").format(name))
-    cursor.execute(sql.SQL("GRANT CONNECT ON DATABASE {} TO {}").format(name, sql.Identifier(APP)))
+    _execute(cursor, _secure(sql.Identifier(database).as_string()))
 
 
-def _make_roles(cursor: Cursor) -> None:
-    for role, wanted in {
-        OWNER: "LOGIN NOBYPASSRLS",
-        APP: "LOGIN NOBYPASSRLS",
-        KERNEL_WRITER: "NOLOGIN NOBYPASSRLS",
-        ENGINE_WRITER: "NOLOGIN NOBYPASSRLS",
-        MIGRATOR: "NOLOGIN BYPASSRLS",
-    }.items():
-        found = cursor.execute("SELECT FROM pg_roles WHERE rolname = %s", (role,)).fetchone()
-        verb = "ALTER" if found is not None else "CREATE"
-        attributes = sql.SQL(f"{wanted} {_RESTRICTED}")  # type: ignore[arg-type,unused-ignore]
-        cursor.execute(sql.SQL("{} ROLE {} {}").format(sql.SQL(verb), sql.Identifier(role), attributes))
+def script_for(database: str) -> str:
+    """What ``provision`` does for a database that is not there yet, for psql as a superuser; no password is in it.
+
+    Raises:
+        ValueError: the name is not 1 to 63 letters, digits, '_' and '-', beginning with a letter or '_'.
+    """
+    if not re.fullmatch("[A-Za-z_][A-Za-z0-9_-]{0,62}", database):
+        raise ValueError(f"{database!r:.80} is no name: 1 to 63 letters, digits, '_' and '-', a letter or '_' first")
+    name = sql.Identifier(database).as_string()
+    before = (_REFUSE_OLD_SERVER, *_roles(), f"CREATE DATABASE {name} OWNER {OWNER}", *_secure(name))
+    return "".join(f"{each};\n" for each in before) + f"\\connect {name}\n" + "".join(f"{e};\n" for e in _SECURE_SCHEMA)
+
+
+def _execute(cursor: Cursor, statements: Iterable[str]) -> None:
+    for each in statements:
+        cursor.execute(each.encode())
+
+
+def _secure(name: str) -> Iterator[str]:
+    yield f"REVOKE ALL ON DATABASE {name} FROM PUBLIC"
+    yield f"GRANT CONNECT ON DATABASE {name} TO {APP}"
+
+
+def _roles() -> Iterator[str]:
+    for role, wanted in _ROLES.items():
+        yield f"DO $$ BEGIN CREATE ROLE {role}; EXCEPTION WHEN duplicate_object THEN NULL; END $$"
+        yield f"ALTER ROLE {role} {wanted} {_RESTRICTED}"
     for group, member in _MEMBERSHIPS:
-        cursor.execute(sql.SQL("GRANT {} TO {}").format(sql.Identifier(group), sql.Identifier(member)))
+        yield f"GRANT {group} TO {member}"
     for role in (OWNER, APP):
-        cursor.execute(
-            sql.SQL("ALTER ROLE {} SET idle_in_transaction_session_timeout = {}").format(
-                sql.Identifier(role), sql.Literal(_IDLE_IN_TRANSACTION)
-            )
-        )
+        yield f"ALTER ROLE {role} SET idle_in_transaction_session_timeout = '{_IDLE_IN_TRANSACTION}'"
 
 
 def _set_password(cursor: Cursor, role: str, password: str) -> None:
@@ -144,17 +172,6 @@ def _make_database(cursor: Cursor, database: str) -> None:
     elif row[0] != OWNER:
         raise ProvisioningRefused(
             f"database {database!r} exists and belongs to {row[0]!r}; give it to {OWNER} or choose another name"
-        )
-
-
-def _secure_schema(cursor: Cursor) -> None:
-    """Nothing for everybody: neither the public schema nor functions that the owner will create."""
-    cursor.execute("REVOKE ALL ON SCHEMA public FROM PUBLIC")
-    for kind in ("FUNCTIONS", "TYPES"):
-        cursor.execute(
-            sql.SQL("ALTER DEFAULT PRIVILEGES FOR ROLE {} REVOKE ALL ON {} FROM PUBLIC").format(
-                sql.Identifier(OWNER), sql.SQL(kind)
-            )
         )
 
 

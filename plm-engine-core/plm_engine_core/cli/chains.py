@@ -1,6 +1,7 @@
 """The migrations of every installed package, and whether a database stands where they end.
 
 RuntimeError
+├── SchemaPlanMissing a package's migrations can be run, and not be printed
 └── SchemaMismatch    database and installation do not fit together; nothing was changed
     ├── SchemaBehind      migrations are waiting: run ``plm-cli db upgrade``
     └── SchemaAhead       a newer installation was here: install that one
@@ -18,6 +19,10 @@ from plm_shared.addresses import driver_dsn
 from plm_shared.server_version import require_supported_server
 
 MIGRATIONS_GROUP = "plm.migrations"
+
+
+class SchemaPlanMissing(RuntimeError):
+    """A package's migrations can be run, and not be printed."""
 
 
 class SchemaMismatch(RuntimeError):
@@ -40,9 +45,10 @@ class SchemaAhead(SchemaMismatch):
 
 @dataclass(frozen=True, kw_only=True)
 class Chain:
-    """One package's migrations: a module with ``upgrade(dsn)``, ``current(dsn)`` and ``revisions()``, or ``upgrade``.
+    """One package's migrations: a callable that upgrades, or a module.
 
-    A callable that only upgrades is asked to each time, and says nothing about where the database stands.
+    A module has ``upgrade(dsn)``, ``current(dsn)``, ``revisions()`` and ``sql_for(since=)``. A callable is asked to
+    upgrade each time, and says nothing about where the database stands.
     """
 
     name: str
@@ -62,6 +68,17 @@ class Chain:
         """Every revision this installation has, oldest first; empty where the chain does not say."""
         revisions: Callable[[], Sequence[str]] | None = getattr(self.provider, "revisions", None)
         return revisions() if revisions else ()
+
+    def sql(self, *, since: str | None) -> str:
+        """The statements that bring a database from a revision, or from the chains before this one, to the head.
+
+        Raises:
+            SchemaPlanMissing: the package only upgrades, and shows nobody how.
+        """
+        sql_for: Callable[..., str] | None = getattr(self.provider, "sql_for", None)
+        if sql_for is None:
+            raise SchemaPlanMissing(f"{self.name} does not tell its statements; run `plm-cli db upgrade` instead")
+        return sql_for(since=since)
 
     def require_known(self, dsn: str) -> str | None:
         """The revision the database stands at.
@@ -108,6 +125,18 @@ def installed_chains() -> list[Chain]:
     """The migrations of every installed package, in the order of their names, which is that of the floors."""
     found = sorted(entry_points(group=MIGRATIONS_GROUP), key=lambda entry: entry.name)
     return [Chain(name=entry.name, provider=entry.load()) for entry in found]
+
+
+def plan_all(dsn: str | None) -> str:
+    """What `upgrade_all` would run on a database, or on a new one, for psql; empty where all is applied.
+
+    Raises:
+        SchemaAhead: the database is newer than this installation.
+        SchemaPlanMissing: a package does not tell its statements.
+    """
+    chains = installed_chains()
+    found = {chain.name: chain.require_known(dsn) if dsn else None for chain in chains}
+    return "\n".join(filter(None, (chain.sql(since=found[chain.name]) for chain in chains)))
 
 
 def upgrade_all(owner_dsn: str) -> None:

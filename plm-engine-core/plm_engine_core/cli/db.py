@@ -12,12 +12,23 @@ from uuid import UUID
 import psycopg
 import typer
 from plm_shared.addresses import driver_dsn
-from plm_shared.provisioning import provision
+from plm_shared.provisioning import APP, OWNER, provision, script_for
 
-from plm_engine_core.cli.chains import installed_chains, upgrade_all
+from plm_engine_core.cli.chains import installed_chains, plan_all, upgrade_all
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
 from plm_engine_core.control_plane.ids import new_id
+
+_SCRIPT = f"""\\set ON_ERROR_STOP on
+{{before}}SET client_min_messages = warning;
+SET ROLE {OWNER};
+
+{{waiting}}
+RESET ROLE;"""
+_PASSWORDS = f"""
+-- Each asks for the password of a login, which appears in no script and no log.
+\\password {OWNER}
+\\password {APP}"""
 
 app = typer.Typer(help="Bring the database's schema up to date; create tenants.", no_args_is_help=True)
 
@@ -33,6 +44,31 @@ def upgrade(as_json: AsJson = False) -> None:
     with database_errors():
         upgrade_all(dsn)
     _show_revisions(dsn, as_json=as_json)
+
+
+@app.command("plan")
+def plan(
+    new_database: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Plan for a database that is not there yet, roles included.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print the SQL that `upgrade` would run, for an administrator who must run it in psql as a superuser.
+
+    What the database has already is left out; its address comes from PG_ADMIN_DSN, else PG_DSN, and nothing is changed
+    there. With --new-database no server is asked: the script creates the roles and the database first.
+    Status 0: printed, 1: failed, 2: wrong name, 3: no address.
+    """
+    try:
+        before = script_for(new_database) if new_database is not None else ""
+    except ValueError as error:
+        fail(ExitCode.USAGE, f"--new-database {error}")
+    dsn = owner_dsn() if new_database is None else None
+    with database_errors():
+        waiting = plan_all(dsn)
+    text = _SCRIPT.format(before=before, waiting=waiting) if waiting else "-- Nothing to do: the schema is up to date."
+    text += _PASSWORDS if before else ""
+    show({"sql": text}, text, as_json=as_json)
 
 
 @app.command("current")

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from plm_shared.migrations import stored_revision
-from plm_shared.migrations.chain import config_of, revisions_of
+from plm_shared.migrations.chain import config_of, revisions_of, script_of
 
-__all__ = ["VERSION_TABLE", "KernelSchemaMissing", "current", "downgrade", "revisions", "upgrade"]
+__all__ = ["VERSION_TABLE", "KernelSchemaMissing", "current", "downgrade", "revisions", "sql_for", "upgrade"]
 
 VERSION_TABLE = "alembic_version_plm_engine_core"
 _FOLDER = Path(__file__).parent
@@ -55,3 +55,8 @@ def current(dsn: str) -> str | None:
 def revisions() -> list[str]:
     """Every revision there is here, oldest first."""
     return revisions_of(_FOLDER)
+
+
+def sql_for(revision: str = "head", *, since: str | None = None) -> str:
+    """The statements of ``upgrade`` from plm-shared's schema or ``since``, for whoever runs them by hand."""
+    return script_of(_FOLDER, since=since, revision=revision)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from plm_shared.addresses import driver_dsn
-from plm_shared.migrations.chain import config_of, revisions_of
+from plm_shared.migrations.chain import config_of, revisions_of, script_of
 
 __all__ = ["VERSION_TABLE", "current", "downgrade", "revisions", "sql_for", "stored_revision", "upgrade"]
 
@@ -59,14 +59,6 @@ def stored_revision(dsn: str, version_table: str) -> str | None:
     return str(row[0]) if row else None
 
 
-def sql_for(revision: str = "head") -> str:
-    """The statements of ``upgrade`` from an empty database, for an administrator who runs them by hand."""
-    import io
-
-    from alembic import command
-
-    script = io.StringIO()
-    config = config_of(_FOLDER, "postgresql://")
-    config.output_buffer = script
-    command.upgrade(config, revision, sql=True)
-    return script.getvalue()
+def sql_for(revision: str = "head", *, since: str | None = None) -> str:
+    """The statements of ``upgrade`` from an empty database or ``since``, for an administrator who runs them by hand."""
+    return script_of(_FOLDER, since=since, revision=revision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from alembic.config import Config
     from sqlalchemy import Connection
 
-__all__ = ["config_of", "revisions_of", "run"]
+__all__ = ["config_of", "revisions_of", "run", "script_of", "send_as_written"]
 
 
 def config_of(folder: Path, dsn: str) -> Config:
@@ -30,6 +31,34 @@ def config_of(folder: Path, dsn: str) -> Config:
 def revisions_of(folder: Path) -> list[str]:
     """Every revision of the chain in a folder, oldest first: each file of ``versions/`` begins with its number."""
     return sorted(path.name.partition("_")[0] for path in (folder / "versions").glob("[0-9]*_*.py"))
+
+
+def script_of(folder: Path, *, since: str | None = None, revision: str = "head") -> str:
+    """The statements that bring a database from ``since``, or from nothing, to a revision, as one transaction.
+
+    Empty where there is nothing to do. What ``require`` of ``run`` would look at is left to whoever runs them.
+    """
+    from alembic import command
+
+    script = io.StringIO()
+    config = config_of(folder, "postgresql://")
+    config.output_buffer = script
+    known = revisions_of(folder)
+    if since == (known[-1] if revision == "head" else revision):
+        return ""
+    command.upgrade(config, f"{since}:{revision}" if since else revision, sql=True)
+    return script.getvalue()
+
+
+def send_as_written(statements: str) -> None:
+    """Send SQL of a migration's file; SQLAlchemy would read its JSON operators and casts as bind parameters."""
+    from alembic import op
+
+    context = op.get_context()
+    if context.as_sql:
+        context.impl.static_output(f"{statements.rstrip().removesuffix(';')};")
+    else:
+        op.get_bind().exec_driver_sql(statements.replace("%", "%%"))
 
 
 def run(*, version_table: str, lock: int, require: Callable[[Connection], None] = lambda _: None) -> None:

@@ -14,6 +14,7 @@ import re
 from importlib.resources import files
 
 from alembic import op
+from plm_shared.migrations.chain import send_as_written
 
 revision = "0020"
 down_revision = "0019"
@@ -40,15 +41,10 @@ _BEFORE = re.compile(r"CREATE (FUNCTION engine_append_event_v1\(.*?\n\$\$;)", re
 
 def upgrade() -> None:
     op.execute(COLUMNS)
-    _send((_FOLDER / "append_event_v1_in_feed.sql").read_text(encoding="utf-8"))
+    send_as_written((_FOLDER / "append_event_v1_in_feed.sql").read_text(encoding="utf-8"))
 
 
 def downgrade() -> None:
     (before,) = _BEFORE.findall((_FOLDER / "common_v1.sql").read_text(encoding="utf-8"))
-    _send(f"CREATE OR REPLACE {before}")
+    send_as_written(f"CREATE OR REPLACE {before}")
     op.execute(DROP_COLUMNS)
-
-
-def _send(statements: str) -> None:
-    # Sent as it stands: SQLAlchemy would read the JSON operators and casts as bind parameters.
-    op.get_bind().exec_driver_sql(statements.replace("%", "%%"))

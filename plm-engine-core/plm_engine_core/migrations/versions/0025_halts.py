@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 from alembic import op
+from plm_shared.migrations.chain import send_as_written
 
 revision = "0025"
 down_revision = "0024"
@@ -96,10 +97,8 @@ LOOK = (
 def upgrade() -> None:
     op.execute(HALTS)
     folder = files("plm_engine_core") / "control_plane" / "storage" / "sql"
-    connection = op.get_bind()
     for name in FILES:
-        # Sent as it stands: SQLAlchemy would read the JSON operators and casts as bind parameters.
-        connection.exec_driver_sql((folder / f"{name}.sql").read_text(encoding="utf-8").replace("%", "%%"))
+        send_as_written((folder / f"{name}.sql").read_text(encoding="utf-8"))
     op.execute(IS_ABANDONED)
     op.execute(ACROSS_TENANTS)
     for signature in SIGNATURES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 from alembic import op
+from plm_shared.migrations.chain import send_as_written
 
 revision = "0027"
 down_revision = "0026"
@@ -20,7 +21,7 @@ RENEW = "engine_renew_lease_v1(uuid, uuid, bigint, double precision)"
 
 def upgrade() -> None:
     sql = files("plm_engine_core") / "control_plane" / "storage" / "sql" / "renew_lease_v1.sql"
-    op.get_bind().exec_driver_sql(sql.read_text(encoding="utf-8").replace("%", "%%"))
+    send_as_written(sql.read_text(encoding="utf-8"))
     op.execute(f"REVOKE ALL ON FUNCTION {RENEW} FROM PUBLIC")
     op.execute(f"GRANT EXECUTE ON FUNCTION {RENEW} TO plm_engine_writer")
 

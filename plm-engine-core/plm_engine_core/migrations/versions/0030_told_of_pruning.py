@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 from alembic import op
+from plm_shared.migrations.chain import send_as_written
 
 revision = "0030"
 down_revision = "0029"
@@ -26,8 +27,7 @@ PRUNE = "engine_prune_events_v2(uuid, text)"
 def upgrade() -> None:
     op.execute(COLUMNS)
     text = (files("plm_engine_core") / "control_plane" / "storage" / "sql" / "prune_events_v2.sql").read_text("utf-8")
-    # Sent as it stands: SQLAlchemy would read the JSON operators and casts as bind parameters.
-    op.get_bind().exec_driver_sql(text.replace("%", "%%"))
+    send_as_written(text)
     op.execute(f"REVOKE ALL ON FUNCTION {PRUNE} FROM PUBLIC")
     op.execute(f"GRANT EXECUTE ON FUNCTION {PRUNE} TO plm_engine_writer")
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 from alembic import op
+from plm_shared.migrations.chain import send_as_written
 
 revision = "0031"
 down_revision = "0030"
@@ -75,8 +76,7 @@ def upgrade() -> None:
     # Beside this file, as nothing but the ledger's emitter and migrations writes into its tables.
     written.append(package / "migrations" / "versions" / "0031_ledger_v1.sql")
     for each in written:
-        # Sent as it stands: SQLAlchemy would read the JSON operators and casts as bind parameters.
-        op.get_bind().exec_driver_sql(each.read_text(encoding="utf-8").replace("%", "%%"))
+        send_as_written(each.read_text(encoding="utf-8"))
     for signature in SIGNATURES:
         op.execute(f"REVOKE ALL ON FUNCTION {signature} FROM PUBLIC")
         op.execute(f"GRANT EXECUTE ON FUNCTION {signature} TO plm_engine_writer")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib.resources import files
 
 from alembic import op
+from plm_shared.migrations.chain import send_as_written
 
 revision = "0032"
 down_revision = "0031"
@@ -21,8 +22,7 @@ SIGNATURE = "engine_as_assumed_v1(jsonb, uuid, uuid, jsonb)"
 
 def upgrade() -> None:
     written = files("plm_engine_core") / "control_plane" / "storage" / "sql" / f"{FILE}.sql"
-    # Sent as it stands: SQLAlchemy would read the JSON operators and casts as bind parameters.
-    op.get_bind().exec_driver_sql(written.read_text(encoding="utf-8").replace("%", "%%"))
+    send_as_written(written.read_text(encoding="utf-8"))
     op.execute(f"REVOKE ALL ON FUNCTION {SIGNATURE} FROM PUBLIC")
     op.execute(f"GRANT EXECUTE ON FUNCTION {SIGNATURE} TO plm_engine_writer")
 
