@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
-from plm_engine_core.agent_runtime.hold import held
+import pytest
+from plm_engine_core.agent_runtime.hold import beat_of, held
 from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.halts import CANCEL_SECONDS
 from plm_engine_core.control_plane.runs.run import Heartbeat
 
 
@@ -43,3 +45,8 @@ async def test_a_cancel_that_the_database_turned_into_an_error_ends_the_heartbea
 
 async def test_a_renewal_that_came_through_although_it_was_cancelled_is_the_last(bench):
     assert await _renewals_after(bench, Leases(Heartbeat(held=True))) == 1
+
+
+@pytest.mark.parametrize("lease_seconds", [0.5, 30, 90, 3600, 86_400])
+def test_a_halt_is_heard_of_within_what_its_record_promises_however_long_the_lease(lease_seconds):
+    assert 0 < beat_of(lease_seconds) <= min(lease_seconds / 3, CANCEL_SECONDS / 3)

@@ -32,7 +32,7 @@ class CurrentCall:
     """One call in progress; any thread may ask it.
 
     `stopping` is why the call is to stop, empty while it is not. A halt or a cancel is heard of with the next renewal
-    of the call's lease, after a third of the governor's `lease_seconds` at the latest.
+    of the call's lease: after a third of the governor's `lease_seconds`, and ten seconds, at the latest.
     """
 
     def __init__(self, run_id: UUID) -> None:

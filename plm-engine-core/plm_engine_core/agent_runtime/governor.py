@@ -54,8 +54,8 @@ class Governor:
     All its runs belong to one run group, `run_group_id`, so that they can be halted and limited together. `principal`
     is who proposes; it needs `plm.runs.create` and what the capabilities require, and can never approve what it asked.
     Any number of threads and event loops may use a governor; the control plane runs in a thread of its own, which
-    renews each call's lease of `lease_seconds` while it runs, and hears of halts and cancels when it does so, three
-    times in that time. When this process is gone, recovery closes its calls.
+    renews each call's lease of `lease_seconds` while it runs, and hears of halts and cancels when it does so: three
+    times in that time, and every ten seconds at least. When this process is gone, recovery closes its calls.
     """
 
     def __init__(

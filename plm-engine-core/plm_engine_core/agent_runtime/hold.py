@@ -11,12 +11,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.halts import CANCEL_SECONDS
 from plm_engine_core.control_plane.runs.run import Heartbeat, Lease, Run
 from plm_engine_core.control_plane.storage.ports import RunStore
 
 logger = logging.getLogger(__name__)
 
 _BEATS_PER_LEASE = 3
+_LONGEST_BEAT = CANCEL_SECONDS / 3  # however long the lease: a halt is heard of in time to end the call
+
+
+def beat_of(lease_seconds: float) -> float:
+    """Seconds between two renewals of a lease, in which a halt or a cancel is heard of at the latest."""
+    return min(lease_seconds / _BEATS_PER_LEASE, _LONGEST_BEAT)
 
 
 def moment() -> float:
@@ -97,7 +104,7 @@ async def held(
 async def _heartbeat(runs: RunStore, hold: Hold, seconds: float, wake: asyncio.Event) -> None:
     while not (hold.lost or hold.given_back):
         with suppress(TimeoutError):  # the usual case: nothing interrupts, and the heartbeat is due
-            async with asyncio.timeout(seconds / _BEATS_PER_LEASE):
+            async with asyncio.timeout(beat_of(seconds)):
                 await wake.wait()
         wake.clear()
         asked_at = moment()
