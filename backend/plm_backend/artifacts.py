@@ -5,21 +5,30 @@ from __future__ import annotations
 import asyncio
 import io
 import mimetypes
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from plm_engine_core.control_plane import ArtifactRecord
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.runs.run import ArtifactRow
-from plm_shared.artifact_store import ArtifactRef, ArtifactStorageBackend
+from plm_shared.artifact_store import ArtifactCorrupt, ArtifactRef, ArtifactStorageBackend
 
 REFERENCE = "$artifact"
+T = TypeVar("T")
+
+
+class ArtifactStoreUnavailable(OSError):
+    """The store did not take, hand out or remove a file, for a reason that is not in the file."""
 
 
 class Artifacts:
-    """Stores and fetches the bytes behind artifact references."""
+    """Stores and fetches the bytes behind artifact references; `name` is the kind of the store, recorded with each.
+
+    Raises, wherever it asks the store:
+        ArtifactStoreUnavailable: the store failed.
+    """
 
     def __init__(self, backend: ArtifactStorageBackend, *, name: str) -> None:
         self._backend = backend
@@ -29,7 +38,7 @@ class Artifacts:
         """Put the bytes in the store; the record still has to be committed with whatever they belong to."""
         identifier = new_id()
         place = _place(tenant_id, trace_id, identifier, _extension(name, mime_type))
-        stored = await asyncio.to_thread(self._backend.store, place, io.BytesIO(data))
+        stored = await _ask(self._backend.store, place, io.BytesIO(data))
         return ArtifactRecord(
             id=identifier,
             name=name,
@@ -44,16 +53,27 @@ class Artifacts:
         """Remove files that came to belong to nothing."""
         for record in records:
             place = _place(tenant_id, trace_id, record.id, _suffix(record.storage_uri))
-            await asyncio.to_thread(self._backend.delete, place)
+            await _ask(self._backend.delete, place)
 
     async def fetch(self, tenant_id: UUID, row: ArtifactRow) -> bytes:
         """The bytes of a recorded artifact.
 
         Raises:
-            FileNotFoundError: the store no longer has it.
+            FileNotFoundError: the store no longer has it, or it is in a store of another kind.
         """
+        if row.backend != self._name:
+            raise FileNotFoundError(f"artifact {row.id} is in a store of kind {row.backend!r}, not {self._name!r}")
         place = _place(tenant_id, row.trace_id, row.id, _suffix(row.storage_uri))
-        return await asyncio.to_thread(self._backend.get, place)
+        return await _ask(self._backend.get, place)
+
+
+async def _ask(ask: Callable[..., T], *arguments: Any) -> T:
+    try:
+        return await asyncio.to_thread(ask, *arguments)
+    except (FileNotFoundError, ArtifactCorrupt, ValueError):
+        raise
+    except Exception as error:  # whatever the store's client raises
+        raise ArtifactStoreUnavailable(f"the artifact store failed: {error}") from error
 
 
 def reference(record: ArtifactRecord) -> dict[str, Any]:

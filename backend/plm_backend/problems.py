@@ -15,6 +15,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from plm_backend.artifacts import ArtifactStoreUnavailable
+
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
@@ -179,6 +181,18 @@ def install(app: FastAPI) -> None:
             503,
             "dependency/storage_unavailable",
             "the database did not answer in time; send the same request again in a moment, with its Idempotency-Key",
+            headers={"Retry-After": "1"},
+            retry_after_ms=1000,
+        )
+
+    @app.exception_handler(ArtifactStoreUnavailable)
+    async def unstored(_: Request, error: ArtifactStoreUnavailable) -> ProblemResponse:
+        logger.warning("a request was refused: %s", error)
+        return problem(
+            503,
+            "dependency/storage_unavailable",
+            "the artifact store did not take or hand out a file; send the same request again in a moment, with its "
+            "Idempotency-Key",
             headers={"Retry-After": "1"},
             retry_after_ms=1000,
         )

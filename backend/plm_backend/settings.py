@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import AliasChoices, Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -30,7 +30,9 @@ class Settings(BaseSettings):
     agent_register: Path | None = None
     """The register of agents with their ceilings; with one, no agent that is not in it may propose anything."""
 
-    artifacts_dir: Path | None = None
+    artifacts: str | None = Field(default=None, validation_alias=AliasChoices("PLM_ARTIFACTS", "PLM_ARTIFACTS_DIR"))
+    """Where the files of runs are kept: a folder, or s3://bucket?endpoint=URL, which every node can reach."""
+
     plugins_dir: Path | None = None
     events_key: Path | None = None
     """The private key that signs the event streams' checkpoints (PEM, mode 0600); in development one is made."""
@@ -109,9 +111,9 @@ class Settings(BaseSettings):
         return self.environment.strip().casefold() == "development"
 
     @property
-    def artifact_root(self) -> Path:
-        """Where the local artifact store keeps its files."""
-        return self.artifacts_dir or self.state_dir / "artifacts"
+    def artifact_store(self) -> str:
+        """Where the files of runs are kept, by default below the state folder."""
+        return self.artifacts or str(self.state_dir / "artifacts")
 
     @property
     def plugin_root(self) -> Path:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +29,7 @@ from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open
 from plm_engine_core.control_plane.storage.postgres.gateway import Pool
 from plm_engine_core.control_plane.storage.postgres.signals import PostgresSignals
 from plm_shared.addresses import driver_dsn
-from plm_shared.artifact_store import ArtifactStorageBackend, LocalFilesystemBackend
+from plm_shared.artifact_store import ArtifactStorageBackend, LocalFilesystemBackend, ObjectStoreBackend, open_store
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.queue import JobQueue
 
@@ -46,6 +46,8 @@ from plm_backend.tasks import end
 
 logger = logging.getLogger(__name__)
 
+# As each artifact's row names the store that has its bytes.
+_KINDS: Mapping[type[ArtifactStorageBackend], str] = {LocalFilesystemBackend: "local", ObjectStoreBackend: "s3"}
 _BEGIN_ANEW_SECONDS = 1.0
 # After the heartbeat in which a run worker hears of a halt at the latest: the plugin is asked, then killed.
 _CANCEL_SECONDS = 10.0
@@ -95,7 +97,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
         agents=load_agents(settings.agent_register) if settings.agent_register is not None else None,
         cancel_seconds=settings.lease_seconds + _CANCEL_SECONDS,
     )
-    artifact_store = LocalFilesystemBackend(settings.artifact_root)
+    artifact_store = _artifact_store(settings)
     keeper = PolicyKeeper(control_plane.in_force, control_plane.storage.policies, file=policy, news=hub.policy_news)
     async with pool, background(hub.listen, "signal hub"):
         _tell_difference(await keeper.refresh(), policy, settings)  # nothing is decided by a file that was replaced
@@ -107,7 +109,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
                 control_plane=control_plane,
                 file_policy=policy,
                 agents=agents,
-                artifacts=Artifacts(artifact_store, name="local"),
+                artifacts=Artifacts(artifact_store, name=_KINDS[type(artifact_store)]),
                 artifact_store=artifact_store,
                 identity=identity,
                 audit=PostgresAuditSink(pool),
@@ -204,6 +206,13 @@ def _signer(settings: Settings) -> Signer | None:
         return load_signer(path)
     except InvalidRequest as error:
         raise SetupError(f"PLM_EVENTS_KEY: {error}") from error
+
+
+def _artifact_store(settings: Settings) -> ArtifactStorageBackend:
+    try:
+        return open_store(settings.artifact_store)
+    except (ValueError, ImportError, OSError) as error:
+        raise SetupError(f"PLM_ARTIFACTS: {error}") from error
 
 
 def _archive(settings: Settings) -> Archive | None:

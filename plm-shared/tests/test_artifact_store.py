@@ -30,6 +30,7 @@ from plm_shared.artifact_store import (
     ArtifactStorageBackend,
     LocalFilesystemBackend,
     ObjectStoreBackend,
+    open_store,
 )
 
 REF = ArtifactRef(str(uuid.uuid4()), "trace", "report-1", "html")
@@ -602,3 +603,16 @@ def test_files_are_readable_by_this_account_only(tmp_path: Path) -> None:
         0o700,
         0o700,
     ]
+
+
+@pytest.mark.parametrize("address", ["ftp://somewhere", "s3://", "s3://user:secret@bucket", "s3://bucket/prefix"])
+def test_an_address_that_is_no_place_for_files_is_refused_without_its_secrets(address: str) -> None:
+    with pytest.raises(ValueError, match="is no place for files") as caught:
+        open_store(address)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["", "file://"])
+def test_a_folder_is_named_by_its_path_or_as_a_url(tmp_path: Path, kind: str) -> None:
+    open_store(f"{kind}{tmp_path}/kept").store(REF, io.BytesIO(b"x"))
+    assert LocalFilesystemBackend(tmp_path / "kept").get(REF) == b"x"

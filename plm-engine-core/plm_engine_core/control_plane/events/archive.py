@@ -12,18 +12,10 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
-from plm_shared.artifact_store import (
-    ArtifactExists,
-    ArtifactRef,
-    ArtifactStorageBackend,
-    LocalFilesystemBackend,
-    ObjectStoreBackend,
-)
+from plm_shared.artifact_store import ArtifactExists, ArtifactRef, ArtifactStorageBackend, open_store
 
 from plm_engine_core.control_plane.errors import InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.events.export import (
@@ -163,16 +155,10 @@ def open_archive(address: str) -> Archive:
     Raises:
         InvalidRequest: the address is of another kind, or what S3 needs is not installed.
     """
-    parts = urlsplit(address)
-    if parts.scheme in ("", "file"):
-        return Archive(LocalFilesystemBackend(Path(parts.path if parts.scheme else address)))
-    if parts.scheme != "s3" or not parts.hostname or parts.username or parts.path.strip("/"):
-        raise InvalidRequest(f"{parts.scheme}:… is no archive; name a folder, or s3://bucket", field="archive")
-    endpoint = parse_qs(parts.query).get("endpoint", [None])[0]
     try:
-        return Archive(ObjectStoreBackend(bucket=parts.hostname, endpoint_url=endpoint))
-    except ImportError as error:
-        raise InvalidRequest(f"an archive in S3 needs boto3: {error}", field="archive") from error
+        return Archive(open_store(address))
+    except (ValueError, ImportError) as error:
+        raise InvalidRequest(f"there is no archive: {error}", field="archive") from error
 
 
 def _place(tenant_id: UUID, after: int) -> ArtifactRef:
