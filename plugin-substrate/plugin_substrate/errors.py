@@ -28,10 +28,11 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, ClassVar
+
+from plugin_substrate.records import field, record
 
 
 class ErrorCategory(StrEnum):
@@ -43,7 +44,7 @@ class ErrorCategory(StrEnum):
     FATAL = "fatal"  #: it will not succeed until code or installation changes
 
 
-@dataclass(frozen=True)
+@record()
 class ResourceShortfall:
     """How much of which resource was missing."""
 
@@ -185,7 +186,7 @@ class PluginResourceError(PluginError):
 
     def to_fields(self) -> dict[str, Any]:
         """Return the fields with the shortfall as a plain object."""
-        shortfall = asdict(self.resource_shortfall) if self.resource_shortfall else None
+        shortfall = dict(vars(self.resource_shortfall)) if self.resource_shortfall else None
         return {**super().to_fields(), "resource_shortfall": shortfall}
 
 
@@ -339,7 +340,7 @@ class TracebackPolicy(StrEnum):
     NONE = "none"  #: neither, and a blank message
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class JobError:
     """An error as a record: what a queue keeps after the exception is gone."""
 

@@ -16,11 +16,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from plugin_substrate.errors import PluginCancelledError, PluginInputError
+from plugin_substrate.records import field, record
 
 DATA_DIR_VARIABLE = "CJM_PLUGIN_DATA_DIR"
 #: Where the models lie that plugins of a host share, if it has such a folder: to be read, unless more is granted.
@@ -41,7 +41,7 @@ _ACTION_TAG = "__plugin_action__"
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
+@record()
 class CallContext:
     """Who asked for a call and under which keys.
 
@@ -59,7 +59,7 @@ class CallContext:
     confidential: bool = False
 
 
-@dataclass(frozen=True)
+@record()
 class _NamedBytes:
     name: str
     mime_type: str
@@ -79,12 +79,12 @@ class _NamedBytes:
             raise TypeError(f"{kind}.data must be bytes, not {type(self.data).__name__}")
 
 
-@dataclass(frozen=True)
+@record()
 class InputFile(_NamedBytes):
     """A file handed to a plugin; may stand anywhere in the arguments. ``name`` is a bare file name, never a path."""
 
 
-@dataclass(frozen=True)
+@record()
 class OutputFile(_NamedBytes):
     """A file a plugin made; may stand anywhere in the result. ``name`` is a bare file name, never a path."""
 
@@ -98,7 +98,7 @@ class FileBackedDTO(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@record()
 class EnvVarSpec:
     """A variable of the environment that a plugin's worker reads.
 
@@ -115,7 +115,7 @@ class EnvVarSpec:
     options: list[str] | None = None
 
 
-@dataclass(frozen=True)
+@record()
 class ConfigOption:
     """One value that a setting may take at the moment."""
 
@@ -124,7 +124,7 @@ class ConfigOption:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@record()
 class FieldOptions:
     """What a setting may be at the moment: live facts, which never enter the configuration's schema."""
 
@@ -371,6 +371,8 @@ class PluginInterface(ABC):
 
 def _triggers(config_class: type | None, changed: set[str]) -> list[str]:
     """Return the distinct reload triggers of the changed fields, in the order of the fields."""
+    from dataclasses import fields, is_dataclass  # only where it is asked for: see `records`
+
     if config_class is None or not is_dataclass(config_class):
         return []
     named = [entry.metadata.get(RELOAD_TRIGGER) for entry in fields(config_class) if entry.name in changed]

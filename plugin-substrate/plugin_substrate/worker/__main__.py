@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120
 _PACKAGE = "plugin_substrate"
-_OFFERED = ("interface", "errors", "file_plugin", "validation", "worker")
+_OFFERED = ("interface", "errors", "records", "file_plugin", "validation", "worker")
 
 
 class HostFiles:

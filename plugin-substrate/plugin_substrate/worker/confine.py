@@ -13,8 +13,8 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 
+from plugin_substrate.records import record, replace
 from plugin_substrate.worker import kernel, landlock, privileges, seccomp
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.landlock import Access
@@ -43,7 +43,7 @@ class ConfinementError(OSError):
     """A layer that this system has could not be put in place; the process must not go on."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class Plan:
     """What the layers of a profile come to on this machine, all but what each worker has of its own.
 
@@ -58,7 +58,7 @@ class Plan:
     asking_program: bytes = b""  #: the filter of a template
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class Confinement:
     """How to confine one worker. ``folder`` is its own, ``parent`` the process whose end must be its own too.
 

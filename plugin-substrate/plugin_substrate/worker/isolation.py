@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from plugin_substrate.errors import PluginConfigError
+from plugin_substrate.records import record
 
 MAX_PATHS = 64
 _MAX_PATH_CHARACTERS = 4096
@@ -41,7 +41,7 @@ LAYERS: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class IsolationProfile:
     """What one worker may do. The defaults are what a plugin gets that asks for nothing.
 
@@ -72,7 +72,7 @@ class IsolationProfile:
         return cls(**terms.said())
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class IsolationTerms:
     """What a plugin asks for, or an operator grants; None where nothing is said. Fields as in `IsolationProfile`."""
 
@@ -94,7 +94,7 @@ class IsolationTerms:
 
 def profile_to_json(profile: IsolationProfile | IsolationTerms) -> dict[str, Any]:
     """Return the JSON form; what is not said or not limited is left out."""
-    values = {name: value for name, value in asdict(profile).items() if value is not None}
+    values = {name: value for name, value in vars(profile).items() if value is not None}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -103,7 +103,7 @@ def parse_terms(data: object, place: str, problems: list[str], *, most_paths: in
     if not isinstance(data, dict):
         problems.append(f"{place} must be an object, not {data!r:.80}")
         return IsolationTerms()
-    known = {field.name for field in fields(IsolationTerms)}
+    known = _CHECKS.keys()
     problems += [f"unknown key {f'{place}.{key}'!r:.120}" for key in data if key not in known]
     values: dict[str, Any] = {}
     for name in sorted(known & data.keys()):

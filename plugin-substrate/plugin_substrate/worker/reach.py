@@ -10,7 +10,7 @@ from pathlib import Path
 
 _WORKER = Path(__file__).resolve().parent
 #: The files of ours that a worker runs.
-_BESIDE = ("interface.py", "errors.py", "file_plugin.py", "validation.py")
+_BESIDE = ("interface.py", "errors.py", "records.py", "file_plugin.py", "validation.py")
 OUR_FILES = (str(_WORKER), *(str(_WORKER.parent / name) for name in _BESIDE))
 
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store")

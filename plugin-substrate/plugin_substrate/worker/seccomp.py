@@ -12,8 +12,8 @@ import os
 import signal
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
+from plugin_substrate.records import record
 from plugin_substrate.worker.kernel import PR_SET_DUMPABLE, PR_SET_PDEATHSIG, PR_SET_SECCOMP, prctl, system_call
 from plugin_substrate.worker.landlock import SIGNAL_ABI
 from plugin_substrate.worker.syscall_numbers import HIGHEST_KNOWN, NUMBERS, SECCOMP
@@ -82,7 +82,7 @@ _Instruction = tuple[int, int, int, int]
 _Block = list[_Instruction]
 
 
-@dataclass(frozen=True, kw_only=True)
+@record(kw_only=True)
 class FilterRules:
     """What a filter leaves open. ``pid`` is the process that is filtered, ``landlock_abi`` what else confines it.
 

@@ -27,11 +27,11 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from plugin_substrate.errors import PluginConfigError
+from plugin_substrate.records import replace
 from plugin_substrate.worker import confine, disk, namespaces, own_user, privileges, runtime, seccomp, watch
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.own_user import Reach
@@ -57,13 +57,13 @@ def supervise(control: socket.socket, host: int) -> None:
         supervisor.kill_everything()
 
 
-@dataclass
 class _Worker:
-    number: int
-    profile: IsolationProfile
-    folder: disk.FolderWatch
-    excess: watch.Excess | None = None  #: what it was killed for
-    link: TemplateLink | None = None  #: when it is a template
+    def __init__(self, number: int, profile: IsolationProfile, folder: disk.FolderWatch) -> None:
+        self.number = number
+        self.profile = profile
+        self.folder = folder
+        self.excess: watch.Excess | None = None  #: what it was killed for
+        self.link: TemplateLink | None = None  #: when it is a template
 
 
 class _Supervisor:
@@ -221,7 +221,7 @@ class _Supervisor:
                 self._send({
                     "exited": worker.number,
                     "returncode": os.waitstatus_to_exitcode(status),
-                    "excess": asdict(worker.excess) if worker.excess else None,
+                    "excess": vars(worker.excess) if worker.excess else None,
                 })  # fmt: skip
         if died:
             self._kill_orphans()

@@ -14,7 +14,6 @@ import select
 import socket
 from collections.abc import Container
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from plugin_substrate.errors import PluginConfigError
@@ -23,14 +22,14 @@ from plugin_substrate.worker.fork_gate import ForkGate
 _FORKS = 2
 
 
-@dataclass
 class Order:
     """A worker that is wanted: what the host asked for, and the door behind which the worker waits for it."""
 
-    request: dict[str, Any]
-    descriptors: list[int]
-    door: socket.socket
-    forks_left: int = _FORKS
+    def __init__(self, request: dict[str, Any], descriptors: list[int], door: socket.socket) -> None:
+        self.request = request
+        self.descriptors = descriptors
+        self.door = door
+        self.forks_left = _FORKS
 
     def hand_over(self) -> None:
         """Give the worker what is its own; one that died meanwhile needs nothing."""

@@ -6,7 +6,6 @@ The answer is that of a call: progress, logs, and then one result or error. A pl
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
 from typing import Any
 
 from plugin_substrate.errors import PluginInputError, ProtocolError
@@ -27,7 +26,9 @@ def answer(plugin: PluginInterface, verb: str, arguments: Mapping[str, Any]) -> 
 
 def plain(value: Any) -> Any:
     """Return a value with its dataclasses as objects, in any nesting of lists, tuples and dicts."""
-    if is_dataclass(value) and not isinstance(value, type):
+    if hasattr(type(value), "__dataclass_fields__"):
+        from dataclasses import asdict  # only where there is one: see `records`
+
         return plain(asdict(value))
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}

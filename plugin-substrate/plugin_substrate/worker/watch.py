@@ -7,9 +7,9 @@ the less room is left: at the speed at which memory can be filled, it must not b
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
+from plugin_substrate.records import record
 from plugin_substrate.worker.isolation import IsolationProfile
 
 _FILLED_PER_SECOND = 4 << 30  # bytes that a few threads can touch for the first time
@@ -19,7 +19,7 @@ _UNREAPED = 1000  # ended processes that nobody has waited for yet; they take no
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-@dataclass(frozen=True)
+@record()
 class Excess:
     """What a worker and its processes had too much of."""
 
@@ -28,7 +28,7 @@ class Excess:
     available: int
 
 
-@dataclass(frozen=True)
+@record()
 class Sample:
     """One look at a tree: what is over its bound, and after how many seconds to look again."""
 
@@ -70,7 +70,7 @@ def _tree(pid: int, most: int) -> list[int]:
     return found
 
 
-@dataclass(frozen=True)
+@record()
 class _Load:
     threads: int
     resident: int  # bytes
