@@ -26,13 +26,14 @@ how it ended. False: the call was sent and nothing trustworthy came back, so its
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from plugin_substrate.records import field, record
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 
 class ErrorCategory(StrEnum):
@@ -328,6 +329,8 @@ def as_plugin_error(error: BaseException) -> PluginError:
         return error
     typed = classify_exception(error)(f"{type(error).__name__}: {error}")
     typed.original_exc_repr = repr(error)
+    import traceback  # slow, and a plugin that starts well has no use for it
+
     typed.remote_traceback = "".join(traceback.format_exception(error))
     return typed
 
@@ -338,6 +341,12 @@ class TracebackPolicy(StrEnum):
     FULL = "full"  #: message, repr and traceback
     REPR_ONLY = "repr_only"  #: message and repr
     NONE = "none"  #: neither, and a blank message
+
+
+def _now() -> datetime:
+    from datetime import UTC, datetime  # slow, and no plugin makes such a record
+
+    return datetime.now(UTC)
 
 
 @record(kw_only=True)
@@ -357,7 +366,7 @@ class JobError:
     log_tail: tuple[str, ...] = ()
     plugin_name: str = ""
     plugin_instance_id: str = ""
-    occurred_at: datetime = field(default_factory=lambda: datetime.now(UTC))
+    occurred_at: datetime = field(default_factory=_now)
 
     @classmethod
     def from_exception(

@@ -7,7 +7,6 @@ and cancellation belong to the call that the executing thread is in, never to th
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
@@ -16,11 +15,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 from plugin_substrate.errors import PluginCancelledError, PluginInputError
 from plugin_substrate.records import field, record
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 DATA_DIR_VARIABLE = "CJM_PLUGIN_DATA_DIR"
 #: Where the models lie that plugins of a host share, if it has such a folder: to be read, unless more is granted.
@@ -33,7 +34,6 @@ RELOAD_TRIGGER = "reload_trigger"
 MAX_USAGE_UNITS = 100
 MAX_UNIT_CHARACTERS = 100
 
-_logger = logging.getLogger(__name__)
 _MIME_TYPE = re.compile(r"(?=.{3,255}\Z)[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*(;[ -~]*)?")
 _MAX_NAME_BYTES = 255
 _ACTION_TAG = "__plugin_action__"
@@ -193,7 +193,9 @@ def _fire(callback: Callable[[], object]) -> None:
     try:
         callback()
     except Exception:
-        _logger.exception("a cancel callback failed")
+        import logging  # slow, and a plugin may never log
+
+        logging.getLogger(__name__).exception("a cancel callback failed")
 
 
 def _active() -> ActiveCall:
@@ -305,7 +307,9 @@ class PluginInterface(ABC):
             try:
                 getattr(self, f"_release_{trigger}")()
             except Exception:
-                _logger.exception("releasing %r failed", trigger)
+                import logging
+
+                logging.getLogger(__name__).exception("releasing %r failed", trigger)
 
     @staticmethod
     def fields_that_changed(old_config: Mapping[str, Any], new_config: Mapping[str, Any]) -> set[str]:
@@ -320,6 +324,8 @@ class PluginInterface(ABC):
     @property
     def data_dir(self) -> Path:
         """The plugin's own writable folder for this tenant; a LookupError when it has none, being stateless."""
+        from pathlib import Path  # slow, and not every plugin keeps something
+
         try:
             return Path(os.environ[DATA_DIR_VARIABLE])
         except KeyError:

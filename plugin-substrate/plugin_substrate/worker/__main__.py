@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
 
-_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))  # noqa: PTH120
+_ROOT = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 _PACKAGE = "plugin_substrate"
 _OFFERED = ("interface", "errors", "records", "file_plugin", "validation", "worker")
 
@@ -42,11 +42,11 @@ class HostFiles:
             return shell
         if names[0] not in _OFFERED:
             return None
-        place = os.path.join(_ROOT, *names)  # noqa: PTH118
-        if os.path.isdir(place):  # noqa: PTH112
-            return _spec(fullname, os.path.join(place, "__init__.py"), package=place)  # noqa: PTH118
+        place = os.path.join(_ROOT, *names)
+        if os.path.isdir(place):
+            return _spec(fullname, os.path.join(place, "__init__.py"), package=place)
         file = place + ".py"
-        return _spec(fullname, file) if os.path.isfile(file) else None  # noqa: PTH113
+        return _spec(fullname, file) if os.path.isfile(file) else None
 
 
 class Shell:

@@ -86,7 +86,7 @@ def make_plan(profile: IsolationProfile, *, template: bool = False) -> Plan:
     return Plan(
         profile=profile,
         landlock_abi=abi,
-        file_rules=tuple((path, int(access)) for path, access in _file_rules(profile)),
+        file_rules=tuple(_file_rules(profile)),
         filter_program=seccomp.prepare(rules),
         asking_program=seccomp.prepare(replace(rules, asks_to_fork=True)) if template else b"",
     )
@@ -151,7 +151,7 @@ def _confine_on_linux(confinement: Confinement) -> list[str]:
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     layers += ["no_new_privs", "not_dumpable"]
     if plan.landlock_abi:
-        own = (confinement.folder, int(Access.CHANGE))
+        own = (confinement.folder, Access.CHANGE)
         landlock.restrict((*plan.file_rules, own), plan.landlock_abi, tcp=plan.profile.network)
         layers.append(f"landlock:{plan.landlock_abi}")
     if confinement.ask_through is not None:
@@ -187,7 +187,7 @@ def _end_of_descendants(confinement: Confinement) -> list[str]:
     return by_kernel or (["descendants_swept"] if may_leave_some else [])
 
 
-def _file_rules(profile: IsolationProfile) -> Iterator[tuple[str, Access]]:
+def _file_rules(profile: IsolationProfile) -> Iterator[tuple[str, int]]:
     """Return what may be done where, besides the worker's own folder. What a plugin wrote it may never execute."""
     read = Access.RUN if profile.processes else Access.READ
     for path in (*environment_paths(), *readable_paths(network=profile.network), *profile.read_paths):

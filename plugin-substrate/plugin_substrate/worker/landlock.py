@@ -11,7 +11,6 @@ import os
 import stat
 import struct
 from collections.abc import Iterable
-from enum import IntFlag
 
 from plugin_substrate.worker.kernel import system_call
 
@@ -26,8 +25,8 @@ SIGNAL_ABI = 6
 _SINCE = ((5, 1 << 15), (3, 1 << 14), (2, 1 << 13))  # ioctl on devices, truncate, rename and link across folders
 
 
-class Access(IntFlag):
-    """Rights below a path, as the kernel numbers them; the groups are what rules are made of."""
+class Access:
+    """Rights below a path, as the kernel numbers them; the groups are what rules are made of. Plain numbers all."""
 
     EXECUTE = 1 << 0
     WRITE_FILE = 1 << 1
@@ -51,7 +50,7 @@ class Access(IntFlag):
 
 
 _EVERYTHING = (1 << 16) - 1
-_OF_FILES_ALONE = int(Access.EXECUTE | Access.WRITE_FILE | Access.READ_FILE | Access.TRUNCATE | Access.IOCTL_DEV)
+_OF_FILES_ALONE = Access.EXECUTE | Access.WRITE_FILE | Access.READ_FILE | Access.TRUNCATE | Access.IOCTL_DEV
 
 
 def kernel_abi() -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from pathlib import Path
 
 from plugin_substrate.worker import kernel, privileges
 
@@ -92,6 +91,11 @@ def _unshare() -> None:
         kernel.unshare(_CLONE_NEWPID)
         return
     kernel.unshare(_CLONE_NEWUSER | _CLONE_NEWPID)
-    Path("/proc/self/setgroups").write_text("deny", encoding="ascii")
-    Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1", encoding="ascii")
-    Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1", encoding="ascii")
+    _write("/proc/self/setgroups", "deny")
+    _write("/proc/self/uid_map", f"{uid} {uid} 1")
+    _write("/proc/self/gid_map", f"{gid} {gid} 1")
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="ascii") as file:
+        file.write(text)

@@ -11,7 +11,6 @@ import stat
 import sys
 from collections.abc import Iterable
 from enum import IntEnum
-from pathlib import Path
 
 from plugin_substrate.worker.privileges import become
 
@@ -46,7 +45,7 @@ def reach_of(uid: int, folder: str, needed: Iterable[str]) -> Reach:
         try:
             if become(uid) and all(map(_readable, needed)) and os.access(sys.executable, os.X_OK):
                 found = Reach.NOT_ITS_FOLDER
-                Path(folder).stat()
+                os.stat(folder)
                 found = Reach.EVERYTHING
         finally:
             os._exit(found)
@@ -56,7 +55,7 @@ def reach_of(uid: int, folder: str, needed: Iterable[str]) -> Reach:
 
 def give(folder: str, uid: int) -> None:
     """Change the owner of a folder and all in it, never following a link; nothing to do where it is the owner."""
-    if Path(folder).lstat().st_uid == uid:
+    if os.lstat(folder).st_uid == uid:
         return
     for _, folders, files, place in os.fwalk(folder, follow_symlinks=False):
         for name in (*folders, *files):
@@ -67,7 +66,7 @@ def give(folder: str, uid: int) -> None:
 def _readable(path: str) -> bool:
     """Whether this user can read a path; what does not exist is nothing that could be missed, unless it is hidden."""
     try:
-        is_folder = stat.S_ISDIR(Path(path).stat().st_mode)
+        is_folder = stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
         return True
     except OSError:

@@ -5,13 +5,13 @@ Only what is listed can be read once Landlock is in force; the plugin's own fold
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 
-_WORKER = Path(__file__).resolve().parent
+_WORKER = os.path.dirname(os.path.realpath(__file__))
 #: The files of ours that a worker runs.
 _BESIDE = ("interface.py", "errors.py", "records.py", "file_plugin.py", "validation.py")
-OUR_FILES = (str(_WORKER), *(str(_WORKER.parent / name) for name in _BESIDE))
+OUR_FILES = (_WORKER, *(os.path.join(os.path.dirname(_WORKER), name) for name in _BESIDE))
 
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/nix/store", "/gnu/store")
 _PROGRAMS = ("/bin", "/sbin")
@@ -39,7 +39,7 @@ _OF_KERNEL = (
     "/sys/devices/system/cpu", "/sys/devices/system/node", "/sys/kernel/mm/transparent_hugepage",
 )  # fmt: skip
 # Control groups: where each controller's tree is mounted, by its name in /proc/self/cgroup, and what it limits.
-_CONTROL_GROUPS = Path("/sys/fs/cgroup")
+_CONTROL_GROUPS = "/sys/fs/cgroup"
 _LIMITS = {
     "": ("cpu.max", "memory.max", "memory.high"),
     "cpu": ("cpu.cfs_quota_us", "cpu.cfs_period_us"),
@@ -77,9 +77,11 @@ def limit_files(membership: str) -> tuple[str, ...]:
         _, controller, group = line.split(":", 2)
         if controller not in _LIMITS or ".." in group.split("/"):  # a group outside of what this namespace shows
             continue
-        place = Path(_CONTROL_GROUPS, controller, group.lstrip("/"))
-        above = [folder for folder in place.parents if folder.is_relative_to(_CONTROL_GROUPS / controller)]
-        files += [str(folder / name) for folder in (place, *above) for name in _LIMITS[controller]]
+        tree = os.path.normpath(os.path.join(_CONTROL_GROUPS, controller))
+        folders = [os.path.normpath(os.path.join(tree, group.lstrip("/")))]
+        while folders[-1] != tree:
+            folders.append(os.path.dirname(folders[-1]))
+        files += [os.path.join(folder, name) for folder in folders for name in _LIMITS[controller]]
     return tuple(files)
 
 
@@ -89,14 +91,15 @@ def environment_paths() -> tuple[str, ...]:
     What their packages link to elsewhere is not among them: a package could name any folder there.
     """
     prefixes = {sys.base_prefix, sys.base_exec_prefix, sys.prefix, sys.exec_prefix}
-    environment = Path(sys.executable).absolute().parent.parent
-    if (environment / "pyvenv.cfg").is_file():
-        prefixes.add(str(environment))
+    environment = os.path.dirname(os.path.dirname(os.path.abspath(sys.executable)))
+    if os.path.isfile(os.path.join(environment, "pyvenv.cfg")):
+        prefixes.add(environment)
     return tuple(sorted(prefixes - {"/"}))
 
 
 def _membership() -> str:
     try:
-        return Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="surrogateescape")
+        with open("/proc/self/cgroup", encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
     except OSError:  # no control groups here
         return ""

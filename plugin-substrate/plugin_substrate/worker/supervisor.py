@@ -25,21 +25,29 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from contextlib import suppress
-from pathlib import Path
-from typing import Any, NoReturn
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from plugin_substrate.errors import PluginConfigError
 from plugin_substrate.records import replace
 from plugin_substrate.worker import confine, disk, namespaces, own_user, privileges, runtime, seccomp, watch
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.own_user import Reach
-from plugin_substrate.worker.template import Template
-from plugin_substrate.worker.templates import TemplateLink
 from plugin_substrate.worker.usage import process_stats
 
+if TYPE_CHECKING:
+    from plugin_substrate.worker.templates import TemplateLink
+
 MAX_MESSAGE_BYTES = 1 << 16
+
+#: What many plugins need and no first worker waits for. Imported one by one, as the supervisor looks away from its
+#: control socket meanwhile, when that has been quiet for a moment; the workers forked from then on share it.
+_FOR_LATER_WORKERS = (
+    "traceback", "string", "weakref", "logging", "datetime", "urllib.parse", "pathlib",
+    "plugin_substrate.worker.template", "plugin_substrate.worker.templates",
+)  # fmt: skip
+_QUIET_SECONDS = 0.02
 
 _WAKING = (signal.SIGCHLD, signal.SIGCONT)  # a child ended; the host died, or needs us though we were stopped
 _EXIT_CHILD_FAILED = 70  # EX_SOFTWARE of sysexits.h
@@ -75,6 +83,7 @@ class _Supervisor:
         self._plans: dict[tuple[IsolationProfile, bool], confine.Plan] = {}
         self._grouped = False
         self._look_at = math.inf
+        self._to_import = list(reversed(_FOR_LATER_WORKERS))
         self._poll = select.poll()
         self._wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in _WAKING:
@@ -85,8 +94,10 @@ class _Supervisor:
         self._poll.register(self._control, select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
         while True:
-            ready = {descriptor for descriptor, _ in self._poll.poll(self._until_next_look())}
+            ready = {descriptor for descriptor, _ in self._poll.poll(self._patience())}
             try:
+                if not ready:
+                    self._prepare_for_later()
                 if self._wake in ready:
                     os.read(self._wake, 512)
                     self._reap()
@@ -138,6 +149,8 @@ class _Supervisor:
                 "this kernel has no filter that could ask before a template forks; write `preload: false` under the "
                 "manifest's `overrides`"
             )
+        from plugin_substrate.worker.templates import TemplateLink
+
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             pid, worker = self._fork_worker(request, [*descriptors, theirs.fileno()])
@@ -166,7 +179,8 @@ class _Supervisor:
         """Be in a control group from now on, with all that will be forked; False where that cannot be."""
         if group is not None and not self._grouped:
             with suppress(OSError):  # the worker then does not report the layer
-                Path(group, "cgroup.procs").write_text("0", encoding="ascii")
+                with open(os.path.join(group, "cgroup.procs"), "w", encoding="ascii") as members:
+                    members.write("0")
                 self._grouped = True
         return group is not None and self._grouped
 
@@ -232,11 +246,21 @@ class _Supervisor:
             order.close()
             self._send({"refused": order.request["spawn"], "reason": "its template has ended"})
 
-    def _until_next_look(self) -> float | None:
-        """Return the milliseconds until the workers are looked at again, None while there are none."""
+    def _patience(self) -> float | None:
+        """Return for how many milliseconds to listen: until the workers are looked at again, for ever without any."""
         if not self._workers:
             return None
-        return max(0.0, self._look_at - time.monotonic()) * 1000
+        until_look = max(0.0, self._look_at - time.monotonic())
+        return 1000 * (min(until_look, _QUIET_SECONDS) if self._to_import else until_look)
+
+    def _prepare_for_later(self) -> None:
+        """Import one of the modules that later workers will need; one that misses it says so itself."""
+        if not self._workers or not self._to_import:
+            return
+        with suppress(ImportError, OSError):
+            import_module(self._to_import.pop())
+        if not self._to_import:
+            gc.freeze()
 
     def _own_uid(self, request: dict[str, Any], profile: IsolationProfile) -> int | None:
         """Return the user that the worker is to run as, None for our own, and see that its folder is that user's."""
@@ -329,10 +353,14 @@ def _become_worker(request: dict[str, Any], confinement: confine.Confinement, de
         connection = socket.socket(fileno=confine.FIRST_FREE_DESCRIPTOR)
         if not is_template:
             runtime.WorkerRuntime(connection, confine.confine_worker(confinement)).serve()
+        from plugin_substrate.worker.template import Template
+
         channel = socket.socket(fileno=confine.FIRST_FREE_DESCRIPTOR + 1)
         layers = confine.confine_worker(replace(confinement, ask_through=channel))
         Template(connection, channel, confinement.plan, layers).serve()
     except BaseException:  # noqa: BLE001 - nothing may climb into the supervisor's stack
+        import traceback
+
         os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:
         os._exit(_EXIT_CHILD_FAILED)
@@ -342,8 +370,8 @@ def _children() -> list[int]:
     """Return this process's children, adopted ones too; the kernel may miss some that come or go meanwhile."""
     if sys.platform != "linux":
         return []
-    text = Path(f"/proc/self/task/{threading.get_native_id()}/children").read_text(encoding="ascii")
-    return [int(pid) for pid in text.split()]
+    with open(f"/proc/self/task/{threading.get_native_id()}/children", encoding="ascii") as file:
+        return [int(pid) for pid in file.read().split()]
 
 
 def _kill(pid: int) -> None:

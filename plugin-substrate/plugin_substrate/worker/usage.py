@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from pathlib import Path
 
 _MAXRSS_UNIT = 1 if sys.platform == "darwin" else 1024  # getrusage(2): bytes there, kibibytes here
 _UNIQUE = ("Private_Clean:", "Private_Dirty:", "Private_Hugetlb:")
@@ -39,7 +38,7 @@ def process_stats() -> dict[str, float | None]:
 def _unique_bytes() -> int | None:
     """Return the memory that no other process shares (USS)."""
     try:
-        text = Path("/proc/self/smaps_rollup").read_text(encoding="ascii")
+        with open("/proc/self/smaps_rollup", encoding="ascii") as lines:
+            return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(_UNIQUE))
     except OSError:
         return None
-    return sum(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith(_UNIQUE))

@@ -24,8 +24,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from datetime import date, datetime
-from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from plugin_substrate.errors import ProtocolError, WireValueError
@@ -34,8 +32,10 @@ from plugin_substrate.worker.arrays import array_from, array_parts, is_array
 from plugin_substrate.worker.frames import parse_json, to_json
 from plugin_substrate.worker.parked import Parked, Segment
 
-if TYPE_CHECKING:  # each takes a supervisor's start a millisecond or two, and few plugins use them
+if TYPE_CHECKING:  # each takes a supervisor's start a millisecond or two, and not every plugin uses them
+    from datetime import date, datetime
     from decimal import Decimal
+    from pathlib import Path
     from uuid import UUID
 
 MAX_DEPTH = 64
@@ -117,7 +117,7 @@ def _encode(value: Any, segments: list[bytes], depth: int) -> Any:
     encoder = _ENCODERS.get(type(value)) or _RARE_ENCODERS.get(_rare_name(value))
     if encoder is not None:
         return encoder(value, segments, depth)
-    if isinstance(value, PurePath):
+    if _is_a(value, "pathlib", "PurePath"):
         return {_TAG: "path", "text": str(value)}
     if is_array(value):
         return _array(value, segments)
@@ -128,8 +128,13 @@ def _rare_name(value: object) -> str:
     """Return the name of a type whose module nobody else may need; it can have a value only where that is imported."""
     cls = type(value)
     module = sys.modules.get(cls.__module__)
-    known = cls.__module__ in ("decimal", "uuid") and getattr(module, cls.__name__, None) is cls
+    known = cls.__module__ in _RARE_MODULES and getattr(module, cls.__name__, None) is cls
     return cls.__name__ if known else ""
+
+
+def _is_a(value: object, module: str, name: str) -> bool:
+    """Whether a value is of a type or derives from it; it can only where the type's module is imported."""
+    return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
 
 
 def _int(value: int, _segments: list[bytes], _depth: int) -> int:
@@ -198,9 +203,10 @@ def _segment(data: bytes, segments: list[bytes]) -> int:
 
 def _type_refused(value: object) -> _RefusedError:
     cls = type(value)
-    allowed = [str, int, float, bytes, list, tuple, dict, datetime, date]
-    allowed += [sys.modules["decimal"].Decimal] if "decimal" in sys.modules else []
+    allowed = (str, int, float, bytes, list, tuple, dict)
     base = next((known.__name__ for known in allowed if isinstance(value, known)), "")
+    rare = (("datetime", "datetime"), ("datetime", "date"), ("decimal", "Decimal"))
+    base = base or next((name for module, name in rare if _is_a(value, module, name)), "")
     remedy = f"convert it, for example with {base}(value)" if base else "convert it to a value that can"
     return _RefusedError(f"{cls.__module__}.{cls.__qualname__} cannot cross the process border; {remedy}")
 
@@ -214,10 +220,11 @@ _ENCODERS: dict[type, Encoder] = {
     OutputFile: _file,
     tuple: lambda value, segments, depth: {_TAG: "tuple", "items": _items(value, segments, depth)},
     bytes: lambda value, segments, _: {_TAG: "bytes", "segment": _segment(value, segments)},
-    datetime: lambda value, _segments, _depth: {_TAG: "datetime", "text": value.isoformat()},
-    date: lambda value, _segments, _depth: {_TAG: "date", "text": value.isoformat()},
 }
+_RARE_MODULES = ("datetime", "decimal", "uuid")
 _RARE_ENCODERS: dict[str, Encoder] = {
+    "datetime": lambda value, _segments, _depth: {_TAG: "datetime", "text": value.isoformat()},
+    "date": lambda value, _segments, _depth: {_TAG: "date", "text": value.isoformat()},
     "Decimal": _decimal,
     "UUID": lambda value, _segments, _depth: {_TAG: "uuid", "text": str(value)},
 }
@@ -282,6 +289,24 @@ def _finite_decimal(text: str) -> Decimal:
     return value
 
 
+def _datetime(text: str) -> datetime:
+    from datetime import datetime
+
+    return datetime.fromisoformat(text)
+
+
+def _date(text: str) -> date:
+    from datetime import date
+
+    return date.fromisoformat(text)
+
+
+def _path(text: str) -> Path:
+    from pathlib import Path
+
+    return Path(text)
+
+
 def _uuid(text: str) -> UUID:
     from uuid import UUID
 
@@ -289,9 +314,9 @@ def _uuid(text: str) -> UUID:
 
 
 _PARSERS: dict[str, Callable[[str], Any]] = {
-    "path": Path,
-    "datetime": datetime.fromisoformat,
-    "date": date.fromisoformat,
+    "path": _path,
+    "datetime": _datetime,
+    "date": _date,
     "decimal": _finite_decimal,
     "uuid": _uuid,
 }

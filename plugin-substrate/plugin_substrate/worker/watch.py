@@ -7,7 +7,6 @@ the less room is left: at the speed at which memory can be filled, it must not b
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from plugin_substrate.records import record
 from plugin_substrate.worker.isolation import IsolationProfile
@@ -63,8 +62,8 @@ def _tree(pid: int, most: int) -> list[int]:
         current = waiting.pop()
         found.append(current)
         try:
-            for task in Path(f"/proc/{current}/task").iterdir():
-                waiting += map(int, (task / "children").read_text(encoding="ascii").split())
+            for task in os.listdir(f"/proc/{current}/task"):
+                waiting += map(int, _read(f"/proc/{current}/task/{task}/children").split())
         except OSError:
             continue
     return found
@@ -79,9 +78,12 @@ class _Load:
 def _load_of(pid: int) -> _Load:
     """Return what a process holds; nothing of one that is gone. Its name is its own choice, brackets included."""
     try:
-        fields = (
-            Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-        )  # from the third field of proc(5) on
+        fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()  # from the third field of proc(5) on
         return _Load(int(fields[17]), int(fields[21]) * _PAGE)
     except (OSError, IndexError):
         return _Load(0, 0)
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
