@@ -38,6 +38,16 @@ class HomeLoop:
             if self._loop is None:
                 self._start_private_loop()
             loop = self._loop
+        return self._hand_over(loop, work)
+
+    def run_leftover(self, loop: asyncio.AbstractEventLoop | None, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
+        """Like `run`, for work on what belongs to ``loop``; nothing once that was released, which ended all of it."""
+        with self._lock:
+            owned = loop is not None and loop is self._loop
+        if owned:
+            self._hand_over(loop, work)
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop | None, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if loop is None or _is_running_here(loop):
             raise RuntimeError("inside the event loop use the asynchronous form of this method")
         if loop.is_closed():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import select
 import signal
 import socket
 import subprocess
 from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,9 +112,20 @@ class Supervisor:
         self._asked: dict[int, asyncio.Future[dict[str, float | None]]] = {}
         self._exits: dict[int, asyncio.Future[WorkerExit]] = {}
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
-        self._control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        log_read, log_write = os.pipe()
-        try:
+        with ExitStack() as ours:  # given back unless all of it is there
+            self._control = self._start(python, ours)
+            ours.pop_all()
+
+    def _start(self, python: str, ours: ExitStack) -> socket.socket:
+        """Start the process and return our end of its control socket; ``ours`` undoes what has been done."""
+        with ExitStack() as theirs:
+            control, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            ours.enter_context(control)
+            theirs.enter_context(remote)
+            log_read, log_write = os.pipe()
+            theirs.callback(os.close, log_write)
+            self._log = LogPipe(log_read, self._lines.append)
+            ours.callback(self._log.close)
             self._process = subprocess.Popen(
                 interpreter_command(python, "supervise", str(remote.fileno()), str(os.getpid())),
                 stdin=subprocess.DEVNULL,
@@ -123,18 +136,14 @@ class Supervisor:
                 pass_fds=(remote.fileno(),),
                 start_new_session=True,
             )
-        except OSError:
-            self._control.close()
-            os.close(log_read)
-            raise
-        finally:
-            remote.close()
-            os.close(log_write)
+        ours.callback(self._process.wait)
+        ours.callback(self._process.kill)
         put_mark(self._process.pid, self._mark)  # it forks nothing before it is asked to
-        self._log = LogPipe(log_read, self._lines.append)
+        control.setblocking(False)
+        self._loop.add_reader(control, self._on_control)
+        ours.callback(self._loop.remove_reader, control)
         self._ended = self._watch_end()
-        self._control.setblocking(False)
-        self._loop.add_reader(self._control, self._on_control)
+        return control
 
     @property
     def pid(self) -> int:
@@ -196,10 +205,15 @@ class Supervisor:
         self._group = ControlGroup.for_mark(self._mark)
 
     async def _spawn(self, request: dict[str, Any]) -> WorkerProcess:
-        connection, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        log_read, log_write = os.pipe()
         spawned: asyncio.Future[tuple[int, int]] = self._loop.create_future()
-        try:
+        with ExitStack() as ours, ExitStack() as theirs:
+            connection, remote = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            ours.enter_context(connection)
+            theirs.enter_context(remote)
+            log_read, log_write = os.pipe()
+            ours.callback(os.close, log_read)
+            theirs.callback(os.close, log_write)
+            ours.callback(_give_up, spawned)
             for end in (connection, remote):
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER_BYTES)
             async with self._turn:  # one request at a time always fits into the socket
@@ -207,16 +221,7 @@ class Supervisor:
                 exited = self._exits[number]
                 await (self._ordered[number] if "copy_of" in request else spawned)
             pid, pidfd = await spawned
-        except BaseException:
-            connection.close()
-            os.close(log_read)
-            if spawned.done() and not spawned.cancelled() and spawned.exception() is None:
-                os.close(spawned.result()[1])  # it came just when it was no longer waited for
-            spawned.cancel()
-            raise
-        finally:
-            remote.close()
-            os.close(log_write)
+            ours.pop_all()
         return WorkerProcess(
             number=number,
             connection=connection,
@@ -232,11 +237,11 @@ class Supervisor:
             raise PluginFatalError(f"the supervisor is gone: {' | '.join(self._lines) or 'no last words'}")
         self._counter += 1
         number = self._counter
+        self._send({"spawn": number, **request}, descriptors)
         self._spawning[number] = spawned
         self._exits[number] = self._loop.create_future()
         if "copy_of" in request:
             self._ordered[number] = self._loop.create_future()
-        self._send({"spawn": number, **request}, descriptors)
         self._wake()
         return number
 
@@ -246,9 +251,9 @@ class Supervisor:
             if not self.alive:
                 raise PluginFatalError("the supervisor is gone")
             self._counter += 1
+            self._send({"stats": self._counter}, [])
             told: asyncio.Future[dict[str, float | None]] = self._loop.create_future()
             self._asked[self._counter] = told
-            self._send({"stats": self._counter}, [])
             self._wake()
         return await told
 
@@ -293,7 +298,7 @@ class Supervisor:
         message = json.loads(raw)
         match message:
             case {"spawned": number, "pid": pid}:
-                _resolve(self._spawning.pop(number), (pid, descriptors[0]), lambda: os.close(descriptors[0]))
+                self._take_worker(self._spawning.pop(number), pid, descriptors)
             case {"ordered": number}:
                 _resolve(self._ordered.pop(number), None)
             case {"refused": number, "reason": reason}:
@@ -306,6 +311,15 @@ class Supervisor:
             case {"exited": number, "returncode": returncode, "excess": excess}:
                 shortfall = ResourceShortfall(**excess) if excess else None
                 _resolve(self._exits.pop(number), WorkerExit(returncode, shortfall))
+
+    def _take_worker(self, spawned: asyncio.Future[tuple[int, int]], pid: int, descriptors: list[int]) -> None:
+        if descriptors:
+            _resolve(spawned, (pid, descriptors[0]), lambda: os.close(descriptors[0]))
+            return
+        # The kernel had nowhere to put it. Its socket is closed now, and as nothing was said to it, it ends.
+        most, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        reason = f"this process already has open all the files it may; RLIMIT_NOFILE is {most}, raise it"
+        _resolve(spawned, PluginFatalError(f"the worker cannot be taken over: {reason}"))
 
     def _lose_control(self) -> None:
         """Close our end; whoever waits for a message learns that none will come."""
@@ -361,3 +375,10 @@ def _resolve(future: asyncio.Future[Any], outcome: Any, otherwise: Callable[[], 
         future.set_exception(outcome)
     else:
         future.set_result(outcome)
+
+
+def _give_up(spawned: asyncio.Future[tuple[int, int]]) -> None:
+    """Wait no longer for a worker, and let go of one that came just when it was no longer waited for."""
+    if spawned.done() and not spawned.cancelled() and spawned.exception() is None:
+        os.close(spawned.result()[1])
+    spawned.cancel()

@@ -15,15 +15,19 @@ _READ_BYTES = 1 << 12  # lines are dear: a flood of empty ones must not hold up 
 
 
 class LogPipe:
-    """Reads a descriptor on the running event loop and owns it. Memory is bounded by one line."""
+    """Reads a descriptor on the running event loop and owns it from the start. Memory is bounded by one line."""
 
     def __init__(self, descriptor: int, emit: Callable[[str], object]) -> None:
         self._loop = asyncio.get_running_loop()
         self._descriptor = descriptor
         self._emit = emit
         self._partial = b""
-        os.set_blocking(descriptor, False)
-        self._loop.add_reader(descriptor, self._read)
+        try:
+            os.set_blocking(descriptor, False)
+            self._loop.add_reader(descriptor, self._read)
+        except BaseException:
+            os.close(descriptor)
+            raise
 
     def drain(self) -> None:
         """Read what is there now, up to one pipe's capacity: a writer that goes on cannot hold us here."""

@@ -179,8 +179,11 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         """Like `execute_plugin_stream`, synchronously."""
         batches = self._batches(instance_id, args, kwargs, call, CallListeners())
         turn = asyncio.Lock()  # what an interrupted reader waited for ends first: what runs cannot be closed
+        loop: asyncio.AbstractEventLoop | None = None
 
         async def next_batch() -> list[Any]:
+            nonlocal loop
+            loop = asyncio.get_running_loop()
             async with turn:
                 return await anext(batches, [])
 
@@ -192,7 +195,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
             while batch := self._home.run(next_batch):
                 yield from batch
         finally:
-            self._home.run(close)
+            self._home.run_leftover(loop, close)
 
     async def _batches(
         self,
