@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from plm_engine_core.cli import build_app
+from plugin_substrate.cli import app as plugin_app
 from typer.main import get_command
+from typer.testing import CliRunner
 
 PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 
@@ -22,3 +25,21 @@ def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, st
 def test_the_page_has_every_command_with_what_it_says_of_itself() -> None:
     rows = [f"| `{name}` | {says} |" for name, says in commands(get_command(build_app()))]
     assert [line for line in PAGE.read_text(encoding="utf-8").splitlines() if line.startswith("| `")] == rows
+
+
+def paths(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, each in sorted(getattr(command, "commands", {}).items()):
+        yield from paths(each, (*path, name))
+
+
+@pytest.mark.parametrize("app", [build_app(), plugin_app], ids=["plm-cli", "cjm-ctl"])
+def test_every_command_explains_itself_and_loses_nothing_of_what_it_says(app: Any) -> None:
+    for path in paths(get_command(app)):
+        asked = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "1000"})
+        assert asked.exit_code == 0, path
+        command = get_command(app)
+        for name in path:
+            command = command.commands[name]  # type: ignore[attr-defined]
+        for parameter in command.params:
+            assert " ".join((getattr(parameter, "help", None) or "").split()) in " ".join(asked.stdout.split()), path

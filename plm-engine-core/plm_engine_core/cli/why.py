@@ -17,7 +17,7 @@ def why_command(
         str,
         typer.Argument(
             metavar="ID",
-            help="RUN, TICKET, RUN/STEP, RUN/STEP/ATTEMPT, RUN/UNIT, TENANT/UNIT, or SCOPE/NAME/UNIT[/PERIOD].",
+            help="RUN, TICKET, RUN/STEP, RUN/STEP/ATTEMPT, RUN/UNIT, TENANT/UNIT or SCOPE/NAME/UNIT, then /PERIOD.",
         ),
     ],
     tenant_id: Annotated[UUID, typer.Option(help="Whose.")],
