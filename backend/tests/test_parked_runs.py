@@ -26,7 +26,7 @@ HELD = {
     "jobs": "SELECT count(*) FROM delivery.procrastinate_jobs",
     "leases": "SELECT count(*) FROM run_states WHERE lease_owner IS NOT NULL OR lease_expires_at IS NOT NULL",
     "grants": "SELECT count(*) FROM grants WHERE state <> 'settled'",
-    "reservations": "SELECT count(*) FROM reservations WHERE settled IS NULL",
+    "reservations": "SELECT COALESCE(sum(jsonb_array_length(reserved)), 0) FROM grants WHERE charged IS NULL",
     "reserved": "SELECT COALESCE(sum(reserved), 0) FROM budgets",
 }
 BOOKS = HELD.keys() - {"connections"}

@@ -26,6 +26,13 @@ WRITER = CapabilityDescriptor(
     cost=CostBound(max_eur=Decimal("0.50"), max_usage={"tokens": Decimal(100)}),
 )
 
+YESTERDAY = """
+UPDATE grants SET reserved = (
+    SELECT jsonb_agg(CASE WHEN entry ->> 'period' = 'day' THEN jsonb_set(entry, '{starts_at}',
+        to_jsonb((entry ->> 'starts_at')::timestamptz - interval '1 day')) ELSE entry END ORDER BY place)
+    FROM jsonb_array_elements(reserved) WITH ORDINALITY AS r (entry, place))
+"""
+
 
 @pytest.fixture
 def writing(bench, make_policy):
@@ -113,7 +120,7 @@ async def test_a_window_that_is_over_holds_nothing_back_and_says_when_the_next_o
     denied = await asked(bench, lease, 1)
     assert denied.limit["ends_at"] in denied.unblock
     bench.sql("UPDATE budgets SET starts_at = starts_at - interval '1 day' WHERE period = 'day'")
-    bench.sql("UPDATE reservations SET starts_at = starts_at - interval '1 day' WHERE period = 'day'")
+    bench.sql(YESTERDAY)
     assert isinstance(await asked(bench, lease, 2), Granted)
 
 
@@ -124,7 +131,7 @@ async def test_a_call_is_charged_to_the_window_in_which_it_was_granted(writing):
     granted = await asked(bench, lease, 0)
     await bench.begin(granted.grant, lease)
     bench.sql("UPDATE budgets SET starts_at = starts_at - interval '1 day' WHERE period = 'day'")
-    bench.sql("UPDATE reservations SET starts_at = starts_at - interval '1 day' WHERE period = 'day'")
+    bench.sql(YESTERDAY)
     assert isinstance(await asked(bench, lease, 1), Granted)
     plane = bench.control_plane
     await plane.settle(

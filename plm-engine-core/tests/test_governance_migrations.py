@@ -15,7 +15,7 @@ from plm_shared.sqlalchemy_kernel_emitter import ledger_function
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = tuple(f"{number:04}" for number in range(13, 33))
+REVISIONS = tuple(f"{number:04}" for number in range(13, 34))
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -121,8 +121,8 @@ def test_every_function_stands_in_a_shipped_file_or_its_migration(engine_databas
 
 
 def test_the_function_that_writes_the_ledger_is_the_one_that_its_emitter_renders() -> None:
-    shipped = files("plm_engine_core") / "migrations" / "versions" / "0031_ledger_v1.sql"
-    assert shipped.read_text().endswith(ledger_function("engine_write_ledger_v1"))
+    shipped = files("plm_engine_core") / "migrations" / "versions" / "0033_ledger_v2.sql"
+    assert shipped.read_text().endswith(ledger_function("engine_write_ledger_v2"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from plm_engine_core.control_plane import ControlPlane, Denied, Granted
 from plm_engine_core.control_plane.events import BEGINNING, rebuild, verify_tenant
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
-from plm_engine_core.control_plane.storage.postgres.admission import PostgresAdmission
+from plm_engine_core.control_plane.storage.postgres.admission import PostgresAdmission, _buckets_json
 from plm_engine_core.control_plane.storage.postgres.gateway import jsonb
 from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, OutcomeStatus, Reason
 
@@ -39,6 +39,11 @@ class AnyRelease(PostgresAdmission):
 
     async def admit(self, command, *, connection=None):
         return await self._one(command.tenant_id, f"engine_admit_v{self._release('admit')}(%s)", _json(command))
+
+    async def admit_as_assumed(self, command, assumed):
+        booked = f"engine_admit_v{self._release('admit')}(%s)"
+        values = [*_json(command), command.tenant_id, command.run_id, _buckets_json(tuple(assumed.buckets))]
+        return await self._one(command.tenant_id, f"engine_as_assumed_v1({booked}, %s, %s, %s)", values)
 
     async def begin(self, grant, *, fencing_token, actor):
         version = self._release("begin")

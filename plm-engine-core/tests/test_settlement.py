@@ -297,6 +297,23 @@ async def test_an_outcome_that_cannot_be_stored_is_refused_by_path_and_can_be_se
 
 
 @pytest.mark.postgres_only
+async def test_a_ledger_row_of_another_key_in_the_way_leaves_nothing_of_the_settlement(bench):
+    lease = await bench.lease()
+    grant = await bench.begun(lease)
+    with psycopg.connect(bench.database.app) as connection:
+        connection.execute("SELECT set_config('app.tenant_id', %s, true)", [str(bench.tenant)])
+        connection.execute(
+            "INSERT INTO telemetry_events (id, tenant_id, trace_id, span_id, event_type, capability, payload,"
+            " idempotency_key) VALUES (gen_random_uuid(), %s, %s, %s, 'capability_call', 'thing.read', '{}', 'other')",
+            [bench.tenant, lease.run.trace_id, grant.span_id],
+        )
+    with pytest.raises(Conflict, match="uq_telemetry_events_logical"):
+        await bench.settle(grant, lease)
+    assert await bench.budget(lease.run, "run", CALLS) == (0, 1)
+    assert "step_settled" not in await bench.kinds(lease.run)
+
+
+@pytest.mark.postgres_only
 class TestOnTheCallersConnection:
     """The caller's transaction decides what becomes of it."""
 

@@ -107,6 +107,12 @@ class _Table:
             " WHERE r.run_id IS NOT NULL AND NOT EXISTS"
             " (SELECT FROM runs WHERE runs.tenant_id = %(tenant_id)s::uuid AND runs.id = r.run_id)"
         )
+        self.unpriced = (
+            "EXISTS (SELECT FROM json_to_recordset(%(rows)s::json) AS r (priced_model text, snapshot_date date)"
+            " WHERE r.priced_model IS NOT NULL AND NOT EXISTS (SELECT FROM pricing_snapshots AS s"
+            " WHERE s.tenant_id = %(tenant_id)s::uuid AND s.model = r.priced_model"
+            " AND s.snapshot_date = r.snapshot_date))"
+        )
         self.snapshot = (
             "INSERT INTO"  # noqa: S608 - our own constants
             " pricing_snapshots (id, tenant_id, model, snapshot_date, pricing_version,"
@@ -221,20 +227,32 @@ def ledger_function(name: str) -> str:
 
     ``p_ledger`` maps tables to lists of the objects that ``ledger_record`` renders. The transaction must hold a lock
     that keeps every other writer of their keys out, as for ``alone`` of ``ledger_statements``, which it then equals.
+
+    Nearly always every row is new, which the insert itself finds out; only where one was not is looked for the row in
+    its way. So no plan that was made while the tables were small can make every call read all of them.
     """
-    parts = []
-    for table in _TABLES.values():
-        texts = [*([table.snapshot] if table.priced else []), table.insert_or_fail]
-        inserts = "".join(f"        {text};\n" for text in texts)
-        parts.append(
-            f"    v_rows := p_ledger -> '{table.name}';\n    IF v_rows IS NOT NULL THEN\n{inserts}    END IF;\n"
-        )
-    body = "".join(parts).replace("%(tenant_id)s::uuid", "p_tenant").replace("%(rows)s::json", "v_rows")
+    body = "".join(_written(table) for table in _TABLES.values())
+    body = body.replace("%(tenant_id)s::uuid", "p_tenant").replace("%(rows)s::json", "v_rows")
     return (
         f"CREATE FUNCTION {name}(p_tenant uuid, p_ledger json) RETURNS void\n"
         "LANGUAGE plpgsql VOLATILE SECURITY INVOKER SET search_path = pg_catalog, public, pg_temp AS $$\n"
-        f"DECLARE\n    v_rows json;\nBEGIN\n{body}END\n$$;\n"
+        f"DECLARE\n    v_rows json;\n    v_new  integer;\nBEGIN\n{body}END\n$$;\n"
     )
+
+
+def _written(table: _Table) -> str:
+    lines = [f"    v_rows := p_ledger -> '{table.name}';", "    IF v_rows IS NOT NULL THEN"]
+    if table.priced:
+        lines += [f"        IF {table.unpriced} THEN", f"            {table.snapshot};", "        END IF;"]
+    lines += [
+        f"        {table.insert_new};",
+        "        GET DIAGNOSTICS v_new = ROW_COUNT;",
+        "        IF v_new < json_array_length(v_rows) THEN",
+        f"            {table.insert_or_fail};",
+        "        END IF;",
+        "    END IF;",
+    ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 _REBUILT: Final = re.compile(r"_cc(?:new|old)\d*$")  # what REINDEX CONCURRENTLY appends to the one of two that goes

@@ -164,8 +164,8 @@ def _tenant_spend(cluster: Any, errands: list[Errand]) -> dict[str, Decimal]:
 
 def _disowned(cluster: Any, errands: list[Errand]) -> Counter[str]:
     rows = cluster.query(
-        "SELECT r.unit, sum(r.settled) FROM reservations AS r "
-        "JOIN grants AS g ON g.tenant_id = r.tenant_id AND g.id = r.grant_id "
+        "SELECT r.unit, sum(COALESCE((g.charged ->> r.unit)::numeric, r.amount)) FROM grants AS g "
+        "CROSS JOIN jsonb_to_recordset(g.reserved) AS r (scope_kind text, unit text, amount numeric) "
         "JOIN run_steps AS s ON s.tenant_id = g.tenant_id AND s.grant_id = g.id "
         "WHERE g.run_id = ANY(%s) AND g.outcome = 'outcome_unknown' AND s.state = 'not_started' "
         "AND r.scope_kind = 'run' GROUP BY r.unit",

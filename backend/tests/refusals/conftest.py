@@ -28,8 +28,7 @@ from plm_shared.testing.databases import create_tenants
 PAGE = (Path(__file__).parents[3] / "docs" / "api.md").read_text(encoding="utf-8")
 ENDED = {"succeeded", "failed", "cancelled"}
 UNSETTLED = (
-    "SELECT count(*) FROM grants AS g LEFT JOIN reservations AS r ON r.tenant_id = g.tenant_id AND r.grant_id = g.id "
-    "WHERE g.run_id = %s AND (g.state <> 'settled' OR r.settled IS NULL)"
+    "SELECT count(*) FROM grants WHERE run_id = %s AND (state <> 'settled' OR reserved IS NULL OR charged IS NULL)"
 )
 
 

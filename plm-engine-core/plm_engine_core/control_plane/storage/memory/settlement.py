@@ -34,8 +34,6 @@ class MemorySettlement:
         outcome = kept_json(settle_json(command), root="outcome")
         async with self._books.turn() as books:
             grant, name = _hold_grant(books, command), (command.tenant_id, command.grant_id)
-            for entry in command.ledger:
-                _write_ledger(books, command.tenant_id, command.run_id, entry)
             if grant["state"] == "settled":
                 return {"status": grant["outcome"], "spent": spent(books, *name), "replayed": True}
             if grant["state"] in ("issued", "revoked") and outcome["status"] != "not_started":
@@ -43,6 +41,8 @@ class MemorySettlement:
                     f"grant {grant['id']} was never begun, so its call cannot have ended as {outcome['status']}",
                     reason="state",
                 )
+            for entry in command.ledger:
+                _write_ledger(books, command.tenant_id, command.run_id, entry)
             overrun = charge(books, *name, outcome["charges"])
             _write_outcome(books, grant, outcome)
             cost = spent(books, *name)
