@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from plm_backend.settings import Settings
 from plm_engine_core.cli import build_app
 from plugin_substrate.cli import app as plugin_app
 from typer.main import get_command
 from typer.testing import CliRunner
 
-PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+REPOSITORY = Path(__file__).parents[2]
+PAGE = REPOSITORY / "docs" / "cli.md"
 
 
 def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
@@ -43,3 +46,31 @@ def test_every_command_explains_itself_and_loses_nothing_of_what_it_says(app: An
             command = command.commands[name]  # type: ignore[attr-defined]
         for parameter in command.params:
             assert " ".join((getattr(parameter, "help", None) or "").split()) in " ".join(asked.stdout.split()), path
+
+
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), *sorted(REPOSITORY.glob("*/README.md"))]
+PACKAGES = ("plm-shared", "plm-engine-core", "plugin-substrate", "backend", "dev")
+SOURCES = [*(path for name in PACKAGES for path in (REPOSITORY / name).rglob("*.py")), REPOSITORY / "Makefile"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_what_a_page_tells_to_type_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    code = re.findall(r"`([^`\n]+)`", text) + "".join(re.findall(r"^```sh\n(.*?)^```", text, re.M | re.S)).splitlines()
+    programs = {"plm-cli": get_command(build_app()), "cjm-ctl": get_command(plugin_app)}
+    for line in code:
+        for program, rest in re.findall(r"\b(plm-cli|cjm-ctl)((?: [a-z][a-z-]*)*)", line):
+            command = programs[program]
+            for word in rest.split():
+                if not (known := getattr(command, "commands", {})):
+                    break
+                assert word in known, f"{line!r}: {program} has no {word!r}"
+                command = known[word]
+
+
+def test_every_setting_that_a_page_names_is_read_somewhere() -> None:
+    name = re.compile(r"\b(?:PLM|CJM)_[A-Z][A-Z_]+\b")
+    read = {f"PLM_{field.upper()}" for field in Settings.model_fields}
+    read.update(*(name.findall(path.read_text(encoding="utf-8")) for path in SOURCES))
+    for page in PAGES:
+        assert set(name.findall(page.read_text(encoding="utf-8"))) <= read, page.name
