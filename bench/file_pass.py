@@ -123,7 +123,7 @@ def measure_staging(folder: Path) -> dict[str, Figure]:
     raw: list[float] = []
     workspaces = []
     for number in range(rounds):
-        workspace = Workspace(tree, folder, protected=ProtectedPaths(), limits=PassLimits())
+        workspace = Workspace(tree, folder, protected=ProtectedPaths(), limits=PassLimits(), supervisor=os.getpid())
         workspaces.append(workspace)
         with timed(copies):
             stage = workspace.stage()

@@ -1,7 +1,9 @@
-"""Kills processes that carry changes over to a tree, before each thing that they do to the disk.
+"""Kills processes that change a tree for a plugin, before each thing that they do to the disk.
 
-Run by `test_pass_kills`: ``matrix FOLDER EVERY`` kills one at each point, and after each EVERY-th of them the recovery
-too, at each of its points; ``host PLUGINS TREE POINT`` runs a pass and is killed when it carries over.
+Run by `test_pass_kills`: ``matrix FOLDER EVERY`` kills one that carries over at each point, and after each EVERY-th of
+them the recovery too, at each of its points; ``in-place FOLDER EVERY`` does so with one that puts back what is
+protected; ``host PLUGINS TREE POINT`` runs a pass and is killed when it carries over, and ``host-in-place PLUGINS TREE
+WORK`` runs one in place.
 """
 
 from __future__ import annotations
@@ -12,28 +14,46 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from plugin_substrate.passes import PassLimits, PluginContext, PluginHost, PluginRegistry, ProtectedPaths, recover
-from plugin_substrate.passes import applying as applying_module
-from plugin_substrate.passes import carry_over as carry_over_module
+from plugin_substrate import removal
+from plugin_substrate.passes import (
+    PassLimits,
+    PluginContext,
+    PluginHost,
+    PluginRegistry,
+    ProtectedPaths,
+    applying,
+    backup_record,
+    carry_over,
+    in_place,
+    recover,
+)
 from plugin_substrate.passes import tree as tree_module
 from plugin_substrate.passes.applying import apply
 from plugin_substrate.passes.changes import compare
 from plugin_substrate.passes.records import UNFINISHED
 from plugin_substrate.passes.staging import copy_tree
 from plugin_substrate.passes.tree import open_folder, scan
+from plugin_substrate.passes.workspace import Workspace
 
 Facts = dict[str, Any]
+
+PROTECTED = ProtectedPaths(names=frozenset({"README", "second", "link"}), folders=frozenset({"kept"}))
+IN_PLACE = PassLimits(staged_files=1)
 
 
 class DiskUntil:
     """`os`, of which the so-many-th change of the disk comes only after ``then`` was called."""
 
-    CHANGES = frozenset({"mkdir", "symlink", "rename", "link", "unlink", "rmdir", "write", "fchmod"})
+    CHANGES = frozenset(
+        {"mkdir", "symlink", "rename", "link", "unlink", "rmdir", "write", "fchmod", "chmod", "utime", "chown"}
+    )
 
     def __init__(self, left: int, then: Callable[[], None]) -> None:
         self.left = left
@@ -52,9 +72,9 @@ class DiskUntil:
 
         return counted
 
-    def instead_of_os(self) -> None:
-        """Take the place of `os` in everything that carries changes over."""
-        for module in (applying_module, carry_over_module, tree_module):
+    def instead_of_os(self, *others: ModuleType) -> None:
+        """Take the place of `os` in everything that carries changes over, and in other modules."""
+        for module in (applying, carry_over, tree_module, *others):
             module.os = self  # type: ignore[attr-defined]
 
 
@@ -62,7 +82,7 @@ def killed_at(point: int, work: Callable[[], object]) -> bool:
     """Do the work in a process that is killed at a point; tells whether it came there."""
     pid = os.fork()
     if pid == 0:
-        DiskUntil(point, lambda: os.kill(os.getpid(), signal.SIGKILL)).instead_of_os()
+        DiskUntil(point, lambda: os.kill(os.getpid(), signal.SIGKILL)).instead_of_os(backup_record, in_place, removal)
         work()
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
@@ -151,20 +171,114 @@ def matrix(folder: Path, every: int) -> None:
     sys.stdout.write(f"{point}\n")
 
 
+class Harmed:
+    """A tree that is worked on in place, and a plugin that spares nothing of what is protected."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tree, self.work = folder / "tree", folder / "work"
+        self.work.mkdir(parents=True)
+        (self.tree / "kept" / "deep").mkdir(parents=True)
+        for name in ("README", "second", "kept/one", "kept/deep/two", "free"):
+            (self.tree / name).write_text(name)
+        (self.tree / "README").chmod(0o640)
+        (self.tree / "link").symlink_to("README")
+        self.was = self.protected()
+
+    def of_somebody_else(self) -> Harmed:
+        """Have it belong to another user in part, if we may."""
+        with suppress(PermissionError):
+            for name in ("README", "second", "kept/deep", "link"):
+                os.chown(self.tree / name, 4321, 4321, follow_symlinks=False)
+        self.was = self.protected()
+        return self
+
+    def protected(self) -> Facts:
+        """What must be put back: kind, permissions, owner, content and time, whatever inode it has."""
+        found = facts(self.tree)
+        names = {str(Path(path).relative_to(self.tree)): path for path in found}
+        return {
+            name: [each for number, each in enumerate(found[path]) if number != 1]
+            for name, path in names.items()
+            if PROTECTED.covers(name)
+        }
+
+    def harm(self) -> None:
+        (self.tree / "README").write_text("the plugin's")
+        (self.tree / "second").unlink()
+        (self.tree / "second").mkdir()
+        (self.tree / "second" / "full").write_text("the plugin's")
+        (self.tree / "link").unlink()
+        (self.tree / "link").write_text("the plugin's")
+        (self.tree / "kept" / "one").chmod(0o600)
+        (self.tree / "kept" / "new").write_text("the plugin's")
+        shutil.rmtree(self.tree / "kept" / "deep")
+        (self.tree / "free").write_text("the plugin's")
+
+    def work_in_place(self) -> None:
+        workspace = Workspace(self.tree, self.work, protected=PROTECTED, limits=IN_PLACE, supervisor=0)
+        stage = workspace.stage()
+        self.harm()
+        assert stage.changes().violations
+        stage.reject()
+        workspace.close()
+
+
+def said(protected: Facts) -> Facts:
+    """What is to be kept of what stands at protected paths: kind and permissions, content or target."""
+    return {name: (mode, more[2:] and more[-1]) for name, (mode, *more) in protected.items()}
+
+
+def in_place_matrix(folder: Path, every: int) -> None:
+    for point in count(1):
+        harmed = Harmed(folder / str(point)).of_somebody_else()
+        killed = killed_at(point, harmed.work_in_place)
+        assert killed or harmed.protected() == harmed.was
+        changed = said(harmed.protected()) != said(harmed.was)
+        again = partial(recover, harmed.tree, harmed.work)
+        second = 1 if point % every == 0 else 0
+        while second and killed_at(second, again):
+            second += 1
+        again()
+        assert harmed.protected() == harmed.was, point
+        assert not again()
+        if not killed:
+            break
+        kept = list(harmed.work.glob("*/replaced-*/*"))
+        assert bool(kept) or not changed, "what stood there is kept"
+        Workspace(harmed.tree, harmed.work, protected=PROTECTED, limits=IN_PLACE, supervisor=0).scratch()
+        assert sorted(harmed.work.glob("*/replaced-*/*")) == sorted(kept)
+        assert not list(harmed.work.glob("*/protected-*"))
+    sys.stdout.write(f"{point}\n")
+
+
+def host_in_place(plugins: Path, tree: Path, work: Path) -> None:
+    """Run all plugins over all files of a tree in place."""
+    host = PluginHost(PluginRegistry(plugins), protected=PROTECTED, limits=IN_PLACE, work_dir=work)
+    run_all(host, tree)
+
+
 def host(plugins: Path, tree: Path, point: int) -> None:
     """Run all plugins over all files of a tree, and be killed in the middle of carrying over."""
     DiskUntil(point, lambda: os.kill(os.getpid(), signal.SIGKILL)).instead_of_os()
+    run_all(PluginHost(PluginRegistry(plugins)), tree)
+
+
+def run_all(host: PluginHost, tree: Path) -> None:
     names = [str(path.relative_to(tree)) for path in tree.rglob("*.txt")]
 
     async def ask(_: object) -> None:
         return None
 
-    one_pass = PluginHost(PluginRegistry(plugins)).run_pass(PluginContext(variables={}, dst_root=tree), names, [], ask)
-    asyncio.run(one_pass)
+    asyncio.run(host.run_pass(PluginContext(variables={}, dst_root=tree), names, [], ask))
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "matrix":
-        matrix(Path(sys.argv[2]), int(sys.argv[3]))
+    verb, first, second_argument, *third = sys.argv[1:]
+    if verb == "matrix":
+        matrix(Path(first), int(second_argument))
+    elif verb == "in-place":
+        in_place_matrix(Path(first), int(second_argument))
+    elif verb == "host":
+        host(Path(first), Path(second_argument), int(third[0]))
     else:
-        host(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]))
+        host_in_place(Path(first), Path(second_argument), Path(third[0]))

@@ -5,19 +5,24 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pass_kills
 import pytest
-from plugin_substrate.passes import CarryOverError, PluginContext, PluginHost, PluginRegistry, recover
+from plugin_substrate.passes import CarryOverError, PluginContext, PluginHost, PluginRegistry, recover, recovery
 from plugin_substrate.passes.records import UNFINISHED
+from plugin_substrate.passes.work_folder import WorkFolder
+from plugin_substrate.sweep import start_of
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
 
+MANIFEST = "name: editor\nversion: '1'\nsupported_extensions: [.txt]\napi_version: '1'\n"
 PLUGIN = """
 from plugin_substrate.file_plugin import FilePlugin
 class Plugin(FilePlugin):
@@ -42,6 +47,12 @@ def test_a_kill_at_any_point_leaves_a_tree_that_recovers_whole(tmp_path: Path) -
     assert int(done.stdout) > 30, "there are that many points at least"
 
 
+def test_a_kill_at_any_point_of_work_in_place_leaves_what_is_protected_to_be_put_back(tmp_path: Path) -> None:
+    done = run_helper("in-place", tmp_path, 1 if SOAK >= 1 else 8)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20, "there are that many points at least"
+
+
 async def never(_: object) -> None:
     raise AssertionError
 
@@ -51,9 +62,7 @@ async def test_the_pass_after_a_killed_one_works_on_the_tree_as_it_was(tmp_path:
     package.mkdir(parents=True)
     tree.mkdir()
     (package / "__init__.py").write_text(PLUGIN)
-    (package / "manifest.yml").write_text(
-        "name: editor\nversion: '1'\nsupported_extensions: [.txt]\napi_version: '1'\n"
-    )
+    (package / "manifest.yml").write_text(MANIFEST)
     names = [f"{number}.txt" for number in range(5)]
     for name in names:
         (tree / name).write_text(name)
@@ -67,6 +76,112 @@ async def test_the_pass_after_a_killed_one_works_on_the_tree_as_it_was(tmp_path:
     result = await PluginHost(PluginRegistry(package.parent)).run_pass(context, names, [], never)
     assert [record["status"] for record in result.applied] == ["skipped"], result
     assert pass_kills.facts(tree) == before
+
+
+ROGUE = """
+from plugin_substrate.file_plugin import FilePlugin
+class Plugin(FilePlugin):
+    name, version, supported_extensions = "editor", "1", [".txt"]
+    def can_handle(self, path, variables):
+        return True
+    def transform(self, path, ctx):
+        unfinished = ctx.dst_root / ".file-pass-unfinished"
+        unfinished.mkdir(mode=0o700)
+        (unfinished / "journal").write_text("mine")
+        (ctx.dst_root / "second").unlink()
+        number = 0
+        while True:
+            number += 1
+            (ctx.dst_root / "README").write_text(f"the plugin's {number}")
+            path.write_text("edited")
+"""
+
+
+@pytest.fixture
+def killed_in_place(tmp_path: Path) -> pass_kills.Harmed:
+    """A tree, and the work folder of a host that was just killed while a plugin worked on it in place.
+
+    The plugin may be at work a moment longer: it has removed ``second``, and writes to ``README`` all the time.
+    """
+    package = tmp_path / "plugins" / "editor"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(ROGUE)
+    (package / "manifest.yml").write_text(MANIFEST)
+    harmed = pass_kills.Harmed(tmp_path)
+    edited = harmed.tree / "a.txt"
+    edited.write_text("a")
+    command = [sys.executable, pass_kills.__file__, "host-in-place", package.parent, harmed.tree, harmed.work]
+    host = subprocess.Popen(list(map(str, command)))
+    try:
+        deadline = time.monotonic() + 60
+        while edited.read_text() != "edited":
+            assert host.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        host.kill()
+        host.wait()
+    return harmed
+
+
+async def test_the_pass_after_one_that_was_killed_in_place_finds_what_is_protected_as_it_was(
+    killed_in_place: pass_kills.Harmed, tmp_path: Path
+) -> None:
+    code = tmp_path / "plugins" / "editor" / "__init__.py"
+    code.write_text(PLUGIN.replace('path.write_text("edited")', "pass"))
+    host = PluginHost(PluginRegistry(tmp_path / "plugins"), work_dir=killed_in_place.work)
+    context = PluginContext(variables={}, dst_root=killed_in_place.tree)
+    result = await host.run_pass(context, ["a.txt"], [], never)
+    assert [record["status"] for record in result.applied] == ["skipped"], result
+    assert killed_in_place.protected() == killed_in_place.was
+    assert not (killed_in_place.tree / UNFINISHED).exists(), "a forged journal is taken away, not followed"
+    assert {path.name.partition("-")[0] for path in killed_in_place.work.glob("*/*")} == {"replaced"}
+
+
+def test_what_somebody_wrote_after_a_kill_in_place_is_kept_beside(killed_in_place: pass_kills.Harmed) -> None:
+    (killed_in_place.tree / "kept" / "one").write_text("somebody's")
+    assert recover(killed_in_place.tree, killed_in_place.work)
+    assert killed_in_place.protected() == killed_in_place.was
+    (record,) = killed_in_place.work.glob("*/replaced-*/record.json")
+    number = list(json.loads(record.read_text())["kept"]).index("kept/one")
+    assert (record.parent / str(number)).read_text() == "somebody's"
+    assert not recover(killed_in_place.tree, killed_in_place.work)
+
+
+def test_nothing_is_put_back_while_a_plugin_of_the_killed_host_may_be_at_work(
+    killed_in_place: pass_kills.Harmed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place,) = killed_in_place.work.glob("*/protected-*/record.json")
+    record = json.loads(place.read_text())
+    place.write_text(json.dumps({**record, "supervisor": [os.getpid(), start_of(os.getpid())]}))
+    monkeypatch.setattr(recovery, "_SECONDS_TO_DIE", 0.0)
+    with pytest.raises(CarryOverError, match=f"process {os.getpid()}, .* is still at work on it"):
+        recover(killed_in_place.tree, killed_in_place.work)
+    assert "second" not in killed_in_place.protected()
+    place.write_text(json.dumps(record))
+    monkeypatch.undo()
+    assert recover(killed_in_place.tree, killed_in_place.work)
+    assert killed_in_place.protected() == killed_in_place.was
+
+
+def test_a_backup_is_for_no_other_tree_and_no_other_host(
+    killed_in_place: pass_kills.Harmed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    assert not recover(other, killed_in_place.work)
+    recover(killed_in_place.tree, other)
+    assert "second" not in killed_in_place.protected(), "work folders are looked for where they were made"
+    WorkFolder(killed_in_place.work).remove()
+    assert "the next pass over it puts back what is protected" in caplog.text
+    killed_in_place.tree.rename(tmp_path / "moved")
+    shutil.copytree(tmp_path / "moved", killed_in_place.tree, symlinks=True)
+    assert not recover(killed_in_place.tree, killed_in_place.work), "it was made anew"
+    assert "second" not in killed_in_place.protected()
+    shutil.rmtree(killed_in_place.tree)
+    (tmp_path / "moved").rename(killed_in_place.tree)
+    assert recover(killed_in_place.tree, killed_in_place.work)
+    assert killed_in_place.protected() == killed_in_place.was
 
 
 # -- what is not ours to put right

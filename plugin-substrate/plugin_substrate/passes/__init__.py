@@ -2,7 +2,7 @@
 
 from plugin_substrate.errors import PluginError
 from plugin_substrate.file_plugin import FileChange, FilePlugin, PluginContext, PluginInputRequired
-from plugin_substrate.passes.carry_over import CarryOverError, recover
+from plugin_substrate.passes.carry_over import CarryOverError
 from plugin_substrate.passes.host import PluginHost
 from plugin_substrate.passes.records import (
     InputDeclined,
@@ -14,6 +14,7 @@ from plugin_substrate.passes.records import (
     PluginStatus,
     ProtectedPaths,
 )
+from plugin_substrate.passes.recovery import recover
 from plugin_substrate.passes.registry import PluginRegistry, RegistryReport
 
 __all__ = [

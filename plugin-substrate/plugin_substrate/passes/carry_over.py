@@ -36,7 +36,7 @@ from plugin_substrate.passes.tree import (
     shown,
 )
 
-__all__ = ["CarryOver", "CarryOverError", "Step", "TreeChangedError", "begin", "mark", "ready", "recover"]
+__all__ = ["CarryOver", "CarryOverError", "Step", "TreeChangedError", "begin", "mark", "ready", "undo_unfinished"]
 
 _JOURNAL, _DONE = "journal", "done"
 _LOCKABLE = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -212,7 +212,7 @@ def begin(tree: int) -> Iterator[CarryOver]:
         _remove(carry_over)
 
 
-def recover(root: Path) -> bool:
+def undo_unfinished(root: Path) -> bool:
     """Take back what a host was killed over carrying over; where it had come to the end, only tidy up.
 
     Tells whether there was anything to be done. A `CarryOverError` says what somebody has to look at, and that another

@@ -111,8 +111,10 @@ class PluginHost:
         """
         root = ctx.dst_root.resolve(strict=True)
         files = [_relative(root, path) for path in file_paths]
-        workspace = Workspace(root, self._work_dir, protected=self._protected, limits=self._limits)
         supervisor = Supervisor(sys.executable)
+        workspace = Workspace(
+            root, self._work_dir, protected=self._protected, limits=self._limits, supervisor=supervisor.pid
+        )
         try:
             one_pass = _Pass(
                 ctx=ctx,

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
+from plugin_substrate.passes.backup_record import BackupRecord
 from plugin_substrate.passes.changes import Changes
-from plugin_substrate.passes.records import PassLimits, ProtectedPaths
+from plugin_substrate.passes.records import ProtectedPaths
 from plugin_substrate.passes.staging import copy_file, same_content
 from plugin_substrate.passes.tree import (
     CREATE,
@@ -31,18 +34,48 @@ __all__ = ["ProtectedBackup"]
 class ProtectedBackup:
     """Copies of everything protected in a tree, and how to put it back, byte by byte and following no link."""
 
-    def __init__(self, root: Path, store: Path, *, protected: ProtectedPaths, limits: PassLimits) -> None:
-        """Copy from ``root`` into the empty folder ``store``; both stay open until `close`."""
+    def __init__(self, root: Path, store: Path, *, protected: ProtectedPaths, depth: int) -> None:
+        """Work on a tree and the folder of the copies; both stay open until `close`. See `make` and `found`."""
         self._root = os.open(root, FOLDER)
         self._store = os.open(store, FOLDER)
         self._protected = protected
-        self._limits = limits
-        self.before = scan(self._root, depth=limits.tree_depth)  #: what the tree was
-        self._kept = {path: entry for path, entry in self.before.items() if protected.covers(path)}
-        self._copies = {path: str(number) for number, path in enumerate(self._kept)}
-        for path, entry in self._kept.items():
-            if entry.kind is Kind.FILE:
-                self._copy(path)
+        self._depth = depth
+        self.before: Mapping[str, Entry] = {}  #: what the tree was, when this was made of it
+        self._kept: Mapping[str, Entry] = {}
+        self._copies: dict[str, str] = {}
+
+    @classmethod
+    def make(
+        cls, root: Path, store: Path, *, protected: ProtectedPaths, depth: int, supervisor: tuple[int, str]
+    ) -> ProtectedBackup:
+        """Copy from ``root`` into the empty folder ``store``, for this host or, should it be killed, for another."""
+        backup = cls(root, store, protected=protected, depth=depth)
+        try:
+            backup.before = scan(backup._root, depth=depth)
+            backup._keep({path: entry for path, entry in backup.before.items() if protected.covers(path)})
+            for path, entry in backup._kept.items():
+                if entry.kind is Kind.FILE:
+                    backup._copy(path)
+            record = BackupRecord(
+                tree=str(root.resolve()),
+                inode=os.fstat(backup._root).st_ino,
+                supervisor=supervisor,
+                protected=protected,
+                depth=depth,
+                kept=backup._kept,
+            )
+            record.write(backup._store)
+        except BaseException:
+            backup.close()
+            raise
+        return backup
+
+    @classmethod
+    def found(cls, root: Path, store: Path, record: BackupRecord) -> ProtectedBackup:
+        """Take up what a killed host copied."""
+        backup = cls(root, store, protected=record.protected, depth=record.depth)
+        backup._keep(record.kept)
+        return backup
 
     def close(self) -> None:
         """Give up both folders."""
@@ -52,7 +85,7 @@ class ProtectedBackup:
     def changes(self) -> Changes:
         """Say what has changed, by facts and not by content, but for what is protected."""
         try:
-            after = scan(self._root, depth=self._limits.tree_depth)
+            after = scan(self._root, depth=self._depth)
         except TreeTooLargeError as error:
             return Changes(violations={".": str(error)})
         written = {path: entry for path, entry in after.items() if self._is_new(path, entry)}
@@ -64,6 +97,12 @@ class ProtectedBackup:
             elif entry.mode & 0o7000 and entry.kind is Kind.FILE:
                 violations.setdefault(shown(path), "has set-id or sticky bits")
         return Changes(written=written, removed=removed, violations=dict(sorted(violations.items())))
+
+    def changed(self) -> list[str]:
+        """Return the protected paths that are not what they were, apart from their times."""
+        now = scan(self._root, depth=self._depth)
+        paths = self._kept.keys() | set(filter(self._protected.covers, now))
+        return sorted(path for path in paths if not self._stands(path, now.get(path)))
 
     def restore(self) -> None:
         """Make everything protected what it was: content, permissions, owner and time.
@@ -92,7 +131,7 @@ class ProtectedBackup:
             if entry is not None and entry.kind is Kind.FOLDER:
                 try:
                     with opened(name, FOLDER, folder) as inner:
-                        below = scan(inner, depth=self._limits.tree_depth)
+                        below = scan(inner, depth=self._depth)
                 except OSError:  # nobody can say what is in it: it is made anew from the backup
                     entry = None
                     remove_below(folder, name)
@@ -100,6 +139,17 @@ class ProtectedBackup:
             self._take_away(f"{top}/{path}", now)
         if entry is not None:
             self._take_away(top, entry)
+
+    def _keep(self, kept: Mapping[str, Entry]) -> None:
+        self._kept = kept
+        self._copies = {path: str(number) for number, path in enumerate(kept)}
+
+    def _stands(self, path: str, now: Entry | None) -> bool:
+        """Whether at a path stands what stood there."""
+        old = self._kept.get(path)
+        if old is None or now is None or (old.kind, old.mode, old.target) != (now.kind, now.mode, now.target):
+            return False
+        return old.kind is not Kind.FILE or self._is_copy(path)
 
     def _is_new(self, path: str, entry: Entry) -> bool:
         old = self.before.get(path)
@@ -124,13 +174,16 @@ class ProtectedBackup:
             copy_file(source, target, os.fstat(source).st_size)
 
     def _is_copy(self, path: str) -> bool:
+        """Whether a file holds what it held; not so where its rights were taken away, and nobody can say."""
         parent, _, name = path.rpartition("/")
         with (
+            suppress(PermissionError),
             open_below(self._root, parent) as folder,
             opened(name, READ, folder) as now,
             opened(self._copies[path], READ, self._store) as kept,
         ):
             return same_content(now, kept)
+        return False
 
     def _take_away(self, path: str, now: Entry) -> None:
         """Remove what was not there, or was something else."""
@@ -144,19 +197,14 @@ class ProtectedBackup:
         parent, _, name = path.rpartition("/")
         with open_below(self._root, parent) as folder:
             now = look(folder, name)
-            if entry.kind is Kind.FOLDER:
-                if now is None:
-                    os.mkdir(name, 0o700, dir_fd=folder)
-                os.chmod(name, entry.mode, dir_fd=folder)
-            elif entry.kind is Kind.LINK:
-                if now is None or now.target != entry.target:
-                    remove_entry(folder, name)
-                    os.symlink(entry.target, name, dir_fd=folder)
+            if entry.kind is Kind.FOLDER and now is None:
+                os.mkdir(name, 0o700, dir_fd=folder)
+            elif entry.kind is Kind.LINK and (now is None or now.target != entry.target):
+                remove_entry(folder, name)
+                os.symlink(entry.target, name, dir_fd=folder)
             elif entry.kind is Kind.FILE and (now is None or not self._is_copy(path)):
                 self._write_back(folder, name, path, entry)
-            elif now is not None and (now.mode, now.modified) != (entry.mode, entry.modified):
-                os.chmod(name, entry.mode, dir_fd=folder)
-                os.utime(name, ns=(entry.modified, entry.modified), dir_fd=folder, follow_symlinks=False)
+            _make_as_it_was(folder, name, entry)
 
     def _write_back(self, folder: int, name: str, path: str, entry: Entry) -> None:
         temporary = f".{name[:100]}.{secrets.token_hex(8)}"  # which nobody can have put in the way
@@ -169,3 +217,18 @@ class ProtectedBackup:
         except BaseException:
             remove_entry(folder, temporary)
             raise
+
+
+def _make_as_it_was(folder: int, name: str, entry: Entry) -> None:
+    """Have what stands at a name the permissions, time and owner that it had; the last takes a privileged host."""
+    now = look(folder, name)
+    if now is None or now.kind is not entry.kind:
+        return
+    if now.mode != entry.mode and entry.kind is not Kind.LINK:
+        os.chmod(name, entry.mode, dir_fd=folder)
+    if now.modified != entry.modified and entry.kind is not Kind.FOLDER:
+        os.utime(name, ns=(entry.modified, entry.modified), dir_fd=folder, follow_symlinks=False)
+    if (now.owner, now.group) != (entry.owner, entry.group):
+        os.chown(name, entry.owner, entry.group, dir_fd=folder, follow_symlinks=False)
+        if entry.kind is Kind.FILE:
+            os.chmod(name, entry.mode, dir_fd=folder)  # of which a new owner takes the special bits away

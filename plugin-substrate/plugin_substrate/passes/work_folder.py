@@ -7,18 +7,20 @@ import logging
 import os
 import tempfile
 from array import array
+from collections.abc import Iterator
 from contextlib import suppress
 from enum import Enum, auto
 from pathlib import Path
 
-from plugin_substrate.passes.tree import FOLDER, names_in, open_folder
+from plugin_substrate.passes.backup_record import BackupRecord
+from plugin_substrate.passes.tree import FOLDER, open_folder
 from plugin_substrate.removal import remove_tree
 
-__all__ = ["WorkFolder", "remove_tree"]
+__all__ = ["WorkFolder", "folders_of_killed_hosts", "protected_in", "remove_tree", "replaced_beside"]
 
 _GETFLAGS, _SETFLAGS, _TOPDIR = 0x80086601, 0x40086602, 0x00020000  # ioctl_iflags(2)
 _PREFIX = "file-pass-"
-_KEPT = "protected-"
+_KEPT, _REPLACED = "protected-", "replaced-"
 _logger = logging.getLogger(__name__)
 
 
@@ -27,13 +29,12 @@ class WorkFolder:
 
     def __init__(self, parent: Path | None) -> None:
         """Make it in ``parent``, or where temporary files go; an OSError when it cannot be made."""
-        where = Path(parent or tempfile.gettempdir()).resolve()
-        _sweep(where)
-        self.path, self._lock = _made(where)
+        _sweep(parent)
+        self.path, self._lock = _made(_place(parent))
         _spread(self._lock)
 
     def new(self, *, keep: bool = False) -> Path:
-        """Return a new, empty folder in it; with ``keep`` nobody sweeps it all when our host is killed."""
+        """Return a new, empty folder in it; with ``keep`` one for a `BackupRecord`, which outlives our host."""
         return Path(tempfile.mkdtemp(prefix=_KEPT if keep else None, dir=self.path))
 
     def remove(self) -> None:
@@ -66,15 +67,43 @@ def _spread(folder: int) -> None:
         fcntl.ioctl(folder, _SETFLAGS, flags)
 
 
-def _sweep(parent: Path) -> None:
-    for path in parent.glob(f"{_PREFIX}*"):
+def folders_of_killed_hosts(parent: Path | None) -> Iterator[Path]:
+    """Yield this user's whose hosts do not live, each locked as long as it is looked at."""
+    for path in _place(parent).glob(f"{_PREFIX}*"):
         with suppress(OSError), open_folder(path) as folder:
-            if os.fstat(folder).st_uid != os.geteuid() or _lock(folder) is not _Locked.BY_US:
-                continue
-            if any(name.startswith(_KEPT) for name in names_in(folder)):
-                _logger.warning("a host was killed over a tree; what it protected is kept", extra={"folder": str(path)})
-            else:
-                remove_tree(path)
+            if os.fstat(folder).st_uid == os.geteuid() and _lock(folder) is _Locked.BY_US:
+                yield path
+
+
+def protected_in(folder: Path) -> list[Path]:
+    """Return the backups of protected paths that are in a work folder, whole or not."""
+    return sorted(folder.glob(f"{_KEPT}*"))
+
+
+def replaced_beside(store: Path) -> Path:
+    """Return where what stood in the way of such a backup is kept, which nobody sweeps."""
+    return store.with_name(store.name.replace(_KEPT, _REPLACED, 1))
+
+
+def _sweep(parent: Path | None) -> None:
+    """Remove what killed hosts left, but for backups that are whole, and what such a one has replaced."""
+    for path in folders_of_killed_hosts(parent):
+        kept = {store: record for store in protected_in(path) if (record := BackupRecord.read(store))}
+        for store, record in kept.items():
+            told = {"folder": str(store), "tree": record.tree}
+            _logger.warning(
+                "a host was killed over a tree; the next pass over it puts back what is protected", extra=told
+            )
+        replaced = set(path.glob(f"{_REPLACED}*"))
+        if not kept and not replaced:
+            remove_tree(path)
+            continue
+        for other in set(path.iterdir()) - kept.keys() - replaced:
+            remove_tree(other)
+
+
+def _place(parent: Path | None) -> Path:
+    return Path(parent or tempfile.gettempdir()).resolve()
 
 
 class _Locked(Enum):

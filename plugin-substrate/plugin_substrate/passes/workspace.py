@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from plugin_substrate.passes.applying import apply, refuse_if_changed
-from plugin_substrate.passes.carry_over import recover
+from plugin_substrate.passes.backup_record import BackupRecord
 from plugin_substrate.passes.changes import Changes, compare
 from plugin_substrate.passes.in_place import ProtectedBackup
 from plugin_substrate.passes.records import UNFINISHED, PassLimits, ProtectedPaths
+from plugin_substrate.passes.recovery import recover
 from plugin_substrate.passes.staging import copy_tree, too_large
 from plugin_substrate.passes.tree import Entry, Kind, TreeTooLargeError, open_folder, scan
 from plugin_substrate.passes.work_folder import WorkFolder, remove_tree
+from plugin_substrate.sweep import start_of
 
 __all__ = ["Stage", "Workspace"]
 
@@ -72,9 +74,15 @@ class Workspace:
     else can be.
     """
 
-    def __init__(self, root: Path, parent: Path | None, *, protected: ProtectedPaths, limits: PassLimits) -> None:
-        """Take note of it all; the folder is made in ``parent``, or where temporary files go, for the first stage."""
+    def __init__(
+        self, root: Path, parent: Path | None, *, protected: ProtectedPaths, limits: PassLimits, supervisor: int
+    ) -> None:
+        """Take note of it all; the folder is made in ``parent``, or where temporary files go, for the first stage.
+
+        ``supervisor`` is the process without which no plugin works here.
+        """
         self._root = root
+        self._supervisor = supervisor, start_of(supervisor)
         self._parent = parent
         self._protected = protected
         self._limits = limits
@@ -109,7 +117,12 @@ class Workspace:
         reason, before = self._read()
         if reason:
             self._backup = _InPlace(
-                self._root, self._work().new(keep=True), reason, protected=self._protected, limits=self._limits
+                self._root,
+                self._work().new(keep=True),
+                reason,
+                protected=self._protected,
+                limits=self._limits,
+                supervisor=self._supervisor,
             )
             return self._backup
         if self._copy is not None:
@@ -141,7 +154,7 @@ class Workspace:
 
     def _read(self) -> tuple[str, Mapping[str, Entry]]:
         limits = self._limits
-        recover(self._root)
+        recover(self._root, self._parent)
         with open_folder(self._root) as root:
             try:
                 before = scan(root, depth=limits.tree_depth, most=limits.staged_files)
@@ -212,10 +225,22 @@ class _InPlace:
 
     is_copy = False
 
-    def __init__(self, root: Path, store: Path, reason: str, *, protected: ProtectedPaths, limits: PassLimits) -> None:
+    def __init__(
+        self,
+        root: Path,
+        store: Path,
+        reason: str,
+        *,
+        protected: ProtectedPaths,
+        limits: PassLimits,
+        supervisor: tuple[int, str],
+    ) -> None:
         self.tree = root
         self.how = f"in_place: {reason}"
-        self._backup = ProtectedBackup(root, store, protected=protected, limits=limits)
+        self._store = store
+        self._backup = ProtectedBackup.make(
+            root, store, protected=protected, depth=limits.tree_depth, supervisor=supervisor
+        )
         self.disk_bytes = _disk_bytes(self._backup.before, limits)
 
     def changes(self) -> Changes:
@@ -229,3 +254,4 @@ class _InPlace:
 
     def close(self) -> None:
         self._backup.close()
+        BackupRecord.discard(self._store)  # whatever comes of the tree from here on, it is not to be undone
