@@ -16,6 +16,7 @@ from decimal import Decimal
 from itertools import product
 
 import pytest
+from plm_engine_core import migrations
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted
 from plm_engine_core.control_plane.events import BEGINNING, rebuild, verify_tenant
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
@@ -25,6 +26,7 @@ from plm_engine_core.control_plane.storage.postgres.gateway import jsonb
 from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, OutcomeStatus, Reason
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
+BEFORE_NEWEST = "0032"  # the revision that brought the newest version of the functions comes after it
 OLDEST = 2  # what version 1 wrote into was changed by the migration that brought version 2
 LIMIT = 60
 RATE = {"per_second": 1e6, "burst": 1e6}
@@ -166,6 +168,27 @@ async def test_a_halt_ends_the_grants_of_every_release_for_every_release(bench, 
         await mixed.settle(grant, lease, OutcomeStatus.NOT_STARTED)
         await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
     assert await standing(bench) == (0, 0)
+    await assert_whole(bench)
+
+
+async def test_a_release_that_is_taken_back_and_repeated_meanwhile_changes_nothing_of_what_was_begun(
+    bench, nodes, releases
+):
+    newest, before = releases[-1], releases[-2]
+    now = dict.fromkeys(("admit", "begin", "settle"), newest)
+    mixed = nodes(now.get)
+    leases = [await mixed.lease() for _ in range(4)]
+    grants = [await mixed.begun(lease) for lease in leases]
+    settled = [await mixed.settle(grants[0], leases[0])]
+    migrations.downgrade(bench.database.owner, BEFORE_NEWEST)
+    now.update(settle=before)
+    settled += [await mixed.settle(grants[number], leases[number]) for number in (0, 1)]
+    assert await standing(bench) == (2, 2)
+    migrations.upgrade(bench.database.owner)
+    for now["settle"], number in [(before, 2), (newest, 3), (newest, 0), (newest, 1)]:
+        settled.append(await mixed.settle(grants[number], leases[number]))
+    assert settled == settled[:1] * len(settled)
+    assert await standing(bench) == (4, 0)
     await assert_whole(bench)
 
 
