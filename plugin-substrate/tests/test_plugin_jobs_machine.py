@@ -247,10 +247,12 @@ def test_no_job_is_lost_and_none_repeated_that_must_not_be_however_often_hosts_a
     kept += host.kept
     host.stop()
     assert min(kills.values()) > 0
-    check_what_became_of_them(tmp_path, kept)
+    ended = check_what_became_of_them(tmp_path, kept)
+    print(f"{len(kept)} jobs, killed: {kills['host']} hosts, {kills['worker']} workers; {dict(ended)}")  # noqa: T201
 
 
-def check_what_became_of_them(folder: Path, kept: list[str]) -> None:
+def check_what_became_of_them(folder: Path, kept: list[str]) -> Counter[str]:
+    """Return how many ended how."""
     store = LocalJobStore(folder / "jobs.db")
     jobs = {job.id: job for job in store.jobs(JobFilter(), 10**6)}
     assert set(kept) <= set(jobs), "what was confirmed is there"
@@ -268,3 +270,4 @@ def check_what_became_of_them(folder: Path, kept: list[str]) -> None:
             assert job.retry_count == 0 or plugin == "twice"
             if plugin == "twice" and job.status is JobStatus.INTERRUPTED:
                 assert job.retry_count == 3, "it is given up only after three hosts died under it"
+    return Counter(job.status.value for job in jobs.values())
