@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import json.encoder
 import struct
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -91,6 +92,43 @@ def test_an_announced_length_takes_no_memory_before_its_bytes_arrive() -> None:
     decoder = FrameDecoder()
     assert list(decoder.feed(struct.pack(">II", frames.MAX_FRAME_BYTES, 10))) == []
     assert decoder.pending == 8
+
+
+def test_memory_follows_the_bytes_that_have_arrived_and_not_the_length_announced() -> None:
+    decoder = FrameDecoder()
+    arrived = struct.pack(">II", frames.MAX_FRAME_BYTES, 10) + bytes(100 << 10)
+    tracemalloc.start()
+    try:
+        assert list(decoder.feed(arrived)) == []
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 5 * len(arrived)
+
+
+@pytest.mark.parametrize("cut", [1 << 30, 100_003, 4096])
+def test_frames_of_all_sizes_arrive_whole_one_after_the_other(cut: int) -> None:
+    sizes = [0, 10, 65_000, 65_536, 70_000, 1 << 20, (1 << 20) + 65_536, 3 << 20, 5, 2 << 20, 1 << 20, 300_000, 0]
+    sent = [Frame({"place": place}, (bytes([place]) * size, b"end")) for place, size in enumerate(sizes)]
+    stream = b"".join(piece for frame in sent for piece in encode_frame(frame.header, frame.segments))
+    decoder = FrameDecoder()
+    received = [frame for start in range(0, len(stream), cut) for frame in decoder.feed(stream[start : start + cut])]
+    assert received == sent
+    assert decoder.pending == 0
+
+
+def test_large_frames_one_after_the_other_are_received_in_the_same_memory() -> None:
+    raw = b"".join(encode_frame({}, [bytes(1 << 20)]))
+    decoder = FrameDecoder()
+    list(decoder.feed(raw))
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            assert sum(1 for _ in decoder.feed(raw)) == 1
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1.5 * len(raw)  # the segment itself, and nothing else of its size
 
 
 def test_a_frame_over_the_limit_is_refused_before_anything_is_written() -> None:

@@ -25,6 +25,9 @@ MAX_SEGMENTS = 4096
 _PREFIX = struct.Struct(">II")
 _PORTION = 64 << 10
 _LARGE_PORTION = 512 << 10
+_LEAST_ROOM = 8 << 10
+_GROWTH = 4
+_KEPT_BYTES = (1 << 20) + _PORTION  # a megabyte and what surrounds it
 
 
 class Frame(NamedTuple):
@@ -49,47 +52,77 @@ def encode_frame(header: dict[str, Any], segments: Sequence[bytes] = ()) -> list
 
 
 class FrameDecoder:
-    """Turns a byte stream into frames. Memory is bounded by one frame, and grows only as its bytes really arrive."""
+    """Turns a byte stream into frames. Memory is bounded by one frame, and grows only as its bytes really arrive.
+
+    What is received goes straight to its place in a buffer that stays for the frames after it: fresh memory for each
+    costs more than all that is done with the bytes. Only what is larger than that buffer may ever be is put together in
+    memory of its own.
+    """
 
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._limit = max_frame_bytes
-        self._buffer = bytearray()
-        self._room = memoryview(bytearray(_PORTION))
+        self._buffer = bytearray(_PORTION)
+        self._large: bytearray | None = None  # the frame at the front, where the buffer is too small for it
+        self._held = 0
+        self._end = _PREFIX.size  # of the frame at the front, as far as it is known
 
     def room(self) -> memoryview:
         """Return where to receive the next bytes; then tell `received` how many.
 
         Small frames come in portions that are quick to handle, however many are waiting.
         """
-        if len(self._buffer) <= _PORTION:
-            return self._room[:_PORTION]
-        if len(self._room) < _LARGE_PORTION:  # to most connections it never comes to that
-            self._room = memoryview(bytearray(_LARGE_PORTION))
-        return self._room
+        if self._large is None and len(self._buffer) - self._held < min(_LEAST_ROOM, self._end - self._held):
+            self._make_room()
+        start = self._held if self._large is None else 0
+        portion = _PORTION if self._held <= _PORTION else _LARGE_PORTION
+        return memoryview(self._buffer)[start : start + portion]
 
     def received(self, count: int) -> Iterator[Frame]:
         """Yield the frames that are complete now."""
-        return self.feed(self._room[:count])
-
-    def feed(self, data: bytes | memoryview) -> Iterator[Frame]:
-        """Yield the frames that ``data`` completes."""
-        self._buffer += data
-        start = 0
-        while len(self._buffer) - start >= _PREFIX.size:
-            total, header_length = _PREFIX.unpack_from(self._buffer, start)
+        if self._large is not None:
+            self._large += memoryview(self._buffer)[:count]
+        source = self._buffer if self._large is None else self._large
+        self._held += count
+        start, self._end = 0, _PREFIX.size
+        while self._held - start >= _PREFIX.size:
+            total, header_length = _PREFIX.unpack_from(source, start)
             if total > self._limit or header_length > min(total, MAX_HEADER_BYTES):
                 raise ProtocolError(f"a frame announces {total} bytes with a header of {header_length}")
             end = start + _PREFIX.size + total
-            if len(self._buffer) < end:
+            if self._held < end:
+                self._end = end - start
                 break
-            yield _parse(self._buffer, start + _PREFIX.size, header_length, end)
+            yield _parse(source, start + _PREFIX.size, header_length, end)
             start = end
-        del self._buffer[:start]
+        if start:
+            self._held -= start
+            self._buffer[: self._held] = source[start : start + self._held]
+            self._large = None
+
+    def feed(self, data: bytes | memoryview) -> Iterator[Frame]:
+        """Yield the frames that ``data`` completes."""
+        rest = memoryview(data)
+        while rest:
+            room = self.room()
+            count = min(len(room), len(rest))
+            room[:count] = rest[:count]
+            rest = rest[count:]
+            room.release()
+            yield from self.received(count)
 
     @property
     def pending(self) -> int:
         """How many bytes of an unfinished frame are held."""
-        return len(self._buffer)
+        return self._held
+
+    def _make_room(self) -> None:
+        size = min(-(-self._end // _PORTION) * _PORTION, _GROWTH * len(self._buffer), _KEPT_BYTES)
+        if size > len(self._buffer):
+            buffer = bytearray(size)
+            buffer[: self._held] = memoryview(self._buffer)[: self._held]
+            self._buffer = buffer
+        else:
+            self._large = bytearray(memoryview(self._buffer)[: self._held])
 
 
 def to_json(value: Any) -> bytes:
