@@ -18,10 +18,19 @@ class Gate:
         self._empty.set()
         self._changing = asyncio.Lock()
 
+    @property
+    def is_open(self) -> bool:
+        """Whether nobody who comes now has to wait."""
+        return self._open.is_set()
+
     async def enter(self) -> None:
         """Go in, waiting while it is shut; whoever went in must `leave` once."""
         while not self._open.is_set():
             await self._open.wait()
+        self.enter_at_once()
+
+    def enter_at_once(self) -> None:
+        """Go in where it `is_open`; as `enter`."""
         self._inside += 1
         self._empty.clear()
 

@@ -5,11 +5,18 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 _ABANDONED = "the event loop of this PluginManager was closed before unload_all(); make a new manager"
+
+
+class Begun(NamedTuple, Generic[T]):
+    """Work that is on its way without a task: the future of its value, and how to take it back."""
+
+    value: asyncio.Future[T]
+    take_back: Callable[[], object]
 
 
 class HomeLoop:
@@ -32,13 +39,20 @@ class HomeLoop:
                 raise RuntimeError("this PluginManager belongs to another event loop; unload everything there first")
         return running
 
-    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run ``work`` on the owner and wait for it; a RuntimeError when called from the owner's own thread."""
+    def run(
+        self, work: Callable[[], Coroutine[Any, Any, T]], at_once: Callable[[], Begun[T] | None] | None = None
+    ) -> T:
+        """Run ``work`` on the owner and wait for it; a RuntimeError when called from the owner's own thread.
+
+        ``at_once`` may do the same without a task, or return None to have ``work`` done. It is asked only where the
+        loop is a private one: others cancel their tasks when they end, and so let go of who waits for them.
+        """
         with self._lock:
             if self._loop is None:
                 self._start_private_loop()
             loop = self._loop
-        return self._hand_over(loop, work)
+            own = self._thread is not None
+        return self._hand_over(loop, work, at_once if own else None)
 
     def run_leftover(self, loop: asyncio.AbstractEventLoop | None, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
         """Like `run`, for work on what belongs to ``loop``; nothing once that was released, which ended all of it."""
@@ -47,12 +61,17 @@ class HomeLoop:
         if owned:
             self._hand_over(loop, work)
 
-    def _hand_over(self, loop: asyncio.AbstractEventLoop | None, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def _hand_over(
+        self,
+        loop: asyncio.AbstractEventLoop | None,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        at_once: Callable[[], Begun[T] | None] | None = None,
+    ) -> T:
         if loop is None or _is_running_here(loop):
             raise RuntimeError("inside the event loop use the asynchronous form of this method")
         if loop.is_closed():
             raise RuntimeError(_ABANDONED)
-        return _HandedOver(loop, work).result()
+        return _HandedOver(loop, work, at_once).result()
 
     def release(self) -> None:
         """Forget the owner, for when nothing is left that belongs to it."""
@@ -86,10 +105,16 @@ class _HandedOver(Generic[T]):
     after it: everything that is written here before that may be read when it has been taken.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        at_once: Callable[[], Begun[T] | None] | None,
+    ) -> None:
         self._loop = loop
         self._work = work
-        self._task: asyncio.Task[None] | None = None
+        self._at_once = at_once
+        self._take_back: Callable[[], object] | None = None
         self._outcome: list[T] = []
         self._error: BaseException = asyncio.CancelledError()  # when it was ended before it began
         self._given_up = False
@@ -111,10 +136,34 @@ class _HandedOver(Generic[T]):
         raise error
 
     def _start(self) -> None:
-        if self._given_up:
+        if self._given_up or (self._at_once is not None and self._is_begun(self._at_once)):
             return
-        self._task = self._loop.create_task(self._run())
-        self._task.add_done_callback(self._see_to_the_end)
+        task = self._loop.create_task(self._run())
+        task.add_done_callback(self._see_to_the_end)
+        self._take_back = task.cancel
+
+    def _is_begun(self, at_once: Callable[[], Begun[T] | None]) -> bool:
+        try:
+            begun = at_once()
+        except BaseException as error:
+            self._error = error
+            self._ended.release()
+            if not isinstance(error, Exception):
+                raise
+            return True
+        if begun is None:
+            return False
+        self._take_back = begun.take_back
+        begun.value.add_done_callback(self._take_over)
+        return True
+
+    def _take_over(self, value: asyncio.Future[T]) -> None:
+        """Pass on how work without a task has ended."""
+        try:
+            self._outcome.append(value.result())
+        except BaseException as error:  # noqa: BLE001 - it is raised by who waits
+            self._error = error
+        self._ended.release()
 
     async def _run(self) -> None:
         try:
@@ -132,8 +181,8 @@ class _HandedOver(Generic[T]):
 
     def _give_up(self) -> None:
         self._given_up = True
-        if self._task is not None:
-            self._task.cancel()
+        if self._take_back is not None:
+            self._take_back()
 
 
 def _is_running_here(loop: asyncio.AbstractEventLoop) -> bool:

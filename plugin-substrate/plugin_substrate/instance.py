@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, TypeVar
 
+from plugin_substrate.arguments import any_files
+from plugin_substrate.before_sending import ask_before, in_time, not_sent
 from plugin_substrate.call_books import CallBooks
 from plugin_substrate.errors import (
-    CallNotStartedError,
     PluginError,
     PluginInputError,
     PluginNotLoadedError,
     PluginTimeoutError,
-    WorkerDiedError,
 )
 from plugin_substrate.gate import Gate
+from plugin_substrate.home_loop import Begun
 from plugin_substrate.interface import CallContext
 from plugin_substrate.lifecycle import Supervisor
 from plugin_substrate.metadata import CallResult, CallTerms, PluginInstance
@@ -32,12 +33,10 @@ from plugin_substrate.stores.empirical import compute_config_hash
 from plugin_substrate.switch import Switch
 from plugin_substrate.templates import TemplateTable
 from plugin_substrate.tenant_worker import InstanceSettings, Seat, TenantWorker
+from plugin_substrate.worker.messages import Message
 from plugin_substrate.worker_pool import WorkerPool
 
 Pending = TypeVar("Pending", bound=PendingCall)
-T = TypeVar("T")
-
-
 #: A hook that takes longer is logged and left to itself.
 _HOOK_SECONDS = 30.0
 
@@ -189,7 +188,7 @@ class LoadedInstance:
         listeners: CallListeners,
     ) -> Pending:
         """Wait for a worker and a slot, and send; the slot is held until the worker is free again."""
-        worker = await _in_time(context, self._enter(context))
+        worker = await in_time(context, self._enter(context))
         pending = kind(
             context,
             on_progress=listeners.on_progress,
@@ -203,6 +202,28 @@ class LoadedInstance:
             pending.value.cancel()
             raise
         return pending
+
+    def begin_at_once(self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext) -> Begun[Any] | None:
+        """Send a call for which nothing has to be waited for, or return None; its value comes as `execute` gives it."""
+        if context.deadline is not None or self._books.has_to_admit(self.settings.meta) or any_files(args, kwargs):
+            return None
+        worker = self.workers.find(self._seat_of(context))
+        proxy = worker.ready_now if worker is not None else None
+        if worker is None or proxy is None or worker.slots.locked() or not self._gate.is_open:
+            return None
+        self.switch.enter()
+        self._gate.enter_at_once()
+        self.workers.hold(worker)
+        worker.take_free_slot()
+        pending = PendingCall(context)
+        pending.value.add_done_callback(lambda _: self._leave(worker, pending))
+        try:
+            message = self._encode(proxy, pending, args, kwargs)
+            self._send(worker, proxy, pending, message)
+        except BaseException:
+            pending.value.cancel()
+            raise
+        return Begun(pending.value, lambda: self._cancel_soon(context.call_id))
 
     async def ask(
         self,
@@ -333,6 +354,11 @@ class LoadedInstance:
         finally:
             self.workers.leave(worker)
 
+    def _seat_of(self, context: CallContext) -> Seat:
+        if context.confidential:
+            return Seat(context.tenant_id, run=context.run_id or context.call_id)
+        return self._seat(context.tenant_id)
+
     async def _enter(self, context: CallContext) -> TenantWorker:
         """Wait for a worker of the call's tenant and a free slot in it; whoever got it must `_leave` once."""
         self.switch.enter()
@@ -349,10 +375,7 @@ class LoadedInstance:
             raise
 
     async def _take_slot(self, context: CallContext) -> TenantWorker:
-        seat = self._seat(context.tenant_id)
-        if context.confidential:
-            seat = Seat(context.tenant_id, run=context.run_id or context.call_id)
-        worker = await self.workers.admit(seat)
+        worker = await self.workers.admit(self._seat_of(context))
         try:
             await worker.slots.acquire()
         except BaseException:
@@ -378,20 +401,43 @@ class LoadedInstance:
         listeners: CallListeners,
     ) -> None:
         if self._books.has_to_admit(self.settings.meta):
-            await _in_time(pending.context, self._books.admit(self.settings.meta, worker, pending))
+            await in_time(pending.context, self._books.admit(self.settings.meta, worker, pending))
         proxy = await worker.ready()
+        message = self._encode(proxy, pending, args, kwargs)
         call_id = pending.context.call_id
-        if call_id in self._calls:
-            raise PluginInputError(f"a call with the id {call_id!r} is already running", fields_invalid=["call"])
-        message = proxy.encode_call(pending.context, args, kwargs, stream=isinstance(pending, PendingStream))
-        if pending.context.deadline is not None and pending.context.deadline <= time.time():
-            raise PluginTimeoutError(f"call {call_id} was not sent: its deadline has passed", timeout_seconds=0.0)
-        self._calls[call_id] = pending, proxy
-        asked = listeners.before_start is not None and await _ask(listeners.before_start, call_id)
-        if self._closed or (asked and not proxy.alive):  # unless something was awaited, it just was
-            raise WorkerDiedError(f"call {call_id} was not sent: its worker had ended", outcome_known=True)
-        if listeners.on_started is not None:
-            listeners.on_started()
+        if listeners.before_start is not None and await ask_before(listeners.before_start, call_id) and not proxy.alive:
+            raise not_sent(call_id)  # unless something was awaited, it just was
+        self._send(worker, proxy, pending, message, listeners.on_started)
+
+    def _encode(
+        self, proxy: RemotePluginProxy, pending: PendingCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Message:
+        """Return the message of a call that is known under its id from now on: a cancel cannot miss it."""
+        context = pending.context
+        if context.call_id in self._calls:
+            raise PluginInputError(
+                f"a call with the id {context.call_id!r} is already running", fields_invalid=["call"]
+            )
+        message = proxy.encode_call(context, args, kwargs, stream=isinstance(pending, PendingStream))
+        if context.deadline is not None and context.deadline <= time.time():
+            raise PluginTimeoutError(
+                f"call {context.call_id} was not sent: its deadline has passed", timeout_seconds=0.0
+            )
+        self._calls[context.call_id] = pending, proxy
+        return message
+
+    def _send(
+        self,
+        worker: TenantWorker,
+        proxy: RemotePluginProxy,
+        pending: PendingCall,
+        message: Message,
+        on_started: Callable[[], object] | None = None,
+    ) -> None:
+        if self._closed:
+            raise not_sent(pending.context.call_id)
+        if on_started is not None:
+            on_started()
         self._last_executed = datetime.now(UTC)
         self._books.sent(self.settings.meta, worker, pending)
         proxy.send_call(pending, message)
@@ -434,26 +480,3 @@ def _payer(settings: InstanceSettings) -> Payer:
         instance_id=settings.instance_id,
         config_hash=compute_config_hash(settings.config),
     )
-
-
-async def _in_time(context: CallContext, waiting: Coroutine[Any, Any, T]) -> T:
-    """Await what comes before a call is sent, for no longer than the call itself may take."""
-    if context.deadline is None:
-        return await waiting
-    seconds = max(0.0, context.deadline - time.time())
-    try:
-        async with asyncio.timeout(seconds):
-            return await waiting
-    except TimeoutError as error:
-        message = f"call {context.call_id} was not sent: it waited for its turn until its deadline, {seconds:.3f} s"
-        raise PluginTimeoutError(message, timeout_seconds=seconds) from error
-
-
-async def _ask(before_start: Callable[[], Awaitable[bool]], call_id: str) -> bool:
-    try:
-        allowed = await before_start()
-    except Exception as error:
-        raise CallNotStartedError(f"call {call_id} was not sent: {type(error).__name__}: {error}") from error
-    if not allowed:
-        raise CallNotStartedError(f"call {call_id} was not sent: it is no longer allowed")
-    return True

@@ -149,7 +149,12 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
 
     def execute_plugin(self, instance_id: str, /, *args: Any, call: CallContext | None = None, **kwargs: Any) -> Any:
         """Like `execute_plugin_async`, synchronously."""
-        return self._home.run(lambda: self.execute_plugin_async(instance_id, *args, call=call, **kwargs))
+        return self._home.run(
+            lambda: self.execute_plugin_async(instance_id, *args, call=call, **kwargs),
+            lambda: self._instances.get(instance_id).begin_at_once(
+                args, kwargs, call or CallContext(call_id=secrets.token_hex(16))
+            ),
+        )
 
     async def execute_plugin_stream(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,17 @@ class TenantWorker:
         """Whether its process can be called."""
         return self._proxy is not None and self._proxy.alive
 
+    @property
+    def ready_now(self) -> RemotePluginProxy | None:
+        """The live process, None when it is not there or is being replaced: see `ready`."""
+        return self._proxy if self._proxy is not None and self._proxy.alive and not self._reviving.locked() else None
+
+    def take_free_slot(self) -> None:
+        """Take a slot where ``slots`` are not locked, which is where that takes no waiting."""
+        with suppress(StopIteration):
+            self.slots.acquire().send(None)
+            raise AssertionError("a semaphore that is not locked has made its taker wait")
+
     async def supervisor_stats(self) -> Mapping[str, Any]:
         """Ask the supervisor what it has used; nothing when there is none."""
         return {} if self._served_by is None else await self._served_by.stats()
@@ -143,8 +155,9 @@ class TenantWorker:
 
     async def ready(self) -> RemotePluginProxy:
         """Return the live process, starting one when there is none; a `PluginLoadError` leaves no process."""
-        if self._proxy is not None and self._proxy.alive and not self._reviving.locked():
-            return self._proxy
+        proxy = self.ready_now
+        if proxy is not None:
+            return proxy
         async with self._reviving:
             if self._closed:
                 raise PluginNotLoadedError(f"{self._settings().instance_id!r} is being unloaded")

@@ -59,8 +59,12 @@ class WorkerPool:
         worker = self._workers.get(seat)
         if worker is None:
             return await self._wait_for_place(seat)
-        worker.holders += 1
+        self.hold(worker)
         return worker
+
+    def hold(self, worker: TenantWorker) -> None:
+        """Hold a worker that was found here, as `admit` does."""
+        worker.holders += 1
 
     def leave(self, worker: TenantWorker) -> None:
         """Give up a hold; the last one of a worker that served one run, or is to go, ends it."""

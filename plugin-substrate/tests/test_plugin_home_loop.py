@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import signal
 import threading
 import weakref
 from collections.abc import Coroutine
 from typing import Any
 
 import pytest
-from plugin_substrate.home_loop import HomeLoop
+from plugin_substrate.home_loop import Begun, HomeLoop
 
 
 @pytest.fixture
@@ -118,3 +119,84 @@ async def test_many_threads_at_once_each_get_their_own(home: HomeLoop) -> None:
         *(asyncio.to_thread(home.run, lambda value=value: same(value)) for value in range(200))  # type: ignore[misc]
     )
     assert results == list(range(200))
+
+
+class Bench:
+    """Work that begins without a task."""
+
+    def __init__(self) -> None:
+        self.taken_back = threading.Event()
+        self.begun = threading.Event()
+
+    def begin(self) -> Begun[int]:
+        self.value: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.begun.set()
+        return Begun(self.value, self.taken_back.set)
+
+    def end(self, how: Any) -> None:
+        self.value.get_loop().call_soon_threadsafe(how)
+
+
+async def never() -> int:
+    raise AssertionError("it had begun already")
+
+
+def test_work_that_begins_at_once_needs_no_task_and_its_value_arrives(home: HomeLoop) -> None:
+    bench = Bench()
+
+    def finish() -> None:
+        assert bench.begun.wait(30)
+        bench.end(lambda: bench.value.set_result(7))
+
+    thread = threading.Thread(target=finish)
+    thread.start()
+    assert home.run(never, bench.begin) == 7
+    thread.join()
+    home.release()
+
+
+@pytest.mark.parametrize("error", [ValueError("as it was raised"), asyncio.CancelledError("ended")])
+def test_work_that_began_at_once_fails_as_other_work_does(home: HomeLoop, error: BaseException) -> None:
+    def begin() -> Begun[int]:
+        value: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        if isinstance(error, asyncio.CancelledError):
+            value.cancel()
+        else:
+            value.set_exception(error)
+        return Begun(value, lambda: None)
+
+    def refuse() -> Begun[int]:
+        raise error
+
+    with pytest.raises(type(error)):
+        home.run(never, begin)
+    if isinstance(error, Exception):
+        with pytest.raises(type(error), match="as it was raised"):
+            home.run(never, refuse)
+    home.release()
+
+
+def test_work_that_cannot_begin_at_once_is_done_in_a_task(home: HomeLoop) -> None:
+    assert home.run(number, lambda: None) not in (0, threading.get_ident())
+    home.release()
+
+
+async def test_a_loop_that_is_not_our_own_does_all_work_in_tasks_as_it_ends_those_when_it_ends(home: HomeLoop) -> None:
+    home.adopt()
+    assert await asyncio.to_thread(home.run, number, Bench().begin) == threading.get_ident()
+
+
+def test_who_is_interrupted_takes_back_what_began_at_once(home: HomeLoop) -> None:
+    bench, main = Bench(), threading.get_ident()
+
+    def interrupt() -> None:
+        assert bench.begun.wait(30)
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        home.run(never, bench.begin)
+    thread.join()
+    assert bench.taken_back.wait(30)
+    home.release()
