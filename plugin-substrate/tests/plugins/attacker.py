@@ -426,8 +426,10 @@ class Attacker(PluginInterface):
     def honest_zombies(self, count):
         """End children without waiting for them, and stay long enough to be looked at more than once."""
         for _ in range(count):
-            if os.fork() == 0:
+            child = os.fork()
+            if child == 0:
                 os._exit(0)
+            os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # one that is only about to end lives
         time.sleep(0.3)
         return count
 
