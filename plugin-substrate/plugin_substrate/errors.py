@@ -26,6 +26,7 @@ how it ended. False: the call was sent and nothing trustworthy came back, so its
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -329,8 +330,6 @@ def as_plugin_error(error: BaseException) -> PluginError:
         return error
     typed = classify_exception(error)(f"{type(error).__name__}: {error}")
     typed.original_exc_repr = repr(error)
-    import traceback  # slow, and a plugin that starts well has no use for it
-
     typed.remote_traceback = "".join(traceback.format_exception(error))
     return typed
 

@@ -7,6 +7,7 @@ and cancellation belong to the call that the executing thread is in, never to th
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -34,6 +35,7 @@ RELOAD_TRIGGER = "reload_trigger"
 MAX_USAGE_UNITS = 100
 MAX_UNIT_CHARACTERS = 100
 
+_logger = logging.getLogger(__name__)
 _MIME_TYPE = re.compile(r"(?=.{3,255}\Z)[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*(;[ -~]*)?")
 _MAX_NAME_BYTES = 255
 _ACTION_TAG = "__plugin_action__"
@@ -193,9 +195,7 @@ def _fire(callback: Callable[[], object]) -> None:
     try:
         callback()
     except Exception:
-        import logging  # slow, and a plugin may never log
-
-        logging.getLogger(__name__).exception("a cancel callback failed")
+        _logger.exception("a cancel callback failed")
 
 
 def _active() -> ActiveCall:
@@ -307,9 +307,7 @@ class PluginInterface(ABC):
             try:
                 getattr(self, f"_release_{trigger}")()
             except Exception:
-                import logging
-
-                logging.getLogger(__name__).exception("releasing %r failed", trigger)
+                _logger.exception("releasing %r failed", trigger)
 
     @staticmethod
     def fields_that_changed(old_config: Mapping[str, Any], new_config: Mapping[str, Any]) -> set[str]:

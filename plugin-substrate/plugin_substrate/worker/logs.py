@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
 
 from plugin_substrate.interface import current_call
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 MAX_LINE_BYTES = 8192
 #: How what plugin code logs through `logging` reads as a line.
@@ -93,50 +89,5 @@ def capture_output(emit: Emit) -> tuple[LogStream, LogStream]:
 
 
 def log_to_output() -> None:
-    """Have what is logged through `logging` become log lines too: at once, or when somebody imports it.
-
-    To import it takes as long as all that confines a worker, and there are plugins that never log.
-    """
-    if "logging" in sys.modules:
-        _configure(sys.modules["logging"])
-    elif not any(isinstance(finder, _LoggingFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _LoggingFinder())
-
-
-def _configure(logging: ModuleType) -> None:
+    """Have what is logged through `logging` become log lines too."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=LOG_FORMAT)
-
-
-class _LoggingFinder:
-    """Finds `logging` where it is, and has it configured as soon as it is there."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """Return what the other finders return for it; nothing for any other module."""
-        if fullname != "logging":
-            return None
-        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((spec for spec in found if spec is not None), None)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _LoggingLoader(spec.loader)  # type: ignore[assignment] # it is one without saying so
-        return spec
-
-
-class _LoggingLoader:
-    """Loads it as its own loader does, and then gives that one its place back."""
-
-    def __init__(self, loader: Any) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        """Leave it to its own loader."""
-        module: ModuleType | None = self._loader.create_module(spec)
-        return module
-
-    def exec_module(self, module: ModuleType) -> None:
-        """Leave it to its own loader, and configure what it has made."""
-        if module.__spec__ is not None:
-            module.__spec__.loader = module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        _configure(module)

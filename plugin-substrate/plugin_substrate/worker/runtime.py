@@ -9,11 +9,13 @@ What plugin code prints never enters this stream.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import queue
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -129,8 +131,6 @@ class WorkerRuntime:
             try:
                 self._plugin.cleanup()
             except BaseException:
-                import logging  # slow, and a plugin may never log
-
                 logging.getLogger(__name__).exception("cleanup failed")
         self._flush_logs("")
         self._send({"type": "unloaded"})
@@ -223,8 +223,6 @@ class WorkerRuntime:
                 if self._plugin is not None:
                     self._plugin.cancel()
             except Exception:
-                import logging
-
                 logging.getLogger(__name__).exception("cancel failed")
 
     # -- the way out
@@ -263,8 +261,6 @@ def _stream_plugin(plugin: PluginInterface, arguments: Any, stream: ChunkStream)
 
 def die() -> NoReturn:
     """End the process with the traceback of what could not be survived."""
-    import traceback  # slow, and a worker that ends well has no use for it
-
     try:
         os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:

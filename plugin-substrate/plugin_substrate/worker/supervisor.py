@@ -25,6 +25,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,13 +42,10 @@ if TYPE_CHECKING:
 
 MAX_MESSAGE_BYTES = 1 << 16
 
-#: What many plugins need and no first worker waits for. Imported one by one, as the supervisor looks away from its
-#: control socket meanwhile, when that has been quiet for a moment; the workers forked from then on share it.
-_FOR_LATER_WORKERS = (
-    "traceback", "string", "weakref", "logging", "datetime", "urllib.parse", "pathlib",
-    "plugin_substrate.worker.template", "plugin_substrate.worker.templates",
-)  # fmt: skip
-_QUIET_SECONDS = 0.02
+#: What many plugins need and no first worker waits for. A supervisor that has forked two workers will fork more: it
+#: imports these for them to share, one by one, as it hears nobody meanwhile, each when it was quiet for a moment.
+_FOR_LATER_WORKERS = ("ast", "dis", "inspect", "dataclasses", "datetime", "urllib.parse", "pathlib")
+_QUIET_SECONDS = 0.004
 
 _WAKING = (signal.SIGCHLD, signal.SIGCONT)  # a child ended; the host died, or needs us though we were stopped
 _EXIT_CHILD_FAILED = 70  # EX_SOFTWARE of sysexits.h
@@ -83,7 +81,8 @@ class _Supervisor:
         self._plans: dict[tuple[IsolationProfile, bool], confine.Plan] = {}
         self._grouped = False
         self._look_at = math.inf
-        self._to_import = list(reversed(_FOR_LATER_WORKERS))
+        self._forked = 0
+        self._to_import: list[str] = []
         self._poll = select.poll()
         self._wake, wake_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         for number in _WAKING:
@@ -96,8 +95,6 @@ class _Supervisor:
         while True:
             ready = {descriptor for descriptor, _ in self._poll.poll(self._patience())}
             try:
-                if not ready:
-                    self._prepare_for_later()
                 if self._wake in ready:
                     os.read(self._wake, 512)
                     self._reap()
@@ -107,6 +104,8 @@ class _Supervisor:
                     return
                 self._hear_templates(ready)
                 self._look()
+                if not ready:
+                    self._prepare_for_later()
             except (BrokenPipeError, ConnectionResetError):
                 return
 
@@ -173,6 +172,9 @@ class _Supervisor:
                 own_uid=uid,
             )
             _become_worker(request, confinement, descriptors)
+        self._forked += 1
+        if self._forked == 2:
+            self._to_import = list(reversed(_FOR_LATER_WORKERS))
         return pid, _worker(request, profile)
 
     def _enter(self, group: str | None) -> bool:
@@ -359,8 +361,6 @@ def _become_worker(request: dict[str, Any], confinement: confine.Confinement, de
         layers = confine.confine_worker(replace(confinement, ask_through=channel))
         Template(connection, channel, confinement.plan, layers).serve()
     except BaseException:  # noqa: BLE001 - nothing may climb into the supervisor's stack
-        import traceback
-
         os.write(2, traceback.format_exc().encode(errors="replace"))
     finally:
         os._exit(_EXIT_CHILD_FAILED)

@@ -1,4 +1,4 @@
-"""Plugins that import as little as one can, and tell what was imported before them."""
+"""A plugin that imports as little as one can, and tells what was imported before it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,5 @@ class Sparse(PluginInterface):
     name = "sparse"
     version = "1.0"
 
-    def execute(self, log=""):
-        if log:
-            import logging
-
-            logging.getLogger("sparse").info(log)
+    def execute(self):
         return sorted(FOUND)
