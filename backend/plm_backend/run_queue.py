@@ -77,6 +77,8 @@ async def _deliver_while_connected(dsn: str, start: Drive, concurrency: int) -> 
             await asyncio.wait({working, connector.deaf}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             await end([working], again_seconds=_CANCEL_AGAIN_SECONDS)
+            if not working.cancelled():
+                working.exception()  # nobody asks when the reason was another
         await (connector.deaf if connector.deaf.done() else working)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import httpx
 import psutil
 import psycopg
 import pytest
+from plm_backend import run_queue
+from procrastinate.exceptions import ConnectorException
 
 BACKEND = Path(__file__).parents[1]
 ENQUEUE = "SELECT delivery.enqueue_drive_v1(gen_random_uuid(), gen_random_uuid())"
@@ -158,3 +161,31 @@ def test_a_server_of_the_operators_choice_can_run_the_application(platform: Any,
         finally:
             server.terminate()
             assert server.wait(30) in (0, -signal.SIGTERM)
+
+
+class LostTwice:
+    """A delivery engine that loses its listening connection, and another in the same moment."""
+
+    def __init__(self, connector: Any) -> None:
+        self._connector = connector
+
+    @asynccontextmanager
+    async def open_async(self) -> AsyncIterator[LostTwice]:
+        yield self
+
+    async def run_worker_async(self, **_: Any) -> None:
+        self._connector.deaf.set_exception(ConnectorException("no longer listening"))
+        raise ConnectorException("no longer fetching")
+
+
+async def test_a_database_that_is_lost_by_two_connections_at_once_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def nothing(*_: Any) -> None: ...
+
+    monkeypatch.setattr(run_queue._Connector, "execute_query_async", nothing)
+    monkeypatch.setattr(run_queue, "_engine", lambda connector, _: LostTwice(connector))
+    with pytest.raises(ConnectorException, match="listening"):
+        await run_queue._deliver_while_connected("postgresql://nowhere/none", nothing, 1)
+    gc.collect()
+    assert "never retrieved" not in caplog.text
