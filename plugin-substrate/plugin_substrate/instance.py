@@ -203,7 +203,9 @@ class LoadedInstance:
             raise
         return pending
 
-    def begin_at_once(self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext) -> Begun[Any] | None:
+    def begin_at_once(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
+    ) -> Begun[Any] | None:
         """Send a call for which nothing has to be waited for, or return None; its value comes as `execute` gives it."""
         if context.deadline is not None or self._books.has_to_admit(self.settings.meta) or any_files(args, kwargs):
             return None
@@ -215,7 +217,9 @@ class LoadedInstance:
         self._gate.enter_at_once()
         self.workers.hold(worker)
         worker.take_free_slot()
-        pending = PendingCall(context)
+        pending = PendingCall(
+            context, on_progress=listeners.on_progress, on_usage=listeners.on_usage, on_log=listeners.on_log
+        )
         pending.value.add_done_callback(lambda _: self._leave(worker, pending))
         try:
             message = self._encode(proxy, pending, args, kwargs)

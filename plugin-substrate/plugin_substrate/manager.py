@@ -147,12 +147,26 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         )
         return result.value
 
-    def execute_plugin(self, instance_id: str, /, *args: Any, call: CallContext | None = None, **kwargs: Any) -> Any:
-        """Like `execute_plugin_async`, synchronously."""
+    def execute_plugin(
+        self,
+        instance_id: str,
+        /,
+        *args: Any,
+        call: CallContext | None = None,
+        on_progress: Callable[[float, str], object] | None = None,
+        on_log: Callable[[str], object] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Like `execute_plugin_async`, synchronously; what listens is called in the thread of the event loop."""
         return self._home.run(
-            lambda: self.execute_plugin_async(instance_id, *args, call=call, **kwargs),
+            lambda: self.execute_plugin_async(
+                instance_id, *args, call=call, on_progress=on_progress, on_log=on_log, **kwargs
+            ),
             lambda: self._instances.get(instance_id).begin_at_once(
-                args, kwargs, call or CallContext(call_id=secrets.token_hex(16))
+                args,
+                kwargs,
+                call or CallContext(call_id=secrets.token_hex(16)),
+                CallListeners(on_progress=on_progress, on_log=on_log),
             ),
         )
 

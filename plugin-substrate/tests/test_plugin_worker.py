@@ -179,6 +179,22 @@ async def test_an_unknown_setting_is_refused_before_a_process_is_started(
     assert (await manager.load_plugin_async(meta, {"mode": "x"})).config == {"depth": 3, "mode": "x"}
 
 
+def test_a_synchronous_call_is_listened_to_as_an_asynchronous_one(tmp_path: Path, probe_meta: MetaFactory) -> None:
+    manager = PluginManager(data_dir=tmp_path)
+    manager.load_plugin(probe_meta())
+    heard: list[tuple[float, str]] = []
+    lines: list[str] = []
+    for _ in range(2):  # the first may have to wait for something, the next is sent at once
+        report = manager.execute_plugin(
+            "probe", action="probe.report", steps=2, on_progress=lambda *report: heard.append(report)
+        )
+        assert report.data == b"done"
+        assert heard[-2:] == [(0.0, "step 0"), (1 / 2, "step 1")]
+        manager.execute_plugin("probe", action="probe.print", lines=["one"], on_log=lines.append)
+    assert (len(heard), lines.count("one")) == (4, 2)
+    manager.unload_all()
+
+
 def test_a_synchronous_host_needs_no_event_loop(tmp_path: Path, probe_meta: MetaFactory) -> None:
     threads = threading.active_count()
     manager = PluginManager(data_dir=tmp_path)
