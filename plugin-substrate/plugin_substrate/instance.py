@@ -63,6 +63,10 @@ class CallListeners:
     on_usage: Callable[[dict[str, float]], object] | None = None
     on_log: Callable[[str], object] | None = None
 
+    def pending(self, kind: type[Pending], context: CallContext) -> Pending:
+        """Return a call that is about to be sent, and tells these what becomes of it."""
+        return kind(context, on_progress=self.on_progress, on_usage=self.on_usage, on_log=self.on_log)
+
 
 class LoadedInstance:
     """A plugin's workers and their calls. Belongs to one event loop."""
@@ -189,12 +193,7 @@ class LoadedInstance:
     ) -> Pending:
         """Wait for a worker and a slot, and send; the slot is held until the worker is free again."""
         worker = await in_time(context, self._enter(context))
-        pending = kind(
-            context,
-            on_progress=listeners.on_progress,
-            on_usage=listeners.on_usage,
-            on_log=listeners.on_log,
-        )
+        pending = listeners.pending(kind, context)
         pending.value.add_done_callback(lambda _: self._leave(worker, pending))
         try:
             await self._prepare_and_send(worker, pending, args, kwargs, listeners)
@@ -207,7 +206,9 @@ class LoadedInstance:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
     ) -> Begun[Any] | None:
         """Send a call for which nothing has to be waited for, or return None; its value comes as `execute` gives it."""
-        if context.deadline is not None or self._books.has_to_admit(self.settings.meta) or any_files(args, kwargs):
+        if listeners.before_start is not None or context.deadline is not None:
+            return None
+        if self._books.has_to_admit(self.settings.meta) or any_files(args, kwargs):
             return None
         worker = self.workers.find(self._seat_of(context))
         proxy = worker.ready_now if worker is not None else None
@@ -217,13 +218,11 @@ class LoadedInstance:
         self._gate.enter_at_once()
         self.workers.hold(worker)
         worker.take_free_slot()
-        pending = PendingCall(
-            context, on_progress=listeners.on_progress, on_usage=listeners.on_usage, on_log=listeners.on_log
-        )
+        pending = listeners.pending(PendingCall, context)
         pending.value.add_done_callback(lambda _: self._leave(worker, pending))
         try:
             message = self._encode(proxy, pending, args, kwargs)
-            self._send(worker, proxy, pending, message)
+            self._send(worker, proxy, pending, message, listeners.on_started)
         except BaseException:
             pending.value.cancel()
             raise
