@@ -4,6 +4,7 @@ import json
 import json.encoder
 import struct
 import tracemalloc
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -94,16 +95,39 @@ def test_an_announced_length_takes_no_memory_before_its_bytes_arrive() -> None:
     assert decoder.pending == 8
 
 
-def test_memory_follows_the_bytes_that_have_arrived_and_not_the_length_announced() -> None:
-    decoder = FrameDecoder()
-    arrived = struct.pack(">II", frames.MAX_FRAME_BYTES, 10) + bytes(100 << 10)
+def traced(work: Callable[[], object]) -> int:
+    """Return the most memory that Python held at once for ``work``."""
     tracemalloc.start()
     try:
-        assert list(decoder.feed(arrived)) == []
-        _, most = tracemalloc.get_traced_memory()
+        work()
+        return tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert most < 5 * len(arrived)
+
+
+@pytest.mark.parametrize("size", [100 << 10, 1 << 20, 20 << 20])
+def test_memory_follows_the_bytes_that_have_arrived_and_not_the_length_announced(size: int) -> None:
+    decoder = FrameDecoder()
+    header = json.dumps({"segments": [200 << 20]}).encode()
+    begun = struct.pack(">II", len(header) + (200 << 20), len(header)) + header
+    arrived = begun + bytes(size - len(begun))
+    assert traced(lambda: list(decoder.feed(arrived))) < min(5 * size, size + (10 << 20))
+    assert decoder.pending == size
+
+
+def test_a_large_frame_is_refused_for_its_header_before_its_segments_arrive() -> None:
+    header = b'{"segments": [-1]}'
+    with pytest.raises(ProtocolError, match="segment lengths"):
+        list(FrameDecoder().feed(struct.pack(">II", len(header) + (200 << 20), len(header)) + header))
+
+
+def test_a_large_frame_of_which_only_the_header_is_there_is_pending() -> None:
+    (first, segment) = encode_frame({}, [bytes(1 << 20)])
+    decoder = FrameDecoder()
+    assert list(decoder.feed(first)) == []
+    assert decoder.pending == len(first)
+    assert list(decoder.feed(segment)) == [Frame({}, (segment,))]
+    assert decoder.pending == 0
 
 
 @pytest.mark.parametrize("cut", [1 << 30, 100_003, 4096])
@@ -117,18 +141,28 @@ def test_frames_of_all_sizes_arrive_whole_one_after_the_other(cut: int) -> None:
     assert decoder.pending == 0
 
 
-def test_large_frames_one_after_the_other_are_received_in_the_same_memory() -> None:
-    raw = b"".join(encode_frame({}, [bytes(1 << 20)]))
+@pytest.mark.parametrize("cut", [1 << 30, 100_003, 4096])
+def test_segments_of_all_sizes_arrive_in_one_frame(cut: int) -> None:
+    sizes = [0, 3 << 20, 0, 0, *[900] * 3000, 65_536, 65_537, 1 << 20, 1, 0]
+    sent = Frame({}, tuple(bytes([place % 256]) * size for place, size in enumerate(sizes)))
+    stream = b"".join(encode_frame(sent.header, sent.segments)) * 2
     decoder = FrameDecoder()
-    list(decoder.feed(raw))
-    tracemalloc.start()
-    try:
-        for _ in range(3):
-            assert sum(1 for _ in decoder.feed(raw)) == 1
-        _, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert most < 1.5 * len(raw)  # the segment itself, and nothing else of its size
+    received = [frame for start in range(0, len(stream), cut) for frame in decoder.feed(stream[start : start + cut])]
+    assert received == [sent, sent]
+
+
+@pytest.mark.parametrize("length", [60_000, 65_500, 65_536, 70_000, 200_000])
+@pytest.mark.parametrize("size", [0, 1, 70_000, 1 << 20])
+def test_long_headers_arrive_with_small_and_large_frames_around_them(length: int, size: int) -> None:
+    sent = [Frame({"text": "x"}), Frame({"text": "y" * length}, (b"z" * size,)), Frame({"text": "x"})] * 2
+    stream = b"".join(piece for frame in sent for piece in encode_frame(frame.header, frame.segments))
+    assert list(FrameDecoder().feed(stream)) == sent
+
+
+def test_a_large_segment_takes_memory_once() -> None:
+    raw = b"".join(encode_frame({}, [bytes(16 << 20)]))
+    decoder = FrameDecoder()
+    assert traced(lambda: [len(frame.segments) for frame in decoder.feed(raw)]) < 1.1 * len(raw)
 
 
 def test_a_frame_over_the_limit_is_refused_before_anything_is_written() -> None:

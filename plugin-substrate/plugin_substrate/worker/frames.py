@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from plugin_substrate.errors import ProtocolError
+from plugin_substrate.worker.large_frames import LargeFrame
 from plugin_substrate.worker.parked import Segment
 
 PROTOCOL_VERSION = 1
@@ -25,9 +26,6 @@ MAX_SEGMENTS = 4096
 _PREFIX = struct.Struct(">II")
 _PORTION = 64 << 10
 _LARGE_PORTION = 512 << 10
-_LEAST_ROOM = 8 << 10
-_GROWTH = 4
-_KEPT_BYTES = (1 << 20) + _PORTION  # a megabyte and what surrounds it
 
 
 class Frame(NamedTuple):
@@ -54,50 +52,56 @@ def encode_frame(header: dict[str, Any], segments: Sequence[bytes] = ()) -> list
 class FrameDecoder:
     """Turns a byte stream into frames. Memory is bounded by one frame, and grows only as its bytes really arrive.
 
-    What is received goes straight to its place in a buffer that stays for the frames after it: fresh memory for each
-    costs more than all that is done with the bytes. Only what is larger than that buffer may ever be is put together in
-    memory of its own.
+    Small frames are received into a buffer that stays for those after them. What is larger than one portion leaves it
+    when its header is complete: its segments are put together, and mostly received, in the memory that is handed out.
     """
 
     def __init__(self, max_frame_bytes: int = MAX_FRAME_BYTES) -> None:
         self._limit = max_frame_bytes
         self._buffer = bytearray(_PORTION)
-        self._large: bytearray | None = None  # the frame at the front, where the buffer is too small for it
         self._held = 0
-        self._end = _PREFIX.size  # of the frame at the front, as far as it is known
+        self._needed = 0  # bytes that the buffer has to hold, should it be a long header
+        self._large: LargeFrame | None = None  # the frame at the front, when it has left the buffer
+        self._past_buffer = False
 
     def room(self) -> memoryview:
-        """Return where to receive the next bytes; then tell `received` how many.
+        """Return where to receive the next bytes; then release it, and tell `received` how many.
 
         Small frames come in portions that are quick to handle, however many are waiting.
         """
-        if self._large is None and len(self._buffer) - self._held < min(_LEAST_ROOM, self._end - self._held):
-            self._make_room()
-        start = self._held if self._large is None else 0
-        portion = _PORTION if self._held <= _PORTION else _LARGE_PORTION
-        return memoryview(self._buffer)[start : start + portion]
+        large = self._large
+        self._past_buffer = large is not None and large.missing > _PORTION
+        if large is not None and self._past_buffer:
+            return large.room(_LARGE_PORTION)
+        if len(self._buffer) < self._needed:
+            self._buffer += bytes(self._needed - len(self._buffer))
+        return memoryview(self._buffer)[self._held : self._held + _PORTION]
 
     def received(self, count: int) -> Iterator[Frame]:
         """Yield the frames that are complete now."""
-        if self._large is not None:
-            self._large += memoryview(self._buffer)[:count]
-        source = self._buffer if self._large is None else self._large
-        self._held += count
-        start, self._end = 0, _PREFIX.size
+        start, self._needed = 0, 0
+        large = self._large
+        if large is None:
+            self._held += count
+        else:
+            start = self._received_of(large, count)
+            if not large.missing:
+                self._large = None
+                yield Frame(large.header, tuple(large.segments))
         while self._held - start >= _PREFIX.size:
-            total, header_length = _PREFIX.unpack_from(source, start)
+            total, header_length = _PREFIX.unpack_from(self._buffer, start)
             if total > self._limit or header_length > min(total, MAX_HEADER_BYTES):
                 raise ProtocolError(f"a frame announces {total} bytes with a header of {header_length}")
+            body = start + _PREFIX.size + header_length
             end = start + _PREFIX.size + total
             if self._held < end:
-                self._end = end - start
+                start = self._set_apart(start, body, end)
                 break
-            yield _parse(source, start + _PREFIX.size, header_length, end)
+            yield _parse(self._buffer, start + _PREFIX.size, body, end)
             start = end
         if start:
             self._held -= start
-            self._buffer[: self._held] = source[start : start + self._held]
-            self._large = None
+            self._buffer[: self._held] = self._buffer[start : start + self._held]
 
     def feed(self, data: bytes | memoryview) -> Iterator[Frame]:
         """Yield the frames that ``data`` completes."""
@@ -113,16 +117,24 @@ class FrameDecoder:
     @property
     def pending(self) -> int:
         """How many bytes of an unfinished frame are held."""
-        return self._held
+        return self._held + (self._large.arrived if self._large is not None else 0)
 
-    def _make_room(self) -> None:
-        size = min(-(-self._end // _PORTION) * _PORTION, _GROWTH * len(self._buffer), _KEPT_BYTES)
-        if size > len(self._buffer):
-            buffer = bytearray(size)
-            buffer[: self._held] = memoryview(self._buffer)[: self._held]
-            self._buffer = buffer
-        else:
-            self._large = bytearray(memoryview(self._buffer)[: self._held])
+    def _received_of(self, large: LargeFrame, count: int) -> int:
+        """Give a large frame what was received; returns how much of the buffer is done with."""
+        if self._past_buffer:
+            large.received(count)
+            return 0
+        self._held += count
+        return large.take(memoryview(self._buffer)[: self._held])
+
+    def _set_apart(self, start: int, body: int, end: int) -> int:
+        """Take a large frame out of the buffer once its header is there; returns how much of that is done with."""
+        if end - start <= _PORTION or self._held < body:
+            self._needed = body - start
+            return start
+        header, lengths = _parse_header(self._buffer[start + _PREFIX.size : body], end - body)
+        self._large = LargeFrame(header, lengths, body - start)
+        return body + self._large.take(memoryview(self._buffer)[body : self._held])
 
 
 def to_json(value: Any) -> bytes:
@@ -142,19 +154,23 @@ def parse_json(raw: bytes | bytearray) -> Any:
     return value
 
 
-def _parse(buffer: bytearray, start: int, header_length: int, end: int) -> Frame:
-    body = start + header_length
-    header = parse_json(buffer[start:body])
-    lengths = header.pop("segments", None) if isinstance(header, dict) else None
-    if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
-        raise ProtocolError("a frame header is not an object with a list of segment lengths")
-    if len(lengths) > MAX_SEGMENTS or sum(lengths) != end - body:
-        raise ProtocolError("the segments of a frame do not add up to its length")
+def _parse(buffer: bytearray, start: int, body: int, end: int) -> Frame:
+    header, lengths = _parse_header(buffer[start:body], end - body)
     segments = []
     for length in lengths:
         segments.append(bytes(memoryview(buffer)[body : body + length]))
         body += length
     return Frame(header, tuple(segments))
+
+
+def _parse_header(raw: bytearray, length_of_body: int) -> tuple[dict[str, Any], list[int]]:
+    header = parse_json(raw)
+    lengths = header.pop("segments", None) if isinstance(header, dict) else None
+    if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
+        raise ProtocolError("a frame header is not an object with a list of segment lengths")
+    if len(lengths) > MAX_SEGMENTS or sum(lengths) != length_of_body:
+        raise ProtocolError("the segments of a frame do not add up to its length")
+    return header, lengths
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -63,8 +63,8 @@ class Inbox:
 
     def receive(self) -> int:
         """Receive once and return how many bytes came, 0 at the end; then take `frames`."""
-        room = self._decoder.room()
-        count, ancillary, flags, _ = self._connection.recvmsg_into([room], _ANCILLARY_BYTES, _FLAGS)
+        with self._decoder.room() as room:
+            count, ancillary, flags, _ = self._connection.recvmsg_into([room], _ANCILLARY_BYTES, _FLAGS)
         if ancillary or flags & _TRUNCATED:
             self._keep_descriptors(ancillary, flags)
         return count
