@@ -11,11 +11,11 @@ import pytest
 from plm_engine_core import migrations
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.schema_lint import lint
-from plm_shared.sqlalchemy_kernel_emitter import ledger_function
+from plm_shared.sqlalchemy_kernel_emitter import ledger_function, quick_ledger_function
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = tuple(f"{number:04}" for number in range(13, 34))
+REVISIONS = tuple(f"{number:04}" for number in range(13, 35))
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -120,9 +120,12 @@ def test_every_function_stands_in_a_shipped_file_or_its_migration(engine_databas
         assert f"FUNCTION {name}(" in written or "abandoned" in name or "orphaned" in name, name
 
 
-def test_the_function_that_writes_the_ledger_is_the_one_that_its_emitter_renders() -> None:
-    shipped = files("plm_engine_core") / "migrations" / "versions" / "0033_ledger_v2.sql"
-    assert shipped.read_text().endswith(ledger_function("engine_write_ledger_v2"))
+def test_the_functions_that_write_the_ledger_are_those_that_its_emitter_renders() -> None:
+    shipped = files("plm_engine_core") / "migrations" / "versions"
+    for_sets = (shipped / "0033_ledger_v2.sql").read_text()
+    assert for_sets.endswith(ledger_function("engine_write_ledger_v2"))
+    for_one = (shipped / "0034_ledger_v3.sql").read_text()
+    assert for_one.endswith(quick_ledger_function("engine_write_ledger_v3", rest="engine_write_ledger_v2"))
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import replace
 from decimal import Decimal
 from itertools import product
@@ -26,18 +25,21 @@ from plm_engine_core.control_plane.storage.postgres.gateway import jsonb
 from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, OutcomeStatus, Reason
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
-BEFORE_NEWEST = "0032"  # the revision that brought the newest version of the functions comes after it
+TAKEN_BACK = [("0032", 4), ("0033", 5)]  # a revision, and the release whose functions came after it
 OLDEST = 2  # what version 1 wrote into was changed by the migration that brought version 2
 LIMIT = 60
 RATE = {"per_second": 1e6, "burst": 1e6}
 
 
 class AnyRelease(PostgresAdmission):
-    """The books as nodes of several releases reach them; `release` says of each call which."""
+    """The books as nodes of several releases reach them; `release` says of each call which.
 
-    def __init__(self, gateway, release):
+    A release calls of each function the newest version that came with it or before.
+    """
+
+    def __init__(self, gateway, release, versions):
         super().__init__(gateway)
-        self._release = release
+        self._release = lambda call: max(each for each in versions[call] if each <= release(call))
 
     async def admit(self, command, *, connection=None):
         return await self._one(command.tenant_id, f"engine_admit_v{self._release('admit')}(%s)", _json(command))
@@ -71,23 +73,31 @@ def _json(command):
 
 
 @pytest.fixture
-def releases(bench):
-    """Every version of which all three functions are there."""
-    found = bench.sql("SELECT proname FROM pg_proc WHERE proname ~ '^engine_(admit|begin|settle)_v[0-9]+$'")
-    versions = Counter(int(re.search(r"\d+$", name)[0]) for (name,) in found)
-    complete = sorted(version for version, functions in versions.items() if functions == 3 and version >= OLDEST)
-    assert len(complete) > 1
-    return complete
+def versions(bench):
+    """The versions of each function."""
+    found = defaultdict(set)
+    for (name,) in bench.sql("SELECT proname FROM pg_proc WHERE proname ~ '^engine_(admit|begin|settle)_v[0-9]+$'"):
+        _, call, version = name.split("_")
+        found[call].add(int(version[1:]))
+    return found
 
 
 @pytest.fixture
-async def nodes(bench):
+def releases(versions):
+    """Every release that brought a new version of one of the functions."""
+    brought = sorted(each for each in set().union(*versions.values()) if each >= OLDEST)
+    assert len(brought) > 1
+    return brought
+
+
+@pytest.fixture
+async def nodes(bench, versions):
     """A bench whose bookings are of the releases that `choose` answers, over connections enough for a crowd."""
     async with open_pool(bench.database.app, max_size=8) as pool:
 
         def choosing(choose, **policy):
             storage = PostgresStorage(pool, bench.storage.runs._delivery)
-            storage.admission = AnyRelease(storage.admission._gateway, choose)
+            storage.admission = AnyRelease(storage.admission._gateway, choose, versions)
             under = bench.with_policy(**policy).control_plane.policy
             registry = bench.control_plane.registry
             return replace(bench, control_plane=ControlPlane(policy=under, registry=registry, storage=storage))
@@ -171,16 +181,17 @@ async def test_a_halt_ends_the_grants_of_every_release_for_every_release(bench, 
     await assert_whole(bench)
 
 
+@pytest.mark.parametrize(("revision", "newest"), TAKEN_BACK)
 async def test_a_release_that_is_taken_back_and_repeated_meanwhile_changes_nothing_of_what_was_begun(
-    bench, nodes, releases
+    bench, nodes, revision, newest
 ):
-    newest, before = releases[-1], releases[-2]
+    before = newest - 1
     now = dict.fromkeys(("admit", "begin", "settle"), newest)
     mixed = nodes(now.get)
     leases = [await mixed.lease() for _ in range(4)]
     grants = [await mixed.begun(lease) for lease in leases]
     settled = [await mixed.settle(grants[0], leases[0])]
-    migrations.downgrade(bench.database.owner, BEFORE_NEWEST)
+    migrations.downgrade(bench.database.owner, revision)
     now.update(settle=before)
     settled += [await mixed.settle(grants[number], leases[number]) for number in (0, 1)]
     assert await standing(bench) == (2, 2)

@@ -47,6 +47,7 @@ __all__ = [
     "insert_many",
     "ledger_function",
     "ledger_statements",
+    "quick_ledger_function",
     "refusal_of",
     "rows_of_unknown_runs",
     "utc_today",
@@ -67,10 +68,10 @@ class Statement(NamedTuple):
 
 # UUIDs of version 7 (RFC 9562, section 5.7), which PostgreSQL makes only since 18: rows that come later stand later in
 # the primary key, so that writing touches its end and not, ever more slowly, all of it. The time is the transaction's.
-_ID: Final = (
-    "((SELECT overlay(lpad(to_hex((extract(epoch FROM now()) * 1000)::bigint), 12, '0') PLACING '-' FROM 9 FOR 0)"
-    " || '-7') || substr(gen_random_uuid()::text, 16))::uuid"
+_TIME: Final = (
+    "overlay(lpad(to_hex((extract(epoch FROM now()) * 1000)::bigint), 12, '0') PLACING '-' FROM 9 FOR 0) || '-7'"
 )
+_ID: Final = f"((SELECT {_TIME}) || substr(gen_random_uuid()::text, 16))::uuid"
 
 
 class _Table:
@@ -93,13 +94,16 @@ class _Table:
             f"{same} LIMIT 1) AS seen ON true"
         )
         link = (", pricing_snapshot_id", f", {_SNAPSHOT_ID}") if priced else ("", "")
-        insert = (
-            f"INSERT INTO {name} (id, tenant_id, {names}{link[0]})"  # noqa: S608 - our own constants
-            f" SELECT {_ID}, %(tenant_id)s::uuid, {values}{link[1]} FROM {rows}"
-        )
+        into = f"INSERT INTO {name} (id, tenant_id, {names}{link[0]})"
+        insert = f"{into} SELECT {_ID}, %(tenant_id)s::uuid, {values}{link[1]} FROM {rows}"  # noqa: S608 - our own constants
+        given = ", ".join(_given(column, kind) for column, kind in kinds.items()) + (", v_price" if priced else "")
         self.name, self.priced = name, priced
         self.identity_constraint = f"uq_{name}_logical"
         self.insert_new = f"{insert}{order} ON CONFLICT DO NOTHING"
+        self.insert_one = (
+            f"{into} VALUES ((v_time || substr(gen_random_uuid()::text, 16))::uuid, p_tenant, {given})"
+            " ON CONFLICT DO NOTHING"
+        )
         self.insert_or_fail = f"{insert}{seen} WHERE seen.found IS NULL{order}"
         self.unwritten = f"SELECT r.ordinality - 1 FROM {rows}{seen} WHERE seen.found IS NULL"  # noqa: S608 - our own constants
         self.unknown_runs = (
@@ -126,18 +130,45 @@ class _Table:
         )
 
 
+def _given(column: str, kind: str) -> str:
+    """A column of the one row ``v_row``, an object of jsonb, within a database function."""
+    match kind:
+        case "jsonb":
+            return f"v_row -> '{column}'"
+        case "text":
+            return f"v_row ->> '{column}'"
+        case _:
+            return f"(v_row ->> '{column}')::{kind}"
+
+
 _PRICE: Final = {
     "priced_model": "text",
     "snapshot_date": "date",
     "input_rate_per_1k": "numeric(18, 8)",
     "output_rate_per_1k": "numeric(18, 8)",
 }
+
+
+def _of_row(condition: str) -> str:
+    """A condition on the columns of ``r``, asked of the one row ``v_row``."""
+    kinds = {"pricing_version": "text", **_PRICE}
+    return re.sub(r"\br\.(\w+)", lambda found: _given(found[1], kinds[found[1]]), condition)
+
+
 # The day's first price stands for the day; a call at another price is not linked to it.
-_SNAPSHOT_ID: Final = (
-    "(SELECT s.id FROM pricing_snapshots AS s WHERE s.tenant_id = %(tenant_id)s::uuid"
-    " AND s.model = r.priced_model AND s.snapshot_date = r.snapshot_date AND s.pricing_version = r.pricing_version"
+_SAME_PRICE: Final = (
+    "s.pricing_version = r.pricing_version"
     " AND (r.input_rate_per_1k IS NULL"
-    " OR (s.input_rate_per_1k, s.output_rate_per_1k) = (r.input_rate_per_1k, r.output_rate_per_1k)))"
+    " OR (s.input_rate_per_1k, s.output_rate_per_1k) = (r.input_rate_per_1k, r.output_rate_per_1k))"
+)
+_SNAPSHOT_ID: Final = (
+    "(SELECT s.id FROM pricing_snapshots AS s WHERE s.tenant_id = %(tenant_id)s::uuid"  # noqa: S608 - our own constants
+    f" AND s.model = r.priced_model AND s.snapshot_date = r.snapshot_date AND {_SAME_PRICE})"
+)
+_PRICE_OF_ROW: Final = (
+    f"SELECT CASE WHEN {_of_row(_SAME_PRICE)} THEN s.id END INTO v_price"  # noqa: S608 - our own constants
+    " FROM pricing_snapshots AS s WHERE s.tenant_id = p_tenant"
+    f" AND {_of_row('s.model = r.priced_model AND s.snapshot_date = r.snapshot_date')}"
 )
 _COST: Final = {
     "run_id": "uuid",
@@ -253,6 +284,37 @@ def _written(table: _Table) -> str:
         "    END IF;",
     ]
     return "".join(f"{line}\n" for line in lines)
+
+
+def quick_ledger_function(name: str, *, rest: str) -> str:
+    """The text of a database function ``name(p_tenant uuid, p_ledger jsonb)`` that records what nearly all calls give.
+
+    That is one row of a table, which is new, and whose price is known or has none: to insert it needs no set of rows to
+    be made, ordered and joined, which costs more than the row. All else is left to ``rest``, a function of
+    ``ledger_function``, whose promises and conditions this one has.
+    """
+    body = "".join(_written_quickly(table) for table in _TABLES.values())
+    return (
+        f"CREATE FUNCTION {name}(p_tenant uuid, p_ledger jsonb) RETURNS void\n"
+        "LANGUAGE plpgsql VOLATILE SECURITY INVOKER SET search_path = pg_catalog, public, pg_temp AS $$\n"
+        f"DECLARE\n    v_time  text := {_TIME};\n"
+        "    v_rest  jsonb := p_ledger;\n    v_row   jsonb;\n    v_price uuid;\nBEGIN\n"
+        f"{body}    IF v_rest <> '{{}}' THEN\n        PERFORM {rest}(p_tenant, v_rest::json);\n    END IF;\nEND\n$$;\n"
+    )
+
+
+def _written_quickly(table: _Table) -> str:
+    insert = [f"{table.insert_one};", "IF FOUND THEN", f"    v_rest := v_rest - '{table.name}';", "END IF;"]
+    if table.priced:
+        known = "IF FOUND OR v_row ->> 'priced_model' IS NULL THEN"
+        insert = [f"{_PRICE_OF_ROW};", known, *(f"    {line}" for line in insert), "END IF;"]
+    lines = [
+        f"IF jsonb_array_length(p_ledger -> '{table.name}') = 1 THEN",
+        f"    v_row := p_ledger #> '{{{table.name},0}}';",
+        *(f"    {line}" for line in insert),
+        "END IF;",
+    ]
+    return "".join(f"    {line}\n" for line in lines)
 
 
 _REBUILT: Final = re.compile(r"_cc(?:new|old)\d*$")  # what REINDEX CONCURRENTLY appends to the one of two that goes

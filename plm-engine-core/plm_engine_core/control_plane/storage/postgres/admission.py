@@ -41,7 +41,7 @@ _NOT_AS_ASSUMED = "PLA01"
 _BEGIN = (
     "SELECT engine_begin_v4(%(tenant)s, %(run)s, %(step)s, %(attempt)s, %(grant)s, %(fencing)s, %(actor)s) AS answer"
 )
-_SETTLE = "SELECT engine_settle_v4(%(command)s, %(ledger)s) AS answer"
+_SETTLE = "SELECT engine_settle_v5(%(command)s, %(ledger)s) AS answer"
 
 
 class PostgresAdmission:
