@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -35,10 +36,11 @@ def stay() -> None:
 
 
 class Staying(PostgresAdmission):
-    """Admission after which nothing begins."""
+    """Admission after which nothing begins, as releases had it that did not begin with it."""
 
-    async def begin(self, *_: Any, **__: Any) -> Any:
-        """Stay before it."""
+    async def admit(self, command: Any, **keywords: Any) -> Any:
+        """Stay after it."""
+        await super().admit(replace(command, begin=False), **keywords)
         stay()
 
 

@@ -91,14 +91,14 @@ async def forever(plane: ControlPlane, tenant: UUID, seed: int) -> None:
 
 async def spend(plane: ControlPlane, tenant: UUID, dice: random.Random) -> None:
     lease = await lease_of_new_run(plane, tenant, 1)
-    answer = await plane.admit(proposal(lease, 0))
+    answer = await plane.admit(proposal(lease, 0), begin=dice.random() < 0.5)
     if not isinstance(answer, Granted) or dice.random() < 0.1:
         return
     held: dict[str, Any] = {"fencing_token": lease.fencing_token, "actor": "spender"}
     status = OutcomeStatus.NOT_STARTED
-    if dice.random() < 0.7:
-        begun = await plane.begin(answer.grant, **held)
-        if not begun.accepted or dice.random() < 0.1:
+    if answer.begun or dice.random() < 0.7:
+        begun = answer.begun or (await plane.begin(answer.grant, **held)).accepted
+        if not begun or dice.random() < 0.1:
             return
         status = dice.choice([OutcomeStatus.SUCCEEDED, OutcomeStatus.FAILED])
     capability = plane.capability("thing.read")

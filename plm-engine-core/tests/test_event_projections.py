@@ -99,12 +99,13 @@ class Walk:
         else:
             self.step += 1
         changes = {"step_index": self.step, "step_id": f"s{self.step}", "capability": capability, "ticket_id": ticket}
-        admission = await self.bench.control_plane.admit(self.bench.proposal(self.lease, **changes))
+        at_once = self.step % 3 == 0
+        admission = await self.bench.control_plane.admit(self.bench.proposal(self.lease, **changes), begin=at_once)
         if isinstance(admission, Pending):
             self.pending = admission
         elif isinstance(admission, Granted):
             self.granted, self.pending = admission.grant, None
-            if self.dice.random() < 0.8:
+            if self.dice.random() < 0.8 and not at_once:
                 await self.bench.begin(self.granted, self.lease)
 
     async def settle(self):

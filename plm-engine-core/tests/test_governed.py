@@ -22,7 +22,7 @@ from plm_engine_core import (
     governed,
 )
 from plm_engine_core.control_plane import ControlPlane, Principal
-from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.errors import InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.policy.starter import policy_of
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CostBound
 from plm_engine_core.control_plane.registry.written import registry_of
@@ -104,6 +104,10 @@ def runs(governor):
 def only_step(governor, run):
     (step,) = governor.plane.call(lambda core: core.storage.runs.steps(governor.tenant_id, run.id))
     return step
+
+
+async def the_storage(core):
+    return core.storage
 
 
 def approve(governor, pending, decision=TicketDecision.APPROVE):
@@ -290,6 +294,81 @@ class TestApproval:
             memory.plane.decide(
                 memory.tenant_id, caught.value.ticket_id, TicketDecision.APPROVE, approver=memory.principal
             )
+
+
+class TestLostReplies:
+    """The admission of a governed call uses its grant up; the call is made once, or not at all."""
+
+    @pytest.fixture
+    def storage(self, governor):
+        return governor.plane.call(the_storage)
+
+    def test_a_call_is_two_bookings(self, governor, storage, monkeypatch):
+        booked = [self.counted(monkeypatch, storage, name) for name in ("admit", "begin", "settle")]
+        governed("shop.look", by=governor)(lambda: 0)()
+        assert [len(each) for each in booked] == [1, 0, 1]
+
+    @pytest.mark.parametrize("times", [1, 3])
+    def test_a_call_that_began_unheard_of_is_still_made_once(self, governor, storage, monkeypatch, times):
+        asked = self.counted(monkeypatch, storage, "admit", "admit_as_assumed", lost=times)
+        made = []
+        governed("shop.look", by=governor)(lambda: made.append(0))()
+        assert (len(made), len(asked)) == (1, times + 1)
+        (run,) = runs(governor)
+        assert (run.state, only_step(governor, run).state) == (RunState.SUCCEEDED, StepState.SUCCEEDED)
+
+    def test_a_call_of_which_nothing_is_heard_is_not_made_and_recovery_closes_it(self, governor, storage, monkeypatch):
+        self.counted(monkeypatch, storage, "admit", "admit_as_assumed", lost=99)
+        made = []
+        with pytest.raises(CallDenied) as caught:
+            governed("shop.look", by=governor)(lambda: made.append(0))()
+        assert (made, caught.value.reason) == ([], Reason.STORAGE_BUSY)
+        (run,) = runs(governor)
+        assert (run.state, only_step(governor, run).state) == (RunState.RUNNING, StepState.RUNNING)
+
+    def test_a_call_that_could_not_be_booked_ends_its_run(self, governor, storage, monkeypatch):
+        async def busy(*_, **__):
+            raise StorageUnavailable("busy")
+
+        for name in ("admit", "admit_as_assumed"):
+            monkeypatch.setattr(storage.admission, name, busy)
+        with pytest.raises(CallDenied, match="busy"):
+            governed("shop.look", by=governor)(lambda: 0)()
+        (run,) = runs(governor)
+        assert (run.state, run.reason) == (RunState.FAILED, "storage_busy")
+
+    def test_a_run_that_is_cancelled_before_its_call_makes_none(self, memory, monkeypatch):
+        storage = memory.plane.call(the_storage)
+        take = storage.runs.take
+
+        async def cancelled_meanwhile(tenant_id, run_id, **keywords):
+            lease = await take(tenant_id, run_id, **keywords)
+            await storage.runs.request_cancel(tenant_id, run_id, actor="human:x")
+            return lease
+
+        monkeypatch.setattr(storage.runs, "take", cancelled_meanwhile)
+        with pytest.raises(CallDenied, match="being cancelled") as caught:
+            governed("shop.look", by=memory)(lambda: 0)()
+        assert caught.value.reason is Reason.CANCEL_REQUESTED
+        (run,) = runs(memory)
+        assert run.state is RunState.FAILED
+
+    def counted(self, monkeypatch, storage, *names, lost=0):
+        """The bookings of these names, of which the replies to the first `lost` get lost."""
+        booked = []
+
+        def counting(original):
+            async def counted(*args, **keywords):
+                booked.append(await original(*args, **keywords))
+                if len(booked) <= lost:
+                    raise StorageUnavailable("the reply was lost")
+                return booked[-1]
+
+            return counted
+
+        for name in names:
+            monkeypatch.setattr(storage.admission, name, counting(getattr(storage.admission, name)))
+        return booked
 
 
 class TestOutcomes:

@@ -164,6 +164,22 @@ async def test_what_one_release_has_answered_every_other_answers_again(bench, no
     await assert_whole(bench)
 
 
+async def test_a_grant_that_began_with_its_admission_has_begun_for_every_release(bench, nodes, releases):
+    now = {}
+    mixed = nodes(now.get)
+    for other in releases:
+        now.update(dict.fromkeys(("begin", "settle"), other), admit=releases[-1])
+        lease = await mixed.lease()
+        granted = await mixed.control_plane.admit(mixed.proposal(lease), begin=True)
+        assert granted.begun
+        now.update(admit=other)
+        assert (await mixed.control_plane.admit(mixed.proposal(lease), begin=True)).grant == granted.grant
+        assert (await mixed.begin(granted.grant, lease)).reason is Reason.GRANT_USED
+        await mixed.settle(granted.grant, lease)
+    assert await standing(bench) == (len(releases), 0)
+    await assert_whole(bench)
+
+
 async def test_a_halt_ends_the_grants_of_every_release_for_every_release(bench, nodes, releases):
     now = {}
     mixed = nodes(now.get)
@@ -189,7 +205,10 @@ async def test_a_release_that_is_taken_back_and_repeated_meanwhile_changes_nothi
     now = dict.fromkeys(("admit", "begin", "settle"), newest)
     mixed = nodes(now.get)
     leases = [await mixed.lease() for _ in range(4)]
-    grants = [await mixed.begun(lease) for lease in leases]
+    answers = [await mixed.control_plane.admit(mixed.proposal(lease), begin=True) for lease in leases]
+    for answer, lease in zip(answers, leases, strict=True):
+        assert answer.begun or (await mixed.begin(answer.grant, lease)).accepted
+    grants = [answer.grant for answer in answers]
     settled = [await mixed.settle(grants[0], leases[0])]
     migrations.downgrade(bench.database.owner, revision)
     now.update(settle=before)
@@ -212,14 +231,15 @@ async def test_a_crowd_of_mixed_nodes_is_granted_exactly_the_budget(bench, nodes
 
     async def spend():
         lease = await mixed.lease(seconds=600)
-        answers = [await mixed.control_plane.admit(mixed.proposal(lease, step_index=step)) for step in range(4)]
+        proposals = [mixed.proposal(lease, step_index=step) for step in range(4)]
+        answers = [await mixed.control_plane.admit(each, begin=dice.random() < 0.5) for each in proposals]
         for answer in answers:
             if not isinstance(answer, Granted):
                 assert answer.reason is Reason.BUDGET_EXCEEDED
                 ended["refused"] += 1
                 continue
             status = dice.choice([OutcomeStatus.SUCCEEDED, OutcomeStatus.FAILED])
-            assert (await mixed.begin(answer.grant, lease)).accepted
+            assert answer.begun or (await mixed.begin(answer.grant, lease)).accepted
             await mixed.settle(answer.grant, lease, status)
             ended["spent"] += 1
 

@@ -17,6 +17,10 @@ async def admit(bench, lease):
     await bench.grant(lease)
 
 
+async def admit_and_begin(bench, lease):
+    await bench.control_plane.admit(bench.proposal(lease), begin=True)
+
+
 async def begin(bench, lease):
     await bench.begin(await bench.grant(lease), lease)
 
@@ -25,7 +29,7 @@ async def settle(bench, lease):
     await bench.settle(await bench.begun(lease), lease)
 
 
-@pytest.mark.parametrize("operation", [renew, admit, begin, settle], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("operation", [renew, admit, admit_and_begin, begin, settle], ids=lambda each: each.__name__)
 async def test_whenever_a_process_has_its_answer_the_run_is_free(bench, monkeypatch, operation):
     lease = await bench.lease()
     free = []

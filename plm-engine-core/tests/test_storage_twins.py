@@ -75,7 +75,17 @@ operations = st.one_of(
     st.tuples(st.just("create"), run_at, st.sampled_from([None, "k"]), st.sampled_from(["d", "e"]), values),
     st.tuples(st.just("take"), run_at),
     st.tuples(st.just("renew"), run_at),
-    st.tuples(st.just("admit"), run_at, step_at, st.integers(1, 2), capabilities, values, st.booleans(), st.booleans()),
+    st.tuples(
+        st.just("admit"),
+        run_at,
+        step_at,
+        st.integers(1, 2),
+        capabilities,
+        values,
+        st.booleans(),
+        st.booleans(),
+        st.booleans(),
+    ),
     st.tuples(st.just("begin"), run_at),
     st.tuples(
         st.just("settle"), run_at, st.sampled_from(OutcomeStatus), values, errors, st.none() | st.integers(0, 900)
@@ -164,11 +174,11 @@ class World:
             self.bench.tenant, lease.run.id, fencing_token=lease.fencing_token, seconds=600
         )
 
-    async def admit(self, at, step, attempt, capability, value, with_ticket, rich=False):
+    async def admit(self, at, step, attempt, capability, value, with_ticket, rich=False, begin=False):
         changes = {"step_index": step, "attempt": attempt, "step_id": f"s{step}", "capability": capability}
         ticket_id = self.tickets[at].ticket_id if with_ticket and at in self.tickets else None
         admission = await (self.rich if rich else self.plane).admit(
-            self.bench.proposal(self.leases[at], arguments={"name": value}, ticket_id=ticket_id, **changes)
+            self.bench.proposal(self.leases[at], arguments={"name": value}, ticket_id=ticket_id, **changes), begin=begin
         )
         if isinstance(admission, Granted):
             self.grants[at] = (admission.grant, capability)
@@ -392,6 +402,32 @@ def _without_times(row):
         ("revive", 0, 60),
         ("vote", 0, TicketDecision.APPROVE, 1, False),
         ("take", 0),
+    ]
+)
+@example(
+    [
+        ("admit", 0, 0, 1, "thing.read", "x", False, False, True),
+        ("admit", 0, 0, 1, "thing.read", "x", False, False, False),
+        ("begin", 0),
+        ("lease_ends", 0),
+        ("admit", 0, 0, 1, "thing.read", "x", False, False, True),
+        ("take", 0),
+        ("admit", 0, 0, 1, "thing.read", "x", False, False, True),
+        ("settle", 0, OutcomeStatus.SUPERSEDED, None, None, None),
+        ("admit", 0, 0, 1, "thing.read", "x", False, False, True),
+        ("admit", 0, 1, 1, "thing.read", "x", False, False, True),
+        ("settle", 0, OutcomeStatus.SUCCEEDED, None, None, 3),
+        ("admit", 0, 1, 1, "thing.read", "x", False, False, True),
+        ("admit", 0, 2, 1, "thing.write", "x", False, False, True),
+        ("decide", 0, TicketDecision.APPROVE, 1, ""),
+        ("take", 0),
+        ("admit", 0, 2, 1, "thing.write", "x", True, False, True),
+        ("cancel", 0),
+        ("admit", 0, 3, 1, "thing.write", "x", False, False, True),
+        ("admit", 0, 4, 1, "thing.read", "x", False, False, True),
+        ("admit", 0, 5, 1, "thing.read", "x", False, False, False),
+        ("halt", HaltScope.RUN, 1),
+        ("admit", 1, 0, 1, "thing.read", "x", False, False, True),
     ]
 )
 @example(

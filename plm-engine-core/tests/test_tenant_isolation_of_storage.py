@@ -277,8 +277,9 @@ async def test_admission_begin_and_settlement_do_not_cross_tenants_either(bench,
     grant = await bench.begun(lease)
     neighbour = bench.in_tenant(other)
     foreign = replace(grant, tenant_id=other)
-    with pytest.raises(NotFound):
-        await neighbour.control_plane.admit(neighbour.proposal(lease, step_index=1))
+    for begin in (False, True):
+        with pytest.raises(NotFound):
+            await neighbour.control_plane.admit(neighbour.proposal(lease, step_index=1), begin=begin)
     booked, admit_as_assumed = [], bench.storage.admission.admit_as_assumed
 
     async def noted(command, assumed):
@@ -289,8 +290,10 @@ async def test_admission_begin_and_settlement_do_not_cross_tenants_either(bench,
     denied = await bench.control_plane.admit(bench.proposal(lease, capability="thing.unknown", step_index=1))
     assert isinstance(denied, Denied)
     ((command, assumed),) = booked
-    with pytest.raises(NotFound):
-        await admit_as_assumed(replace(command, tenant_id=other, step_index=2, command_id="another"), assumed)
+    for begin in (False, True):
+        elsewhere = replace(command, tenant_id=other, step_index=2, command_id="another", begin=begin)
+        with pytest.raises(NotFound):
+            await admit_as_assumed(elsewhere, assumed)
     with pytest.raises(NotFound):
         await neighbour.begin(foreign, lease)
     with pytest.raises(NotFound):

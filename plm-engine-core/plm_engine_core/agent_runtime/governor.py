@@ -18,7 +18,7 @@ from plm_engine_core.control_plane.admission.admit import Admission, Denied, Gra
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome
-from plm_engine_core.control_plane.errors import ControlPlaneError, StorageUnavailable
+from plm_engine_core.control_plane.errors import Conflict, ControlPlaneError, StorageUnavailable
 from plm_engine_core.control_plane.facade import CREATE_SCOPE, ControlPlane
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.policy import PolicySnapshot
@@ -33,7 +33,7 @@ from plm_engine_core.control_plane.vocabulary import ExecutorKind, OutcomeStatus
 
 T = TypeVar("T")
 
-_SETTLE_PAUSES = (0.05, 0.2, 1.0)  # seconds; settling again is safe, and the effect has happened
+_PAUSES = (0.05, 0.2, 1.0)  # seconds; asking and settling again are safe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,14 +179,17 @@ class Governor:
             agent=self._agent,
         )
         try:
-            admission = await core.admit(proposal)
+            admission = await self._admitted(core, proposal)
         except StorageUnavailable:  # it may have been granted; recovery closes what is open
             raise
         except ControlPlaneError as error:
             await self._finish(core, lease, RunState.FAILED, reason=error.code, message=str(error))
             raise
         if isinstance(admission, Granted):
-            opened = await self._begin(core, lease, admission.grant, capability)
+            if not admission.begun:
+                raise TypeError("an admission that begins leaves no grant to be begun")
+            call = CurrentCall(run.id)
+            opened = Opened(run=lease.run, lease=lease, grant=admission.grant, capability=capability, call=call)
             hold = await opened.keeping.enter_async_context(
                 held(core.storage.runs, lease, seconds=self._lease_seconds, asked_at=asked_at, wake=asyncio.Event())
             )
@@ -194,8 +197,21 @@ class Governor:
             return opened
         if not isinstance(admission, Pending):
             reason = admission.reason if isinstance(admission, Denied) else Reason.STEERED
-            await self._finish(core, lease, RunState.FAILED, reason=reason.value, message=admission.message)
+            with suppress(Conflict):  # a grant of which nobody was told is open; recovery closes it
+                await self._finish(core, lease, RunState.FAILED, reason=reason.value, message=admission.message)
         raise _refusal(core, run, admission)
+
+    async def _admitted(self, core: ControlPlane, proposal: Proposal) -> Admission:
+        """The answer to a proposal whose call is made at once; it is asked for again where it may have got lost.
+
+        The run is held all along, and the call not made yet: with a grant that began unheard of it still may be.
+        """
+        for pause in (*_PAUSES, None):
+            admission = await core.admit(proposal, begin=True)
+            if pause is None or not (isinstance(admission, Denied) and admission.reason is Reason.STORAGE_BUSY):
+                break
+            await asyncio.sleep(pause)
+        return admission
 
     async def _not_takeable(self, core: ControlPlane, run: Run, *, resumed: bool) -> Exception:
         """Why the run of a call cannot be taken up: a halt stands, nobody has decided yet, or it was made already.
@@ -212,21 +228,6 @@ class Governor:
             return CallDenied(words, run_id=run.id, reason=Reason.HALTED, unblock="lifting the halt")
         words = f"run {run.id} is {current.state.value}, so its call cannot be made"
         return CallDenied(words, run_id=run.id, reason=Reason.APPROVAL_MISMATCH, unblock="calling the function anew")
-
-    async def _begin(self, core: ControlPlane, lease: Lease, grant: Grant, capability: str) -> Opened:
-        call = CurrentCall(lease.run.id)
-        opened = Opened(run=lease.run, lease=lease, grant=grant, capability=capability, call=call)
-        try:
-            begun = await core.begin(grant, fencing_token=lease.fencing_token, actor=self.principal.actor)
-        except StorageUnavailable:  # it may have begun; the call is not made
-            with suppress(StorageUnavailable):
-                await self.close_call(core, opened, Outcome(status=OutcomeStatus.NOT_STARTED))
-            raise
-        if begun.accepted:
-            return opened
-        await self.close_call(core, opened, Outcome(status=OutcomeStatus.NOT_STARTED))
-        reason = begun.reason or Reason.GRANT_EXPIRED
-        raise CallDenied(begun.message, run_id=lease.run.id, reason=reason)
 
     async def close_call(self, core: ControlPlane, opened: Opened, outcome: Outcome) -> None:
         """Record what became of a call; a run whose outcome is unknown stays parked until somebody reconciles it.
@@ -246,7 +247,7 @@ class Governor:
                 )
 
     async def _settle(self, core: ControlPlane, opened: Opened, outcome: Outcome) -> None:
-        for pause in (*_SETTLE_PAUSES, None):
+        for pause in (*_PAUSES, None):
             try:
                 await core.settle(
                     opened.grant,

@@ -247,8 +247,13 @@ class ControlPlane:
             limits[unit] = amount
         return limits
 
-    async def admit(self, proposal: Proposal, *, connection: Connection | None = None) -> Admission:
-        """Decide one proposal and book the answer; see `admission.admit`."""
+    async def admit(
+        self, proposal: Proposal, *, begin: bool = False, connection: Connection | None = None
+    ) -> Admission:
+        """Decide one proposal and book the answer; see `admission.admit`.
+
+        With `begin` a grant is used up with it, for who makes the call at once and where no `ResourceLease` is needed.
+        """
         try:
             deciding = self.in_force.now
         except PolicyMissing as error:
@@ -268,6 +273,7 @@ class ControlPlane:
             shadow=deciding.shadow,
             agents=self.agents,
             expectations=self._expectations,
+            begin=begin,
             connection=connection,
         )
         if connection is None:

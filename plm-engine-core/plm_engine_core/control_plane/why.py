@@ -72,6 +72,7 @@ _BY_TICKET_STATE: Mapping[TicketState, str] = {
 }
 _BOOKED_AT: Mapping[str, str] = {
     Reason.HALTED: "halt",
+    Reason.CANCEL_REQUESTED: "cancel",
     Reason.APPROVAL_DENIED: "approval",
     Reason.APPROVAL_EXPIRED: "approval",
     Reason.APPROVAL_MISMATCH: "approval",

@@ -67,8 +67,8 @@ class Governed(RuleBasedStateMachine):
             self.state = RunState.HALTED if self.state is RunState.QUEUED else self.state
 
     @precondition(lambda self: self.state is RunState.RUNNING)
-    @rule(capability=st.sampled_from([READ, WRITE, WRITE]))
-    def propose(self, capability: str) -> None:
+    @rule(capability=st.sampled_from([READ, WRITE, WRITE]), begin=st.booleans())
+    def propose(self, capability: str, begin: bool) -> None:
         capability = WRITE if self.ticket else capability
         answer = self.plane.admit(
             Proposal(
@@ -83,7 +83,8 @@ class Governed(RuleBasedStateMachine):
                 arguments={"name": "one"},
                 principal=REQUESTER,
                 ticket_id=self.ticket,
-            )
+            ),
+            begin=begin,
         )
         self.wanted, self.refused_by_halt = capability, False
         if self.halted(capability):
@@ -104,7 +105,7 @@ class Governed(RuleBasedStateMachine):
 
     def _call(self, granted: Granted) -> None:
         token = self.lease.fencing_token
-        assert self.plane.begin(granted.grant, fencing_token=token, actor="test").accepted
+        assert granted.begun or self.plane.begin(granted.grant, fencing_token=token, actor="test").accepted
         self.plane.settle(
             granted.grant,
             Outcome(status=OutcomeStatus.SUCCEEDED),

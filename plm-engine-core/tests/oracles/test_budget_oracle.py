@@ -57,8 +57,8 @@ class Spending(RuleBasedStateMachine):
     def key(self) -> BudgetKey:
         return BudgetKey(scope=BudgetScope.TENANT, scope_id=self.tenant, unit="calls")
 
-    @rule()
-    def admit(self) -> None:
+    @rule(begin=st.booleans(), again=st.booleans())
+    def admit(self, begin: bool, again: bool) -> None:
         step = next(self.steps)
         proposal = Proposal(
             tenant_id=self.tenant,
@@ -72,16 +72,17 @@ class Spending(RuleBasedStateMachine):
             arguments={},
             principal=WHO,
         )
-        answer = self.plane.admit(proposal)
+        answer = self.plane.admit(proposal, begin=begin)
         if self.spent + self.reserved + 1 > self.limit:
             assert isinstance(answer, Denied)
             assert answer.reason is Reason.BUDGET_EXCEEDED
         else:
             assert isinstance(answer, Granted)
             self.grants.append(answer.grant)
-            self.states.append("issued")
+            self.states.append("begun" if answer.begun else "issued")
             self.reserved += 1
-            assert self.plane.admit(proposal) == answer, "asked twice, decided once"
+            assert answer.begun is begin
+            assert self.plane.admit(proposal, begin=again) == answer, "asked twice, decided once"
 
     @precondition(lambda self: self.grants)
     @rule(which=st.integers(0, 99))

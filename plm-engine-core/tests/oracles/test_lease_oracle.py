@@ -79,8 +79,8 @@ class Leasing(RuleBasedStateMachine):
             self.live = seconds == LONG
 
     @precondition(lambda self: self.holders)
-    @rule(who=st.integers(0, 99))
-    def start_a_call(self, who: int) -> None:
+    @rule(who=st.integers(0, 99), at_once=st.booleans())
+    def start_a_call(self, who: int, at_once: bool) -> None:
         holder, step = self.holders[who % len(self.holders)], next(self.steps)
         proposal = Proposal(
             tenant_id=self.tenant,
@@ -96,11 +96,13 @@ class Leasing(RuleBasedStateMachine):
         )
         if not (self.holds(holder) and self.live):
             with pytest.raises(FencingLost):
-                self.plane.admit(proposal)
+                self.plane.admit(proposal, begin=at_once)
             return
-        granted = self.plane.admit(proposal)
+        granted = self.plane.admit(proposal, begin=at_once)
         assert isinstance(granted, Granted)
-        assert self.plane.begin(granted.grant, fencing_token=holder.token, actor="test").accepted
+        assert granted.begun is at_once
+        begun = self.plane.begin(granted.grant, fencing_token=holder.token, actor="test")
+        assert begun.accepted is not at_once, "a grant is used up once"
         if holder.open is not None:
             self.settle(holder, holder.open)
         holder.open = granted.grant

@@ -62,9 +62,16 @@ class Pending:
 
 @dataclass(frozen=True, kw_only=True)
 class Granted:
-    """Allowed once; the budget is reserved."""
+    """Allowed once; the budget is reserved.
+
+    Where `begun`, the grant was used up with the admission: its call may leave the host at once, without `begin`. Asked
+    for again, that is still the answer. Then only one may make the call: whoever has held the run with this fencing
+    token all along, and did not make the call before. To any other holder the answer is FencingLost, and once the grant
+    is settled it is Denied.
+    """
 
     grant: Grant
+    begun: bool = False
 
 
 Admission = Denied | Steered | Pending | Granted
@@ -80,6 +87,7 @@ async def admit(
     agents: AgentRegistry | None = None,
     shadow: PolicySnapshot | None = None,
     expectations: Expectations,
+    begin: bool = False,
     connection: Connection | None = None,
 ) -> Admission:
     """Decide one proposal and book the answer.
@@ -88,6 +96,12 @@ async def admit(
     `connection` nothing is committed here. What `shadow` would have decided is recorded beside, and changes nothing.
     Where `expectations` know the run, the books are not asked before they are written, unless an evaluator has to be
     asked or they are not as expected.
+
+    With `begin` a grant is used up in the same transaction: for who makes the call at once, in this process and after
+    the commit, and asks `Granted.begun` whether it may. Where the run is being cancelled nothing is granted. Asked for
+    again with the other value of `begin`, the answer is the one that was booked; `begin` may still follow it. When it
+    is denied as STORAGE_BUSY, an answer may have been booked and lost, so a grant may have begun. The caller then has
+    not made the call and must not, unless asking again says that it may; what stays open is closed by recovery.
 
     Raises:
         InvalidRequest: the proposal holds what is no JSON; or `connection` holds no READ COMMITTED transaction, or one
@@ -105,6 +119,7 @@ async def admit(
         evaluators=evaluators,
         agents=agents,
         shadow=shadow,
+        begin=begin,
     )
     expected = expectations.of(proposal.tenant_id, proposal.run_id) if connection is None else None
     try:
@@ -112,7 +127,7 @@ async def admit(
         if answer is None:
             answer = await admitting.as_asked(expectations, connection)
     except StorageUnavailable as error:
-        # Nothing was booked. A driver may ask again with the same command.
+        # Nothing was booked, or the reply was lost. A driver may ask again with the same command.
         return Denied(
             reason=Reason.STORAGE_BUSY,
             message=str(error),
@@ -148,6 +163,7 @@ class _Admitting:
     evaluators: ParallelPolicyEvaluator
     agents: AgentRegistry | None
     shadow: PolicySnapshot | None
+    begin: bool
 
     async def as_expected(self, expected: Prepared) -> Mapping[str, Any] | None:
         """What is booked when the books are as `expected`; None, and nothing is, when they have to be asked."""
@@ -209,6 +225,7 @@ class _Admitting:
             grant_seconds=policy.grant_seconds,
             span_id=secrets.token_hex(8),
             reserve=self._reserve(decision, facts, subjects),
+            begin=self.begin,
         )
 
     def _reserve(self, decision: Decision, facts: Facts, subjects: Subjects | None) -> tuple[Reserve, ...]:
@@ -245,7 +262,8 @@ def _admission(proposal: Proposal, answer: Mapping[str, Any]) -> Admission:
                     fencing_token=proposal.fencing_token,
                     span_id=answer["span_id"],
                     expires_at=datetime.fromisoformat(answer["expires_at"]),
-                )
+                ),
+                begun=answer.get("begun", False),
             )
         case "pending":
             return Pending(

@@ -37,6 +37,7 @@ def admit_json(command: AdmitCommand) -> dict[str, Any]:
             "escalate_seconds": command.escalate_seconds,
         },
         "grant": {"id": str(command.grant_id), "seconds": command.grant_seconds, "span_id": command.span_id},
+        "begin": command.begin,
         "reserve": [
             {
                 "scope_kind": each.scope.value,

@@ -84,6 +84,7 @@ class AdmitCommand:
     grant_seconds: float
     span_id: str
     reserve: Sequence[Reserve]
+    begin: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +149,8 @@ class AdmissionStore(Protocol):
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book a decision; the answer has `status` granted, pending, steered or denied.
 
-        It is `policy_changed`, and nothing is written, where another policy is active than the one that decided.
+        It is `policy_changed`, and nothing is written, where another policy is active than the one that decided. With
+        `begin`, what is granted is used up in the same transaction, and the answer has `begun`.
         """
         ...
 

@@ -8,10 +8,9 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.errors import FencingLost, IdempotencyConflict
-from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.limits import Assumed, Bucket, Prepared
 from plm_engine_core.control_plane.storage.commands import admit_json
-from plm_engine_core.control_plane.storage.memory.admit import AdmitBooking
+from plm_engine_core.control_plane.storage.memory.admit import AdmitBooking, start
 from plm_engine_core.control_plane.storage.memory.books import Books, Row, halted, refuse_connection
 from plm_engine_core.control_plane.storage.memory.rates import take_tokens
 from plm_engine_core.control_plane.storage.memory.settlement import MemorySettlement
@@ -81,7 +80,7 @@ class MemoryAdmission(MemorySettlement):
         if record is not None:
             if record["digest"] != command.command_digest:
                 raise IdempotencyConflict(f"command {command.command_id} was already used for another proposal")
-            return fresh({**record["result"], "replayed": True})
+            return fresh({**_recalled(books, command, record["result"]), "replayed": True})
         answer = AdmitBooking(books, booking).book()
         if answer["status"] == "policy_changed":
             return answer
@@ -100,25 +99,36 @@ class MemoryAdmission(MemorySettlement):
             if run["cancel_requested_at"] is not None:
                 return _refused("cancel_requested", "the run is being cancelled")
             kept = books.grant_of(grant.tenant_id, grant.run_id, (grant.step_index, grant.attempt), grant.id)
-            if kept["fencing_token"] != fencing_token:
-                raise FencingLost(f"grant {grant.id} belongs to an earlier holder of the lease of run {grant.run_id}")
+            _compare_holder(kept, fencing_token)
             if kept["state"] == "revoked":
                 return _refused("halted", f"grant {grant.id} was revoked by a halt; its call has to be admitted anew")
             if kept["state"] != "issued":
-                return _refused("grant_used", f"grant {grant.id} is {kept['state']}; a grant is used once")
+                return _used(kept)
             if kept["expires_at"] <= books.now():
                 expired = text_time(kept["expires_at"])
                 return _refused("grant_expired", f"grant {grant.id} expired at {expired} before its call could start")
-            self._start(books, kept, actor)
+            start(books, kept, actor)
             return {"status": "begun"}
 
-    def _start(self, books: Books, grant: Row, actor: str) -> None:
-        tenant_id, run_id, now = grant["tenant_id"], grant["run_id"], books.now()
-        attempt = (grant["step_index"], grant["attempt"])
-        books.grants.change(tenant_id, grant["id"], state="begun", begun_at=now)
-        books.run_steps.change((tenant_id, run_id), attempt, state="running", started_at=now)
-        payload = {"step": attempt[0], "attempt": attempt[1], "grant_id": str(grant["id"])}
-        books.append(tenant_id, run_stream(run_id), "step_started", actor, payload)
+
+def _recalled(books: Books, command: AdmitCommand, answer: Row) -> Row:
+    """What a command was answered before; a grant that it used up is its holder's, until it is settled."""
+    if not answer.get("begun"):
+        return answer
+    books.hold_run(command.tenant_id, command.run_id, command.fencing_token, live=True)
+    attempt, grant_id = (command.step_index, command.attempt), UUID(answer["grant_id"])
+    kept = books.grant_of(command.tenant_id, command.run_id, attempt, grant_id)
+    _compare_holder(kept, command.fencing_token)
+    return answer if kept["state"] == "begun" else {**_used(kept), "status": "denied"}
+
+
+def _compare_holder(grant: Row, fencing_token: int) -> None:
+    if grant["fencing_token"] != fencing_token:
+        raise FencingLost(f"grant {grant['id']} belongs to an earlier holder of the lease of run {grant['run_id']}")
+
+
+def _used(grant: Row) -> dict[str, Any]:
+    return _refused("grant_used", f"grant {grant['id']} is {grant['state']}; a grant is used once")
 
 
 def _compare_clock(books: Books, assumed: Assumed) -> None:

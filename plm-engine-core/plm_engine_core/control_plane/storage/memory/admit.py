@@ -17,12 +17,29 @@ from plm_engine_core.control_plane.storage.memory.values import json_time, witho
 _STEP_STATES = {"allow": "granted", "ask": "awaiting_approval", "steer": "steered"}
 _DECIDED = ("outcome", "reason", "message", "rule", "unblock", "guidance", "retry_after_ms")
 _NOT_ANSWERED = ("outcome", "reserved", "opens")
+_BEING_CANCELLED = {
+    "outcome": "deny",
+    "reason": "cancel_requested",
+    "rule": "cancel",
+    "message": "the run is being cancelled",
+    "unblock": "nothing: somebody cancelled the run",
+}
 
 
 def policy_changed(decided: str, active: str) -> dict[str, Any]:
     """What is answered, and not kept, where another policy was activated since a decision."""
     words = f"policy {decided[:12]} decided, and meanwhile policy {active[:12]} was activated"
     return {"status": "policy_changed", "message": words}
+
+
+def start(books: Books, grant: Row, actor: str) -> None:
+    """Use a grant up: its call may leave the host once this is kept."""
+    tenant_id, run_id, now = grant["tenant_id"], grant["run_id"], books.now()
+    attempt = (grant["step_index"], grant["attempt"])
+    books.grants.change(tenant_id, grant["id"], state="begun", begun_at=now)
+    books.run_steps.change((tenant_id, run_id), attempt, state="running", started_at=now)
+    payload = {"step": attempt[0], "attempt": attempt[1], "grant_id": str(grant["id"])}
+    books.append(tenant_id, run_stream(run_id), "step_started", actor, payload)
 
 
 class AdmitBooking:
@@ -39,10 +56,11 @@ class AdmitBooking:
         """The answer, after everything it says was written."""
         active = self._books.active_policy()
         halt = self._books.standing_halt(self._tenant, self._run, capability=self._c["capability"])
-        self._books.hold_run(self._tenant, self._run, self._c["fencing_token"], live=True)
+        run = self._books.hold_run(self._tenant, self._run, self._c["fencing_token"], live=True)
         if active is not None and active != self._c["policy_digest"]:
             return policy_changed(self._c["policy_digest"], active)
-        verdict = self._verdict(halt)
+        cancelling = run["cancel_requested_at"] is not None
+        verdict = self._verdict(halt, cancelling=cancelling)
         state = _STEP_STATES.get(verdict["outcome"] or "", "denied")
         if state == "awaiting_approval" and verdict.get("ticket_id") is None:
             verdict |= {"ticket_id": self._c["ticket"]["id"], "opens": True}
@@ -56,13 +74,19 @@ class AdmitBooking:
         elif state == "awaiting_approval":
             answer |= self._park(verdict, answer)
         self._append(state, verdict, answer)
+        if state == "granted" and self._c["begin"]:
+            issued = self._books.grant_of(self._tenant, self._run, self._attempt, UUID(answer["grant_id"]))
+            start(self._books, issued, self._c["actor"])
+            answer["begun"] = True
         return answer
 
-    def _verdict(self, halt: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _verdict(self, halt: Mapping[str, Any] | None, *, cancelling: bool) -> dict[str, Any]:
         """What policy decided, as far as the books agree."""
         verdict = {name: self._c["decision"].get(name) for name in _DECIDED}
         if halt is not None:
             verdict |= halted(halt)
+        elif cancelling and self._c["begin"]:
+            verdict |= _BEING_CANCELLED
         elif verdict["outcome"] == "ask":
             verdict |= approval_now(self._books, self._c)
         if verdict["outcome"] == "allow":

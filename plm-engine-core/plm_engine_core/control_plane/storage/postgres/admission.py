@@ -30,11 +30,11 @@ _PREPARE = (
     "SELECT engine_prepare_v2(%(tenant)s, %(run)s, %(buckets)s)"
     " || jsonb_build_object('at', clock_timestamp()) AS answer"
 )
-_ADMIT = "SELECT engine_admit_v4(%(command)s) AS answer"
+_ADMIT = "SELECT engine_admit_v5(%(command)s) AS answer"
 # An argument is worked out before its function is called: what was assumed is taken once the decision is booked.
 _ADMIT_AS_ASSUMED = (
     "SELECT CASE WHEN abs(extract(epoch FROM statement_timestamp() - %(at)s::timestamptz)) <= %(tolerance)s"
-    " THEN engine_as_assumed_v1(engine_admit_v4(%(command)s), %(tenant)s, %(run)s, %(buckets)s)"
+    " THEN engine_as_assumed_v2(engine_admit_v5(%(command)s), %(tenant)s, %(run)s, %(buckets)s)"
     """ ELSE '{"status": "not_as_assumed"}' END AS answer"""
 )
 _NOT_AS_ASSUMED = "PLA01"
