@@ -20,7 +20,7 @@ from plm_engine_core.control_plane import ControlPlane, Denied, Granted
 from plm_engine_core.control_plane.events import BEGINNING, rebuild, verify_tenant
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
-from plm_engine_core.control_plane.storage.postgres.admission import PostgresAdmission, _buckets_json
+from plm_engine_core.control_plane.storage.postgres.admission import PostgresAdmission, _buckets_json, _ledger_json
 from plm_engine_core.control_plane.storage.postgres.gateway import jsonb
 from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, OutcomeStatus, Reason
 
@@ -58,7 +58,7 @@ class AnyRelease(PostgresAdmission):
 
     async def settle(self, command, *, connection=None):
         version = self._release("settle")
-        values = [jsonb(settle_json(command), root="outcome"), *(["{}"] if version > OLDEST else [])]
+        values = [jsonb(settle_json(command), root="outcome"), *([_ledger_json(command)] if version > OLDEST else [])]
         call = f"engine_settle_v{version}({', '.join(['%s'] * len(values))})"
         return await self._one(command.tenant_id, call, values)
 
@@ -112,6 +112,12 @@ async def standing(bench):
     return calls.spent, calls.reserved
 
 
+async def ledger(bench, run):
+    """How many events and calls are recorded of a run."""
+    row = await bench.storage.runs.mcrc(bench.tenant, run.id)
+    return row["telemetry_event_count"], row["connector_call_count"]
+
+
 async def assert_whole(bench):
     """Every chain holds, the feed has every event, and what is told by events alone is what the tables say."""
     results = await verify_tenant(bench.storage, bench.tenant)
@@ -149,6 +155,9 @@ async def test_whatever_release_admits_begins_and_settles_the_books_are_the_same
             now.update(settle=again)
             assert await mixed.settle(grant, lease, status) == settled, "settled before, by whichever release"
         assert await standing(bench) == (spent, 0)
+        if settles > OLDEST:  # whose nodes sent the ledger's rows by statements of their own
+            recorded = int(status is OutcomeStatus.SUCCEEDED)
+            assert await ledger(bench, lease.run) == (recorded, recorded)
     await assert_whole(bench)
 
 

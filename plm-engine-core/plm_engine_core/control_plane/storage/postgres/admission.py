@@ -102,12 +102,8 @@ class PostgresAdmission:
 
     async def settle(self, command: SettleCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book an outcome: the grant is locked, ledger rows and settlement written, by one statement."""
-        rows: dict[str, list[str]] = {}
-        for entry in command.ledger:
-            record = ledger_record(entry, tenant_id=command.tenant_id, run_id=command.run_id)
-            rows.setdefault(record.table, []).append(record.text)
-        ledger = ",".join(f'"{table}":[{",".join(texts)}]' for table, texts in rows.items())
-        parameters = {"command": json_parameter(settle_json(command), root="outcome"), "ledger": f"{{{ledger}}}"}
+        booking = json_parameter(settle_json(command), root="outcome")
+        parameters = {"command": booking, "ledger": _ledger_json(command)}
         return await self._booked(Statement(_SETTLE, parameters), connection)
 
     async def _booked(self, statement: Statement, connection: Connection | None = None) -> Mapping[str, Any]:
@@ -130,6 +126,16 @@ def _buckets_json(buckets: tuple[Bucket, ...]) -> str:
         {"dimension": each.dimension.value, "per_second": each.per_second, "burst": each.burst} for each in buckets
     ]
     return json_parameter(wanted, root="buckets")
+
+
+def _ledger_json(command: SettleCommand) -> str:
+    """Rows by table."""
+    rows: dict[str, list[str]] = {}
+    for entry in command.ledger:
+        record = ledger_record(entry, tenant_id=command.tenant_id, run_id=command.run_id)
+        rows.setdefault(record.table, []).append(record.text)
+    tables = ",".join(f'"{table}":[{",".join(texts)}]' for table, texts in rows.items())
+    return f"{{{tables}}}"
 
 
 async def _executed(connection: Connection, statement: Statement) -> Any:
