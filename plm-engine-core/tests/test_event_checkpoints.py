@@ -13,7 +13,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
-from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.errors import InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.events import (
     PublicKeys,
     Signer,
@@ -289,6 +289,25 @@ async def test_a_forged_checkpoint_is_not_trusted(history, statement):
     superuser(history, statement)
     with pytest.raises(InvalidRequest, match="not to be trusted"):
         await verify_tenant(history.storage, history.tenant, trusted=BELIEVED)
+
+
+@pytest.mark.postgres_only
+async def test_a_chain_that_is_lost_while_it_is_read_is_never_taken_for_whole(bench):
+    """More than the sockets between hold, so that the server is still sending when it is cut off."""
+    gateway = bench.storage.events._gateway
+    for _ in range(100):
+        async with gateway.transaction(bench.tenant) as connection:
+            await gateway.append(connection, bench.tenant, "long", "test", "human:a", {"text": "x" * 100_000})
+
+    def cut_off():
+        links = bench.storage.checkpoints.links(bench.tenant)
+        read = [next(links)]
+        bench.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'COPY%'")
+        with pytest.raises(StorageUnavailable):
+            read.extend(links)
+        return read
+
+    assert 0 < len(await asyncio.to_thread(cut_off)) < 100
 
 
 async def test_after_a_rotation_both_keys_are_needed(history):

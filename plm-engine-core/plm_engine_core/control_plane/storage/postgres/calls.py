@@ -59,10 +59,10 @@ class Calls:
         if name not in prepared:
             pgconn.send_prepare(name, text)
             with suppress(DuplicatePreparedStatement):  # by a call that was cancelled before it heard so
-                _checked(await connection.wait(_answered(pgconn)))
+                checked(await connection.wait(answered(pgconn)))
             prepared.add(name)
         pgconn.send_query_prepared(name, values)
-        return _checked(await connection.wait(_answered(pgconn)))
+        return checked(await connection.wait(answered(pgconn)))
 
 
 @lru_cache(maxsize=64)
@@ -80,12 +80,14 @@ def _encoded(value: object) -> bytes:
     return text.encode()
 
 
-def _answered(pgconn: PGconn) -> PQGen[PGresult]:
+def answered(pgconn: PGconn) -> PQGen[PGresult]:
+    """What a connection answers to all that was sent over it, for its `wait`."""
     results: list[PGresult] = yield from generators.execute(pgconn)
     return results[-1]
 
 
-def _checked(result: PGresult) -> PGresult:
+def checked(result: PGresult) -> PGresult:
+    """A result that is no failure; a `psycopg.Error` where it is one."""
     if result.status == ExecStatus.FATAL_ERROR:
         raise error_from_result(result, encoding="utf-8")
     return result

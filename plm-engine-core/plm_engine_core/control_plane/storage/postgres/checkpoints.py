@@ -8,9 +8,15 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+import psycopg
+from psycopg.abc import PQGen
+from psycopg.pq.abc import PGconn
+from psycopg.waiting import Wait
+
 from plm_engine_core.control_plane.events.archive import Piece
 from plm_engine_core.control_plane.events.chain import Link
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
+from plm_engine_core.control_plane.storage.postgres.calls import answered, checked
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
 
 Make = Callable[[Checkpoint | None, Sequence[Head], Sequence[Head], datetime], Checkpoint]
@@ -161,8 +167,8 @@ class PostgresCheckpoints:
     def _links(self, tenant_id: UUID, query: str, parameters: Mapping[str, Any]) -> Iterator[Link]:
         with self._gateway.reading(tenant_id) as connection:
             statement = f"COPY ({query}) TO STDOUT (FORMAT binary)".encode()
-            with connection.cursor().copy(statement, parameters) as copy:
-                yield from parse_rows(copy)
+            with connection.cursor().copy(statement, parameters):
+                yield from parse_rows(_blocks(connection))
 
     async def _newest(self, connection: Session, tenant_id: UUID) -> Checkpoint | None:
         cursor = await connection.execute(
@@ -198,6 +204,26 @@ class PostgresCheckpoints:
                 [head.hash for head in heads],
             ],
         )
+
+
+def _blocks(connection: psycopg.Connection[Any]) -> Iterator[memoryview]:
+    """What a running COPY sends, block by block. The driver's own iteration sets out to wait anew for each of them."""
+    pgconn = connection.pgconn
+    while True:
+        size, block = pgconn.get_copy_data(1)
+        if size < 0:
+            break
+        if size:
+            yield block
+        else:
+            connection.wait(_arrived(pgconn))
+    checked(connection.wait(answered(pgconn)))
+
+
+def _arrived(pgconn: PGconn) -> PQGen[None]:
+    while not (yield Wait.R):
+        pass
+    pgconn.consume_input()
 
 
 def parse_rows(blocks: Iterable[bytes | bytearray | memoryview]) -> Iterator[Link]:
