@@ -33,7 +33,7 @@ from plugin_substrate.stores.empirical import compute_config_hash
 from plugin_substrate.switch import Switch
 from plugin_substrate.templates import TemplateTable
 from plugin_substrate.tenant_worker import InstanceSettings, Seat, TenantWorker
-from plugin_substrate.worker.messages import Message
+from plugin_substrate.worker.frames import Message
 from plugin_substrate.worker_pool import WorkerPool
 
 Pending = TypeVar("Pending", bound=PendingCall)

@@ -9,7 +9,6 @@ from typing import Any
 
 from plugin_substrate.errors import ProtocolError, WireValueError
 from plugin_substrate.pending_call import PendingCall
-from plugin_substrate.worker.parked import Segment
 from plugin_substrate.worker.streams import WINDOW_BYTES, charge_of
 from plugin_substrate.worker.values import unpack_value
 
@@ -23,7 +22,7 @@ class PendingStream(PendingCall):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.late = False
-        self._chunks: deque[tuple[Segment, ...]] = deque()
+        self._chunks: deque[tuple[bytes, ...]] = deque()
         self._number = 0
         self._unpaid = 0
         self._taken = 0
@@ -37,7 +36,7 @@ class PendingStream(PendingCall):
         self._grant = grant
         self._refuse = refuse
 
-    def receive(self, counts: Sequence[int], segments: Sequence[Segment]) -> None:
+    def receive(self, counts: Sequence[int], segments: Sequence[bytes]) -> None:
         """Keep chunks of ``counts`` segments each; more than there was credit for are a `ProtocolError`."""
         start = 0
         for count in counts:
@@ -79,14 +78,14 @@ class PendingStream(PendingCall):
             self._grant(self._taken)
         self._taken = 0
 
-    def _take(self) -> list[tuple[Segment, ...]]:
+    def _take(self) -> list[tuple[bytes, ...]]:
         batch = []
         while self._chunks and self._taken < _BATCH_BYTES:
             batch.append(self._chunks.popleft())
             self._taken += charge_of(batch[-1])
         return batch
 
-    def _decode(self, batch: list[tuple[Segment, ...]]) -> list[Any]:
+    def _decode(self, batch: list[tuple[bytes, ...]]) -> list[Any]:
         first, self._number = self._number, self._number + len(batch)
         try:
             return [unpack_value(chunk, f"chunk[{number}]") for number, chunk in enumerate(batch, first)]

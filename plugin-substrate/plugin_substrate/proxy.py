@@ -28,10 +28,8 @@ from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.pending_stream import PendingStream
 from plugin_substrate.worker.failures import restore_error
-from plugin_substrate.worker.frames import Frame
+from plugin_substrate.worker.frames import Frame, Message, encode_frame
 from plugin_substrate.worker.isolation import missing_layers
-from plugin_substrate.worker.messages import Message, encode_message
-from plugin_substrate.worker.parked import Segment
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 #: So many questions may wait for a plugin's answer.
@@ -168,7 +166,7 @@ class RemotePluginProxy:
         segments = pack_value({"args": list(args), "kwargs": kwargs}, "")
         header = {"type": "call", "context": vars(context)}
         try:
-            return encode_message({**header, "stream": True} if stream else header, segments)
+            return encode_frame({**header, "stream": True} if stream else header, segments)
         except ProtocolError as error:
             raise WireValueError(f"the arguments are too large: {error}", path="args") from error
 
@@ -380,10 +378,10 @@ class RemotePluginProxy:
         return call
 
     def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
-        self._connection.write(encode_message(header, segments or []))
+        self._connection.write(encode_frame(header, segments or []))
 
 
-def _takes_long(segments: Sequence[Segment]) -> bool:
+def _takes_long(segments: Sequence[bytes]) -> bool:
     """Whether reading a value would hold up the event loop."""
     if len(segments) == 1:
         return len(segments[0]) > _QUICK_JSON_BYTES
