@@ -142,27 +142,35 @@ def sync_calls(meta: PluginMeta, folder: Path) -> list[float]:
     return samples
 
 
-async def burst(manager: PluginManager) -> tuple[list[float], float]:
-    """Calls a second, a sample per burst, and the longest the event loop was blocked meanwhile."""
-    rates, delays = [], [0.0]
+@asynccontextmanager
+async def watched_loop() -> AsyncIterator[list[float]]:
+    """How long a round of the event loop took, every few milliseconds meanwhile."""
+    delays = [0.0]
 
     async def watch() -> None:
         while True:
             started = time.perf_counter()
-            await asyncio.sleep(0)
-            delays.append(time.perf_counter() - started)
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.001)
+            delays.append(time.perf_counter() - started - 0.001)
+
+    watcher = asyncio.create_task(watch())
+    yield delays
+    watcher.cancel()
+
+
+async def burst(manager: PluginManager) -> tuple[list[float], float]:
+    """Calls a second, a sample per burst, and the longest the event loop was blocked meanwhile."""
+    rates = []
 
     async def caller(count: int) -> None:
         for _ in range(count):
             await manager.execute_plugin_async("bench")
 
-    watcher = asyncio.create_task(watch())
-    for _ in range(ROUNDS):
-        started = time.perf_counter()
-        await asyncio.gather(*(caller(BURST // IN_FLIGHT) for _ in range(IN_FLIGHT)))
-        rates.append(BURST / (time.perf_counter() - started))
-    watcher.cancel()
+    async with watched_loop() as delays:
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            await asyncio.gather(*(caller(BURST // IN_FLIGHT) for _ in range(IN_FLIGHT)))
+            rates.append(BURST / (time.perf_counter() - started))
     return rates, max(delays)
 
 
@@ -211,23 +219,14 @@ async def deaths(manager: PluginManager) -> tuple[list[float], list[float]]:
 
 
 async def cancels(manager: PluginManager, action: str) -> tuple[list[float], float]:
-    samples, longest = [], 0.0
-
-    async def watch() -> None:
-        nonlocal longest
-        while True:
-            started = time.perf_counter()
-            await asyncio.sleep(0.001)
-            longest = max(longest, time.perf_counter() - started - 0.001)
-
-    watcher = asyncio.create_task(watch())
-    for _ in range(max(3, ROUNDS // 4)):
-        task = await running(manager, action)
-        samples.append(await timed(lambda: manager.cancel_call("bench", "bench")))
-        await asyncio.wait({task})
-        assert isinstance(task.exception(), PluginCancelledError)
-    watcher.cancel()
-    return samples, longest
+    samples = []
+    async with watched_loop() as delays:
+        for _ in range(max(3, ROUNDS // 4)):
+            task = await running(manager, action)
+            samples.append(await timed(lambda: manager.cancel_call("bench", "bench")))
+            await asyncio.wait({task})
+            assert isinstance(task.exception(), PluginCancelledError)
+    return samples, max(delays)
 
 
 async def kill_worker(manager: PluginManager) -> None:
@@ -413,6 +412,9 @@ async def measure(meta: PluginMeta, folder: Path) -> dict[str, Figure]:
         for size, target in ((1, 2), (16, 30)):
             baseline = bare_echo(size * MEGABYTE, ROUNDS)
             figures[f"echo of {size} MiB, p50"] = ms(await echoes(manager, size * MEGABYTE), 0.5, target, baseline)
+        async with watched_loop() as delays:
+            await manager.execute_plugin_async("bench", value=bytes(128 * MEGABYTE))
+        figures["echo of 128 MiB, event loop blocked, most"] = ms([max(delays)], 0.5, 50)
         figures["stream of 5000 chunks, p50"] = rate(await streams(manager), 50_000)
         noticed, usable = await deaths(manager)
         figures["killed worker noticed, p50"] = ms(noticed, 0.5, 5)
