@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
@@ -284,6 +285,23 @@ class TestLeases:
             await bench.grant(lease)
         with pytest.raises(FencingLost):
             await finish(bench, lease)
+
+    @pytest.mark.parametrize("token", [-1, 2**63, 2**70])
+    async def test_a_token_that_nobody_was_ever_given_holds_nothing(self, bench, token):
+        lease = await bench.lease()
+        grant = await bench.grant(lease)
+        plane, stranger = bench.control_plane, replace(lease, fencing_token=token)
+        with suppress(InvalidRequest):
+            beat = await bench.storage.runs.renew(bench.tenant, lease.run.id, fencing_token=token, seconds=60)
+            assert not beat.held
+        for attempt in (
+            lambda: bench.grant(stranger, step_index=1, step_id="s1"),
+            lambda: plane.begin(grant, fencing_token=token, actor="worker:w"),
+            lambda: bench.settle(grant, stranger),
+            lambda: finish(bench, stranger),
+        ):
+            with pytest.raises((FencingLost, InvalidRequest)):  # the database has no number for some of them
+                await attempt()
 
 
 class TestQualityLevel:

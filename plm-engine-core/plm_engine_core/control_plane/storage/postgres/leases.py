@@ -86,7 +86,8 @@ class PostgresLeases:
         """Renew while nobody else took the run."""
         async with self._gateway.connection() as connection:
             cursor = await connection.execute(
-                "SELECT engine_renew_lease_v1(%s, %s, %s, %s) AS beat", [tenant_id, run_id, fencing_token, seconds]
+                "SELECT engine_renew_lease_v1(%s, %s, %s::bigint, %s) AS beat",
+                [tenant_id, run_id, fencing_token, seconds],
             )
             row = await cursor.fetchone()
         beat = row["beat"] if row is not None else None
