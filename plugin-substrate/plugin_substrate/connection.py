@@ -7,10 +7,10 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Callable
-from itertools import islice
+from itertools import islice, takewhile
 
-from plugin_substrate.worker.frames import Frame, Message
-from plugin_substrate.worker.inbox import Inbox
+from plugin_substrate.worker.frames import Frame
+from plugin_substrate.worker.messages import Inbox, Message
 
 _MAX_PIECES = 512  # the system takes 1024 at once
 
@@ -35,7 +35,7 @@ class WorkerConnection:
         self._on_end = on_end
         self._inbox = Inbox(connection)
         self._writing = threading.Lock()
-        self._waiting: deque[memoryview] = deque()
+        self._waiting: deque[_Outgoing] = deque()
         self._closed = False
         self._gathering = False
         connection.setblocking(False)
@@ -57,7 +57,7 @@ class WorkerConnection:
             if self._closed:
                 return
             if self._waiting or self._gathering:
-                self._waiting.extend(map(memoryview, message))
+                self._waiting.append(_Outgoing(message))
                 return
             done = self._write_whole(message) or self._push()
         if threading.get_ident() == self._owner:
@@ -76,40 +76,51 @@ class WorkerConnection:
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)
             self._socket.close()
+        self._inbox.close()
         self._loop.call_soon(self._on_end)
 
     def _write_whole(self, message: Message) -> bool:
         """Write a message of one piece, as nearly all are; False when (some of) it waits now."""
         sent = 0
-        if len(message) == 1:
+        if len(message.pieces) == 1 and not message.descriptors:
             try:
-                sent = self._socket.send(message[0])
+                sent = self._socket.send(message.pieces[0])
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError:  # as in `_push`
                 return True
-            if sent == len(message[0]):
+            if sent == len(message.pieces[0]):
                 return True
-        self._waiting.extend(map(memoryview, message))
-        self._take_off(sent)
+        outgoing = _Outgoing(message)
+        outgoing.take(sent)
+        self._waiting.append(outgoing)
         return False
 
     def _push(self) -> bool:
         """Write until nothing waits; False when the socket has no room."""
         while self._waiting:
             try:
-                self._take_off(self._socket.sendmsg(list(islice(self._waiting, _MAX_PIECES))))
+                self._send_some()
             except (BlockingIOError, InterruptedError):
                 return False
             except OSError:  # the worker is gone: the reader will hear of it
                 self._waiting.clear()
         return True
 
-    def _take_off(self, sent: int) -> None:
-        while self._waiting and sent >= len(self._waiting[0]):
-            sent -= len(self._waiting.popleft())
-        if sent:
-            self._waiting[0] = self._waiting[0][sent:]
+    def _send_some(self) -> None:
+        """Send what fits of the messages at the front; one with descriptors goes alone, so that they arrive with it."""
+        first = self._waiting[0]
+        if first.descriptors:
+            sent = socket.send_fds(self._socket, first.pieces[:_MAX_PIECES], first.descriptors)
+            first.close_descriptors()
+        elif len(self._waiting) == 1:
+            sent = self._socket.sendmsg(first.pieces[:_MAX_PIECES])
+        else:
+            plain = takewhile(lambda outgoing: not outgoing.descriptors, self._waiting)
+            pieces = (piece for outgoing in plain for piece in outgoing.pieces)
+            sent = self._socket.sendmsg(list(islice(pieces, _MAX_PIECES)))
+        while self._waiting and (sent := self._waiting[0].take(sent)) >= 0:
+            self._waiting.popleft()
 
     def _end_round(self) -> None:
         with self._writing:
@@ -146,3 +157,29 @@ class WorkerConnection:
                 self._on_frame(frame)
         except Exception as error:  # noqa: BLE001 - whatever a frame can cause must end its sender, never the host
             self._on_error(error)
+
+
+class _Outgoing:
+    """A message of which a part may be written already."""
+
+    def __init__(self, message: Message) -> None:
+        self._message = message
+        self.pieces = [memoryview(piece) for piece in message.pieces if piece]
+
+    @property
+    def descriptors(self) -> list[int]:
+        """The descriptors that still have to go with the first byte."""
+        return self._message.descriptors
+
+    def close_descriptors(self) -> None:
+        """Give up the descriptors, as they were sent."""
+        self._message.close()
+
+    def take(self, sent: int) -> int:
+        """Take off what was sent; returns what is left of that for the next message, -1 when this one is not done."""
+        while self.pieces and sent >= len(self.pieces[0]):
+            sent -= len(self.pieces.pop(0))
+        if not self.pieces:
+            return sent
+        self.pieces[0] = self.pieces[0][sent:]
+        return -1

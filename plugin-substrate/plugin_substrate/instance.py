@@ -33,7 +33,7 @@ from plugin_substrate.stores.empirical import compute_config_hash
 from plugin_substrate.switch import Switch
 from plugin_substrate.templates import TemplateTable
 from plugin_substrate.tenant_worker import InstanceSettings, Seat, TenantWorker
-from plugin_substrate.worker.frames import Message
+from plugin_substrate.worker.messages import Message
 from plugin_substrate.worker_pool import WorkerPool
 
 Pending = TypeVar("Pending", bound=PendingCall)
@@ -221,7 +221,8 @@ class LoadedInstance:
         pending = listeners.pending(PendingCall, context)
         pending.value.add_done_callback(lambda _: self._leave(worker, pending))
         try:
-            message = self._encode(proxy, pending, args, kwargs)
+            message = proxy.encode_call(context, args, kwargs)
+            self._announce(pending, proxy)
             self._send(worker, proxy, pending, message, listeners.on_started)
         except BaseException:
             pending.value.cancel()
@@ -406,28 +407,27 @@ class LoadedInstance:
         if self._books.has_to_admit(self.settings.meta):
             await in_time(pending.context, self._books.admit(self.settings.meta, worker, pending))
         proxy = await worker.ready()
-        message = self._encode(proxy, pending, args, kwargs)
-        call_id = pending.context.call_id
-        if listeners.before_start is not None and await ask_before(listeners.before_start, call_id) and not proxy.alive:
-            raise not_sent(call_id)  # unless something was awaited, it just was
+        context = pending.context
+        message = await proxy.encode_large_call(context, args, kwargs, stream=isinstance(pending, PendingStream))
+        self._announce(pending, proxy)
+        if listeners.before_start is not None:
+            await ask_before(listeners.before_start, context.call_id)
+        if not proxy.alive:  # unless something was awaited, it just was
+            raise not_sent(context.call_id)
         self._send(worker, proxy, pending, message, listeners.on_started)
 
-    def _encode(
-        self, proxy: RemotePluginProxy, pending: PendingCall, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Message:
-        """Return the message of a call that is known under its id from now on: a cancel cannot miss it."""
+    def _announce(self, pending: PendingCall, proxy: RemotePluginProxy) -> None:
+        """Make a call known under its id before it is sent: a cancel cannot miss it."""
         context = pending.context
         if context.call_id in self._calls:
             raise PluginInputError(
                 f"a call with the id {context.call_id!r} is already running", fields_invalid=["call"]
             )
-        message = proxy.encode_call(context, args, kwargs, stream=isinstance(pending, PendingStream))
         if context.deadline is not None and context.deadline <= time.time():
             raise PluginTimeoutError(
                 f"call {context.call_id} was not sent: its deadline has passed", timeout_seconds=0.0
             )
         self._calls[context.call_id] = pending, proxy
-        return message
 
     def _send(
         self,

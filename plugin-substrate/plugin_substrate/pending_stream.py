@@ -9,6 +9,7 @@ from typing import Any
 
 from plugin_substrate.errors import ProtocolError, WireValueError
 from plugin_substrate.pending_call import PendingCall
+from plugin_substrate.worker.parked import Segment
 from plugin_substrate.worker.streams import WINDOW_BYTES, charge_of
 from plugin_substrate.worker.values import unpack_value
 
@@ -22,7 +23,7 @@ class PendingStream(PendingCall):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.late = False
-        self._chunks: deque[tuple[bytes, ...]] = deque()
+        self._chunks: deque[tuple[Segment, ...]] = deque()
         self._number = 0
         self._unpaid = 0
         self._taken = 0
@@ -36,7 +37,7 @@ class PendingStream(PendingCall):
         self._grant = grant
         self._refuse = refuse
 
-    def receive(self, counts: Sequence[int], segments: Sequence[bytes]) -> None:
+    def receive(self, counts: Sequence[int], segments: Sequence[Segment]) -> None:
         """Keep chunks of ``counts`` segments each; more than there was credit for are a `ProtocolError`."""
         start = 0
         for count in counts:
@@ -78,14 +79,14 @@ class PendingStream(PendingCall):
             self._grant(self._taken)
         self._taken = 0
 
-    def _take(self) -> list[tuple[bytes, ...]]:
+    def _take(self) -> list[tuple[Segment, ...]]:
         batch = []
         while self._chunks and self._taken < _BATCH_BYTES:
             batch.append(self._chunks.popleft())
             self._taken += charge_of(batch[-1])
         return batch
 
-    def _decode(self, batch: list[tuple[bytes, ...]]) -> list[Any]:
+    def _decode(self, batch: list[tuple[Segment, ...]]) -> list[Any]:
         first, self._number = self._number, self._number + len(batch)
         try:
             return [unpack_value(chunk, f"chunk[{number}]") for number, chunk in enumerate(batch, first)]

@@ -28,8 +28,10 @@ from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
 from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.pending_stream import PendingStream
 from plugin_substrate.worker.failures import restore_error
-from plugin_substrate.worker.frames import Frame, Message, encode_frame
+from plugin_substrate.worker.frames import Frame
 from plugin_substrate.worker.isolation import missing_layers
+from plugin_substrate.worker.messages import Message, encode_message
+from plugin_substrate.worker.parked import Segment, is_parking_called_for
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 #: So many questions may wait for a plugin's answer.
@@ -163,12 +165,16 @@ class RemotePluginProxy:
         self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: bool = False
     ) -> Message:
         """Return a call's message, ready to send; what cannot cross is a `WireValueError` before anything does."""
-        segments = pack_value({"args": list(args), "kwargs": kwargs}, "")
-        header = {"type": "call", "context": vars(context)}
-        try:
-            return encode_frame({**header, "stream": True} if stream else header, segments)
-        except ProtocolError as error:
-            raise WireValueError(f"the arguments are too large: {error}", path="args") from error
+        return _call_message(context, _pack_arguments(args, kwargs), stream=stream)
+
+    async def encode_large_call(
+        self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: bool = False
+    ) -> Message:
+        """As `encode_call`; what takes long, as does filling memory files, is done in another thread."""
+        segments = _pack_arguments(args, kwargs)
+        if not is_parking_called_for(segments):
+            return _call_message(context, segments, stream=stream)
+        return await asyncio.to_thread(_call_message, context, segments, stream=stream)
 
     def send_call(self, call: PendingCall, message: Message) -> None:
         """Write a call's message. From here on nobody but the worker can say whether it took effect."""
@@ -378,10 +384,22 @@ class RemotePluginProxy:
         return call
 
     def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
-        self._connection.write(encode_frame(header, segments or []))
+        self._connection.write(encode_message(header, segments or []))
 
 
-def _takes_long(segments: Sequence[bytes]) -> bool:
+def _pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bytes]:
+    return pack_value({"args": list(args), "kwargs": kwargs}, "")
+
+
+def _call_message(context: CallContext, segments: list[bytes], *, stream: bool) -> Message:
+    header = {"type": "call", "context": vars(context)}
+    try:
+        return encode_message({**header, "stream": True} if stream else header, segments)
+    except ProtocolError as error:
+        raise WireValueError(f"the arguments are too large: {error}", path="args") from error
+
+
+def _takes_long(segments: Sequence[Segment]) -> bool:
     """Whether reading a value would hold up the event loop."""
     if len(segments) == 1:
         return len(segments[0]) > _QUICK_JSON_BYTES

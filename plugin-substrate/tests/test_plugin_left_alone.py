@@ -7,13 +7,24 @@ import gc
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from plugin_substrate import CallContext, PluginError, PluginInputError, PluginLoadError, PluginManager, PluginMeta
+from plugin_substrate import (
+    CallContext,
+    PluginError,
+    PluginInputError,
+    PluginLoadError,
+    PluginManager,
+    PluginMeta,
+    WorkerDiedError,
+)
+from plugin_substrate import proxy as proxy_module
 from plugin_substrate.proxy import RemotePluginProxy
+from plugin_substrate.worker.messages import Message
+from plugin_substrate.worker.parked import PARK_BYTES, is_parking_called_for
 
 MetaFactory = Callable[..., PluginMeta]
 
@@ -71,6 +82,54 @@ async def test_a_second_call_of_one_id_is_refused_when_both_wait_for_their_permi
         assert (await first).value == {}
         with pytest.raises(PluginInputError, match="'the same' is already running"):
             await second
+
+
+@pytest.fixture
+def filling(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Set when a large argument is about to be written down; it goes on when the second is set."""
+    began, may_end = threading.Event(), threading.Event()
+    encode = proxy_module.encode_message
+
+    def slow_encode(header: dict[str, Any], segments: Sequence[bytes] = ()) -> Message:
+        if is_parking_called_for(segments):
+            began.set()
+            assert may_end.wait(60)
+        return encode(header, segments)
+
+    monkeypatch.setattr(proxy_module, "encode_message", slow_encode)
+    return began, may_end
+
+
+async def test_the_loop_goes_on_while_a_large_argument_is_written_down(
+    probe: PluginManager, filling: tuple[threading.Event, threading.Event]
+) -> None:
+    began, may_end = filling
+    await probe.load_plugin_async(probe.get_plugin_meta("probe"), instance_id="two", max_concurrent_requests=2)
+    large = asyncio.create_task(probe.execute_plugin_async("two", action="probe.echo", x=b"x" * PARK_BYTES))
+    assert await asyncio.to_thread(began.wait, 60)
+    assert await probe.execute_plugin_async("two", action="probe.echo", x=1) == {"x": 1}
+    may_end.set()
+    async with asyncio.timeout(60):
+        assert await large == {"x": b"x" * PARK_BYTES}
+
+
+async def test_a_call_whose_worker_dies_while_its_argument_is_written_down_was_not_sent(
+    probe: PluginManager, filling: tuple[threading.Event, threading.Event]
+) -> None:
+    began, may_end = filling
+    large = asyncio.create_task(probe.execute_plugin_async("probe", action="probe.echo", x=b"x" * PARK_BYTES))
+    assert await asyncio.to_thread(began.wait, 60)
+    pid = probe.get_instance("probe").pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(60):
+        while probe.get_instance("probe").alive:  # noqa: ASYNC110 - nobody tells of a death
+            await asyncio.sleep(0)
+        may_end.set()
+        with pytest.raises(WorkerDiedError, match="was not sent") as caught:
+            await large
+    assert caught.value.outcome_known
+    assert await probe.execute_plugin_async("probe", action="probe.echo", x=1) == {"x": 1}
 
 
 async def test_a_worker_that_comes_up_while_others_are_reconfigured_has_the_new_configuration(

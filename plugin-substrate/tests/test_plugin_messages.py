@@ -1,4 +1,4 @@
-"""What either side receives beside frames or in odd ones: it ends the connection, typed, and leaves nothing open."""
+"""Frames with descriptors, as either side receives them: what is whole arrives, all else ends the connection."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plugin_substrate import (
     CallContext,
+    InputFile,
     PluginError,
     PluginManager,
     PluginMeta,
@@ -32,9 +33,10 @@ from plugin_substrate.pending_call import PendingCall
 from plugin_substrate.pending_stream import PendingStream
 from plugin_substrate.proxy import RemotePluginProxy
 from plugin_substrate.worker.frames import PROTOCOL_VERSION, Frame, encode_frame
-from plugin_substrate.worker.inbox import Inbox
 from plugin_substrate.worker.isolation import IsolationProfile
-from plugin_substrate.worker.values import unpack_value
+from plugin_substrate.worker.messages import Inbox, encode_message
+from plugin_substrate.worker.parked import MAX_PARKED, PARK_BYTES, park
+from plugin_substrate.worker.values import pack_value, unpack_value
 
 MetaFactory = Callable[..., PluginMeta]
 Pair = tuple[socket.socket, socket.socket]
@@ -56,29 +58,104 @@ def pair() -> Iterator[Pair]:
     assert open_descriptors() == before
 
 
-def frame_of(header: bytes, body: bytes) -> bytes:
-    return struct.pack(">II", len(header) + len(body), len(header)) + header + body
+def send(end: socket.socket, header: dict[str, Any], segments: list[bytes]) -> None:
+    message = encode_message(header, segments)
+    socket.send_fds(end, message.pieces, message.descriptors)
+    message.close()
 
 
 def received(end: socket.socket) -> list[Frame]:
     inbox = Inbox(end)
-    return list(inbox.frames(inbox.receive()))
+    try:
+        return list(inbox.frames(inbox.receive()))
+    finally:
+        inbox.close()
 
 
-@pytest.mark.parametrize("count", [1, 8, 200])
-def test_descriptors_are_closed_and_end_the_connection(pair: Pair, count: int) -> None:
+def test_a_large_segment_travels_beside_the_stream_and_arrives_in_its_place(pair: Pair) -> None:
+    value = {"small": b"s", "large": b"x" * PARK_BYTES, "file": InputFile("a.bin", "text/plain", b"y" * PARK_BYTES)}
+    send(pair[0], {"type": "call"}, pack_value(value, "value"))
+    (frame,) = received(pair[1])
+    assert frame.header == {"type": "call"}
+    assert unpack_value(frame.segments) == value
+
+
+def test_a_frame_that_nobody_reads_closes_its_descriptors(pair: Pair) -> None:
+    send(pair[0], {}, pack_value(b"x" * PARK_BYTES, "value"))
+    assert len(received(pair[1])) == 1
+
+
+def parked_frame(size: int, place: int = 1) -> bytes:
+    value = b'{"$":"bytes","segment":0}'
+    return b"".join(encode_frame({"parked": [[place, size]]}, [value]))
+
+
+def test_a_parked_segment_that_is_shorter_than_announced_is_refused(pair: Pair) -> None:
+    memory = os.memfd_create("short")
+    os.write(memory, b"x" * 10)
+    socket.send_fds(pair[0], [parked_frame(11)], [memory])
+    os.close(memory)
+    (frame,) = received(pair[1])
+    with pytest.raises(ProtocolError, match="short"):
+        unpack_value(frame.segments)
+
+
+def test_a_descriptor_that_is_no_memory_file_is_never_read(pair: Pair) -> None:
+    """Reading one of another kind might never return."""
+    reading, writing = os.pipe()
+    for descriptor in (reading, os.open(__file__, os.O_RDONLY)):
+        socket.send_fds(pair[0], [parked_frame(1)], [descriptor])
+        os.close(descriptor)
+        (frame,) = received(pair[1])
+        with pytest.raises(ProtocolError, match="cannot be read"):
+            unpack_value(frame.segments)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("count", [1, MAX_PARKED, MAX_PARKED + 1, 200])
+def test_descriptors_that_no_frame_announces_are_closed_and_end_the_connection(pair: Pair, count: int) -> None:
     socket.send_fds(pair[0], encode_frame({"type": "log"}), [pair[0].fileno()] * count)
-    with pytest.raises(ProtocolError, match="descriptors"):
+    with pytest.raises(ProtocolError, match="descriptor"):
         received(pair[1])
 
 
-def test_descriptors_that_come_within_a_frame_end_the_connection_too(pair: Pair) -> None:
+def test_descriptors_cannot_pile_up_behind_a_frame_that_never_ends(pair: Pair) -> None:
     inbox = Inbox(pair[1])
-    pair[0].send(struct.pack(">II", 1 << 20, 10))
+    pair[0].send(struct.pack(">II", 1000, 10))
     assert list(inbox.frames(inbox.receive())) == []
+    for _ in range(MAX_PARKED):
+        socket.send_fds(pair[0], [b"x"], [pair[0].fileno()])
+        assert list(inbox.frames(inbox.receive())) == []
     socket.send_fds(pair[0], [b"x"], [pair[0].fileno()])
-    with pytest.raises(ProtocolError, match="descriptors"):
+    with pytest.raises(ProtocolError, match="more descriptors"):
         inbox.receive()
+
+
+@pytest.mark.parametrize(
+    "parked",
+    [
+        [],
+        {},
+        "x",
+        [[1]],
+        [[0, 5]],
+        [[2, 5]],
+        [[1, 0]],
+        [[1, -1]],
+        [[1, 5], [2, 5]],
+        [[1, 1 << 40]],
+        [["1", 5]],
+        [[True, 5]],
+    ],
+    ids=str,
+)
+def test_a_list_of_parked_segments_that_does_not_fit_is_refused(pair: Pair, parked: Any) -> None:
+    memory = os.memfd_create("five")
+    os.write(memory, b"12345")
+    socket.send_fds(pair[0], encode_frame({"parked": parked}, [b"0"]), [memory])
+    os.close(memory)
+    with pytest.raises(ProtocolError):
+        received(pair[1])
 
 
 json_values = st.recursive(
@@ -89,8 +166,12 @@ json_values = st.recursive(
 
 @given(
     st.binary(max_size=100)
-    | st.fixed_dictionaries({"segments": st.just([1])}, optional={"more": json_values}).map(
-        lambda header: frame_of(json.dumps(header).encode(), b"0")
+    | st.fixed_dictionaries({"segments": st.just([1])}, optional={"parked": json_values}).map(
+        lambda header: (
+            struct.pack(">II", len(json.dumps(header)) + 1, len(json.dumps(header)))
+            + json.dumps(header).encode()
+            + b"0"
+        )
     ),
     st.integers(0, 3),
 )
@@ -105,7 +186,7 @@ def test_whatever_comes_is_a_frame_or_a_protocol_error_and_leaves_no_descriptor_
             frames = []
         for frame in frames:
             assert isinstance(frame.header, dict)
-            assert not count
+        del frames[:]
     assert open_descriptors() == before
 
 
@@ -162,6 +243,28 @@ async def test_a_worker_that_floods_the_host_with_descriptors_is_ended_and_nothi
         await manager.execute_plugin_async("hostile", action="hostile.flood_descriptors")
     assert await manager.execute_plugin_async("hostile", action="hostile.echo", x=1) == {"x": 1}
     assert open_descriptors() == before
+
+
+async def test_a_worker_that_parks_what_is_no_memory_file_is_ended(
+    manager: PluginManager, probe_meta: MetaFactory
+) -> None:
+    await manager.load_plugin_async(probe_meta("Hostile", "hostile", "hostile"))
+    with pytest.raises(WorkerDiedError, match="parked segment cannot be read"):
+        await manager.execute_plugin_async("hostile", action="hostile.park_a_file")
+
+
+def test_who_gets_a_memory_file_cannot_use_it_as_memory() -> None:
+    _, _, (memory,) = park([b"{}", bytes(PARK_BYTES)])
+    try:
+        for use in (
+            lambda: os.pwrite(memory, b"x", 0),
+            lambda: os.ftruncate(memory, 0),
+            lambda: os.ftruncate(memory, 1 << 30),
+        ):
+            with pytest.raises(PermissionError):
+                use()
+    finally:
+        os.close(memory)
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from plugin_substrate import CallContext, PluginError, PluginManager, PluginMeta, ProtocolError
 from plugin_substrate.lifecycle import Supervisor
 from plugin_substrate.worker.frames import FrameDecoder, encode_frame
-from plugin_substrate.worker.inbox import Inbox
 from plugin_substrate.worker.isolation import IsolationProfile
+from plugin_substrate.worker.messages import Inbox
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
@@ -48,7 +48,7 @@ host_says = st.one_of(
     st.fixed_dictionaries({"type": st.just("ask"), "id": ids, "verb": st.sampled_from(["stats", "x"]) | json_values}),
     st.fixed_dictionaries({"type": st.just("credit"), "id": ids, "bytes": json_values}),
     st.fixed_dictionaries({"type": st.just("cancel"), "id": ids}),
-    st.fixed_dictionaries({}, optional={"type": json_values}),
+    st.fixed_dictionaries({}, optional={"type": json_values, "parked": json_values}),
 )  # fmt: skip
 worker_says = st.fixed_dictionaries(
     {"type": st.sampled_from(["progress", "usage", "log", "chunks", "result", "error", "ready"]) | json_values},

@@ -9,8 +9,8 @@ import threading
 from typing import Any
 
 from plugin_substrate.interface import ActiveCall, CallContext
-from plugin_substrate.worker.frames import PROTOCOL_VERSION, Message, encode_frame
-from plugin_substrate.worker.inbox import Inbox
+from plugin_substrate.worker.frames import PROTOCOL_VERSION
+from plugin_substrate.worker.messages import Inbox, Message, encode_message
 
 _MAX_PROGRESS_TEXT = 1000
 _MAX_PIECES = 512  # the system takes 1024 at once
@@ -36,20 +36,25 @@ class Conversation:
 
     def send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
         """Write a frame; one over the limits is a `ProtocolError`."""
-        message = encode_frame(header, segments or [])
+        message = encode_message(header, segments or [])
         try:
             with self._send_lock:
-                if len(message) == 1:
-                    self.connection.sendall(message[0])
+                if len(message.pieces) == 1 and not message.descriptors:
+                    self.connection.sendall(message.pieces[0])
                 else:
                     self._send_pieces(message)
         except OSError:
             os._exit(0)
+        message.close()
 
     def _send_pieces(self, message: Message) -> None:
         """Write the beginning at once, as each system call wakes the host, and then what is missing."""
-        sent = self.connection.sendmsg(message[:_MAX_PIECES])
-        for piece in message:
+        beginning = message.pieces[:_MAX_PIECES]
+        if message.descriptors:
+            sent = socket.send_fds(self.connection, beginning, message.descriptors)
+        else:
+            sent = self.connection.sendmsg(beginning)
+        for piece in message.pieces:
             if sent < len(piece):
                 self.connection.sendall(memoryview(piece)[sent:])
             sent = max(0, sent - len(piece))

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from plugin_substrate.errors import ProtocolError
 from plugin_substrate.worker.large_frames import LargeFrame
+from plugin_substrate.worker.parked import Segment
 
 PROTOCOL_VERSION = 1
 MAX_FRAME_BYTES = 256 << 20
@@ -31,15 +32,11 @@ class Frame(NamedTuple):
     """One message: a JSON object and the binary segments it refers to."""
 
     header: dict[str, Any]
-    segments: tuple[bytes, ...] = ()
+    segments: tuple[Segment, ...] = ()
 
 
-#: An encoded frame: the pieces to write, in order.
-Message = list[bytes]
-
-
-def encode_frame(header: dict[str, Any], segments: Sequence[bytes] = ()) -> Message:
-    """Return what to write; a frame over the limits is a `ProtocolError`."""
+def encode_frame(header: dict[str, Any], segments: Sequence[bytes] = ()) -> list[bytes]:
+    """Return the pieces to write, in order; a frame over the limits is a `ProtocolError`."""
     lengths = [len(segment) for segment in segments]
     raw = to_json({**header, "segments": lengths})
     total = len(raw) + sum(lengths)

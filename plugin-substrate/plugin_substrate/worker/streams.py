@@ -19,6 +19,7 @@ from typing import Any
 from plugin_substrate.errors import WireValueError
 from plugin_substrate.interface import ActiveCall
 from plugin_substrate.worker.frames import MAX_FRAME_BYTES, MAX_SEGMENTS
+from plugin_substrate.worker.parked import Segment
 from plugin_substrate.worker.values import pack_value
 
 #: How far a plugin may be ahead of who reads its stream.
@@ -32,7 +33,7 @@ MAX_BATCH = 1024
 Send = Callable[[dict[str, Any], list[bytes]], None]
 
 
-def charge_of(segments: Sequence[bytes]) -> int:
+def charge_of(segments: Sequence[Segment]) -> int:
     """Return what a chunk costs."""
     return max(LEAST_CHARGE, sum(map(len, segments)))
 

@@ -30,6 +30,7 @@ from plugin_substrate.errors import ProtocolError, WireValueError
 from plugin_substrate.interface import InputFile, OutputFile
 from plugin_substrate.worker.arrays import array_from, array_parts, is_array
 from plugin_substrate.worker.frames import parse_json, to_json
+from plugin_substrate.worker.parked import Parked, Segment
 
 if TYPE_CHECKING:  # each takes a supervisor's start a millisecond or two, and not every plugin uses them
     from datetime import date, datetime
@@ -58,12 +59,12 @@ def pack_value(value: Any, path: str) -> list[bytes]:
     return [raw, *segments]
 
 
-def unpack_value(segments: Sequence[bytes], path: str = "value") -> Any:
+def unpack_value(segments: Sequence[Segment], path: str = "value") -> Any:
     """Return the value that `pack_value` was given; anything malformed is a `ProtocolError`.
 
     An array where numpy is not imported is a `WireValueError` that names its place.
     """
-    if not segments or len(segments[0]) > MAX_JSON_BYTES:
+    if not segments or isinstance(segments[0], Parked) or len(segments[0]) > MAX_JSON_BYTES:
         raise ProtocolError("a frame has no value, or one over the limit")
     encoded = parse_json(segments[0])
     try:
@@ -85,7 +86,7 @@ def encode_value(value: Any, path: str, segments: list[bytes]) -> Any:
         raise WireValueError(f"{path}: {refused}", path=path) from None
 
 
-def decode_value(value: Any, segments: Sequence[bytes]) -> Any:
+def decode_value(value: Any, segments: Sequence[Segment]) -> Any:
     """Return the value that `encode_value` was given; a malformed one is a `ProtocolError`.
 
     Each segment is used exactly once, so a value is never larger than the frame it came in.
@@ -229,7 +230,7 @@ _RARE_ENCODERS: dict[str, Encoder] = {
 }
 
 
-def _decode(value: Any, segments: dict[int, bytes], depth: int) -> Any:
+def _decode(value: Any, segments: dict[int, Segment], depth: int) -> Any:
     if depth > MAX_DEPTH + 1:  # a text may stand below the deepest list
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
     if isinstance(value, list):
@@ -248,9 +249,10 @@ def _decode(value: Any, segments: dict[int, bytes], depth: int) -> Any:
     return _decode_leaf(tag, value, segments)
 
 
-def _decode_leaf(tag: object, value: dict[str, Any], segments: dict[int, bytes]) -> Any:
+def _decode_leaf(tag: object, value: dict[str, Any], segments: dict[int, Segment]) -> Any:
     if tag in ("bytes", "input_file", "output_file", "array"):
-        data = segments.pop(value["segment"])
+        segment = segments.pop(value["segment"])
+        data = segment.read() if isinstance(segment, Parked) else segment
         if tag == "bytes":
             return data
         if tag == "array":

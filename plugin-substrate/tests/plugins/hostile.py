@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import signal
@@ -97,6 +98,16 @@ class Hostile(PluginInterface):
         host = socket.socket(fileno=os.dup(3))
         while True:
             socket.send_fds(host, [struct.pack(">II", 1 << 20, 10)], [0] * 200)
+
+    @plugin_action("hostile.park_a_file")
+    def park_a_file(self):
+        """Announce a parked segment, and send a descriptor of another kind with it."""
+        value = b'{"$":"bytes","segment":0}'
+        parts = {"type": "result", "id": self.call.call_id, "segments": [len(value)], "parked": [[1, 1 << 20]]}
+        header = json.dumps(parts).encode()
+        frame = struct.pack(">II", len(header) + len(value), len(header)) + header + value
+        socket.send_fds(socket.socket(fileno=os.dup(3)), [frame], [0])
+        self.stay()
 
     @plugin_action("hostile.raise")
     def raise_error(self, how):
