@@ -21,6 +21,7 @@ from plm_engine_core import (
     current_call,
     governed,
 )
+from plm_engine_core.agent_runtime import hold
 from plm_engine_core.control_plane import ControlPlane, Principal
 from plm_engine_core.control_plane.errors import InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.policy.starter import policy_of
@@ -352,6 +353,40 @@ class TestLostReplies:
         assert caught.value.reason is Reason.CANCEL_REQUESTED
         (run,) = runs(memory)
         assert run.state is RunState.FAILED
+
+    def test_a_process_that_stood_still_after_its_admission_makes_no_call(self, governor, storage, monkeypatch):
+        moment, admit = hold.moment, storage.admission.admit
+
+        async def stopped(*args, **keywords):
+            answer = await admit(*args, **keywords)
+            monkeypatch.setattr(hold, "moment", lambda: moment() + 100.0)
+            return answer
+
+        monkeypatch.setattr(storage.admission, "admit", stopped)
+        monkeypatch.setattr(hold, "beat_of", lambda _: 600.0)  # it does not hear of it before
+        made = []
+        with pytest.raises(CallDenied) as caught:
+            governed("shop.look", by=governor)(lambda: made.append(0))()
+        assert (made, caught.value.reason) == ([], Reason.LEASE_EXPIRED)
+        (run,) = runs(governor)
+        assert (run.state, only_step(governor, run).state) == (RunState.FAILED, StepState.NOT_STARTED)
+
+    def test_the_lease_is_kept_while_an_answer_is_waited_for(self, governor, storage, monkeypatch):
+        renew, admit, renewed = storage.runs.renew, storage.admission.admit, asyncio.Event()
+
+        async def renewing(*args, **keywords):
+            beat = await renew(*args, **keywords)
+            renewed.set()
+            return beat
+
+        async def slow(*args, **keywords):
+            await asyncio.wait_for(renewed.wait(), 60)
+            return await admit(*args, **keywords)
+
+        monkeypatch.setattr(hold, "beat_of", lambda _: 0.01)
+        monkeypatch.setattr(storage.runs, "renew", renewing)
+        monkeypatch.setattr(storage.admission, "admit", slow)
+        assert governed("shop.look", by=governor)(lambda: 7)() == 7
 
     def counted(self, monkeypatch, storage, *names, lost=0):
         """The bookings of these names, of which the replies to the first `lost` get lost."""

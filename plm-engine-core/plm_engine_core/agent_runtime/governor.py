@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from uuid import UUID
@@ -45,7 +45,7 @@ class Opened:
     grant: Grant
     capability: str
     call: CurrentCall
-    keeping: AsyncExitStack = field(default_factory=AsyncExitStack)
+    keeping: AsyncExitStack
 
 
 class Governor:
@@ -178,40 +178,56 @@ class Governor:
             ticket_id=ticket_id,
             agent=self._agent,
         )
+        async with AsyncExitStack() as keeping:
+            hold = await keeping.enter_async_context(
+                held(core.storage.runs, lease, seconds=self._lease_seconds, asked_at=asked_at, wake=asyncio.Event())
+            )
+            admission = await self._admitted(core, lease, proposal)
+            if isinstance(admission, Granted):
+                call = CurrentCall(run.id)
+                await keeping.enter_async_context(_passed_on(hold, call))
+                opened = Opened(
+                    run=lease.run,
+                    lease=lease,
+                    grant=admission.grant,
+                    capability=capability,
+                    call=call,
+                    keeping=keeping.pop_all(),
+                )
+                return await self._held_still(core, hold, opened)
+            if not isinstance(admission, Pending):
+                reason = admission.reason if isinstance(admission, Denied) else Reason.STEERED
+                with suppress(Conflict):  # a grant of which nobody was told is open; recovery closes it
+                    await self._finish(core, lease, RunState.FAILED, reason=reason.value, message=admission.message)
+            raise _refusal(core, run, admission)
+
+    async def _admitted(self, core: ControlPlane, lease: Lease, proposal: Proposal) -> Admission:
+        """The answer to a proposal, whose grant it uses up; it is asked for again where it may have got lost.
+
+        The run is held all along, and the call not made yet: with a grant that began unheard of it still may be.
+        """
         try:
-            admission = await self._admitted(core, proposal)
+            for pause in (*_PAUSES, None):
+                admission = await core.admit(proposal, begin=True)
+                if pause is None or not (isinstance(admission, Denied) and admission.reason is Reason.STORAGE_BUSY):
+                    break
+                await asyncio.sleep(pause)
         except StorageUnavailable:  # it may have been granted; recovery closes what is open
             raise
         except ControlPlaneError as error:
             await self._finish(core, lease, RunState.FAILED, reason=error.code, message=str(error))
             raise
-        if isinstance(admission, Granted):
-            if not admission.begun:
-                raise TypeError("an admission that begins leaves no grant to be begun")
-            call = CurrentCall(run.id)
-            opened = Opened(run=lease.run, lease=lease, grant=admission.grant, capability=capability, call=call)
-            hold = await opened.keeping.enter_async_context(
-                held(core.storage.runs, lease, seconds=self._lease_seconds, asked_at=asked_at, wake=asyncio.Event())
-            )
-            await opened.keeping.enter_async_context(_passed_on(hold, opened.call))
-            return opened
-        if not isinstance(admission, Pending):
-            reason = admission.reason if isinstance(admission, Denied) else Reason.STEERED
-            with suppress(Conflict):  # a grant of which nobody was told is open; recovery closes it
-                await self._finish(core, lease, RunState.FAILED, reason=reason.value, message=admission.message)
-        raise _refusal(core, run, admission)
-
-    async def _admitted(self, core: ControlPlane, proposal: Proposal) -> Admission:
-        """The answer to a proposal whose call is made at once; it is asked for again where it may have got lost.
-
-        The run is held all along, and the call not made yet: with a grant that began unheard of it still may be.
-        """
-        for pause in (*_PAUSES, None):
-            admission = await core.admit(proposal, begin=True)
-            if pause is None or not (isinstance(admission, Denied) and admission.reason is Reason.STORAGE_BUSY):
-                break
-            await asyncio.sleep(pause)
+        if isinstance(admission, Granted) and not admission.begun:
+            raise TypeError("an admission that begins leaves no grant to be begun")
         return admission
+
+    async def _held_still(self, core: ControlPlane, hold: Hold, opened: Opened) -> Opened:
+        """The call, unless this process was away: another may hold the run by now, and it would be beside its books."""
+        if hold.surely_held:
+            return opened
+        await self.close_call(core, opened, Outcome(status=OutcomeStatus.NOT_STARTED))
+        words = "the lease ran out before the call could be made"
+        raise CallDenied(words, run_id=opened.run.id, reason=Reason.LEASE_EXPIRED, unblock="calling the function anew")
 
     async def _not_takeable(self, core: ControlPlane, run: Run, *, resumed: bool) -> Exception:
         """Why the run of a call cannot be taken up: a halt stands, nobody has decided yet, or it was made already.
