@@ -25,6 +25,7 @@ from plm_engine_core.agent_runtime import hold
 from plm_engine_core.control_plane import ControlPlane, Principal
 from plm_engine_core.control_plane.errors import InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.policy.starter import policy_of
+from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CostBound
 from plm_engine_core.control_plane.registry.written import registry_of
 from plm_engine_core.control_plane.storage.memory import MemoryStorage
@@ -326,6 +327,14 @@ class TestLostReplies:
         assert (made, caught.value.reason) == ([], Reason.STORAGE_BUSY)
         (run,) = runs(governor)
         assert (run.state, only_step(governor, run).state) == (RunState.RUNNING, StepState.RUNNING)
+
+        async def swept(core):
+            await core.storage.runs.renew(run.tenant_id, run.id, fencing_token=1, seconds=0)
+            await Recovery(core.storage).sweep()
+
+        governor.plane.call(swept)
+        (run,) = runs(governor)
+        assert (run.state, only_step(governor, run).state) == (RunState.OUTCOME_UNKNOWN, StepState.OUTCOME_UNKNOWN)
 
     def test_a_call_that_could_not_be_booked_ends_its_run(self, governor, storage, monkeypatch):
         async def busy(*_, **__):
