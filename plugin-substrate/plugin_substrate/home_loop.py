@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, NamedTuple, TypeVar
 
+from plugin_substrate.bell import keep_bell, take_bell
+
 T = TypeVar("T")
 
 _ABANDONED = "the event loop of this PluginManager was closed before unload_all(); make a new manager"
@@ -98,11 +100,11 @@ class HomeLoop:
 
 
 class _HandedOver(Generic[T]):
-    """Work that another thread's event loop does while this one waits on a lock.
+    """Work that another thread's event loop does while this one waits for its bell.
 
     `asyncio.run_coroutine_threadsafe` does the same with a condition, a second future and two more trips to the loop,
-    which is more than a call of a plugin costs. The lock is released in the last step of the work, not in the round
-    after it: everything that is written here before that may be read when it has been taken.
+    which is more than a call of a plugin costs. The bell is rung in the last step of the work, not in the round after
+    it: everything that is written here before that may be read after it.
     """
 
     def __init__(
@@ -118,17 +120,18 @@ class _HandedOver(Generic[T]):
         self._outcome: list[T] = []
         self._error: BaseException = asyncio.CancelledError()  # when it was ended before it began
         self._given_up = False
-        self._ended = threading.Lock()
-        self._ended.acquire()
+        self._ended = False
+        self._bell = take_bell()
 
     def result(self) -> T:
         """Hand the work over and wait for its end; who is interrupted meanwhile takes it back."""
         try:
             self._loop.call_soon_threadsafe(self._start)  # wakes the loop: a signal may be heard when it runs already
-            self._ended.acquire()
+            self._bell.wait()
         except BaseException:
             self._loop.call_soon_threadsafe(self._give_up)
             raise
+        keep_bell(self._bell)
         if self._outcome:
             return self._outcome[0]
         error = self._error
@@ -147,7 +150,7 @@ class _HandedOver(Generic[T]):
             begun = at_once()
         except BaseException as error:
             self._error = error
-            self._ended.release()
+            self._end()
             if not isinstance(error, Exception):
                 raise
             return True
@@ -163,7 +166,7 @@ class _HandedOver(Generic[T]):
             self._outcome.append(value.result())
         except BaseException as error:  # noqa: BLE001 - it is raised by who waits
             self._error = error
-        self._ended.release()
+        self._end()
 
     async def _run(self) -> None:
         try:
@@ -172,12 +175,17 @@ class _HandedOver(Generic[T]):
             self._error = error
             if not isinstance(error, Exception):
                 raise  # the loop has to know too
-        self._ended.release()
+        self._end()
 
     def _see_to_the_end(self, task: asyncio.Task[None]) -> None:
         """Let go of who waits for a task that was ended before its last step."""
-        if (task.cancelled() or task.exception() is not None) and self._ended.locked():
-            self._ended.release()
+        if task.cancelled() or task.exception() is not None:
+            self._end()
+
+    def _end(self) -> None:
+        if not self._ended:
+            self._ended = True
+            self._bell.ring()
 
     def _give_up(self) -> None:
         self._given_up = True
