@@ -1,7 +1,8 @@
 """The only module that knows how the ledger is written.
 
 Rows travel as JSON (``LedgerRecord``) and PostgreSQL takes them apart, so one text per table serves a single event, a
-batch of hundreds, and the engine's settlement on its own connection. Refusals are drawn in ``plm_shared.ledger``.
+batch of hundreds, and the engine's settlement on its own connection. Refusals are drawn in ``plm_shared.ledger``. It is
+long as no other module may know the ledger's columns: all that writes them stands here.
 
 SQLAlchemy is loaded by its first use: the engine and the writer of batches, which need the texts alone, start without.
 """
