@@ -76,6 +76,7 @@ class RemotePluginProxy:
         self._greeted: asyncio.Future[None] = self._loop.create_future()
         self._gone: asyncio.Future[PluginError] = self._loop.create_future()
         self._on_loading: Callable[[float, str], object] = lambda *_: None
+        self.phase = "load"  #: where its load is, as far as it has said
         self.layers = layers
         self.python_version = ""
         self._connection = WorkerConnection(
@@ -283,6 +284,8 @@ class RemotePluginProxy:
                 self._on_load_failed(header)
             case "log":
                 self._on_log(header)
+            case "phase":
+                self.phase = line_of(header, "phase")
             case "loading":
                 self._on_loading(progress_of(header), line_of(header, "message"))
             case "chunks":

@@ -307,6 +307,8 @@ class TenantWorker:
             return error
         if isinstance(error, PluginLoadError):
             phase = error.phase
+        elif phase == "load" and proxy is not None:
+            phase = proxy.phase
         lines = proxy.log_tail if proxy is not None else ()
         if proxy is None and self._template is not None:
             lines = self._template.log_tail

@@ -313,6 +313,7 @@ frame_types = st.sampled_from(
         "loading",
         "log",
         "progress",
+        "phase",
         "usage",
         "chunks",
         "result",

@@ -272,7 +272,7 @@ async def test_a_synchronous_call_inside_the_event_loop_is_refused_instead_of_bl
         ("NoPlugin", "probe", "class", "not a PluginInterface", ""),
         ("RaisesOnCreate", "probe", "create", "no such device", "about to fail"),
         ("RaisesOnInitialize", "probe", "initialize", "threshold must be positive", "reading settings"),
-        ("DiesOnInitialize", "probe", "load", "SIGSEGV", "out of luck"),
+        ("DiesOnInitialize", "probe", "initialize", "SIGSEGV", "out of luck"),
     ],
 )
 async def test_a_failed_load_names_plugin_phase_and_last_words_and_leaves_no_process(
@@ -295,12 +295,15 @@ async def test_the_typed_error_of_initialize_is_the_cause(manager: PluginManager
     assert caught.value.__cause__.fields_invalid == ("threshold",)
 
 
-@pytest.mark.parametrize("module", ["probe", "hangs_on_import"])
-async def test_a_plugin_that_never_gets_ready_is_given_up(tmp_path: Path, probe_meta: MetaFactory, module: str) -> None:
+@pytest.mark.parametrize(("module", "phase"), [("probe", "initialize"), ("hangs_on_import", "import")])
+async def test_a_plugin_that_never_gets_ready_is_given_up(
+    tmp_path: Path, probe_meta: MetaFactory, module: str, phase: str
+) -> None:
     processes = child_processes()
-    async with PluginManager(data_dir=tmp_path, load_timeout=0.3) as manager:
-        with pytest.raises(PluginLoadError, match="not ready after"):
+    async with PluginManager(data_dir=tmp_path, load_timeout=3) as manager:
+        with pytest.raises(PluginLoadError, match="not ready after") as caught:
             await manager.load_plugin_async(probe_meta("NeverReady", module))
+        assert caught.value.phase == phase
         assert child_processes() == processes
 
 

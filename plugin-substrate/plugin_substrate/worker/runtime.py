@@ -1,8 +1,9 @@
 """The plugin worker: one plugin object, a reader thread that always listens, and threads that execute calls.
 
 Frames from the host: ``load``, ``call``, ``ask``, ``credit``, ``cancel``, ``unload``. To the host: ``hello`` (before
-any plugin code is imported), any number of ``loading`` and then ``ready`` or ``load_failed``, for each call or question
-any number of ``log``, ``progress``, ``usage`` and ``chunks`` and then one ``result`` or ``error``, and ``unloaded``.
+any plugin code is imported), any number of ``phase`` and ``loading`` and then ``ready`` or ``load_failed``, for each
+call or question any number of ``log``, ``progress``, ``usage`` and ``chunks`` and then one ``result`` or ``error``, and
+``unloaded``.
 What plugin code prints never enters this stream.
 """
 
@@ -102,19 +103,25 @@ class WorkerRuntime:
 
     def _load(self, frame: Frame) -> None:
         request, started, phase = frame.header, time.monotonic(), "environment"
+
+        def enter(next_phase: str) -> None:
+            nonlocal phase
+            phase = next_phase
+            self._send({"type": "phase", "phase": phase})  # before it runs: who dies or hangs in it tells no more
+
         entered = current_call.set(self._conversation.loading())
         try:
             enter_environment()
             log_to_output()
-            phase = "import"
+            enter("import")
             module = importlib.import_module(request["module"])
             phase = "class"
             cls = getattr(module, request["class"])
             if not (isinstance(cls, type) and issubclass(cls, PluginInterface)):
                 raise PluginConfigError(f"{request['module']}.{request['class']} is not a PluginInterface")  # noqa: TRY301
-            phase = "create"
+            enter("create")
             plugin = cls()
-            phase = "initialize"
+            enter("initialize")
             plugin.initialize(unpack_value(frame.segments, "config"))
         except BaseException as error:  # noqa: BLE001 - SystemExit in plugin code is a failed load too
             self._send({"type": "load_failed", "phase": phase, "error": describe_error(error)})
