@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import plugin_substrate
 import pytest
 from plugin_substrate import (
     CallContext,
@@ -472,8 +473,6 @@ def with_interpreter(meta: PluginMeta, python: Path) -> PluginMeta:
 def environment_for_everybody(folder: Path) -> Path:
     """Make an environment with the attacker in it that another user can run; skip the test where there is no way."""
     python = interpreter_for_everybody()
-    if python is None:
-        pytest.skip(f"no Python {platform.python_version()} here that another user can run")
     subprocess.run([python, "-m", "venv", "--without-pip", str(folder)], check=True)
     (site_packages,) = (folder / "lib").glob("python*/site-packages")
     (site_packages / "attacker.pth").write_text(str(HERE / "plugins"))
@@ -484,23 +483,27 @@ def status_of(pid: int | None) -> str:
     return Path(f"/proc/{pid}/status").read_text()
 
 
-def interpreter_for_everybody() -> str | None:
-    """Return an interpreter of this version outside closed folders, which can use what is installed here."""
+def interpreter_for_everybody() -> str:
+    """Return an interpreter of this version that another user can run; skip the test where there is none.
+
+    Nor is there a way where this checkout lies in a folder that only its owner can enter, as root's home is.
+    """
+    asked = "import os, sys; print(sys.version_info[:2], all(os.access(path, os.R_OK) for path in sys.argv[1:]))"
     for candidate in (f"/usr/bin/python{sys.version_info.major}.{sys.version_info.minor}", "/usr/bin/python3"):
         if Path(candidate).exists():
-            asked = [candidate, "-c", "import sys; print(sys.version_info[:2])"]
-            done = subprocess.run(asked, capture_output=True, text=True, check=False, user=NOBODY)
-            if done.stdout.strip() == str(sys.version_info[:2]):
+            command = [candidate, "-c", asked, __file__, plugin_substrate.__file__, pytest.__file__]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, user=NOBODY)
+            if done.stdout.startswith(str(sys.version_info[:2])):
+                if not done.stdout.strip().endswith("True"):
+                    pytest.skip("another user cannot enter the folder of this checkout, or of what is installed for it")
                 return candidate
-    return None
+    pytest.skip(f"no Python {platform.python_version()} here that another user can run")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="this run is an ordinary user's already")
 @pytest.mark.timeout(660)
 def test_all_this_holds_as_an_ordinary_user() -> None:
     python = interpreter_for_everybody()
-    if python is None:
-        pytest.skip(f"no Python {platform.python_version()} here that another user can run")
     with tempfile.TemporaryDirectory(prefix="plugin-attacks-") as folder:
         os.chown(folder, NOBODY, NOBODY)
         paths = [entry for entry in sys.path if not entry.startswith(f"{sys.base_prefix}/")]
