@@ -31,7 +31,7 @@ async def in_time(context: CallContext, waiting: Coroutine[Any, Any, T]) -> T:
         raise PluginTimeoutError(message, timeout_seconds=seconds) from error
 
 
-async def ask_before(before_start: Callable[[], Awaitable[bool]], call_id: str) -> bool:
+async def ask_before(before_start: Callable[[], Awaitable[bool]], call_id: str) -> None:
     """Ask the caller for the last time; a `CallNotStartedError` where the answer is no or an exception."""
     try:
         allowed = await before_start()
@@ -39,4 +39,3 @@ async def ask_before(before_start: Callable[[], Awaitable[bool]], call_id: str) 
         raise CallNotStartedError(f"call {call_id} was not sent: {type(error).__name__}: {error}") from error
     if not allowed:
         raise CallNotStartedError(f"call {call_id} was not sent: it is no longer allowed")
-    return True

@@ -408,7 +408,7 @@ class LoadedInstance:
             await in_time(pending.context, self._books.admit(self.settings.meta, worker, pending))
         proxy = await worker.ready()
         context = pending.context
-        message = await proxy.encode_large_call(context, args, kwargs, stream=isinstance(pending, PendingStream))
+        message = await proxy.encode_call_async(context, args, kwargs, stream=isinstance(pending, PendingStream))
         self._announce(pending, proxy)
         if listeners.before_start is not None:
             await ask_before(listeners.before_start, context.call_id)

@@ -168,7 +168,7 @@ class RemotePluginProxy:
         """Return a call's message, ready to send; what cannot cross is a `WireValueError` before anything does."""
         return _call_message(context, _pack_arguments(args, kwargs), stream=stream)
 
-    async def encode_large_call(
+    async def encode_call_async(
         self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: bool = False
     ) -> Message:
         """As `encode_call`; what takes long, as does filling memory files, is done in another thread."""
