@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import psycopg
 import pytest
+from plm_engine_core.control_plane.storage.postgres.group_commit import Lane
 
 pytestmark = pytest.mark.postgres_only
 
@@ -33,16 +34,24 @@ async def settle(bench, lease):
 async def test_whenever_a_process_has_its_answer_the_run_is_free(bench, monkeypatch, operation):
     lease = await bench.lease()
     free = []
-    wait = psycopg.AsyncConnection.wait
+    wait, read = psycopg.AsyncConnection.wait, Lane._on_readable
 
-    async def look_after(connection, *args, **kwargs):
-        answer = await wait(connection, *args, **kwargs)
+    def look():
         with psycopg.connect(bench.database.admin, autocommit=True) as other:
             rows = other.execute("SELECT FROM run_states WHERE run_id = %s FOR UPDATE SKIP LOCKED", [lease.run.id])
             free.append(len(rows.fetchall()))
+
+    async def look_after(connection, *args, **kwargs):
+        answer = await wait(connection, *args, **kwargs)
+        look()
         return answer
 
+    def look_after_reading(lane):
+        read(lane)
+        look()
+
     monkeypatch.setattr(psycopg.AsyncConnection, "wait", look_after)
+    monkeypatch.setattr(Lane, "_on_readable", look_after_reading)
     await operation(bench, lease)
     assert free
     assert set(free) == {1}

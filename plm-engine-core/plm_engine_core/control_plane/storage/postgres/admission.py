@@ -18,7 +18,7 @@ from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.limits import Assumed, Bucket, Dimension, Prepared, RateReading, Subjects
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
 from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection, SettleCommand
-from plm_engine_core.control_plane.storage.postgres.calls import Calls
+from plm_engine_core.control_plane.storage.postgres.bookings import Bookings
 from plm_engine_core.control_plane.storage.postgres.gateway import (
     Gateway,
     json_parameter,
@@ -49,7 +49,7 @@ class PostgresAdmission:
 
     def __init__(self, gateway: Gateway) -> None:
         self._gateway = gateway
-        self._calls = Calls()
+        self._bookings = Bookings(gateway)
 
     async def prepare(self, tenant_id: UUID, run_id: UUID, *, buckets: Sequence[Bucket]) -> Prepared:
         """Take one token of every bucket or of none, and read for whom the run works."""
@@ -109,7 +109,8 @@ class PostgresAdmission:
     async def _booked(self, statement: Statement, connection: Connection | None = None) -> Mapping[str, Any]:
         """What a statement answers, in a transaction of its own or in the caller's."""
         if connection is None:
-            answer = await self._gateway.lent(lambda own: self._calls.run(own, statement))
+            with translated():
+                answer = await self._bookings.make(statement)
         else:
             with translated():
                 require_transaction(connection)

@@ -1,76 +1,70 @@
-"""Calls of the booking functions: prepared once for each connection, and sent as one message.
+"""Calls of the booking functions, as the protocol has them: prepared under names of ours, parameters as texts.
 
 Around an ordinary statement the driver makes a cursor and adapts every value; for a call of some hundred microseconds
-on the server that is as much again on the client. And a transaction of one message cannot be left half sent: a process
-that is paused keeps no row from anybody.
+on the server that is as much again on the client.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from contextlib import suppress
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import psycopg
 from plm_shared.sqlalchemy_kernel_emitter import Statement
 from psycopg import generators
 from psycopg.abc import PQGen
-from psycopg.errors import DuplicatePreparedStatement, InvalidSqlStatementName, error_from_result
+from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
-from plm_engine_core.control_plane.storage.postgres.gateway import Session
-
-_NAMED = re.compile(r"%\((\w+)\)s")
+_PARAMETER = re.compile(r"%\((\w+)\)s")
 
 
-class Calls:
-    """Sends statements over connections that nobody else uses meanwhile, and knows which of them each has prepared."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A statement that connections prepare under its name, and the names of its parameters in their order."""
 
-    def __init__(self) -> None:
-        self._prepared: WeakKeyDictionary[Session, set[bytes]] = WeakKeyDictionary()
+    name: bytes
+    text: bytes
+    parameters: tuple[str, ...] = ()
 
-    async def run(self, connection: Session, statement: Statement) -> Any:
-        """Run a statement in a transaction of its own; the JSON in the first column of the row that it answers.
 
-        Raises:
-            psycopg.Error: it failed, so nothing was written; or the connection was lost, and that is not known.
-        """
-        name, text, parameters = _numbered(statement.sql)
-        values = [_encoded(statement.params[each]) for each in parameters]
-        prepared = self._prepared.setdefault(connection, set())
-        try:
-            result = await self._sent(connection, name, text, values, prepared)
-        except InvalidSqlStatementName:
-            # The driver drops what a connection has prepared after a rollback. Nothing was run.
-            prepared.clear()
-            result = await self._sent(connection, name, text, values, prepared)
-        answer = result.get_value(0, 0)
-        return json.loads(answer.decode()) if answer is not None else None
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A statement, the same for whose commit nobody waits, and the values of their parameters."""
 
-    async def _sent(
-        self, connection: Session, name: bytes, text: bytes, values: list[bytes], prepared: set[bytes]
-    ) -> PGresult:
-        pgconn = connection.pgconn
-        if name not in prepared:
-            pgconn.send_prepare(name, text)
-            with suppress(DuplicatePreparedStatement):  # by a call that was cancelled before it heard so
-                checked(await connection.wait(answered(pgconn)))
-            prepared.add(name)
-        pgconn.send_query_prepared(name, values)
-        return checked(await connection.wait(answered(pgconn)))
+    durable: Prepared
+    unawaited: Prepared
+    values: Sequence[bytes]
+
+
+#: Waits for the disk, and so for all that was committed before. A transaction that writes nothing would not.
+FLUSH = Prepared(b"plm_flush", b"SELECT pg_logical_emit_message(true, 'plm', '') IS NOT NULL")
+
+
+def call_of(statement: Statement) -> Call:
+    """A statement of the form ``SELECT expression AS answer``, with its parameters.
+
+    Raises:
+        psycopg.DataError, UnicodeEncodeError: a text cannot be stored.
+    """
+    durable, unawaited = _forms(statement.sql)
+    return Call(durable, unawaited, [_encoded(statement.params[name]) for name in durable.parameters])
 
 
 @lru_cache(maxsize=64)
-def _numbered(sql: str) -> tuple[bytes, bytes, tuple[str, ...]]:
-    """A name for a statement, its text as the protocol has it, and the names of its parameters in their order."""
-    names = tuple(dict.fromkeys(_NAMED.findall(sql)))
-    text = _NAMED.sub(lambda found: f"${names.index(found[1]) + 1}", sql).encode()
-    return b"plm_" + sha256(text).hexdigest()[:16].encode(), text, names
+def _forms(sql: str) -> tuple[Prepared, Prepared]:
+    names = tuple(dict.fromkeys(_PARAMETER.findall(sql)))
+    text = _PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", sql)
+    # Said in the transaction, wherever in it, and in force when that commits.
+    texts = text, f"{text}, set_config('synchronous_commit', 'off', true)"
+    durable, unawaited = (
+        Prepared(b"plm_" + sha256(each.encode()).hexdigest()[:16].encode(), each.encode(), names) for each in texts
+    )
+    return durable, unawaited
 
 
 def _encoded(value: object) -> bytes:

@@ -20,6 +20,13 @@ from plm_engine_core.control_plane.storage.rows import budget_standing, event_ro
 
 _COLUMNS = "tenant_id, stream, seq, prev_hash, hash, kind, actor, occurred_at, payload"
 
+# Bookings are seen before they are on disk, see `group_commit`. What a reader is told must outlast a crash, or what
+# comes in its place would look forged: so the reader's commit waits for the disk too. Asked once, after its snapshot.
+_OUTLASTING = (
+    "(SELECT CASE WHEN pg_current_wal_flush_lsn() < pg_current_wal_insert_lsn() "
+    "THEN pg_logical_emit_message(true, 'plm', '') END) AS outlasting"
+)
+
 # Below the horizon every transaction has ended. A visible event at or above `next` was written on another server.
 _HORIZON = (
     "SELECT pg_snapshot_xmin(s.now)::text AS horizon, pg_snapshot_xmax(s.now)::text AS next, "
@@ -27,7 +34,7 @@ _HORIZON = (
     "FROM (SELECT pg_current_snapshot() AS now) AS s"
 )
 _FEED = (
-    f"SELECT {_COLUMNS}, feed_position::text AS feed_position FROM events "  # noqa: S608  # literal
+    f"SELECT {_COLUMNS}, feed_position::text AS feed_position, {_OUTLASTING} FROM events "  # noqa: S608  # literal
     "WHERE tenant_id = %(tenant)s AND feed_position >= %(after)s::xid8 AND feed_position < %(horizon)s::xid8 "
     'AND (feed_position > %(after)s::xid8 OR (stream COLLATE "C", seq) > (%(stream)s COLLATE "C", %(seq)s)) '
     'ORDER BY events.feed_position, stream COLLATE "C", seq LIMIT %(limit)s'
@@ -94,11 +101,11 @@ class PostgresEvents:
         """Events of one stream in order, from sequence `after` + 1."""
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
-                f"SELECT {_COLUMNS} FROM events WHERE tenant_id = %s AND stream = %s AND seq > %s "  # noqa: S608  # literal
+                f"SELECT {_COLUMNS}, {_OUTLASTING} FROM events WHERE tenant_id = %s AND stream = %s AND seq > %s "  # noqa: S608  # literal
                 "ORDER BY seq LIMIT %s".encode(),
                 [tenant_id, stream, after, limit],
             )
-            return [event_row(row) for row in await cursor.fetchall()]
+            return [_event(row) for row in await cursor.fetchall()]
 
     async def feed(self, tenant_id: UUID, *, after: FeedCursor = BEGINNING, limit: int = 500) -> FeedPage:
         """Events of all streams after a cursor, as far as nothing can come before them any more."""
@@ -121,7 +128,7 @@ class PostgresEvents:
             for row in rows:
                 after = FeedCursor(int(row.pop("feed_position")), row["stream"], row["seq"])
             cursor_after = replace(after, pruned=newest)
-            return FeedPage(events=[event_row(row) for row in rows], cursor=cursor_after, held_back=held_back)
+            return FeedPage(events=[_event(row) for row in rows], cursor=cursor_after, held_back=held_back)
 
     async def misplaced(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Mapping[str, int]:
         """By stream, the first event whose place in the feed is not where its stream has it."""
@@ -159,6 +166,11 @@ class PostgresEvents:
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(_HEADS, [tenant_id])
             return [_head(row) for row in await cursor.fetchall()]
+
+
+def _event(row: dict[str, Any]) -> Event:
+    del row["outlasting"]
+    return event_row(row)
 
 
 def _head(row: Mapping[str, Any]) -> StreamHead:

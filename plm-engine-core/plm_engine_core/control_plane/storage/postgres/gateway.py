@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar, cast
 from uuid import UUID
@@ -33,7 +33,7 @@ _Made = TypeVar("_Made")
 _BUSY = {"25P03", "55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
 _BOUND = "SELECT set_config('app.tenant_id', %s, true), set_config('lock_timeout', %s, true)"
 _LONGEST_WAIT = "5s"
-_LONGEST_ANSWER_SECONDS = 15.0  # a server that is frozen closes no connection and ends no wait
+LONGEST_ANSWER_SECONDS = 15.0  # a server that is frozen closes no connection and ends no wait
 
 
 def json_parameter(value: Any, *, root: str) -> str:
@@ -108,7 +108,7 @@ def translated() -> Iterator[None]:
     except (PoolTimeout, PoolClosed) as error:
         raise StorageUnavailable("no database connection became free in time") from error
     except TimeoutError as error:
-        raise StorageUnavailable(f"the database gave no answer in {_LONGEST_ANSWER_SECONDS:g} s") from error
+        raise StorageUnavailable(f"the database gave no answer in {LONGEST_ANSWER_SECONDS:g} s") from error
 
 
 class Gateway:
@@ -121,21 +121,16 @@ class Gateway:
     async def connection(self) -> AsyncIterator[Session]:
         """One pooled connection in autocommit mode."""
         with translated():
-            async with asyncio.timeout(_LONGEST_ANSWER_SECONDS), self._pool.connection() as connection:
+            async with asyncio.timeout(LONGEST_ANSWER_SECONDS), self._pool.connection() as connection:
                 yield connection
 
-    async def lent(self, use: Callable[[Session], Awaitable[_Made]]) -> _Made:
-        """What `use` makes of one pooled connection in autocommit mode, on which it leaves no transaction open.
+    async def borrow(self) -> Session:
+        """One pooled connection in autocommit mode, to be given back; the errors are the driver's and the pool's."""
+        return await self._pool.getconn()
 
-        As `connection`, without the layers around it: for statements that are run at every step of every run.
-        """
-        with translated():
-            async with asyncio.timeout(_LONGEST_ANSWER_SECONDS):
-                connection = await self._pool.getconn()
-                try:
-                    return await use(connection)
-                finally:
-                    await self._pool.putconn(connection)
+    async def give_back(self, connection: Session) -> None:
+        """Give back what was borrowed, on which no transaction is open; a lost one is replaced."""
+        await self._pool.putconn(connection)
 
     @asynccontextmanager
     async def transaction(self, tenant_id: UUID) -> AsyncIterator[Session]:

@@ -1,0 +1,253 @@
+"""Bookings made beside each other, sent over one connection and waiting for the disk together.
+
+Each is a message and a transaction of its own, so a paused client keeps no row from anybody, and one that fails undoes
+no other. Those that come while others are on their way are sent in one go, in libpq's pipeline mode, as the next round.
+In a round each commits without waiting for the disk, so that its rows are free for the next, and a last message waits
+for them all; nobody is answered before that. A booking that is alone waits for its own commit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+import psycopg
+from psycopg.errors import DuplicatePreparedStatement, InvalidSqlStatementName, QueryCanceled
+from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq.abc import PGresult
+
+from plm_engine_core.control_plane.storage.postgres.calls import FLUSH, Call, Prepared, checked
+from plm_engine_core.control_plane.storage.postgres.gateway import LONGEST_ANSWER_SECONDS, Session
+
+logger = logging.getLogger(__name__)
+
+MOST_TOGETHER = 16
+PATIENCE_SECONDS = 0.25
+"""A booking that runs for so long is taken to wait for somebody's lock, and kept from holding others up."""
+
+NOTHING_RAN = (QueryCanceled, InvalidSqlStatementName, DuplicatePreparedStatement)
+"""Failures after which a statement may be sent again: cancelled, not prepared, or prepared already."""
+
+_NO_VALUES: list[bytes] = []
+_MOST_FLUSHES = 5
+
+Answer = asyncio.Future[PGresult]
+
+
+class Lane:
+    """One connection, used by nobody else meanwhile, and the bookings that go over it. Belongs to one event loop.
+
+    A booking that holds others up is cancelled, which leaves nothing of it: it fails with QueryCanceled, and may be
+    made again in a lane that is `exclusive`. `on_end` is called once: when nothing is on its way any more, the
+    connection being as it was, or when the connection is lost.
+    """
+
+    def __init__(
+        self, connection: Session, prepared: set[bytes], on_end: Callable[[Lane], object], *, exclusive: bool = False
+    ) -> None:
+        self.connection = connection
+        self.cancelling: asyncio.Task[None] | None = None  # to be over before anybody else uses the connection
+        self._exclusive = exclusive
+        self._pgconn = connection.pgconn
+        self._prepared = prepared
+        self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._queue: deque[tuple[Call, Answer]] = deque()
+        self._round: list[Answer] = []
+        self._results: list[PGresult] = []  # one for each message of the round that was answered
+        self._result: PGresult | None = None  # of the message that is being answered
+        self._messages = 0
+        self._flushes = 0  # that came to nothing
+        self._progress = self._loop.time()
+        self._scheduled = False
+        self._writing = False
+        self._ended = False
+        self._pgconn.enter_pipeline_mode()
+        self._socket = self._pgconn.socket
+        self._loop.add_reader(self._socket, self._on_readable)
+        self._watch = self._loop.call_later(PATIENCE_SECONDS, self._look)
+
+    @property
+    def accepts(self) -> bool:
+        """Whether another booking would be served soon."""
+        if self._ended or self._exclusive or len(self._queue) >= MOST_TOGETHER:
+            return False
+        return not self._round or self._loop.time() - self._progress < PATIENCE_SECONDS
+
+    def send(self, call: Call) -> Answer:
+        """What the server will answer; or a `psycopg.Error`, or a TimeoutError where it answers nothing."""
+        answer: Answer = self._loop.create_future()
+        self._queue.append((call, answer))
+        if not self._round:
+            self._schedule()
+        return answer
+
+    def forget(self) -> None:
+        """Prepare everything anew: the connection has dropped it."""
+        self._prepared.clear()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._next_round)  # whoever was just answered, or is about to ask, can join it
+
+    def _next_round(self) -> None:
+        self._scheduled = False
+        if self._ended:
+            return
+        calls: list[Call] = []
+        while self._queue and len(calls) < MOST_TOGETHER:
+            call, answer = self._queue.popleft()
+            if not answer.done():  # else nobody waits for it any more
+                calls.append(call)
+                self._round.append(answer)
+        if not calls:
+            self._end()
+            return
+        self._progress = self._loop.time()
+        try:
+            if len(calls) == 1:
+                self._put(calls[0].durable, calls[0])
+            else:
+                for call in calls:
+                    self._put(call.unawaited, call)
+                self._put(FLUSH)
+            self._write()
+        except psycopg.OperationalError as error:
+            self._lose(error)
+
+    def _put(self, prepared: Prepared, call: Call | None = None) -> None:
+        if prepared.name not in self._prepared:
+            self._pgconn.send_prepare(prepared.name, prepared.text)
+            self._prepared.add(prepared.name)
+        self._pgconn.send_query_prepared(prepared.name, call.values if call is not None else _NO_VALUES)
+        self._pgconn.pipeline_sync()
+        self._messages += 1
+
+    def _write(self) -> None:
+        more = bool(self._pgconn.flush())
+        if more and not self._writing:
+            self._loop.add_writer(self._socket, self._on_writable)
+        elif self._writing and not more:
+            self._loop.remove_writer(self._socket)
+        self._writing = more
+
+    def _on_writable(self) -> None:
+        try:
+            self._write()
+        except psycopg.OperationalError as error:
+            self._lose(error)
+
+    def _on_readable(self) -> None:
+        try:
+            self._pgconn.consume_input()
+            self._take_results()
+            if self._writing:
+                self._write()
+        except psycopg.OperationalError as error:
+            self._lose(error)
+            return
+        if self._pgconn.status != ConnStatus.OK:
+            self._lose(psycopg.OperationalError("the connection was lost"))
+        elif self._round and len(self._results) == self._messages:
+            self._finish_round()
+
+    def _take_results(self) -> None:
+        while len(self._results) < self._messages and not self._pgconn.is_busy():
+            result = self._pgconn.get_result()
+            if result is None:
+                if self._pgconn.status != ConnStatus.OK:
+                    return
+            elif result.status == ExecStatus.PIPELINE_SYNC:
+                assert self._result is not None  # noqa: S101 - a message is answered before its end
+                self._results.append(self._result)
+                self._result = None
+                self._progress = self._loop.time()
+            elif self._result is None or self._result.status != ExecStatus.FATAL_ERROR:
+                self._result = result
+
+    def _finish_round(self) -> None:
+        unflushed: psycopg.Error | None = None
+        if self._messages > len(self._round):
+            failure = _failure(self._results[-1])
+            if isinstance(failure, NOTHING_RAN) and self._flushes < _MOST_FLUSHES:
+                self._flush_again(failure)
+                return
+            if failure is not None:  # not as itself: these bookings have been made
+                unflushed = psycopg.OperationalError(f"bookings were made, and may not be on disk: {failure}")
+        answered = list(zip(self._round, self._results, strict=False))
+        self._round, self._results, self._messages, self._flushes = [], [], 0, 0
+        for answer, result in answered:
+            failure = unflushed or _failure(result)
+            if answer.done():
+                continue
+            if failure is not None:
+                answer.set_exception(failure)
+            else:
+                answer.set_result(result)
+        self._schedule()
+
+    def _flush_again(self, failure: psycopg.Error) -> None:
+        if isinstance(failure, InvalidSqlStatementName):
+            self.forget()
+        self._results.pop()
+        self._messages -= 1
+        self._flushes += 1
+        try:
+            self._put(FLUSH)
+            self._write()
+        except psycopg.OperationalError as error:
+            self._lose(error)
+
+    def _look(self) -> None:
+        """See whether the server is getting on."""
+        self._watch = self._loop.call_later(PATIENCE_SECONDS, self._look)
+        waited = self._loop.time() - self._progress
+        if not self._round or waited < PATIENCE_SECONDS:
+            return
+        if waited >= LONGEST_ANSWER_SECONDS:
+            self._lose(TimeoutError())
+        elif self._holds_others_up and (self.cancelling is None or self.cancelling.done()):
+            self.cancelling = self._loop.create_task(self._cancel())
+
+    @property
+    def _holds_others_up(self) -> bool:
+        """Whether it is a booking that the server is at, and somebody is behind it."""
+        return len(self._results) < len(self._round) and (len(self._round) > 1 or bool(self._queue))
+
+    async def _cancel(self) -> None:
+        try:
+            await self.connection.cancel_safe(timeout=PATIENCE_SECONDS)
+        except psycopg.Error:
+            logger.warning("a booking that holds others up could not be cancelled", exc_info=True)
+
+    def _lose(self, error: Exception) -> None:
+        if self._ended:
+            return
+        self._pgconn.finish()
+        unanswered = [*self._round, *(answer for _, answer in self._queue)]
+        self._end()
+        for answer in unanswered:
+            if not answer.done():
+                answer.set_exception(error)
+
+    def _end(self) -> None:
+        self._ended = True
+        self._watch.cancel()
+        self._loop.remove_reader(self._socket)
+        if self._writing:
+            self._loop.remove_writer(self._socket)
+        with suppress(psycopg.OperationalError):  # it is lost, as whoever takes it in will see
+            self._pgconn.exit_pipeline_mode()
+        self._on_end(self)
+
+
+def _failure(result: PGresult) -> psycopg.Error | None:
+    try:
+        checked(result)
+    except psycopg.Error as error:
+        return error
+    return None
