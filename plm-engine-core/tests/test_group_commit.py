@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -158,6 +159,46 @@ async def test_all_connections_may_wait_and_then_the_next_is_refused(bookings, b
         await holder.rollback()
         assert await asyncio.gather(*made) == [""] * 4
     assert await bookings.make(double(21)) == 42
+
+
+async def made_until(over: asyncio.Event, bookings: Bookings, served: asyncio.Event) -> None:
+    """One who books again as soon as it was answered; served when that was so three times."""
+    for number in itertools.count(1):
+        await bookings.make(double(21))
+        if number == 3:
+            served.set()
+        if over.is_set():
+            return
+
+
+@pytest.fixture
+async def only_one(bench) -> AsyncIterator[Pool]:
+    async with open_pool(bench.database.app, max_size=1, timeout=2.0) as pool:
+        yield pool
+
+
+async def test_bookings_without_end_leave_a_connection_to_others(only_one):
+    over, bookings = asyncio.Event(), Bookings(Gateway(only_one))
+    booking = [asyncio.ensure_future(made_until(over, bookings, asyncio.Event())) for _ in range(3)]
+    try:
+        for _ in range(2):
+            async with only_one.connection() as connection:
+                await connection.execute("SELECT 1")
+    finally:
+        over.set()
+        await asyncio.gather(*booking)
+
+
+async def test_more_at_once_than_a_connection_takes_are_all_served(only_one):
+    over, bookings = asyncio.Event(), Bookings(Gateway(only_one))
+    served = [asyncio.Event() for _ in range(MANY)]
+    booking = [asyncio.ensure_future(made_until(over, bookings, each)) for each in served]
+    everybody = asyncio.gather(*(each.wait() for each in served))
+    await asyncio.wait([everybody, *booking], return_when=asyncio.FIRST_COMPLETED)
+    over.set()
+    everybody.cancel()
+    *ends, _ = await asyncio.gather(*booking, everybody, return_exceptions=True)
+    assert ends == [None] * MANY
 
 
 async def test_a_caller_that_gives_up_takes_nobody_along(bookings, bench):

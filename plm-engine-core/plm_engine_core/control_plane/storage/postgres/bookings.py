@@ -1,7 +1,8 @@
 """Chooses the connection for each booking: all over one while it serves them soon, others only as they are needed.
 
 A connection is a server process. With more of them than processors each finds its caches emptied by the others, and
-bookings of one tenant wait for each other's rows anyway.
+bookings of one tenant wait for each other's rows anyway. Under constant load a connection would never be idle: it is
+given back when somebody waits for one, and whoever waits longest has the next.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ class Bookings:
     async def _open(self, *, exclusive: bool = False) -> Lane:
         connection = await self._gateway.borrow()
         prepared = self._prepared.setdefault(connection, set())
-        lane = Lane(connection, prepared, self._on_end, exclusive=exclusive)
+        lane = Lane(connection, prepared, on_end=self._on_end, wanted=self._gateway.wanted, exclusive=exclusive)
         self._lanes.append(lane)
         return lane
 

@@ -80,8 +80,13 @@ def answered(pgconn: PGconn) -> PQGen[PGresult]:
     return results[-1]
 
 
+def failure_of(result: PGresult) -> psycopg.Error | None:
+    """The error that a result tells of."""
+    return error_from_result(result, encoding="utf-8") if result.status == ExecStatus.FATAL_ERROR else None
+
+
 def checked(result: PGresult) -> PGresult:
     """A result that is no failure; a `psycopg.Error` where it is one."""
-    if result.status == ExecStatus.FATAL_ERROR:
-        raise error_from_result(result, encoding="utf-8")
+    if (failure := failure_of(result)) is not None:
+        raise failure
     return result

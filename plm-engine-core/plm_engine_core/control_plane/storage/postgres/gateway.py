@@ -128,6 +128,10 @@ class Gateway:
         """One pooled connection in autocommit mode, to be given back; the errors are the driver's and the pool's."""
         return await self._pool.getconn()
 
+    def wanted(self) -> bool:
+        """Whether somebody waits for a connection."""
+        return bool(self._pool.get_stats()["requests_waiting"])
+
     async def give_back(self, connection: Session) -> None:
         """Give back what was borrowed, on which no transaction is open; a lost one is replaced."""
         await self._pool.putconn(connection)

@@ -19,7 +19,7 @@ from psycopg.errors import DuplicatePreparedStatement, InvalidSqlStatementName, 
 from psycopg.pq import ConnStatus, ExecStatus
 from psycopg.pq.abc import PGresult
 
-from plm_engine_core.control_plane.storage.postgres.calls import FLUSH, Call, Prepared, checked
+from plm_engine_core.control_plane.storage.postgres.calls import FLUSH, Call, Prepared, failure_of
 from plm_engine_core.control_plane.storage.postgres.gateway import LONGEST_ANSWER_SECONDS, Session
 
 logger = logging.getLogger(__name__)
@@ -42,18 +42,26 @@ class Lane:
 
     A booking that holds others up is cancelled, which leaves nothing of it: it fails with QueryCanceled, and may be
     made again in a lane that is `exclusive`. `on_end` is called once: when nothing is on its way any more, the
-    connection being as it was, or when the connection is lost.
+    connection being as it was, or when the connection is lost. While the connection is `wanted` elsewhere, the lane
+    takes no more bookings, and so comes to its end.
     """
 
     def __init__(
-        self, connection: Session, prepared: set[bytes], on_end: Callable[[Lane], object], *, exclusive: bool = False
+        self,
+        connection: Session,
+        prepared: set[bytes],
+        *,
+        on_end: Callable[[Lane], object],
+        wanted: Callable[[], bool],
+        exclusive: bool = False,
     ) -> None:
         self.connection = connection
         self.cancelling: asyncio.Task[None] | None = None  # to be over before anybody else uses the connection
-        self._exclusive = exclusive
         self._pgconn = connection.pgconn
         self._prepared = prepared
         self._on_end = on_end
+        self._wanted = wanted
+        self._leaving = exclusive
         self._loop = asyncio.get_running_loop()
         self._queue: deque[tuple[Call, Answer]] = deque()
         self._round: list[Answer] = []
@@ -73,7 +81,7 @@ class Lane:
     @property
     def accepts(self) -> bool:
         """Whether another booking would be served soon."""
-        if self._ended or self._exclusive or len(self._queue) >= MOST_TOGETHER:
+        if self._ended or self._leaving or len(self._queue) >= MOST_TOGETHER:
             return False
         return not self._round or self._loop.time() - self._progress < PATIENCE_SECONDS
 
@@ -128,28 +136,26 @@ class Lane:
         self._messages += 1
 
     def _write(self) -> None:
-        more = bool(self._pgconn.flush())
+        try:
+            more = bool(self._pgconn.flush())
+        except psycopg.OperationalError as error:
+            self._lose(error)
+            return
         if more and not self._writing:
-            self._loop.add_writer(self._socket, self._on_writable)
+            self._loop.add_writer(self._socket, self._write)
         elif self._writing and not more:
             self._loop.remove_writer(self._socket)
         self._writing = more
-
-    def _on_writable(self) -> None:
-        try:
-            self._write()
-        except psycopg.OperationalError as error:
-            self._lose(error)
 
     def _on_readable(self) -> None:
         try:
             self._pgconn.consume_input()
             self._take_results()
-            if self._writing:
-                self._write()
         except psycopg.OperationalError as error:
             self._lose(error)
             return
+        if self._writing:
+            self._write()
         if self._pgconn.status != ConnStatus.OK:
             self._lose(psycopg.OperationalError("the connection was lost"))
         elif self._round and len(self._results) == self._messages:
@@ -172,7 +178,7 @@ class Lane:
     def _finish_round(self) -> None:
         unflushed: psycopg.Error | None = None
         if self._messages > len(self._round):
-            failure = _failure(self._results[-1])
+            failure = failure_of(self._results[-1])
             if isinstance(failure, NOTHING_RAN) and self._flushes < _MOST_FLUSHES:
                 self._flush_again(failure)
                 return
@@ -181,7 +187,7 @@ class Lane:
         answered = list(zip(self._round, self._results, strict=False))
         self._round, self._results, self._messages, self._flushes = [], [], 0, 0
         for answer, result in answered:
-            failure = unflushed or _failure(result)
+            failure = unflushed or failure_of(result)
             if answer.done():
                 continue
             if failure is not None:
@@ -203,7 +209,8 @@ class Lane:
             self._lose(error)
 
     def _look(self) -> None:
-        """See whether the server is getting on."""
+        """See whether the server is getting on, and whether others get a connection."""
+        self._leaving = self._leaving or self._wanted()
         self._watch = self._loop.call_later(PATIENCE_SECONDS, self._look)
         waited = self._loop.time() - self._progress
         if not self._round or waited < PATIENCE_SECONDS:
@@ -243,11 +250,3 @@ class Lane:
         with suppress(psycopg.OperationalError):  # it is lost, as whoever takes it in will see
             self._pgconn.exit_pipeline_mode()
         self._on_end(self)
-
-
-def _failure(result: PGresult) -> psycopg.Error | None:
-    try:
-        checked(result)
-    except psycopg.Error as error:
-        return error
-    return None
