@@ -212,6 +212,16 @@ async def test_a_caller_that_gives_up_takes_nobody_along(bookings, bench):
     assert await bookings.make(double(21)) == 42
 
 
+async def test_what_nobody_waits_for_any_more_ends_and_gives_its_connection_back(bookings, bench):
+    async with holding(bench):
+        made = [asyncio.ensure_future(bookings.make(each)) for each in (locked(), locked(), double(1))]
+        assert await made[2] == 2
+        await waiters(bench, 2)  # each over a connection of its own
+        made[0].cancel()
+        made[1].cancel()
+        await waiters(bench, 0)
+
+
 async def test_a_lost_connection_fails_all_that_were_on_their_way_and_nobody_after_them(bookings, bench):
     async with holding(bench) as holder:
         made = [asyncio.ensure_future(bookings.make(locked())) for _ in range(3)]

@@ -41,7 +41,7 @@ class Lane:
     """One connection, used by nobody else meanwhile, and the bookings that go over it. Belongs to one event loop.
 
     A booking that holds others up is cancelled, which leaves nothing of it: it fails with QueryCanceled, and may be
-    made again in a lane that is `exclusive`. `on_end` is called once: when nothing is on its way any more, the
+    made again in a lane that is `exclusive`. One that waits long and for nobody is cancelled too. `on_end` is called once: when nothing is on its way any more, the
     connection being as it was, or when the connection is lost. While the connection is `wanted` elsewhere, the lane
     takes no more bookings, and so comes to its end.
     """
@@ -217,19 +217,21 @@ class Lane:
             return
         if waited >= LONGEST_ANSWER_SECONDS:
             self._lose(TimeoutError())
-        elif self._holds_others_up and (self.cancelling is None or self.cancelling.done()):
+        elif self._in_vain and (self.cancelling is None or self.cancelling.done()):
             self.cancelling = self._loop.create_task(self._cancel())
 
     @property
-    def _holds_others_up(self) -> bool:
-        """Whether it is a booking that the server is at, and somebody is behind it."""
-        return len(self._results) < len(self._round) and (len(self._round) > 1 or bool(self._queue))
+    def _in_vain(self) -> bool:
+        """Whether it is a booking that the server is at, and it holds others up or nobody waits for it any more."""
+        if len(self._results) >= len(self._round):
+            return False
+        return len(self._round) > 1 or bool(self._queue) or self._round[0].done()
 
     async def _cancel(self) -> None:
         try:
             await self.connection.cancel_safe(timeout=PATIENCE_SECONDS)
         except psycopg.Error:
-            logger.warning("a booking that holds others up could not be cancelled", exc_info=True)
+            logger.warning("a booking could not be cancelled", exc_info=True)
 
     def _lose(self, error: Exception) -> None:
         if self._ended:
