@@ -261,9 +261,35 @@ def mortal() -> Iterator[tuple[EmbeddedPostgres, Any]]:
             server.remove()
 
 
+def postmaster(server: EmbeddedPostgres) -> int:
+    return int((server.cluster_dir / "postmaster.pid").read_text().split("\n", 1)[0])
+
+
 def killed(server: EmbeddedPostgres) -> None:
-    os.kill(int((server.cluster_dir / "postmaster.pid").read_text().split("\n", 1)[0]), signal.SIGKILL)
+    os.kill(postmaster(server), signal.SIGKILL)
     server.start()
+
+
+async def test_a_cancel_that_comes_late_reaches_nobody_else(mortal, caplog):
+    server, urls = mortal
+    async with (
+        open_pool(urls.app, max_size=1) as pool,
+        await psycopg.AsyncConnection.connect(urls.admin) as holder,
+    ):
+        await holder.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
+        bookings = Bookings(Gateway(pool))
+        lost = await bookings.make(backend())
+        made = [asyncio.ensure_future(bookings.make(each)) for each in (locked(), double(1))]
+        os.kill(postmaster(server), signal.SIGSTOP)  # cancels are heard by it alone
+        try:
+            async with asyncio.timeout(20):
+                while "could not be cancelled" not in caplog.text:  # noqa: ASYNC110  # said by a log
+                    await asyncio.sleep(0.01)
+            await holder.rollback()
+            assert await asyncio.gather(*made) == ["", 2]
+        finally:
+            os.kill(postmaster(server), signal.SIGCONT)
+        assert await bookings.make(backend()) != lost
 
 
 async def test_what_was_answered_outlasts_the_server(mortal):

@@ -93,7 +93,6 @@ class Bookings:
 
     async def _give_back(self, lane: Lane) -> None:
         try:
-            if lane.cancelling is not None:
-                await lane.cancelling
+            await lane.cancelling.end()
         finally:
             await self._gateway.give_back(lane.connection)

@@ -9,9 +9,8 @@ for them all; nobody is answered before that. A booking that is alone waits for 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import psycopg
@@ -20,9 +19,8 @@ from psycopg.pq import ConnStatus, ExecStatus
 from psycopg.pq.abc import PGresult
 
 from plm_engine_core.control_plane.storage.postgres.calls import FLUSH, Call, Prepared, failure_of
+from plm_engine_core.control_plane.storage.postgres.cancelling import Cancelling
 from plm_engine_core.control_plane.storage.postgres.gateway import LONGEST_ANSWER_SECONDS, Session
-
-logger = logging.getLogger(__name__)
 
 MOST_TOGETHER = 16
 PATIENCE_SECONDS = 0.25
@@ -31,19 +29,21 @@ PATIENCE_SECONDS = 0.25
 NOTHING_RAN = (QueryCanceled, InvalidSqlStatementName, DuplicatePreparedStatement)
 """Failures after which a statement may be sent again: cancelled, not prepared, or prepared already."""
 
-_NO_VALUES: list[bytes] = []
 _MOST_FLUSHES = 5
 
 Answer = asyncio.Future[PGresult]
+Message = tuple[Prepared, Sequence[bytes]]
+
+_FLUSHING: Message = (FLUSH, ())
 
 
 class Lane:
     """One connection, used by nobody else meanwhile, and the bookings that go over it. Belongs to one event loop.
 
     A booking that holds others up is cancelled, which leaves nothing of it: it fails with QueryCanceled, and may be
-    made again in a lane that is `exclusive`. One that waits long and for nobody is cancelled too. `on_end` is called once: when nothing is on its way any more, the
-    connection being as it was, or when the connection is lost. While the connection is `wanted` elsewhere, the lane
-    takes no more bookings, and so comes to its end.
+    made again in a lane that is `exclusive`. One that waits long and for nobody is cancelled too. While the connection
+    is `wanted` elsewhere, no more bookings are taken. `on_end` is called once: when nothing is on its way any more, the
+    connection being as it was, or when the connection is lost.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Lane:
         exclusive: bool = False,
     ) -> None:
         self.connection = connection
-        self.cancelling: asyncio.Task[None] | None = None  # to be over before anybody else uses the connection
+        self.cancelling = Cancelling(connection, timeout=PATIENCE_SECONDS)
         self._pgconn = connection.pgconn
         self._prepared = prepared
         self._on_end = on_end
@@ -116,24 +116,24 @@ class Lane:
             self._end()
             return
         self._progress = self._loop.time()
+        if len(calls) == 1:
+            self._put((calls[0].durable, calls[0].values))
+        else:
+            self._put(*((call.unawaited, call.values) for call in calls), _FLUSHING)
+
+    def _put(self, *messages: Message) -> None:
         try:
-            if len(calls) == 1:
-                self._put(calls[0].durable, calls[0])
-            else:
-                for call in calls:
-                    self._put(call.unawaited, call)
-                self._put(FLUSH)
-            self._write()
+            for prepared, values in messages:
+                if prepared.name not in self._prepared:
+                    self._pgconn.send_prepare(prepared.name, prepared.text)
+                    self._prepared.add(prepared.name)
+                self._pgconn.send_query_prepared(prepared.name, values)
+                self._pgconn.pipeline_sync()
+                self._messages += 1
         except psycopg.OperationalError as error:
             self._lose(error)
-
-    def _put(self, prepared: Prepared, call: Call | None = None) -> None:
-        if prepared.name not in self._prepared:
-            self._pgconn.send_prepare(prepared.name, prepared.text)
-            self._prepared.add(prepared.name)
-        self._pgconn.send_query_prepared(prepared.name, call.values if call is not None else _NO_VALUES)
-        self._pgconn.pipeline_sync()
-        self._messages += 1
+        else:
+            self._write()
 
     def _write(self) -> None:
         try:
@@ -202,23 +202,19 @@ class Lane:
         self._results.pop()
         self._messages -= 1
         self._flushes += 1
-        try:
-            self._put(FLUSH)
-            self._write()
-        except psycopg.OperationalError as error:
-            self._lose(error)
+        self._put(_FLUSHING)
 
     def _look(self) -> None:
         """See whether the server is getting on, and whether others get a connection."""
-        self._leaving = self._leaving or self._wanted()
+        self._leaving = self._leaving or self.cancelling.is_lost or self._wanted()
         self._watch = self._loop.call_later(PATIENCE_SECONDS, self._look)
         waited = self._loop.time() - self._progress
         if not self._round or waited < PATIENCE_SECONDS:
             return
         if waited >= LONGEST_ANSWER_SECONDS:
             self._lose(TimeoutError())
-        elif self._in_vain and (self.cancelling is None or self.cancelling.done()):
-            self.cancelling = self._loop.create_task(self._cancel())
+        elif self._in_vain:
+            self.cancelling.begin()
 
     @property
     def _in_vain(self) -> bool:
@@ -226,12 +222,6 @@ class Lane:
         if len(self._results) >= len(self._round):
             return False
         return len(self._round) > 1 or bool(self._queue) or self._round[0].done()
-
-    async def _cancel(self) -> None:
-        try:
-            await self.connection.cancel_safe(timeout=PATIENCE_SECONDS)
-        except psycopg.Error:
-            logger.warning("a booking could not be cancelled", exc_info=True)
 
     def _lose(self, error: Exception) -> None:
         if self._ended:
