@@ -33,7 +33,6 @@ def _as_json(found: Diagnosis) -> dict[str, Any]:
     return {
         "well": found.well,
         "layers": [asdict(layer) for layer in found.layers],
-        "means": [asdict(means) for means in found.means],
         "plugins": [asdict(plugin) for plugin in found.plugins],
         "rejected": [{"manifest": str(path), "reason": reason} for path, reason in found.rejected],
     }
@@ -44,7 +43,6 @@ def _as_text(found: Diagnosis) -> str:
     lines = ["This machine keeps a plugin from:"]
     lines += [f"  {layer.name:{width}}  {layer.detail}" for layer in found.layers if layer.held]
     lines += [f"  {layer.name:{width}}  absent: {layer.detail}" for layer in found.layers if not layer.held]
-    lines += ["Not used:", *(f"  {means.name:{width}}  {means.detail}" for means in found.means)]
     for plugin in found.plugins:
         lines += ["", plugin.name, *(f"  {line}" for line in _plugin_lines(plugin))]
     lines += [f"not used: {path}: {reason}" for path, reason in found.rejected]
@@ -58,6 +56,7 @@ def _plugin_lines(plugin: PluginReport) -> list[str]:
         "may": _terms(plugin.profile),
         "requires": ", ".join(plugin.required),
         "gets": ", ".join(plugin.layers),
+        "lacks": "; ".join(f"{layer} ({reason})" for layer, reason in plugin.lacks.items()),
         "problem": plugin.problem,
     }
     return [f"{name:9} {text}" for name, text in rows.items() if text]

@@ -8,19 +8,21 @@ from __future__ import annotations
 import asyncio
 import platform
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from plugin_substrate import control_group
 from plugin_substrate.discovery import find_manifests, manifest_folders
 from plugin_substrate.errors import PluginError
-from plugin_substrate.lifecycle import Supervisor
+from plugin_substrate.lifecycle import Supervisor, bubblewrap_program
 from plugin_substrate.metadata import PluginMeta
 from plugin_substrate.proxy import RemotePluginProxy
-from plugin_substrate.worker import landlock, namespaces, own_user, seccomp
+from plugin_substrate.worker import bubblewrap, confine, landlock, namespaces, own_user, seccomp
 from plugin_substrate.worker.isolation import LAYERS, IsolationProfile, missing_layers, profile_to_json
+from plugin_substrate.worker.mount_view import view_of
 from plugin_substrate.worker_folder import prepare_folder, worker_environment
 
 _SECONDS = 30.0
@@ -38,7 +40,10 @@ class LayerReport:
 
 @dataclass(frozen=True, kw_only=True)
 class PluginReport:
-    """One installed plugin. ``problem`` says why it would not be loaded, and is empty when it would."""
+    """One installed plugin. ``problem`` says why it would not be loaded, and is empty when it would.
+
+    ``lacks`` are layers that its worker was to have and could not be given, with the reasons.
+    """
 
     name: str
     asked: dict[str, Any]
@@ -46,19 +51,15 @@ class PluginReport:
     profile: dict[str, Any]
     required: tuple[str, ...]
     layers: tuple[str, ...] = ()
+    lacks: Mapping[str, str] = field(default_factory=dict)
     problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnosis:
-    """Everything that was found.
-
-    ``means`` are what systems offer besides and no layer is made of, each with the reason. ``rejected`` are manifests
-    that cannot be used, with their reasons.
-    """
+    """Everything that was found. ``rejected`` are manifests that cannot be used, with their reasons."""
 
     layers: tuple[LayerReport, ...]
-    means: tuple[LayerReport, ...]
     plugins: tuple[PluginReport, ...]
     rejected: tuple[tuple[Path, str], ...]
 
@@ -77,7 +78,6 @@ async def diagnose(data_dir: Path, default: IsolationProfile) -> Diagnosis:
     plugins = [await _plugin(meta, data_dir, default) for meta in found]
     return Diagnosis(
         layers=tuple(machine_layers({layer for plugin in plugins for layer in plugin.layers})),
-        means=(_bubblewrap(),),
         plugins=tuple(plugins),
         rejected=tuple((bad.path, bad.reason) for bad in rejected),
     )
@@ -87,6 +87,7 @@ def machine_layers(seen: set[str] | None = None) -> list[LayerReport]:
     """Return every layer, held or not; ``seen`` are those that a worker was found to hold."""
     abi = landlock.kernel_abi()
     absent = {
+        "bubblewrap": _bubblewrap_reason(seen or set()),
         "landlock": "" if abi else "the kernel has no Landlock, or does not list it in /sys/kernel/security/lsm",
         "seccomp": "" if seccomp.supported() else f"no filter is written for {platform.machine()}",
         "pid_namespace": _namespace_reason(),
@@ -106,19 +107,25 @@ def machine_layers(seen: set[str] | None = None) -> list[LayerReport]:
     ]
 
 
-def _bubblewrap() -> LayerReport:
-    found = shutil.which("bwrap")
-    what = f"{found} is there" if found else "it is not installed"
-    detail = f"{what}; every worker would start slower by it, and each thing it keeps a plugin from is another layer's"
-    return LayerReport(name="bubblewrap", held=False, detail=detail)
-
-
 def _detail(name: str, abi: int, stops: str) -> str:
+    if name == "bubblewrap":
+        return f"{stops}; unless `file_names` is granted"
     if name in ("pid_namespace", "cgroup", "descendants_swept"):
         also = "" if name == "pid_namespace" else ", and for those that preload"
         return f"{stops}; for plugins that may have processes{also}"
     missing = [what for since, what in _LANDLOCK_ADDS.items() if abi < since] if name == "landlock" else []
     return f"{stops}; this kernel's does not cover {', '.join(missing)}" if missing else stops
+
+
+def _bubblewrap_reason(seen: set[str]) -> str:
+    """Try it as a supervisor does, with what a plugin of this interpreter may open that is granted nothing."""
+    program = bubblewrap_program()
+    if program is None:
+        return "no folder of PATH has a program bwrap; the package is called bubblewrap"
+    if "bubblewrap" in seen:
+        return ""
+    rules = confine.file_rules(confine.make_plan(IsolationProfile()), tempfile.gettempdir())
+    return bubblewrap.reason_against(program, view_of(rules))
 
 
 def _namespace_reason() -> str:
@@ -156,10 +163,10 @@ async def _plugin(meta: PluginMeta, data_dir: Path, default: IsolationProfile) -
         return PluginReport(**facts, profile={}, problem=str(error))
     facts["profile"] = profile_to_json(profile)
     try:
-        layers = await asyncio.wait_for(_layers_of(meta, data_dir, profile), _SECONDS)
+        layers, lacks = await asyncio.wait_for(_layers_of(meta, data_dir, profile), _SECONDS)
     except (PluginError, OSError, TimeoutError) as error:
         return PluginReport(**facts, problem=f"no worker can be started: {error or 'it did not answer'}")
-    return PluginReport(**facts, layers=layers, problem=_lack(manifest.required_layers, layers))
+    return PluginReport(**facts, layers=layers, lacks=lacks, problem=_lack(manifest.required_layers, layers))
 
 
 def _lack(required: Sequence[str], layers: Sequence[str]) -> str:
@@ -167,8 +174,13 @@ def _lack(required: Sequence[str], layers: Sequence[str]) -> str:
     return f"required but not in force here: {', '.join(missing)}" if missing else ""
 
 
-async def _layers_of(meta: PluginMeta, data_dir: Path, profile: IsolationProfile) -> tuple[str, ...]:
-    """Start a worker as for a call, in a folder that nobody uses, and end it when it has said what confines it."""
+async def _layers_of(
+    meta: PluginMeta, data_dir: Path, profile: IsolationProfile
+) -> tuple[tuple[str, ...], Mapping[str, str]]:
+    """Start a worker as for a call, in a folder that nobody uses, and end it when it has said what confines it.
+
+    Returns that, and the layers that it could not be given, with the reasons.
+    """
     python = meta.manifest.install.python_path
     folder = data_dir / "data" / meta.name / "doctor"
     prepare_folder(folder)
@@ -179,7 +191,7 @@ async def _layers_of(meta: PluginMeta, data_dir: Path, profile: IsolationProfile
         proxy = RemotePluginProxy(process)
         try:
             await proxy.require(["rlimits"])
-            return proxy.layers
+            return proxy.layers, supervisor.lacks
         finally:
             await proxy.kill()
     finally:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import resource
 import select
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,19 +25,27 @@ from plugin_substrate.deaths import WorkerExit
 from plugin_substrate.errors import PluginFatalError, ResourceShortfall
 from plugin_substrate.log_pipe import LOG_TAIL_LINES, LogPipe
 from plugin_substrate.sweep import new_mark, put_mark, sweep_dead_hosts, sweep_supervisor
+from plugin_substrate.worker.first_order import MAX_MESSAGE_BYTES
 from plugin_substrate.worker.isolation import IsolationProfile, profile_to_json
 from plugin_substrate.worker.own_user import uid_of
-from plugin_substrate.worker.supervisor import MAX_MESSAGE_BYTES
 
 WORKER_MAIN = Path(__file__).parent / "worker" / "__main__.py"
 
 _SOCKET_BUFFER_BYTES = 1 << 20
 _CLOSE_SECONDS = 5.0
 
+_logger = logging.getLogger(__name__)
+
 
 def interpreter_command(python: str, *arguments: str) -> list[str]:
     """Return the command that runs our files by path: isolated, without site, never writing bytecode beside them."""
     return [python, "-I", "-S", "-B", str(WORKER_MAIN), *arguments]
+
+
+def bubblewrap_program() -> str | None:
+    """Return the path of bubblewrap, None where it is not installed, or not in a folder that PATH has in full."""
+    found = shutil.which("bwrap") if sys.platform == "linux" else None
+    return found if found is not None and Path(found).is_absolute() else None
 
 
 @dataclass(kw_only=True)
@@ -101,6 +112,7 @@ class Supervisor:
         With ``plugin_name``, and as root, workers run as a user of that plugin's own where it can reach what they need.
         """
         self._uid = uid_of(plugin_name) if plugin_name and os.geteuid() == 0 else None
+        self._plugin_name = plugin_name
         self._loop = asyncio.get_running_loop()
         self._counter = 0
         self._mark = new_mark()
@@ -111,6 +123,8 @@ class Supervisor:
         self._ordered: dict[int, asyncio.Future[None]] = {}
         self._asked: dict[int, asyncio.Future[dict[str, float | None]]] = {}
         self._exits: dict[int, asyncio.Future[WorkerExit]] = {}
+        self._bubblewrap = bubblewrap_program()
+        self.lacks: dict[str, str] = {}  #: layers that its last worker could not be given, and why
         self._lines: deque[str] = deque(maxlen=LOG_TAIL_LINES)
         with ExitStack() as ours:  # given back unless all of it is there
             self._control = self._start(python, ours)
@@ -180,7 +194,8 @@ class Supervisor:
         may take for ever; who no longer waits must kill the template.
         """
         request: dict[str, Any] = {
-            "env": env, "cwd": str(cwd), "isolation": profile_to_json(isolation), "uid": self._uid
+            "env": env, "cwd": str(cwd), "isolation": profile_to_json(isolation), "uid": self._uid,
+            "bubblewrap": self._bubblewrap,
         }  # fmt: skip
         if template:
             request["template"] = True
@@ -297,7 +312,8 @@ class Supervisor:
             return
         message = json.loads(raw)
         match message:
-            case {"spawned": number, "pid": pid}:
+            case {"spawned": number, "pid": pid, "lacks": lacks}:
+                self._note_lack(lacks)
                 self._take_worker(self._spawning.pop(number), pid, descriptors)
             case {"ordered": number}:
                 _resolve(self._ordered.pop(number), None)
@@ -311,6 +327,13 @@ class Supervisor:
             case {"exited": number, "returncode": returncode, "excess": excess}:
                 shortfall = ResourceShortfall(**excess) if excess else None
                 _resolve(self._exits.pop(number), WorkerExit(returncode, shortfall))
+
+    def _note_lack(self, lacks: dict[str, str]) -> None:
+        who = f"plugin {self._plugin_name}" if self._plugin_name else "a file plugin"
+        for layer, reason in lacks.items():
+            if self.lacks.get(layer) != reason:
+                _logger.warning("%s runs without the layer %s: %s", who, layer, reason)
+        self.lacks = lacks
 
     def _take_worker(self, spawned: asyncio.Future[tuple[int, int]], pid: int, descriptors: list[int]) -> None:
         if descriptors:

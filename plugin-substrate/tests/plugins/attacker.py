@@ -101,6 +101,22 @@ class Attacker(PluginInterface):
     def read(self, paths):
         return {path: refused(self._list_or_read, Path(path)) for path in paths}
 
+    @plugin_action("attacker.look")
+    def look(self, paths):
+        """Ask what can be asked of a file without opening it: for each path the errors, empty where there is none."""
+        questions = (os.stat, os.lstat, os.statvfs, os.readlink, os.listxattr, self._access)
+        return {path: [refused(question, path) for question in questions] for path in paths}
+
+    @plugin_action("attacker.identify")
+    def identify(self, path):
+        return Path(path).stat().st_ino
+
+    @staticmethod
+    def _access(path):
+        """``os.access`` does not tell why not."""
+        if _libc.access(os.fsencode(path), os.F_OK):
+            raise OSError(ctypes.get_errno(), path)
+
     @plugin_action("attacker.device")
     def device(self, path):
         try:

@@ -17,6 +17,7 @@ from plugin_substrate.testing.leftovers import seen_from_here
 from plugin_substrate.worker import kernel
 
 UNSHARE = {"x86_64": 272, "aarch64": 97}
+SETNS = {"x86_64": 308, "aarch64": 268}
 
 
 def fork_a_survivor() -> None:
@@ -26,10 +27,10 @@ def fork_a_survivor() -> None:
         os._exit(0)
 
 
-def forbid_namespaces() -> None:
-    """Have the kernel refuse unshare(2) here and below, as many containers do."""
+def forbid(call: dict[str, int]) -> None:
+    """Have the kernel refuse a system call here and below, as many containers do."""
     load, equal, answer = 0x20, 0x15, 0x06
-    rules = [(load, 0, 0, 0), (equal, 0, 1, UNSHARE[platform.machine()]), (answer, 0, 0, 0x00050001)]
+    rules = [(load, 0, 0, 0), (equal, 0, 1, call[platform.machine()]), (answer, 0, 0, 0x00050001)]
     program = b"".join(struct.pack("=HBBI", *rule) for rule in [*rules, (answer, 0, 0, 0x7FFF0000)])
     held = ctypes.create_string_buffer(program, len(program))
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
@@ -38,7 +39,9 @@ def forbid_namespaces() -> None:
 
 async def main(manifest: str, data_dir: str, complication: str) -> None:
     if "no namespaces" in complication:
-        forbid_namespaces()
+        forbid(UNSHARE)
+    if "no entering" in complication:
+        forbid(SETNS)
     if "no groups" in complication:
         control_group.parent_folder = lambda: None
     if "no sweep" in complication:
