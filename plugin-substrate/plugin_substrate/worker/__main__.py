@@ -87,10 +87,11 @@ def main(arguments: list[str]) -> None:
         gc.disable()  # until all is there that is never garbage: to look for some takes a twentieth of the start
         import socket
 
-        from plugin_substrate.worker import first_order
+        from plugin_substrate.worker import confine, first_order
 
         control = socket.socket(fileno=int(descriptor))
         control.set_inheritable(False)
+        confine.confine_supervisor(int(subject))  # before anything is executed: a set-id bubblewrap gains nothing
         begun = first_order.begin(control)  # which goes on while the rest is imported
         from plugin_substrate.worker.supervisor import supervise
 

@@ -56,9 +56,8 @@ _EXIT_CHILD_FAILED = 70  # EX_SOFTWARE of sysexits.h
 def supervise(control: socket.socket, host: int, begun: Begun | None = None) -> None:
     """Serve the host until its end of ``control`` is closed or it is dead; when this returns, no descendant is left.
 
-    ``begun`` is what has been begun for the first worker.
+    This process is confined already; ``begun`` is what has been begun for the first worker.
     """
-    confine.confine_supervisor(host)
     supervisor = _Supervisor(control, host, begun)
     gc.freeze()  # what is here now is shared by all workers and never garbage
     gc.enable()
@@ -102,6 +101,8 @@ class _Supervisor:
     def serve(self) -> None:
         self._poll.register(self._control, select.POLLIN)
         self._poll.register(self._wake, select.POLLIN)
+        if os.getppid() != self._host:  # it ended before its end could wake us
+            return
         while True:
             ready = {descriptor for descriptor, _ in self._poll.poll(self._patience())}
             try:
