@@ -292,8 +292,7 @@ async def test_a_cancel_that_comes_late_reaches_nobody_else(mortal, caplog):
         assert await bookings.make(backend()) != lost
 
 
-async def test_what_was_answered_outlasts_the_server(mortal):
-    server, urls = mortal
+def make_books(urls: Any) -> None:
     with psycopg.connect(urls.admin, autocommit=True) as connection:
         connection.execute("CREATE TABLE booked (number integer)")
         connection.execute("GRANT INSERT, SELECT ON booked TO plm_engine_writer")
@@ -301,6 +300,44 @@ async def test_what_was_answered_outlasts_the_server(mortal):
             "CREATE FUNCTION book(number integer) RETURNS json LANGUAGE sql AS "
             "'INSERT INTO booked VALUES ($1) RETURNING to_json(number)'"
         )
+
+
+def book(number: int) -> Statement:
+    return Statement("SELECT book(%(number)s::integer) AS answer", {"number": number})
+
+
+async def at_a_standby(urls: Any, statement: str) -> None:
+    """Until a statement that contains this waits for a standby."""
+    query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE %s"
+    async with await psycopg.AsyncConnection.connect(urls.admin, autocommit=True) as connection, asyncio.timeout(20):
+        while (await (await connection.execute(query, [f"%{statement}%"])).fetchone()) != (1,):  # noqa: ASYNC110  # in the server
+            await asyncio.sleep(0.01)
+
+
+async def test_who_is_cancelled_at_a_standby_is_not_answered_without_it(mortal):
+    server, urls = mortal
+    make_books(urls)
+    async with await psycopg.AsyncConnection.connect(urls.admin, autocommit=True) as connection:
+        await connection.execute("ALTER SYSTEM SET synchronous_standby_names = 'away'")
+    await asyncio.to_thread(killed, server)
+    async with open_pool(urls.app, max_size=1) as pool:
+        bookings = Bookings(Gateway(pool))
+        made = [asyncio.ensure_future(bookings.make(book(1)))]
+        await at_a_standby(urls, "book(")
+        made.append(asyncio.ensure_future(bookings.make(book(2))))
+        again = asyncio.ensure_future(at_a_standby(urls, "pg_logical_emit_message"))
+        await asyncio.wait([again, *made], return_when=asyncio.FIRST_COMPLETED)
+        assert not any(each.done() for each in made)
+        await again
+        async with await psycopg.AsyncConnection.connect(urls.admin, autocommit=True) as connection:
+            await connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            await connection.execute("SELECT pg_reload_conf()")
+        assert await asyncio.gather(*made) == [1, 2]
+
+
+async def test_what_was_answered_outlasts_the_server(mortal):
+    server, urls = mortal
+    make_books(urls)
     async with open_pool(urls.app, max_size=2) as pool:
         bookings = Bookings(Gateway(pool))
         answered: list[int] = []
@@ -308,8 +345,7 @@ async def test_what_was_answered_outlasts_the_server(mortal):
 
         async def books(first: int) -> None:
             for number in range(first, first + 1_000_000):
-                statement = Statement("SELECT book(%(number)s::integer) AS answer", {"number": number})
-                answered.append(await bookings.make(statement))
+                answered.append(await bookings.make(book(number)))
                 if len(answered) >= 200:
                     enough.set()
 

@@ -69,6 +69,7 @@ class Lane:
         self._result: PGresult | None = None  # of the message that is being answered
         self._messages = 0
         self._flushes = 0  # that came to nothing
+        self._disturbed = False  # by a cancel, which ends a wait for a standby with a mere warning
         self._progress = self._loop.time()
         self._scheduled = False
         self._writing = False
@@ -122,6 +123,7 @@ class Lane:
             self._put(*((call.unawaited, call.values) for call in calls), _FLUSHING)
 
     def _put(self, *messages: Message) -> None:
+        self._disturbed = self.cancelling.is_under_way
         try:
             for prepared, values in messages:
                 if prepared.name not in self._prepared:
@@ -177,14 +179,13 @@ class Lane:
 
     def _finish_round(self) -> None:
         unflushed: psycopg.Error | None = None
-        if self._messages > len(self._round):
-            failure = failure_of(self._results[-1])
-            if isinstance(failure, NOTHING_RAN) and self._flushes < _MOST_FLUSHES:
-                self._flush_again(failure)
-                return
-            if failure is not None:  # not as itself: these bookings have been made
-                unflushed = psycopg.OperationalError(f"bookings were made, and may not be on disk: {failure}")
-        answered = list(zip(self._round, self._results, strict=False))
+        failure = failure_of(self._results.pop()) if len(self._results) > len(self._round) else None
+        if self._disturbed or (isinstance(failure, NOTHING_RAN) and self._flushes < _MOST_FLUSHES):
+            self._flush_again(failure)
+            return
+        if failure is not None:  # not as itself: these bookings have been made
+            unflushed = psycopg.OperationalError(f"bookings were made, and may not be on disk: {failure}")
+        answered = list(zip(self._round, self._results, strict=True))
         self._round, self._results, self._messages, self._flushes = [], [], 0, 0
         for answer, result in answered:
             failure = unflushed or failure_of(result)
@@ -196,12 +197,11 @@ class Lane:
                 answer.set_result(result)
         self._schedule()
 
-    def _flush_again(self, failure: psycopg.Error) -> None:
+    def _flush_again(self, failure: psycopg.Error | None) -> None:
         if isinstance(failure, InvalidSqlStatementName):
             self.forget()
-        self._results.pop()
-        self._messages -= 1
-        self._flushes += 1
+        self._messages = len(self._results)
+        self._flushes += failure is not None
         self._put(_FLUSHING)
 
     def _look(self) -> None:
@@ -214,6 +214,7 @@ class Lane:
         if waited >= LONGEST_ANSWER_SECONDS:
             self._lose(TimeoutError())
         elif self._in_vain:
+            self._disturbed = True
             self.cancelling.begin()
 
     @property
