@@ -3,7 +3,8 @@
 Each is a message and a transaction of its own, so a paused client keeps no row from anybody, and one that fails undoes
 no other. Those that come while others are on their way are sent in one go, in libpq's pipeline mode, as the next round.
 In a round each commits without waiting for the disk, so that its rows are free for the next, and a last message waits
-for them all; nobody is answered before that. A booking that is alone waits for its own commit.
+for them all; nobody is answered before that. A booking that is alone waits for its own commit. While the server is at
+one round the next is on its way, so that neither side waits for the other.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from psycopg.pq.abc import PGresult
 from plm_engine_core.control_plane.storage.postgres.calls import FLUSH, Call, Prepared, failure_of
 from plm_engine_core.control_plane.storage.postgres.cancelling import Cancelling
 from plm_engine_core.control_plane.storage.postgres.gateway import LONGEST_ANSWER_SECONDS, Session
+from plm_engine_core.control_plane.storage.postgres.rounds import Answer, Round
 
 MOST_TOGETHER = 16
 PATIENCE_SECONDS = 0.25
@@ -29,9 +31,9 @@ PATIENCE_SECONDS = 0.25
 NOTHING_RAN = (QueryCanceled, InvalidSqlStatementName, DuplicatePreparedStatement)
 """Failures after which a statement may be sent again: cancelled, not prepared, or prepared already."""
 
+_MOST_ROUNDS = 2  # on their way
 _MOST_FLUSHES = 5
 
-Answer = asyncio.Future[PGresult]
 Message = tuple[Prepared, Sequence[bytes]]
 
 _FLUSHING: Message = (FLUSH, ())
@@ -64,12 +66,8 @@ class Lane:
         self._leaving = exclusive
         self._loop = asyncio.get_running_loop()
         self._queue: deque[tuple[Call, Answer]] = deque()
-        self._round: list[Answer] = []
-        self._results: list[PGresult] = []  # one for each message of the round that was answered
+        self._rounds: deque[Round] = deque()  # on their way
         self._result: PGresult | None = None  # of the message that is being answered
-        self._messages = 0
-        self._flushes = 0  # that came to nothing
-        self._disturbed = False  # by a cancel, which ends a wait for a standby with a mere warning
         self._progress = self._loop.time()
         self._scheduled = False
         self._writing = False
@@ -84,13 +82,13 @@ class Lane:
         """Whether another booking would be served soon."""
         if self._ended or self._leaving or len(self._queue) >= MOST_TOGETHER:
             return False
-        return not self._round or self._loop.time() - self._progress < PATIENCE_SECONDS
+        return not self._rounds or self._loop.time() - self._progress < PATIENCE_SECONDS
 
     def send(self, call: Call) -> Answer:
         """What the server will answer; or a `psycopg.Error`, or a TimeoutError where it answers nothing."""
         answer: Answer = self._loop.create_future()
         self._queue.append((call, answer))
-        if not self._round:
+        if len(self._rounds) < _MOST_ROUNDS:
             self._schedule()
         return answer
 
@@ -107,23 +105,27 @@ class Lane:
         self._scheduled = False
         if self._ended:
             return
+        if len(self._rounds) >= _MOST_ROUNDS:
+            return
         calls: list[Call] = []
+        answers: list[Answer] = []
         while self._queue and len(calls) < MOST_TOGETHER:
             call, answer = self._queue.popleft()
             if not answer.done():  # else nobody waits for it any more
                 calls.append(call)
-                self._round.append(answer)
-        if not calls:
+                answers.append(answer)
+        if not self._rounds:
+            self._progress = self._loop.time()
+        if len(calls) > 1:
+            self._put(Round(answers), *((call.unawaited, call.values) for call in calls), _FLUSHING)
+        elif calls:
+            self._put(Round(answers), (calls[0].durable, calls[0].values))
+        elif not self._rounds:
             self._end()
-            return
-        self._progress = self._loop.time()
-        if len(calls) == 1:
-            self._put((calls[0].durable, calls[0].values))
-        else:
-            self._put(*((call.unawaited, call.values) for call in calls), _FLUSHING)
 
-    def _put(self, *messages: Message) -> None:
-        self._disturbed = self.cancelling.is_under_way
+    def _put(self, round_: Round, *messages: Message) -> None:
+        round_.disturbed = self.cancelling.is_under_way
+        self._rounds.append(round_)
         try:
             for prepared, values in messages:
                 if prepared.name not in self._prepared:
@@ -131,7 +133,7 @@ class Lane:
                     self._prepared.add(prepared.name)
                 self._pgconn.send_query_prepared(prepared.name, values)
                 self._pgconn.pipeline_sync()
-                self._messages += 1
+                round_.messages += 1
         except psycopg.OperationalError as error:
             self._lose(error)
         else:
@@ -160,75 +162,69 @@ class Lane:
             self._write()
         if self._pgconn.status != ConnStatus.OK:
             self._lose(psycopg.OperationalError("the connection was lost"))
-        elif self._round and len(self._results) == self._messages:
-            self._finish_round()
 
     def _take_results(self) -> None:
-        while len(self._results) < self._messages and not self._pgconn.is_busy():
+        while self._rounds and not self._pgconn.is_busy():
             result = self._pgconn.get_result()
             if result is None:
                 if self._pgconn.status != ConnStatus.OK:
                     return
             elif result.status == ExecStatus.PIPELINE_SYNC:
                 assert self._result is not None  # noqa: S101 - a message is answered before its end
-                self._results.append(self._result)
+                self._rounds[0].results.append(self._result)
                 self._result = None
                 self._progress = self._loop.time()
+                if self._rounds[0].is_over:
+                    self._finish(self._rounds.popleft())
             elif self._result is None or self._result.status != ExecStatus.FATAL_ERROR:
                 self._result = result
 
-    def _finish_round(self) -> None:
+    def _finish(self, round_: Round) -> None:
         unflushed: psycopg.Error | None = None
-        failure = failure_of(self._results.pop()) if len(self._results) > len(self._round) else None
-        if self._disturbed or (isinstance(failure, NOTHING_RAN) and self._flushes < _MOST_FLUSHES):
-            self._flush_again(failure)
+        failure = failure_of(round_.results.pop()) if len(round_.results) > len(round_.answers) else None
+        if round_.disturbed or (isinstance(failure, NOTHING_RAN) and round_.flushes < _MOST_FLUSHES):
+            self._flush_again(round_, failure)
             return
         if failure is not None:  # not as itself: these bookings have been made
             unflushed = psycopg.OperationalError(f"bookings were made, and may not be on disk: {failure}")
-        answered = list(zip(self._round, self._results, strict=True))
-        self._round, self._results, self._messages, self._flushes = [], [], 0, 0
-        for answer, result in answered:
-            failure = unflushed or failure_of(result)
-            if answer.done():
-                continue
-            if failure is not None:
-                answer.set_exception(failure)
-            else:
-                answer.set_result(result)
+        round_.deliver(unflushed)
         self._schedule()
 
-    def _flush_again(self, failure: psycopg.Error | None) -> None:
+    def _flush_again(self, round_: Round, failure: psycopg.Error | None) -> None:
         if isinstance(failure, InvalidSqlStatementName):
             self.forget()
-        self._messages = len(self._results)
-        self._flushes += failure is not None
-        self._put(_FLUSHING)
+        round_.messages = len(round_.results)
+        round_.flushes += failure is not None
+        self._put(round_, _FLUSHING)
 
     def _look(self) -> None:
         """See whether the server is getting on, and whether others get a connection."""
         self._leaving = self._leaving or self.cancelling.is_lost or self._wanted()
         self._watch = self._loop.call_later(PATIENCE_SECONDS, self._look)
         waited = self._loop.time() - self._progress
-        if not self._round or waited < PATIENCE_SECONDS:
+        if not self._rounds or waited < PATIENCE_SECONDS:
             return
         if waited >= LONGEST_ANSWER_SECONDS:
             self._lose(TimeoutError())
         elif self._in_vain:
-            self._disturbed = True
+            for round_ in self._rounds:  # nobody knows which message the cancel will find
+                round_.disturbed = True
             self.cancelling.begin()
 
     @property
     def _in_vain(self) -> bool:
         """Whether it is a booking that the server is at, and it holds others up or nobody waits for it any more."""
-        if len(self._results) >= len(self._round):
-            return False
-        return len(self._round) > 1 or bool(self._queue) or self._round[0].done()
+        first = self._rounds[0]
+        others = len(first.answers) > 1 or len(self._rounds) > 1 or bool(self._queue)
+        return first.books and (others or first.answers[0].done())
 
     def _lose(self, error: Exception) -> None:
         if self._ended:
             return
         self._pgconn.finish()
-        unanswered = [*self._round, *(answer for _, answer in self._queue)]
+        unanswered = [*(each for one in self._rounds for each in one.answers), *(answer for _, answer in self._queue)]
+        self._rounds.clear()
+        self._queue.clear()
         self._end()
         for answer in unanswered:
             if not answer.done():
