@@ -7,9 +7,11 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -353,13 +355,13 @@ SOME_VIEW = View(mounts=(("/usr", READ, 0, 0), ("/proc", READ, 0, 0)), links=(),
     ("script", "reason"),
     [
         ("exit 3", "it ended with 3, and told of no process of its own"),
-        ("echo nonsense > /proc/self/fd/$3", "it ended with 0, and told of no process of its own"),
-        ("""echo '{"child-pid": []}' > /proc/self/fd/$3""", "told of no process of its own"),
+        ("echo nonsense > /proc/self/fd/$2", "it ended with 0, and told of no process of its own"),
+        ("""echo '{"child-pid": []}' > /proc/self/fd/$2""", "told of no process of its own"),
         (
-            """echo "{\\"child-pid\\": $$}" > /proc/self/fd/$3; cat /proc/self/fd/$5""",
+            """echo "{\\"child-pid\\": $$}" > /proc/self/fd/$2; cat /proc/self/fd/$4""",
             "it made no mount namespace of its own",
         ),
-        ("""echo '{"child-pid": 999999999}' > /proc/self/fd/$3""", "No such file or directory: /proc/999999999/ns/mnt"),
+        ("""echo '{"child-pid": 999999999}' > /proc/self/fd/$2""", "No such file or directory: /proc/999999999/ns/mnt"),
         ("sleep 60", "it ended with -9"),
     ],
     ids=["fails", "nonsense", "no number", "itself", "nobody", "hangs"],
@@ -467,19 +469,55 @@ def test_what_is_begun_for_the_first_worker_is_what_it_then_asks_for(place: Path
         os.waitpid(-1, os.WNOHANG)
 
 
+def wait_until_nobody_shows(place: Path) -> None:
+    """Wait until no process is left that was to make a view with this folder in it."""
+    deadline = time.monotonic() + 20
+    while any(str(place).encode() in command_of(process) for process in Path("/proc").glob("[0-9]*")):
+        assert time.monotonic() < deadline, "it waits for ever"
+        time.sleep(0.005)
+
+
+def command_of(process: Path) -> bytes:
+    try:
+        return (process / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 @needs_it
 def test_what_was_begun_and_is_not_asked_for_ends(place: Path) -> None:
     before = names_in(Path("/proc/self/fd"))
     program = bubblewrap_program()
     assert program is not None
     plan = make_plan(IsolationProfile())
-    namespaces = bubblewrap.MountNamespaces(bubblewrap.Making(program, first_order.view(Views(), plan, "/usr")))
-    assert namespaces.get(program, first_order.view(Views(), plan, str(place)))[0] is not None
-    namespaces.close()
-    os.waitpid(-1, 0)  # the other one, which comes to its end by itself
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    (place / "other").mkdir()
+    for _ in range(10):
+        begun = bubblewrap.Making(program, first_order.view(Views(), plan, str(place)))
+        namespaces = bubblewrap.MountNamespaces(begun)
+        assert namespaces.get(program, first_order.view(Views(), plan, str(place / "other")))[0] is not None
+        namespaces.close()
+        os.waitpid(-1, 0)  # the one that nobody has asked
+    wait_until_nobody_shows(place)
     assert names_in(Path("/proc/self/fd")) == before
+
+
+@needs_it
+@pytest.mark.parametrize("released", [False, True])
+def test_what_a_killed_supervisor_had_begun_ends_whenever_it_was_killed(place: Path, released: bool) -> None:
+    program = bubblewrap_program()
+    assert program is not None
+    view = first_order.view(Views(), make_plan(IsolationProfile()), str(place))
+    for number in range(20):
+        child = os.fork()
+        if child == 0:
+            making = bubblewrap.Making(program, view)
+            if released:
+                making.give_up()
+            for _ in range(20_000 * number):  # so that it is killed ever later
+                pass
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+    wait_until_nobody_shows(place)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ class Making:
         self._held.callback(os.close, held)
         self._info, self._errors = info, errors
         try:
-            self._pid = _start(program, view, info=info_end, held=held_end, errors=errors_end)
+            self._pid = _start(program, view, info=(info, info_end), held=held_end, errors=errors_end)
         except BaseException:
             self.give_up()
             raise
@@ -261,10 +261,15 @@ class Making:
         return bool(poll.poll(max(0.0, 1000 * (self._deadline - time.monotonic()))))
 
 
-def _start(program: str, view: View, *, info: int, held: int, errors: int) -> int:
-    for descriptor in (info, held):
+def _start(program: str, view: View, *, info: tuple[int, int], held: int, errors: int) -> int:
+    """Start it, so that it comes to its end by itself, whatever becomes of us.
+
+    ``info`` are both ends of a pipe: with nobody to read, it would end before its child may go on, which then waits for
+    ever. For the same reason it is not tied to our end.
+    """
+    for descriptor in (*info, held):
         os.set_inheritable(descriptor, True)
-    command = [program, "--die-with-parent", "--info-fd", str(info), "--block-fd", str(held), *_shown(view)]
+    command = [program, "--info-fd", str(info[1]), "--block-fd", str(held), *_shown(view)]
     return os.posix_spawn(
         program, [*command, "--", *_something_that_ends()], {}, file_actions=[(os.POSIX_SPAWN_DUP2, errors, 2)]
     )
