@@ -140,6 +140,28 @@ async def test_who_waits_for_a_lock_keeps_nobody_waiting(bookings, bench, place)
         assert await made[place] == ""
 
 
+async def waits_of_one_session(bench, many: int) -> None:
+    """Until the session that waited first has waited so many times."""
+    query = "SELECT pid, waitstart FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = %s"
+    async with await psycopg.AsyncConnection.connect(bench.database.admin, autocommit=True) as connection:
+        waits: dict[int, set[Any]] = {}
+        async with asyncio.timeout(20):
+            while not waits or len(next(iter(waits.values()))) < many:
+                for pid, since in await (await connection.execute(query, [LOCK])).fetchall():
+                    if since is not None:
+                        waits.setdefault(pid, set()).add(since)
+
+
+async def test_nobody_is_put_behind_many_who_wait(bench):
+    async with open_pool(bench.database.app, max_size=20) as pool, holding(bench) as holder:
+        bookings = Bookings(Gateway(pool))
+        made = [asyncio.ensure_future(bookings.make(each)) for each in (*(locked() for _ in range(12)), backend())]
+        await waits_of_one_session(bench, 3)  # the first alone, and two of the round after it
+        assert await bookings.make(backend()) != await made.pop()
+        await holder.rollback()
+        assert await asyncio.gather(*made) == [""] * 12
+
+
 async def test_one_behind_a_single_one_that_waits_is_served(bookings, bench):
     async with holding(bench) as holder:
         alone = asyncio.ensure_future(bookings.make(locked()))

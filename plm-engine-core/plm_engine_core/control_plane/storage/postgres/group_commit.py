@@ -82,7 +82,10 @@ class Lane:
         """Whether another booking would be served soon."""
         if self._ended or self._leaving or len(self._queue) >= MOST_TOGETHER:
             return False
-        return not self._rounds or self._loop.time() - self._progress < PATIENCE_SECONDS
+        if not self._rounds:
+            return True
+        # Behind one who was cancelled there may be more of the kind.
+        return not self._rounds[0].disturbed and self._loop.time() - self._progress < PATIENCE_SECONDS
 
     def send(self, call: Call) -> Answer:
         """What the server will answer; or a `psycopg.Error`, or a TimeoutError where it answers nothing."""
