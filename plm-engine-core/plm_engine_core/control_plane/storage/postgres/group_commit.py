@@ -203,9 +203,10 @@ class Lane:
     def _look(self) -> None:
         """See whether the server is getting on, and whether others get a connection."""
         self._leaving = self._leaving or self.cancelling.is_lost or self._wanted()
-        self._watch = self._loop.call_later(PATIENCE_SECONDS, self._look)
-        waited = self._loop.time() - self._progress
-        if not self._rounds or waited < PATIENCE_SECONDS:
+        waited = self._loop.time() - self._progress if self._rounds else 0.0
+        patience_left = PATIENCE_SECONDS - waited
+        self._watch = self._loop.call_later(patience_left if patience_left > 0 else PATIENCE_SECONDS, self._look)
+        if patience_left > 0:
             return
         if waited >= LONGEST_ANSWER_SECONDS:
             self._lose(TimeoutError())
