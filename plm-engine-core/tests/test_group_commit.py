@@ -263,9 +263,9 @@ async def test_large_messages_wait_until_the_server_has_taken_them(bookings):
     assert await asyncio.gather(*(bookings.make(statement) for _ in range(6))) == [len(large)] * 6
 
 
-@pytest.fixture
-def mortal() -> Iterator[tuple[EmbeddedPostgres, Any]]:
-    """A durable server that the test may kill, and that by itself writes nothing to disk for ten seconds."""
+@pytest.fixture(scope="module")
+def durable_server() -> Iterator[tuple[EmbeddedPostgres, Any]]:
+    """A durable server, that by itself writes nothing to disk for ten seconds."""
     with tempfile.TemporaryDirectory(prefix="plm-group-") as name:
         Path(name).chmod(0o711)  # the server's account must pass through it when root runs the tests
         server = EmbeddedPostgres(Path(name))
@@ -279,8 +279,18 @@ def mortal() -> Iterator[tuple[EmbeddedPostgres, Any]]:
             migrations.upgrade(urls.owner)
             yield server, urls
         finally:
-            server.start()  # a test that failed may have left it dead
             server.remove()
+
+
+@pytest.fixture
+def mortal(durable_server: tuple[EmbeddedPostgres, Any]) -> Iterator[tuple[EmbeddedPostgres, Any]]:
+    """A durable server that the test may kill."""
+    yield durable_server
+    server, _ = durable_server
+    server.start()  # a test that failed may have left it dead
+    with psycopg.connect(server.admin_dsn, autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
+        connection.execute("SELECT pg_reload_conf()")
 
 
 def postmaster(server: EmbeddedPostgres) -> int:
@@ -316,10 +326,11 @@ async def test_a_cancel_that_comes_late_reaches_nobody_else(mortal, caplog):
 
 def make_books(urls: Any) -> None:
     with psycopg.connect(urls.admin, autocommit=True) as connection:
+        connection.execute("DROP TABLE IF EXISTS booked CASCADE")
         connection.execute("CREATE TABLE booked (number integer)")
         connection.execute("GRANT INSERT, SELECT ON booked TO plm_engine_writer")
         connection.execute(
-            "CREATE FUNCTION book(number integer) RETURNS json LANGUAGE sql AS "
+            "CREATE OR REPLACE FUNCTION book(number integer) RETURNS json LANGUAGE sql AS "
             "'INSERT INTO booked VALUES ($1) RETURNING to_json(number)'"
         )
 
