@@ -25,6 +25,8 @@ from plm_engine_core.control_plane.storage.postgres.gateway import LONGEST_ANSWE
 from plm_engine_core.control_plane.storage.postgres.rounds import Answer, Round
 
 MOST_TOGETHER = 16
+ENOUGH = 4
+"""So many go without waiting for who else may come: else client and server would take turns, and each stand idle."""
 PATIENCE_SECONDS = 0.25
 """A booking that runs for so long is taken to wait for somebody's lock, and kept from holding others up."""
 
@@ -91,7 +93,9 @@ class Lane:
         """What the server will answer; or a `psycopg.Error`, or a TimeoutError where it answers nothing."""
         answer: Answer = self._loop.create_future()
         self._queue.append((call, answer))
-        if len(self._rounds) < _MOST_ROUNDS:
+        if len(self._queue) >= ENOUGH:
+            self._next_round()
+        else:
             self._schedule()
         return answer
 
