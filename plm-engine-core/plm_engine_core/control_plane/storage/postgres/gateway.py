@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 from uuid import UUID
 
 import psycopg
@@ -27,8 +27,6 @@ from plm_engine_core.control_plane.errors import (
 
 Pool = AsyncConnectionPool[psycopg.AsyncConnection[DictRow]]
 Session = psycopg.AsyncConnection[DictRow]
-
-_Made = TypeVar("_Made")
 
 _BUSY = {"25P03", "55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
 _BOUND = "SELECT set_config('app.tenant_id', %s, true), set_config('lock_timeout', %s, true)"

@@ -110,9 +110,7 @@ class Lane:
 
     def _next_round(self) -> None:
         self._scheduled = False
-        if self._ended:
-            return
-        if len(self._rounds) >= _MOST_ROUNDS:
+        if self._ended or len(self._rounds) >= _MOST_ROUNDS:
             return
         calls: list[Call] = []
         answers: list[Answer] = []
