@@ -51,7 +51,7 @@ class CallBooks:
         seconds = time.monotonic() - call.sent_at
         self.recorder.add(
             payer,
-            success=not call.value.cancelled() and call.value.exception() is None,
+            success=call.error is None,
             seconds=seconds,
             cpu_percent=None if cpu is None or seconds <= 0 else 100 * cpu / seconds,
             memory_mb_peak=None if peak is None else peak / _MB,

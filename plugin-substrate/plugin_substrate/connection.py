@@ -46,12 +46,12 @@ class WorkerConnection:
         """Whether nothing can be written any more."""
         return self._closed
 
-    def write(self, message: Message) -> None:
+    def write(self, message: Message, *, alone: bool = False) -> None:
         """Write a message, what does not fit now a little later; nothing when the connection is closed.
 
         The frames of concurrent writers never mix. A failure shows as the end of the connection. What the loop itself
         writes goes out at once the first time in a round, and then together at its end: each system call wakes the
-        worker.
+        worker. With ``alone`` nothing is likely to be written after it in this round, and nothing is prepared for that.
         """
         with self._writing:
             if self._closed:
@@ -60,6 +60,8 @@ class WorkerConnection:
                 self._waiting.append(_Outgoing(message))
                 return
             done = self._write_whole(message) or self._push()
+            if done and alone:
+                return
         if threading.get_ident() == self._owner:
             self._gathering = done
             self._loop.call_soon(self._end_round if done else self._await_room)

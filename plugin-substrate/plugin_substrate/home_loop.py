@@ -8,6 +8,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from plugin_substrate.bell import keep_bell, take_bell
+from plugin_substrate.outcome import Outcome
 
 T = TypeVar("T")
 
@@ -15,9 +16,9 @@ _ABANDONED = "the event loop of this PluginManager was closed before unload_all(
 
 
 class Begun(NamedTuple, Generic[T]):
-    """Work that is on its way without a task: the future of its value, and how to take it back."""
+    """Work that is on its way without a task: what it will end with, and how to take it back."""
 
-    value: asyncio.Future[T]
+    outcome: Outcome[T]
     take_back: Callable[[], object]
 
 
@@ -157,13 +158,13 @@ class _HandedOver(Generic[T]):
         if begun is None:
             return False
         self._take_back = begun.take_back
-        begun.value.add_done_callback(self._take_over)
+        begun.outcome.when_done(lambda: self._take_over(begun.outcome))
         return True
 
-    def _take_over(self, value: asyncio.Future[T]) -> None:
+    def _take_over(self, outcome: Outcome[T]) -> None:
         """Pass on how work without a task has ended."""
         try:
-            self._outcome.append(value.result())
+            self._outcome.append(outcome.result())
         except BaseException as error:  # noqa: BLE001 - it is raised by who waits
             self._error = error
         self._end()

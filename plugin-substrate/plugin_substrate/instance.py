@@ -6,14 +6,15 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from plugin_substrate.arguments import any_files
 from plugin_substrate.before_sending import ask_before, in_time, not_sent
 from plugin_substrate.call_books import CallBooks
+from plugin_substrate.call_message import encode_call_async, encode_small_call
 from plugin_substrate.errors import (
     PluginError,
     PluginInputError,
@@ -49,8 +50,7 @@ class CancelOutcome(StrEnum):
     FORCED = "forced"  #: its worker was killed
 
 
-@dataclass(frozen=True, kw_only=True)
-class CallListeners:
+class CallListeners(NamedTuple):
     """Whom a call tells what: all but ``before_start`` are called on the event loop and must be quick.
 
     ``before_start`` is awaited when everything is ready and the frame would be written next; a false answer or an
@@ -145,7 +145,9 @@ class LoadedInstance:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
     ) -> CallResult:
         """Carry out one call, once. Before it is sent everything that can fail has been tried."""
-        pending = await self._start(PendingCall, args, kwargs, context, listeners)
+        pending = self._begin_at_once(args, kwargs, context, listeners)
+        if pending is None:
+            pending = await self._start(PendingCall, args, kwargs, context, listeners)
         started = time.monotonic()
         try:
             value = await self._outcome(pending)
@@ -176,7 +178,7 @@ class LoadedInstance:
         finally:
             if timer is not None:
                 timer.cancel()
-            if not pending.value.done():
+            if not pending.done:
                 await asyncio.shield(self._cancel_soon(context.call_id))
 
     def _end_late(self, pending: PendingStream) -> None:
@@ -194,40 +196,51 @@ class LoadedInstance:
         """Wait for a worker and a slot, and send; the slot is held until the worker is free again."""
         worker = await in_time(context, self._enter(context))
         pending = listeners.pending(kind, context)
-        pending.value.add_done_callback(lambda _: self._leave(worker, pending))
+        pending.when_done(lambda: self._leave(worker, pending))
         try:
             await self._prepare_and_send(worker, pending, args, kwargs, listeners)
         except BaseException:
-            pending.value.cancel()
+            pending.fail(asyncio.CancelledError())
             raise
         return pending
 
-    def begin_at_once(
+    def begin(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
     ) -> Begun[Any] | None:
         """Send a call for which nothing has to be waited for, or return None; its value comes as `execute` gives it."""
+        if any_files(args, kwargs):
+            return None
+        pending = self._begin_at_once(args, kwargs, context, listeners)
+        return None if pending is None else Begun(pending, lambda: self._cancel_soon(context.call_id))
+
+    def _begin_at_once(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
+    ) -> PendingCall | None:
+        """Do what `_start` does in one step, where nothing has to be waited for; most calls are such."""
         if listeners.before_start is not None or context.deadline is not None:
             return None
-        if self._books.has_to_admit(self.settings.meta) or any_files(args, kwargs):
+        if self._books.has_to_admit(self.settings.meta) or not self._gate.is_open:
             return None
         worker = self.workers.find(self._seat_of(context))
         proxy = worker.ready_now if worker is not None else None
-        if worker is None or proxy is None or worker.slots.locked() or not self._gate.is_open:
+        if worker is None or proxy is None or worker.slots.locked():
+            return None
+        message = encode_small_call(context, args, kwargs)
+        if message is None:
             return None
         self.switch.enter()
         self._gate.enter_at_once()
         self.workers.hold(worker)
         worker.take_free_slot()
         pending = listeners.pending(PendingCall, context)
-        pending.value.add_done_callback(lambda _: self._leave(worker, pending))
+        pending.when_done(lambda: self._leave(worker, pending))
         try:
-            message = proxy.encode_call(context, args, kwargs)
             self._announce(pending, proxy)
             self._send(worker, proxy, pending, message, listeners.on_started)
         except BaseException:
-            pending.value.cancel()
+            pending.fail(asyncio.CancelledError())
             raise
-        return Begun(pending.value, lambda: self._cancel_soon(context.call_id))
+        return pending
 
     async def ask(
         self,
@@ -329,8 +342,7 @@ class LoadedInstance:
             return CancelOutcome.NOT_RUNNING
         if proxy.alive:
             proxy.request_cancel(call_id)
-        await asyncio.wait({call.value}, timeout=self.settings.grace_seconds)
-        if call.value.done():
+        if await call.wait(self.settings.grace_seconds):
             return CancelOutcome.COOPERATIVE
         call.forced = True
         if on_force is not None:
@@ -406,14 +418,14 @@ class LoadedInstance:
     ) -> None:
         if self._books.has_to_admit(self.settings.meta):
             await in_time(pending.context, self._books.admit(self.settings.meta, worker, pending))
-        proxy = await worker.ready()
         context = pending.context
-        message = await proxy.encode_call_async(context, args, kwargs, stream=isinstance(pending, PendingStream))
+        message = await encode_call_async(context, args, kwargs, stream=isinstance(pending, PendingStream))
+        proxy = await worker.ready()
         self._announce(pending, proxy)
         if listeners.before_start is not None:
             await ask_before(listeners.before_start, context.call_id)
-        if not proxy.alive:  # unless something was awaited, it just was
-            raise not_sent(context.call_id)
+            if not proxy.alive:
+                raise not_sent(context.call_id)
         self._send(worker, proxy, pending, message, listeners.on_started)
 
     def _announce(self, pending: PendingCall, proxy: RemotePluginProxy) -> None:
@@ -450,8 +462,7 @@ class LoadedInstance:
         deadline = pending.context.deadline
         if deadline is not None:
             remaining = deadline - time.time()
-            await asyncio.wait({pending.value}, timeout=max(0.0, remaining))
-            if not pending.value.done():
+            if not await pending.wait(max(0.0, remaining)):
                 await self._end_late_call(pending, remaining)
         return await pending.outcome()
 
@@ -461,7 +472,7 @@ class LoadedInstance:
         with suppress(PluginError):
             await pending.outcome()
             return
-        raise self._too_late(pending, seconds) from pending.value.exception()
+        raise self._too_late(pending, seconds) from pending.error
 
     def _too_late(self, pending: PendingCall, seconds: float) -> PluginTimeoutError:
         return PluginTimeoutError(

@@ -37,6 +37,7 @@ MAX_UNIT_CHARACTERS = 100
 
 _logger = logging.getLogger(__name__)
 _MIME_TYPE = re.compile(r"(?=.{3,255}\Z)[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*(;[ -~]*)?")
+_NUMBERS = (int, float)
 _MAX_NAME_BYTES = 255
 _ACTION_TAG = "__plugin_action__"
 
@@ -385,7 +386,7 @@ def _triggers(config_class: type | None, changed: set[str]) -> list[str]:
 
 def is_amount(value: object) -> bool:
     """Whether a value is a number from 0 to the largest float: not NaN, not infinite, not a bool."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
+    return isinstance(value, _NUMBERS) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max
 
 
 def check_usage(usage: Mapping[str, float]) -> None:

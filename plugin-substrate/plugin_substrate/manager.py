@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from plugin_substrate.arguments import with_paths
 from plugin_substrate.binding import PluginBinding
+from plugin_substrate.call_message import new_call_id
 from plugin_substrate.discovery import manifest_folders
 from plugin_substrate.home_loop import HomeLoop
 from plugin_substrate.instance import CallListeners, CancelOutcome
@@ -120,7 +120,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         """
         self._home.adopt()
         instance = self._instances.get(instance_id)
-        context = call or CallContext(call_id=secrets.token_hex(16))
+        context = call or CallContext(call_id=new_call_id())
         args, kwargs = await with_paths(args, kwargs)
         listeners = CallListeners(
             before_start=before_start,
@@ -162,10 +162,10 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
             lambda: self.execute_plugin_async(
                 instance_id, *args, call=call, on_progress=on_progress, on_log=on_log, **kwargs
             ),
-            lambda: self._instances.get(instance_id).begin_at_once(
+            lambda: self._instances.get(instance_id).begin(
                 args,
                 kwargs,
-                call or CallContext(call_id=secrets.token_hex(16)),
+                call or CallContext(call_id=new_call_id()),
                 CallListeners(on_progress=on_progress, on_log=on_log),
             ),
         )
@@ -227,7 +227,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         self._home.adopt()
         instance = self._instances.get(instance_id)
         args, kwargs = await with_paths(args, kwargs)
-        context = call or CallContext(call_id=secrets.token_hex(16))
+        context = call or CallContext(call_id=new_call_id())
         async with aclosing(instance.stream(args, kwargs, context, listeners)) as batches:
             async for batch in batches:
                 yield batch

@@ -1,8 +1,7 @@
-"""A call from the moment it has a slot until its end: what it reports, and the future of its value."""
+"""A call from the moment it has a slot until its end: what it reports, and what it ends with."""
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -11,12 +10,13 @@ from typing import Any
 from plugin_substrate.headers import Spent
 from plugin_substrate.interface import CallContext
 from plugin_substrate.log_pipe import LOG_TAIL_LINES
+from plugin_substrate.outcome import Outcome
 
 _logger = logging.getLogger(__name__)
 
 
-class PendingCall:
-    """A call in a worker, as the host sees it. Belongs to ``loop``, which is the running one unless given."""
+class PendingCall(Outcome[Any]):
+    """A call in a worker, as the host sees it: the outcome is that of the call. Belongs to one event loop."""
 
     def __init__(
         self,
@@ -25,8 +25,8 @@ class PendingCall:
         on_progress: Callable[[float, str], object] | None = None,
         on_usage: Callable[[dict[str, float]], object] | None = None,
         on_log: Callable[[str], object] | None = None,
-        loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
+        super().__init__()
         self.context = context
         self.usage: dict[str, float] = {}
         self.logs: deque[str] = deque(maxlen=LOG_TAIL_LINES)
@@ -34,8 +34,6 @@ class PendingCall:
         self.answered = False
         self.sent_at: float | None = None
         self.spent = Spent()
-        self.value: asyncio.Future[Any] = (loop or asyncio.get_running_loop()).create_future()
-        self._waiting: list[asyncio.Future[None]] = []
         self._on_progress = on_progress
         self._on_usage = on_usage
         self._on_log = on_log
@@ -53,36 +51,6 @@ class PendingCall:
         """Keep a line and pass it on."""
         self.logs.append(line)
         _tell(self._on_log, line)
-
-    def finish(self, value: Any) -> None:
-        """End with a value."""
-        if not self.value.done():
-            self.value.set_result(value)
-            self._wake()
-
-    def fail(self, error: Exception) -> None:
-        """End with an error."""
-        if not self.value.done():
-            self.value.set_exception(error)
-            self.value.exception()  # read once here: a caller that went away must not cause a warning
-            self._wake()
-
-    async def outcome(self) -> Any:
-        """Return its value or raise its error, once both are known; who stops waiting leaves the call as it is.
-
-        ``asyncio.shield`` does the same with one more round of the loop in every call.
-        """
-        if not self.value.done():
-            end: asyncio.Future[None] = self.value.get_loop().create_future()
-            self._waiting.append(end)
-            await end
-        return self.value.result()
-
-    def _wake(self) -> None:
-        """Wake who waits, after those who were to hear of the end first."""
-        for end in self._waiting:
-            if not end.done():
-                end.set_result(None)
 
 
 def _tell(callback: Callable[..., object] | None, *values: Any) -> None:

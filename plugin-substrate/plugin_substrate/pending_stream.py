@@ -30,7 +30,7 @@ class PendingStream(PendingCall):
         self._arrived = asyncio.Event()
         self._grant: Callable[[int], object] = lambda _: None
         self._refuse: Callable[[Exception], object] = lambda _: None
-        self.value.add_done_callback(lambda _: self._arrived.set())
+        self.when_done(self._arrived.set)
 
     def opened(self, *, grant: Callable[[int], object], refuse: Callable[[Exception], object]) -> None:
         """Hear how to give the worker more credit, and how to end one that breaks the protocol."""
@@ -57,8 +57,8 @@ class PendingStream(PendingCall):
         """
         self._pay()
         while not self._chunks:
-            if self.value.done():
-                self.value.result()
+            if self.done:
+                self.result()
                 return []
             self._arrived.clear()
             await self._arrived.wait()
@@ -69,12 +69,12 @@ class PendingStream(PendingCall):
             return self._decode(batch)
         except ProtocolError as error:
             self._refuse(error)
-            await asyncio.wait({self.value})
+            await self.wait()
             self._chunks.clear()
             return await self.next_batch()
 
     def _pay(self) -> None:
-        if self._taken and not self.value.done():
+        if self._taken and not self.done:
             self._unpaid -= self._taken
             self._grant(self._taken)
         self._taken = 0

@@ -31,7 +31,7 @@ from plugin_substrate.worker.failures import restore_error
 from plugin_substrate.worker.frames import Frame
 from plugin_substrate.worker.isolation import missing_layers
 from plugin_substrate.worker.messages import Message, encode_message
-from plugin_substrate.worker.parked import Segment, is_parking_called_for
+from plugin_substrate.worker.parked import Segment
 from plugin_substrate.worker.values import pack_value, unpack_value
 
 #: So many questions may wait for a plugin's answer.
@@ -48,7 +48,7 @@ class RemotePluginProxy:
 
     ``on_line`` hears each line it writes, with the id of its call or none. Where tenants share the worker, the error
     of a call that it took along quotes no line but the call's own. Belongs to the running event loop; only
-    `encode_call` and `send_call` may be used from other threads.
+    `send_call` may be used from other threads.
     """
 
     def __init__(
@@ -162,21 +162,6 @@ class RemotePluginProxy:
                 layers=self.layers,
             )
 
-    def encode_call(
-        self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: bool = False
-    ) -> Message:
-        """Return a call's message, ready to send; what cannot cross is a `WireValueError` before anything does."""
-        return _call_message(context, _pack_arguments(args, kwargs), stream=stream)
-
-    async def encode_call_async(
-        self, context: CallContext, args: tuple[Any, ...], kwargs: dict[str, Any], *, stream: bool = False
-    ) -> Message:
-        """As `encode_call`; what takes long, as does filling memory files, is done in another thread."""
-        segments = _pack_arguments(args, kwargs)
-        if not is_parking_called_for(segments):
-            return _call_message(context, segments, stream=stream)
-        return await asyncio.to_thread(_call_message, context, segments, stream=stream)
-
     def send_call(self, call: PendingCall, message: Message) -> None:
         """Write a call's message. From here on nobody but the worker can say whether it took effect."""
         call_id = call.context.call_id
@@ -185,8 +170,9 @@ class RemotePluginProxy:
                 grant=lambda amount: self._send({"type": "credit", "id": call_id, "bytes": amount}),
                 refuse=self._break_off,
             )
+        alone = not self._calls
         self._calls[call_id] = call
-        self._connection.write(message)
+        self._connection.write(message, alone=alone)
 
     async def ask(
         self,
@@ -210,7 +196,7 @@ class RemotePluginProxy:
             )
         self._asks[question.context.call_id] = question
         self._send({"type": "ask", "id": question.context.call_id, "verb": verb}, segments)
-        return await question.value
+        return await question.outcome()
 
     def request_cancel(self, call_id: str) -> None:
         """Ask the plugin to end one call."""
@@ -388,18 +374,6 @@ class RemotePluginProxy:
 
     def _send(self, header: dict[str, Any], segments: list[bytes] | None = None) -> None:
         self._connection.write(encode_message(header, segments or []))
-
-
-def _pack_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[bytes]:
-    return pack_value({"args": list(args), "kwargs": kwargs}, "")
-
-
-def _call_message(context: CallContext, segments: list[bytes], *, stream: bool) -> Message:
-    header = {"type": "call", "context": vars(context)}
-    try:
-        return encode_message({**header, "stream": True} if stream else header, segments)
-    except ProtocolError as error:
-        raise WireValueError(f"the arguments are too large: {error}", path="args") from error
 
 
 def _takes_long(segments: Sequence[Segment]) -> bool:

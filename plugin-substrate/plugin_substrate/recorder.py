@@ -6,9 +6,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from plugin_substrate.errors import StoreError
 from plugin_substrate.stores.empirical import EmpiricalResourceRecord, EmpiricalResourceStore, add_usage
@@ -20,8 +19,7 @@ _LINGER_SECONDS = 0.5
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Payer:
+class Payer(NamedTuple):
     """For which instance, under which configuration, a call is booked."""
 
     plugin_name: str

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from plugin_substrate.errors import (
     PluginConfinementError,
@@ -62,8 +62,7 @@ class InstanceSettings:
     models_dir: Path | None = None
 
 
-@dataclass(frozen=True)
-class Seat:
+class Seat(NamedTuple):
     """Whom a worker serves: a tenant (all of them when the plugin is stateless), or one confidential run of it."""
 
     tenant_id: str

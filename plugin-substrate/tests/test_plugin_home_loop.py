@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from plugin_substrate.home_loop import Begun, HomeLoop
+from plugin_substrate.outcome import Outcome
 
 
 @pytest.fixture
@@ -129,12 +130,13 @@ class Bench:
         self.begun = threading.Event()
 
     def begin(self) -> Begun[int]:
-        self.value: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self.loop = asyncio.get_running_loop()
+        self.outcome: Outcome[int] = Outcome()
         self.begun.set()
-        return Begun(self.value, self.taken_back.set)
+        return Begun(self.outcome, self.taken_back.set)
 
     def end(self, how: Any) -> None:
-        self.value.get_loop().call_soon_threadsafe(how)
+        self.loop.call_soon_threadsafe(how)
 
 
 async def never() -> int:
@@ -146,7 +148,7 @@ def test_work_that_begins_at_once_needs_no_task_and_its_value_arrives(home: Home
 
     def finish() -> None:
         assert bench.begun.wait(30)
-        bench.end(lambda: bench.value.set_result(7))
+        bench.end(lambda: bench.outcome.finish(7))
 
     thread = threading.Thread(target=finish)
     thread.start()
@@ -158,12 +160,9 @@ def test_work_that_begins_at_once_needs_no_task_and_its_value_arrives(home: Home
 @pytest.mark.parametrize("error", [ValueError("as it was raised"), asyncio.CancelledError("ended")])
 def test_work_that_began_at_once_fails_as_other_work_does(home: HomeLoop, error: BaseException) -> None:
     def begin() -> Begun[int]:
-        value: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        if isinstance(error, asyncio.CancelledError):
-            value.cancel()
-        else:
-            value.set_exception(error)
-        return Begun(value, lambda: None)
+        outcome: Outcome[int] = Outcome()
+        outcome.fail(error)
+        return Begun(outcome, lambda: None)
 
     def refuse() -> Begun[int]:
         raise error

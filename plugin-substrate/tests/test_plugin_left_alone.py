@@ -19,9 +19,8 @@ from plugin_substrate import (
     PluginLoadError,
     PluginManager,
     PluginMeta,
-    WorkerDiedError,
 )
-from plugin_substrate import proxy as proxy_module
+from plugin_substrate import call_message as message_module
 from plugin_substrate.proxy import RemotePluginProxy
 from plugin_substrate.worker.messages import Message
 from plugin_substrate.worker.parked import PARK_BYTES, is_parking_called_for
@@ -88,7 +87,7 @@ async def test_a_second_call_of_one_id_is_refused_when_both_wait_for_their_permi
 def filling(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """Set when a large argument is about to be written down; it goes on when the second is set."""
     began, may_end = threading.Event(), threading.Event()
-    encode = proxy_module.encode_message
+    encode = message_module.encode_message
 
     def slow_encode(header: dict[str, Any], segments: Sequence[bytes] = ()) -> Message:
         if is_parking_called_for(segments):
@@ -96,7 +95,7 @@ def filling(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading
             assert may_end.wait(60)
         return encode(header, segments)
 
-    monkeypatch.setattr(proxy_module, "encode_message", slow_encode)
+    monkeypatch.setattr(message_module, "encode_message", slow_encode)
     return began, may_end
 
 
@@ -113,7 +112,7 @@ async def test_the_loop_goes_on_while_a_large_argument_is_written_down(
         assert await large == {"x": b"x" * PARK_BYTES}
 
 
-async def test_a_call_whose_worker_dies_while_its_argument_is_written_down_was_not_sent(
+async def test_a_call_whose_worker_dies_while_its_argument_is_written_down_is_done_by_the_next(
     probe: PluginManager, filling: tuple[threading.Event, threading.Event]
 ) -> None:
     began, may_end = filling
@@ -126,10 +125,29 @@ async def test_a_call_whose_worker_dies_while_its_argument_is_written_down_was_n
         while probe.get_instance("probe").alive:  # noqa: ASYNC110 - nobody tells of a death
             await asyncio.sleep(0)
         may_end.set()
-        with pytest.raises(WorkerDiedError, match="was not sent") as caught:
-            await large
-    assert caught.value.outcome_known
-    assert await probe.execute_plugin_async("probe", action="probe.echo", x=1) == {"x": 1}
+        assert await large == {"x": b"x" * PARK_BYTES}
+
+
+def test_synchronous_callers_go_on_while_another_ones_large_argument_is_written_down(
+    tmp_path: Path, probe_meta: MetaFactory, filling: tuple[threading.Event, threading.Event]
+) -> None:
+    began, may_end = filling
+    manager = PluginManager(data_dir=tmp_path)
+    assert manager.load_plugin(probe_meta("Probe"), instance_id="two", max_concurrent_requests=2)
+    echoed: list[Any] = []
+    large = threading.Thread(
+        target=lambda: echoed.append(manager.execute_plugin("two", action="probe.echo", x=b"x" * PARK_BYTES))
+    )
+    try:
+        large.start()
+        assert began.wait(60)
+        assert manager.execute_plugin("two", action="probe.echo", x=1) == {"x": 1}
+        may_end.set()
+        large.join()
+        assert echoed == [{"x": b"x" * PARK_BYTES}]
+    finally:
+        may_end.set()
+        manager.unload_all()
 
 
 async def test_a_worker_that_comes_up_while_others_are_reconfigured_has_the_new_configuration(

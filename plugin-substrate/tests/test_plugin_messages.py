@@ -27,6 +27,7 @@ from plugin_substrate import (
     WireValueError,
     WorkerDiedError,
 )
+from plugin_substrate.call_message import encode_call
 from plugin_substrate.deaths import WorkerExit
 from plugin_substrate.lifecycle import Supervisor, WorkerProcess
 from plugin_substrate.pending_call import PendingCall
@@ -358,7 +359,7 @@ async def hear(data: bytes) -> None:
     proxy = RemotePluginProxy(process)
     calls = [PendingCall(CallContext("call")), PendingStream(CallContext("stream"))]
     for call in calls:
-        proxy.send_call(call, proxy.encode_call(call.context, (), {}))
+        proxy.send_call(call, encode_call(call.context, (), {}))
     with there:
         there.sendall(data)
     os.close(writing)
@@ -366,6 +367,6 @@ async def hear(data: bytes) -> None:
     exit_.set_result(WorkerExit(-9))
     await proxy.kill()
     for call in calls:
-        error = call.value.exception()
+        error = call.error
         assert error is None or isinstance(error, PluginError)
     assert faults == []

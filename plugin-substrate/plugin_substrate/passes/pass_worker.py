@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from plugin_substrate.call_message import encode_call
 from plugin_substrate.errors import PluginError, PluginTimeoutError
 from plugin_substrate.interface import CallContext
 from plugin_substrate.lifecycle import Supervisor
@@ -114,9 +115,9 @@ class PassWorker:
         if self._proxy is None:
             raise PluginError("the worker was not started")
         call = PendingCall(CallContext(call_id=uuid.uuid4().hex))
-        self._proxy.send_call(call, self._proxy.encode_call(call.context, (), request))
+        self._proxy.send_call(call, encode_call(call.context, (), request))
         try:
-            return await call.value
+            return await call.outcome()
         finally:
             self.peak_bytes = max(self.peak_bytes, call.spent.peak_bytes or 0)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import json.encoder
+import json.scanner
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -146,9 +147,11 @@ def parse_json(raw: bytes | bytearray) -> Any:
     """Return the JSON value in UTF-8; anything else, also NaN and what is nested too deep, is a `ProtocolError`."""
     try:
         text = raw.decode()
-        value, end = _DECODER.raw_decode(text)
+        value, end = _SCAN(text, 0)
         if end != len(text):
             raise ValueError(f"it ends after {end} of {len(text)} characters")  # noqa: TRY301
+    except StopIteration as stop:
+        raise ProtocolError(f"a frame does not hold JSON: no value at character {stop.value}") from stop
     except (ValueError, RecursionError) as error:
         raise ProtocolError(f"a frame does not hold JSON: {error}") from error
     return value
@@ -166,8 +169,11 @@ def _parse(buffer: bytearray, start: int, body: int, end: int) -> Frame:
 def _parse_header(raw: bytearray, length_of_body: int) -> tuple[dict[str, Any], list[int]]:
     header = parse_json(raw)
     lengths = header.pop("segments", None) if isinstance(header, dict) else None
-    if not isinstance(lengths, list) or not all(type(length) is int and length >= 0 for length in lengths):
+    if not isinstance(lengths, list):
         raise ProtocolError("a frame header is not an object with a list of segment lengths")
+    for length in lengths:
+        if type(length) is not int or length < 0:
+            raise ProtocolError("a frame header's segment lengths are not whole numbers from 0")
     if len(lengths) > MAX_SEGMENTS or sum(lengths) != length_of_body:
         raise ProtocolError("the segments of a frame do not add up to its length")
     return header, lengths
@@ -188,4 +194,4 @@ def fast_encode(encoder: json.JSONEncoder) -> Callable[[Any], str]:
 
 # Made once: `json.loads` and `json.dumps` with options make them anew for each value.
 _ENCODE = fast_encode(json.JSONEncoder(separators=(",", ":"), allow_nan=False))
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+_SCAN: Callable[[str, int], tuple[Any, int]] = json.scanner.make_scanner(json.JSONDecoder(parse_constant=_no_constant))  # type: ignore[arg-type] # as JSONDecoder itself does

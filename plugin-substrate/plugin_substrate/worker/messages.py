@@ -31,7 +31,8 @@ class Message:
         close_all(descriptors)
 
     def __del__(self) -> None:
-        self.close()
+        if self.descriptors:
+            self.close()
 
 
 def encode_message(header: dict[str, Any], segments: Sequence[bytes] = ()) -> Message:

@@ -15,7 +15,6 @@ import os
 import queue
 import socket
 import threading
-import time
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -102,7 +101,7 @@ class WorkerRuntime:
     # -- the plugin's life
 
     def _load(self, frame: Frame) -> None:
-        request, started, phase = frame.header, time.monotonic(), "environment"
+        request, phase = frame.header, "environment"
 
         def enter(next_phase: str) -> None:
             nonlocal phase
@@ -131,7 +130,7 @@ class WorkerRuntime:
         self._plugin = plugin
         for number in range(1, request["threads"]):
             threading.Thread(target=self._work, name=f"executor-{number}", daemon=True).start()
-        self._send({"type": "ready", "seconds": time.monotonic() - started})
+        self._send({"type": "ready"})
 
     def _unload(self) -> None:
         if self._plugin is not None:
@@ -180,7 +179,7 @@ class WorkerRuntime:
         return call
 
     def _execute(self, call: ActiveCall, frame: Frame, work: Work) -> None:
-        call_id, started, meter = call.context.call_id, time.monotonic(), CallMeter()
+        call_id, meter = call.context.call_id, CallMeter()
         segments: list[bytes] = []
         entered = current_call.set(call)
         try:
@@ -193,8 +192,7 @@ class WorkerRuntime:
         self._flush_logs(call_id)
         self._calls.pop(call_id, None)
         self._streams.pop(call_id, None)
-        seconds = time.monotonic() - started
-        self._answer({**answer, "id": call_id, "seconds": seconds, "spent": meter.spent()}, segments)
+        self._answer({**answer, "id": call_id, "spent": meter.spent()}, segments)
 
     def _run(self, call: ActiveCall, frame: Frame, work: Work) -> list[bytes]:
         if call.cancelled:
@@ -208,9 +206,7 @@ class WorkerRuntime:
             self._send(header, segments)
         except ProtocolError as error:  # the result is over the frame limit
             lost = WireValueError(f"result: {error}", path="result")
-            self._send(
-                {"type": "error", "id": header["id"], "seconds": header["seconds"], "error": describe_error(lost)}
-            )
+            self._send({"type": "error", "id": header["id"], "error": describe_error(lost)})
 
     def _grant(self, call_id: str, amount: int) -> None:
         stream = self._streams.get(call_id)

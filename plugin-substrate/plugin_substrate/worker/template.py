@@ -17,7 +17,6 @@ import os
 import select
 import socket
 import threading
-import time
 from typing import Any, NoReturn
 
 from plugin_substrate.errors import PluginConfigError, ProtocolError
@@ -73,7 +72,6 @@ class Template:
             self._preload(frame)
 
     def _preload(self, frame: Frame) -> None:
-        started = time.monotonic()
         entered = current_call.set(self._conversation.loading())
         try:
             enter_environment()
@@ -83,7 +81,7 @@ class Template:
         except BaseException as error:  # noqa: BLE001 - SystemExit in plugin code is a failed load too
             answer: dict[str, Any] = {"type": "load_failed", "phase": "preload", "error": describe_error(error)}
         else:
-            answer = {"type": "ready", "seconds": time.monotonic() - started}
+            answer = {"type": "ready"}
         finally:
             current_call.reset(entered)
         gc.collect()
