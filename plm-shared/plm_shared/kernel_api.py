@@ -28,7 +28,7 @@ _COSTLIEST = Decimal(10) ** 10  # the columns are numeric(18, 8)
 
 
 def _storable(text: str) -> str:
-    if "\0" in text or not encodable(text):
+    if "\0" in text or not (text.isascii() or encodable(text)):
         raise ValueError("must not contain U+0000 or half a surrogate pair")
     return text
 

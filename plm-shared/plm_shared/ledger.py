@@ -23,7 +23,7 @@ from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, assert_never
 
-from plm_shared.canonical_json import JsonRefused, compact_json, storable_json
+from plm_shared.canonical_json import JsonRefused, storable_json
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitGovernanceArgs, EmitLlmCallArgs, EmitTelemetryArgs
 from plm_shared.pricing import ledger_amount
 
@@ -119,9 +119,14 @@ def _canonical(text: str) -> str:
     return str(uuid.UUID(text))
 
 
+@lru_cache(maxsize=4096)
+def _text_of(number: int) -> str:
+    return str(uuid.UUID(int=number))
+
+
 def uuid_text(value: str | uuid.UUID) -> str:
-    """The canonical text of a UUID; ``ValueError`` for anything else."""
-    return str(value) if isinstance(value, uuid.UUID) else _canonical(value)
+    """The canonical text of a UUID, remembered, as few of them occur often; ``ValueError`` for anything else."""
+    return _text_of(value.int) if isinstance(value, uuid.UUID) else _canonical(value)
 
 
 def ledger_record(
@@ -206,10 +211,12 @@ def _connector_call(
 def _cost(
     args: EmitLlmCallArgs | EmitConnectorCallArgs, run: str | None, priced_model: str, clock: Callable[[], date]
 ) -> dict[str, Any]:
-    cost = None if args.cost_eur is None else str(ledger_amount(Decimal(str(args.cost_eur))))
+    cost = args.cost_eur
+    if isinstance(cost, float):
+        cost = Decimal(str(cost))
     columns = {
         "run_id": run,
-        "cost_eur": cost,
+        "cost_eur": None if cost is None else str(ledger_amount(cost)),
         "cost_status": args.cost_status,
         "pricing_version": args.pricing_version,
     }
@@ -220,7 +227,7 @@ def _cost(
 
 def _record(table: str, columns: dict[str, Any], name: str = "model", document: Any = None) -> LedgerRecord:
     priced = "priced_model" in columns
-    text = compact_json(columns)
+    text = storable_json(columns, root=table)
     if document is not None:
         text = f'{text[:-1]},"{name}":{storable_json(document, root=name)}}}'
     if len(text) > _LARGEST:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import uuid
 from pathlib import Path
@@ -181,6 +182,22 @@ def test_a_payload_is_hashed_and_stored_or_refused_with_its_path(value: Any) -> 
                 json.loads(text, parse_constant=pytest.fail)
             continue
         assert refused.path.startswith("payload")
+
+
+@quick
+@given(value=JSON_LIKE | st.floats(allow_nan=False, allow_infinity=False) | st.dictionaries(NASTY, JSON_LIKE))
+def test_what_is_stored_has_the_text_that_the_standard_library_gives_it(value: Any) -> None:
+    with contextlib.suppress(JsonRefused):
+        assert storable_json(value) == json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+@pytest.mark.parametrize("power", [-5, -4, 15, 16, 17, 22])
+def test_a_number_at_the_edge_of_plain_notation_has_the_text_of_the_standard_library(power: int) -> None:
+    edge = 10.0**power
+    numbers = [
+        sign * near for sign in (1, -1) for near in (math.nextafter(edge, 0), edge, math.nextafter(edge, math.inf))
+    ]
+    assert storable_json([0.0, -0.0, *numbers]) == json.dumps([0.0, -0.0, *numbers], separators=(",", ":"))
 
 
 @quick
