@@ -290,6 +290,12 @@ def test_a_recorded_decision_is_made_again_from_its_stored_facts(policy, known):
     assert json.loads(json.dumps(again.to_json())) == json.loads(json.dumps(decision.to_json()))
 
 
+def test_what_one_record_of_a_decision_is_given_besides_is_in_no_other(make_policy):
+    decision = decide(make_policy(), facts())
+    decision.to_json()["facts"] = "of the first call"
+    assert "facts" not in decision.to_json()
+
+
 @given(policies, all_facts)
 def test_nothing_is_allowed_that_a_stage_refused(policy, known):
     decision = decide(policy, known)

@@ -219,7 +219,7 @@ class _Admitting:
             decision=record,
             ticket_id=proposal.ticket_id,
             new_ticket_id=new_id(),
-            ticket_seconds=policy.approval.demand(decision.tier, decision.risk).timeout_seconds,
+            ticket_seconds=policy.plans.demand(decision.tier, decision.risk).timeout_seconds,
             escalate_seconds=policy.approval.escalate_seconds,
             grant_id=new_id(),
             grant_seconds=policy.grant_seconds,

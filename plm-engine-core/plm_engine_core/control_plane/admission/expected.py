@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import timedelta
 from uuid import UUID
 
@@ -24,19 +23,20 @@ class Expectations:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._runs: OrderedDict[tuple[UUID, UUID], tuple[Prepared, float]] = OrderedDict()
+        self._runs: OrderedDict[tuple[int, int], tuple[Prepared, float]] = OrderedDict()  # by the ids as numbers
 
     def of(self, tenant_id: UUID, run_id: UUID) -> Prepared | None:
         """What `prepare` would say now; None where that has to be asked."""
-        known = self._runs.get((tenant_id, run_id))
+        known = self._runs.get((tenant_id.int, run_id.int))
         if known is None:
             return None
         prepared, read = known
-        return replace(prepared, at=prepared.at + timedelta(seconds=self._clock() - read))
+        at = prepared.at + timedelta(seconds=self._clock() - read)
+        return Prepared(rate=prepared.rate, at=at, subjects=prepared.subjects)
 
     def learn(self, tenant_id: UUID, run_id: UUID, prepared: Prepared) -> None:
         """Go by this from now on. A rate that refused is asked again, so that whoever is too fast costs no bookings."""
-        run = (tenant_id, run_id)
+        run = (tenant_id.int, run_id.int)
         self._runs.pop(run, None)
         if prepared.rate.allowed and prepared.subjects is not None:
             self._runs[run] = (prepared, self._clock())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.limits import Prepared
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot
-from plm_engine_core.control_plane.policy.run_risk import MOST_STEPS, RunSoFar
+from plm_engine_core.control_plane.policy.run_risk import MOST_STEPS, RunRisk, RunSoFar
 from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore
 from plm_engine_core.control_plane.vocabulary import AutonomyLevel, RiskLevel
@@ -61,16 +61,21 @@ async def gathered(
         registration=agent,
         unregistered=agents is not None and agent is None,
         principal_until=proposal.principal.expires_at,
-        run=await _run_so_far(proposal, policy=policy, registry=registry, storage=storage),
+        run=await _run_so_far(proposal, policy.run_risk, policy=policy, registry=registry, storage=storage)
+        if policy.run_risk is not None
+        else None,
     )
 
 
 async def _run_so_far(
-    proposal: Proposal, *, policy: PolicySnapshot, registry: CapabilityRegistry, storage: AdmissionStore
-) -> RunSoFar | None:
-    """The run's earlier steps, where the policy rates runs; read anew each time, so that it survives any restart."""
-    if policy.run_risk is None:
-        return None
+    proposal: Proposal,
+    run_risk: RunRisk,
+    *,
+    policy: PolicySnapshot,
+    registry: CapabilityRegistry,
+    storage: AdmissionStore,
+) -> RunSoFar:
+    """The run's earlier steps, for a policy that rates runs; read anew each time, so that it survives any restart."""
     earlier = await storage.history(
         proposal.tenant_id, proposal.run_id, before_step=proposal.step_index, limit=MOST_STEPS
     )
@@ -79,4 +84,4 @@ async def _run_so_far(
         capability = registry.get(capability_id)
         return policy.plans.of(capability).risk if capability is not None else RiskLevel.HIGH
 
-    return policy.run_risk.project(earlier, risk_of)
+    return run_risk.project(earlier, risk_of)

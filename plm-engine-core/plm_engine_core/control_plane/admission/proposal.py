@@ -10,6 +10,7 @@ from uuid import UUID
 
 from plm_shared.canonical_json import JsonRefused
 from plm_shared.idempotency import compute_content_hash
+from plm_shared.ledger import uuid_text
 
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
@@ -36,7 +37,7 @@ class Principal:
     @property
     def actor(self) -> str:
         """How events name it: `human:<user id>`."""
-        return f"{self.actor_kind}:{self.user_id}"
+        return f"{self.actor_kind}:{uuid_text(self.user_id)}"
 
     def to_json(self) -> dict[str, Any]:
         """The stored form."""
@@ -104,13 +105,13 @@ class Proposal:
     @property
     def step_key(self) -> str:
         """Names the effect of this step, whichever attempt applies it."""
-        return f"{self.run_id}/{self.step_index}"
+        return f"{uuid_text(self.run_id)}/{self.step_index}"
 
     @property
     def command_id(self) -> str:
         """Names this admission, so that asking twice decides once."""
         ticket = f"/{self.ticket_id}" if self.ticket_id else ""
-        return f"{self.run_id}/{self.step_index}/{self.attempt}{ticket}"
+        return f"{uuid_text(self.run_id)}/{self.step_index}/{self.attempt}{ticket}"
 
 
 def content_hash(value: Any) -> str:

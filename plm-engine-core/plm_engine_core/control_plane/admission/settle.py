@@ -10,6 +10,7 @@ from uuid import UUID
 
 from plm_shared.idempotency import IdempotencyKey, compute_content_hash
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitTelemetryArgs
+from plm_shared.ledger import uuid_text
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import content_hash
@@ -19,6 +20,7 @@ from plm_engine_core.control_plane.storage.ports import AdmissionStore, Connecti
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, Evidence, OutcomeStatus
 
 CAPABILITY_CALL = "capability_call"
+_EUR, _CALLS = BudgetUnit.EUR.value, BudgetUnit.CALLS.value
 UNSPENT = frozenset({OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED})
 
 _SMALLEST = Decimal("0.00000001")
@@ -153,16 +155,18 @@ async def settle(
 def _charges(outcome: Outcome, capability: CapabilityDescriptor) -> dict[str, str]:
     """Amount per unit; a unit left out is charged as reserved."""
     if outcome.status in UNSPENT:
-        return dict.fromkeys((BudgetUnit.EUR.value, BudgetUnit.CALLS.value, *capability.cost.max_usage), "0")
+        return dict.fromkeys((_EUR, _CALLS, *capability.cost.max_usage), "0")
     usage = None if outcome.status is OutcomeStatus.OUTCOME_UNKNOWN else _measured(outcome.usage)
     if usage is None:
-        return {BudgetUnit.CALLS.value: "1"}
+        return {_CALLS: "1"}
+    if not usage:
+        return {_EUR: "0", _CALLS: "1"}
     charges = {unit: _rounded_up(amount) for unit, amount in usage.items() if amount < _LARGEST}
-    charges.pop(BudgetUnit.EUR, None)  # what a call cost follows from our prices, never from what it says
+    charges.pop(_EUR, None)  # what a call cost follows from our prices, never from what it says
     cost = capability.cost.price(usage)
     if cost < _COSTLIEST:
-        charges[BudgetUnit.EUR.value] = _rounded_up(cost)
-    return {**charges, BudgetUnit.CALLS.value: "1"}
+        charges[_EUR] = _rounded_up(cost)
+    return {**charges, _CALLS: "1"}
 
 
 def _measured(usage: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
@@ -184,20 +188,20 @@ def _ledger(
     if outcome.status in UNSPENT:
         return ()
     facts = {
-        "run_id": str(grant.run_id),
+        "run_id": uuid_text(grant.run_id),
         "step": grant.step_index,
         "attempt": grant.attempt,
-        "grant_id": str(grant.id),
-        "status": outcome.status.value,
-        "evidence": outcome.evidence.value,
+        "grant_id": uuid_text(grant.id),
+        "status": str(outcome.status),
+        "evidence": str(outcome.evidence),
         "layers": list(outcome.layers),
     }
-    cost = charges.get(BudgetUnit.EUR.value)
+    cost = charges.get(_EUR)
     content = compute_content_hash({**facts, "cost_eur": cost})
 
     def key(event_type: str) -> IdempotencyKey:
         return IdempotencyKey(
-            tenant_id=str(grant.tenant_id),
+            tenant_id=uuid_text(grant.tenant_id),
             trace_id=trace_id,
             span_id=grant.span_id,
             event_type=event_type,

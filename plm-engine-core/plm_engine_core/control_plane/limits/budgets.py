@@ -25,6 +25,7 @@ Unit = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]*$", max_length=40)]
 """What is counted: `EUR`, `calls`, `tokens`, or a unit that the policy registers."""
 
 _NAMED = frozenset({BudgetScope.AGENT, BudgetScope.TEAM, BudgetScope.MODEL})
+_NOTHING = Decimal(0)
 _WIDTH = {scope: width for width, scope in enumerate(BudgetScope)}
 
 
@@ -199,8 +200,12 @@ class BudgetPlan:
         That order is the order of locks: the widest row is hot, so it is taken last and held shortest. A unit that the
         call does not bound reserves nothing, and is checked and charged all the same.
         """
-        reserves = [_reserve(BudgetScope.RUN, run_id, unit, amounts) for unit in self._run]
-        reserves += [_reserve(BudgetScope.TENANT, tenant_id, unit, amounts) for unit in self._tenant]
+        every = ((BudgetScope.RUN, run_id, self._run), (BudgetScope.TENANT, tenant_id, self._tenant))
+        reserves = [
+            Reserve(scope=scope, scope_id=scope_id, unit=unit, amount=amounts.get(unit, _NOTHING))
+            for scope, scope_id, units in every
+            for unit in units
+        ]
         if self._limits:
             reserves += self._limited(amounts, _whose(subjects or Subjects(), tenant_id, model))
             reserves.sort(key=lambda each: (_WIDTH[each.scope], each.unit, each.period))
@@ -217,7 +222,7 @@ class BudgetPlan:
                 scope=scope,
                 scope_id=key.scope_id,
                 unit=unit,
-                amount=amounts.get(unit, Decimal(0)),
+                amount=amounts.get(unit, _NOTHING),
                 period=period,
                 subject=key.subject,
                 limit=limit,
@@ -248,7 +253,3 @@ def _whose(subjects: Subjects, tenant_id: UUID, model: str | None) -> dict[Budge
         BudgetScope.TENANT: str(tenant_id),
     }
     return {scope: name for scope, name in names.items() if name is not None}
-
-
-def _reserve(scope: BudgetScope, scope_id: UUID, unit: str, amounts: Mapping[str, Decimal]) -> Reserve:
-    return Reserve(scope=scope, scope_id=scope_id, unit=unit, amount=amounts.get(unit, Decimal(0)))

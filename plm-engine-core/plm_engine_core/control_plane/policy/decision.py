@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from plm_engine_core.control_plane.policy.compiled import LeafResult
@@ -64,7 +65,7 @@ class Needs:
     evaluators: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Decision:
     """A verdict with its reasons.
 
@@ -91,7 +92,12 @@ class Decision:
     raised_by: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The stored form: JSON values only, empty ones left out."""
+        """The stored form: JSON values only, empty ones left out. What is within it is not to be changed."""
+        return dict(self._stored)
+
+    @cached_property
+    def _stored(self) -> dict[str, Any]:
+        """Made once: a decision that no condition has a part in is recorded with every call of its capability."""
         record: dict[str, Any] = {"outcome": self.outcome.value}
         for name in ("reason", "mode", "tier", "risk", "resolution_step"):
             value = getattr(self, name)

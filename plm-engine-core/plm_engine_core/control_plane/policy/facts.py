@@ -8,6 +8,8 @@ from datetime import datetime
 from typing import Any, Protocol
 from uuid import UUID
 
+from plm_shared.ledger import uuid_text
+
 from plm_engine_core.control_plane.policy.run_risk import RunSoFar
 from plm_engine_core.control_plane.registry.agents import AgentDescriptor
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
@@ -125,8 +127,8 @@ class Facts:
         record: dict[str, Any] = {
             "capability": capability,
             "principal_scopes": sorted(self.principal_scopes),
-            "requester": str(self.requester),
-            "autonomy": self.autonomy.value,
+            "requester": uuid_text(self.requester),
+            "autonomy": str(self.autonomy),
             "rate_allowed": self.rate_allowed,
             "retry_after_ms": self.retry_after_ms,
         }

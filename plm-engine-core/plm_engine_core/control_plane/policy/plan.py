@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from plm_engine_core.control_plane.matching import Match, any_of
+from plm_engine_core.control_plane.policy.approval import Demand
 from plm_engine_core.control_plane.policy.compiled import Test, compile_condition
 from plm_engine_core.control_plane.policy.conditions import EvaluatorSays, leaves
 from plm_engine_core.control_plane.policy.decision import Decision, StageResult
@@ -80,6 +81,7 @@ class Plans:
             if isinstance(leaf, EvaluatorSays)
         )
         self._plans: dict[str, Plan] = {}
+        self._demands: dict[tuple[ActionTier | None, RiskLevel | None], Demand] = {}
 
     def of(self, capability: CapabilityDescriptor) -> Plan:
         """The plan for this capability as it is described; another description of the same id gets a new one."""
@@ -87,6 +89,13 @@ class Plans:
         if plan is None or (plan.capability is not capability and plan.capability != capability):
             plan = self._plans[capability.id] = self._make(capability)
         return plan
+
+    def demand(self, tier: ActionTier | None, risk: RiskLevel | None) -> Demand:
+        """What a ticket of this tier and risk needs."""
+        demand = self._demands.get((tier, risk))
+        if demand is None:
+            demand = self._demands[tier, risk] = self._policy.approval.demand(tier, risk)
+        return demand
 
     def _make(self, capability: CapabilityDescriptor) -> Plan:
         policy, mode = self._policy, capability.mode

@@ -5,6 +5,8 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
+from plm_shared.ledger import uuid_text
+
 from plm_engine_core.control_plane.limits import Reserve
 from plm_engine_core.control_plane.storage.ports import AdmitCommand, SettleCommand, VoteCommand
 
@@ -12,8 +14,8 @@ from plm_engine_core.control_plane.storage.ports import AdmitCommand, SettleComm
 def admit_json(command: AdmitCommand) -> dict[str, Any]:
     """What is booked for one decision."""
     return {
-        "tenant_id": str(command.tenant_id),
-        "run_id": str(command.run_id),
+        "tenant_id": uuid_text(command.tenant_id),
+        "run_id": uuid_text(command.run_id),
         "fencing_token": command.fencing_token,
         "command_id": command.command_id,
         "command_digest": command.command_digest,
@@ -27,7 +29,7 @@ def admit_json(command: AdmitCommand) -> dict[str, Any]:
         "digest": command.digest,
         "policy_digest": command.policy_digest,
         "executor_kind": command.executor_kind.value,
-        "requester": str(command.requester),
+        "requester": uuid_text(command.requester),
         "actor": command.actor,
         "decision": dict(command.decision),
         "ticket_id": str(command.ticket_id) if command.ticket_id else None,
@@ -40,8 +42,8 @@ def admit_json(command: AdmitCommand) -> dict[str, Any]:
         "begin": command.begin,
         "reserve": [
             {
-                "scope_kind": each.scope.value,
-                "scope_id": str(each.scope_id),
+                "scope_kind": str(each.scope),
+                "scope_id": uuid_text(each.scope_id),
                 "unit": str(each.unit),
                 "amount": str(each.amount),
                 **({} if each.limit is None else _self_opening(each, each.limit)),
@@ -53,21 +55,21 @@ def admit_json(command: AdmitCommand) -> dict[str, Any]:
 
 def _self_opening(reserve: Reserve, limit: Decimal) -> dict[str, Any]:
     named = {"subject": reserve.subject} if reserve.subject is not None else {}
-    return {"period": reserve.period.value, "limit": str(limit), **named}
+    return {"period": str(reserve.period), "limit": str(limit), **named}
 
 
 def settle_json(command: SettleCommand) -> dict[str, Any]:
     """What is booked for one outcome; its ledger rows travel beside it."""
     return {
-        "tenant_id": str(command.tenant_id),
-        "run_id": str(command.run_id),
+        "tenant_id": uuid_text(command.tenant_id),
+        "run_id": uuid_text(command.run_id),
         "step_index": command.step_index,
         "attempt": command.attempt,
-        "grant_id": str(command.grant_id),
+        "grant_id": uuid_text(command.grant_id),
         "fencing_token": command.fencing_token,
-        "status": command.status.value,
+        "status": str(command.status),
         "outcome_digest": command.outcome_digest,
-        "evidence": command.evidence.value,
+        "evidence": str(command.evidence),
         "output": command.output,
         "error": command.error,
         "usage": dict(command.usage),

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from plm_shared.ledger import ledger_record
+from plm_shared.ledger import ledger_record, uuid_text
 from plm_shared.sqlalchemy_kernel_emitter import Statement
 from psycopg.rows import dict_row
 
@@ -20,6 +20,7 @@ from plm_engine_core.control_plane.storage.commands import admit_json, settle_js
 from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection, SettleCommand
 from plm_engine_core.control_plane.storage.postgres.bookings import Bookings
 from plm_engine_core.control_plane.storage.postgres.gateway import (
+    FAILURES,
     Gateway,
     json_parameter,
     require_transaction,
@@ -53,7 +54,11 @@ class PostgresAdmission:
 
     async def prepare(self, tenant_id: UUID, run_id: UUID, *, buckets: Sequence[Bucket]) -> Prepared:
         """Take one token of every bucket or of none, and read for whom the run works."""
-        parameters = {"tenant": tenant_id, "run": run_id, "buckets": _buckets_json(tuple(buckets))}
+        parameters = {
+            "tenant": uuid_text(tenant_id),
+            "run": uuid_text(run_id),
+            "buckets": _buckets_json(tuple(buckets)),
+        }
         answer = await self._booked(Statement(_PREPARE, parameters))
         return Prepared(
             rate=RateReading(
@@ -84,9 +89,14 @@ class PostgresAdmission:
     async def admit_as_assumed(self, command: AdmitCommand, assumed: Assumed) -> Mapping[str, Any]:
         """Book a decision and take what it assumed, by one statement."""
         booking = json_parameter(admit_json(command), root="proposal")
-        named = {"tenant": command.tenant_id, "run": command.run_id, "at": assumed.at.isoformat()}
-        held = {"tolerance": CLOCK_TOLERANCE.total_seconds(), "buckets": _buckets_json(tuple(assumed.buckets))}
-        parameters = {**named, **held, "command": booking}
+        parameters = {
+            "tenant": uuid_text(command.tenant_id),
+            "run": uuid_text(command.run_id),
+            "at": assumed.at.isoformat(),
+            "tolerance": CLOCK_TOLERANCE.total_seconds(),
+            "buckets": _buckets_json(tuple(assumed.buckets)),
+            "command": booking,
+        }
         try:
             return await self._booked(Statement(_ADMIT_AS_ASSUMED, parameters))
         except psycopg.Error as error:  # as the database says it; every other one has its translation already
@@ -108,13 +118,15 @@ class PostgresAdmission:
 
     async def _booked(self, statement: Statement, connection: Connection | None = None) -> Mapping[str, Any]:
         """What a statement answers, in a transaction of its own or in the caller's."""
-        if connection is None:
-            with translated():
+        try:
+            if connection is None:
                 answer = await self._bookings.make(statement)
-        else:
-            with translated():
+            else:
                 require_transaction(connection)
                 answer = await _executed(connection, statement)
+        except FAILURES:  # to enter a context for every booking would cost more than to try
+            with translated():
+                raise
         if answer is None:
             raise StorageUnavailable("the database gave no answer")
         booked: Mapping[str, Any] = answer

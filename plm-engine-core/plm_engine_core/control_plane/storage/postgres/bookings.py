@@ -8,12 +8,12 @@ given back when somebody waits for one, and whoever waits longest has the next.
 from __future__ import annotations
 
 import asyncio
-import json
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from plm_shared.sqlalchemy_kernel_emitter import Statement
 from psycopg.errors import InvalidSqlStatementName, QueryCanceled
+from pydantic_core import from_json
 
 from plm_engine_core.control_plane.storage.postgres.calls import call_of
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
@@ -53,7 +53,7 @@ class Bookings:
                 held_others_up = held_others_up or isinstance(error, QueryCanceled)
                 if isinstance(error, InvalidSqlStatementName):  # the driver drops what is prepared after a rollback
                     lane.forget()
-        return json.loads(answer) if answer is not None else None
+        return from_json(answer) if answer is not None else None
 
     async def _accepting(self) -> Lane:
         while True:
