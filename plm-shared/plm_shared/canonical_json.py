@@ -110,7 +110,7 @@ def _plainly_json(value: Any, depth: int) -> bool:
         if kind is str or item is None or kind is bool:
             continue
         if kind is dict or kind is list:
-            if not _plainly_json(item, depth + 1):
+            if item and not _plainly_json(item, depth + 1):
                 return False
         elif kind is int:
             if not -_SMALL < item < _SMALL:

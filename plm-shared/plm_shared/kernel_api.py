@@ -40,7 +40,7 @@ def _indexable(text: str) -> str:
 
 
 def _within_the_column(cost: Decimal) -> Decimal:
-    if ledger_amount(cost) >= _COSTLIEST:
+    if cost > _COSTLIEST - 1 and ledger_amount(cost) >= _COSTLIEST:
         raise ValueError(f"must be below {_COSTLIEST} EUR, rounded to eight decimals")
     return cost
 

@@ -9,4 +9,4 @@ import uuid_utils
 
 def new_id() -> UUID:
     """A UUIDv7 (RFC 9562, section 5.7): unique, and ordered by creation time to the millisecond."""
-    return UUID(bytes=uuid_utils.uuid7().bytes)
+    return UUID(int=uuid_utils.uuid7().int)

@@ -92,7 +92,7 @@ class Outcome:
 
     def usage_json(self) -> dict[str, str]:
         """The stored form of the usage."""
-        return {unit: str(amount) for unit, amount in (self.usage or {}).items()}
+        return {unit: str(amount) for unit, amount in self.usage.items()} if self.usage else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +191,7 @@ def _ledger(
         "run_id": uuid_text(grant.run_id),
         "step": grant.step_index,
         "attempt": grant.attempt,
-        "grant_id": uuid_text(grant.id),
+        "grant_id": str(grant.id),
         "status": str(outcome.status),
         "evidence": str(outcome.evidence),
         "layers": list(outcome.layers),

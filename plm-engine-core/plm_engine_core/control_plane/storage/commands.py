@@ -65,7 +65,7 @@ def settle_json(command: SettleCommand) -> dict[str, Any]:
         "run_id": uuid_text(command.run_id),
         "step_index": command.step_index,
         "attempt": command.attempt,
-        "grant_id": uuid_text(command.grant_id),
+        "grant_id": str(command.grant_id),
         "fencing_token": command.fencing_token,
         "status": str(command.status),
         "outcome_digest": command.outcome_digest,

@@ -52,7 +52,10 @@ def call_of(statement: Statement) -> Call:
         psycopg.DataError, UnicodeEncodeError: a text cannot be stored.
     """
     durable, unawaited = _forms(statement.sql)
-    return Call(durable, unawaited, [_encoded(statement.params[name]) for name in durable.parameters])
+    values = [str(statement.params[name]).encode() for name in durable.parameters]
+    if b"\0" in b"".join(values):
+        raise psycopg.DataError("PostgreSQL text fields cannot contain NUL (0x00) bytes")
+    return Call(durable, unawaited, values)
 
 
 @lru_cache(maxsize=64)
@@ -65,13 +68,6 @@ def _forms(sql: str) -> tuple[Prepared, Prepared]:
         Prepared(b"plm_" + sha256(each.encode()).hexdigest()[:16].encode(), each.encode(), names) for each in texts
     )
     return durable, unawaited
-
-
-def _encoded(value: object) -> bytes:
-    text = str(value)
-    if "\0" in text:
-        raise psycopg.DataError("PostgreSQL text fields cannot contain NUL (0x00) bytes")
-    return text.encode()
 
 
 def answered(pgconn: PGconn) -> PQGen[PGresult]:

@@ -122,7 +122,7 @@ class Lane:
         if not self._rounds:
             self._progress = self._loop.time()
         if len(calls) > 1:
-            self._put(Round(answers), *((call.unawaited, call.values) for call in calls), _FLUSHING)
+            self._put(Round(answers), *[(call.unawaited, call.values) for call in calls], _FLUSHING)
         elif calls:
             self._put(Round(answers), (calls[0].durable, calls[0].values))
         elif not self._rounds:
