@@ -15,7 +15,7 @@ from plm_shared.sqlalchemy_kernel_emitter import ledger_function, quick_ledger_f
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = tuple(f"{number:04}" for number in range(13, 36))
+REVISIONS = tuple(f"{number:04}" for number in range(13, 37))
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -124,8 +124,8 @@ def test_the_functions_that_write_the_ledger_are_those_that_its_emitter_renders(
     shipped = files("plm_engine_core") / "migrations" / "versions"
     for_sets = (shipped / "0033_ledger_v2.sql").read_text()
     assert for_sets.endswith(ledger_function("engine_write_ledger_v2"))
-    for_one = (shipped / "0034_ledger_v3.sql").read_text()
-    assert for_one.endswith(quick_ledger_function("engine_write_ledger_v3", rest="engine_write_ledger_v2"))
+    for_one = (shipped / "0036_ledger_v4.sql").read_text()
+    assert for_one.endswith(quick_ledger_function("engine_write_ledger_v4", rest="engine_write_ledger_v2"))
 
 
 @pytest.mark.parametrize(

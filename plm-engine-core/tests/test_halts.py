@@ -7,9 +7,10 @@ import os
 import uuid
 from dataclasses import replace
 
+import psycopg
 import pytest
 from plm_engine_core.control_plane import Granted
-from plm_engine_core.control_plane.errors import Conflict, Forbidden, InvalidRequest, NotFound
+from plm_engine_core.control_plane.errors import Conflict, FencingLost, Forbidden, InvalidRequest, NotFound
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.vocabulary import (
@@ -400,6 +401,49 @@ async def test_a_halt_waits_for_an_admission_that_is_not_committed_yet(bench):
         assert not done
         assert bench.sql("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted") == [(1,)]
     await halting
+
+
+async def until(condition):
+    for _ in range(1000):
+        if condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come to that")
+
+
+WAITING = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock' AND NOT granted"
+HELD = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND mode = 'ShareLock' AND granted"
+
+
+@pytest.mark.postgres_only
+@pytest.mark.parametrize("begin", [False, True])
+async def test_an_admission_that_waits_for_a_halt_scope_holds_no_run_and_its_lease_goes_on_running_out(bench, begin):
+    await bench.grant(await bench.lease(), step_index=1)  # so that nothing else is waited for
+    lease = await bench.lease(seconds=1.5)
+    with psycopg.connect(bench.database.admin) as halting:
+        halting.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"halt/run/{lease.run.id}"])
+        admission = asyncio.create_task(bench.control_plane.admit(bench.proposal(lease), begin=begin))
+        await until(lambda: bench.sql(WAITING) == [(1,)])
+        named = (bench.tenant, lease.run.id)
+        run = "FROM run_states WHERE tenant_id = %s AND run_id = %s"
+        assert bench.sql(f"SELECT 1 {run} FOR UPDATE NOWAIT", *named) == [(1,)]
+        await until(lambda: bench.sql(f"SELECT lease_expires_at < clock_timestamp() {run}", *named) == [(True,)])
+        assert not admission.done()
+    with pytest.raises(FencingLost):
+        await admission
+    assert bench.sql("SELECT 1 FROM grants WHERE run_id = %s", lease.run.id) == []
+
+
+@pytest.mark.postgres_only
+async def test_an_admission_that_waits_for_its_run_holds_its_halt_scopes_already(bench):
+    lease = await bench.lease()
+    with psycopg.connect(bench.database.admin) as holder:
+        holder.execute("SELECT 1 FROM run_states WHERE run_id = %s FOR UPDATE", [lease.run.id])
+        admission = asyncio.create_task(bench.control_plane.admit(bench.proposal(lease)))
+        await until(lambda: bench.sql("SELECT 1 FROM pg_locks WHERE NOT granted") == [(1,)])
+        assert bench.sql(HELD) == [(6,)]  # policy, system, tenant, agent, run and capability: it has no run group
+        assert not admission.done()
+    assert isinstance(await admission, Granted)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,13 @@ _TIME: Final = (
 )
 _ID: Final = f"((SELECT {_TIME}) || substr(gen_random_uuid()::text, 16))::uuid"
 
+# The same for the one row `v_row`: its key, of which there is no second, stands for chance. A server that was built
+# without OpenSSL opens a file for every random UUID.
+_ID_OF_ROW: Final = (
+    "(v_time || overlay(left(encode(sha256(convert_to(v_row ->> 'idempotency_key', 'UTF8')), 'hex'), 18)"
+    " PLACING '8' FROM 4 FOR 0))::uuid"
+)
+
 
 class _Table:
     """The texts that write one table, rendered once."""
@@ -97,14 +104,19 @@ class _Table:
         link = (", pricing_snapshot_id", f", {_SNAPSHOT_ID}") if priced else ("", "")
         into = f"INSERT INTO {name} (id, tenant_id, {names}{link[0]})"
         insert = f"{into} SELECT {_ID}, %(tenant_id)s::uuid, {values}{link[1]} FROM {rows}"  # noqa: S608 - our own constants
-        given = ", ".join(_given(column, kind) for column, kind in kinds.items()) + (", v_price" if priced else "")
+        given = ", ".join(_given(column, kind) for column, kind in kinds.items())
         self.name, self.priced = name, priced
         self.identity_constraint = f"uq_{name}_logical"
         self.insert_new = f"{insert}{order} ON CONFLICT DO NOTHING"
-        self.insert_one = (
-            f"{into} VALUES ((v_time || substr(gen_random_uuid()::text, 16))::uuid, p_tenant, {given})"
-            " ON CONFLICT DO NOTHING"
-        )
+        one = f"VALUES ({_ID_OF_ROW}, p_tenant, {given})"
+        if priced:  # no row where its price is not known yet
+            one = (
+                f"SELECT {_ID_OF_ROW}, p_tenant, {given}, CASE WHEN {_of_row(_SAME_PRICE)} THEN s.id END"  # noqa: S608 - our own constants
+                " FROM (SELECT) AS one LEFT JOIN pricing_snapshots AS s"
+                f" ON s.tenant_id = p_tenant AND {_of_row(_SAME_DAY)}"
+                " WHERE s.id IS NOT NULL OR v_row ->> 'priced_model' IS NULL"
+            )
+        self.insert_one = f"{into} {one} ON CONFLICT DO NOTHING"
         self.insert_or_fail = f"{insert}{seen} WHERE seen.found IS NULL{order}"
         self.unwritten = f"SELECT r.ordinality - 1 FROM {rows}{seen} WHERE seen.found IS NULL"  # noqa: S608 - our own constants
         self.unknown_runs = (
@@ -162,14 +174,10 @@ _SAME_PRICE: Final = (
     " AND (r.input_rate_per_1k IS NULL"
     " OR (s.input_rate_per_1k, s.output_rate_per_1k) = (r.input_rate_per_1k, r.output_rate_per_1k))"
 )
+_SAME_DAY: Final = "s.model = r.priced_model AND s.snapshot_date = r.snapshot_date"
 _SNAPSHOT_ID: Final = (
     "(SELECT s.id FROM pricing_snapshots AS s WHERE s.tenant_id = %(tenant_id)s::uuid"  # noqa: S608 - our own constants
-    f" AND s.model = r.priced_model AND s.snapshot_date = r.snapshot_date AND {_SAME_PRICE})"
-)
-_PRICE_OF_ROW: Final = (
-    f"SELECT CASE WHEN {_of_row(_SAME_PRICE)} THEN s.id END INTO v_price"  # noqa: S608 - our own constants
-    " FROM pricing_snapshots AS s WHERE s.tenant_id = p_tenant"
-    f" AND {_of_row('s.model = r.priced_model AND s.snapshot_date = r.snapshot_date')}"
+    f" AND {_SAME_DAY} AND {_SAME_PRICE})"
 )
 _COST: Final = {
     "run_id": "uuid",
@@ -299,20 +307,19 @@ def quick_ledger_function(name: str, *, rest: str) -> str:
         f"CREATE FUNCTION {name}(p_tenant uuid, p_ledger jsonb) RETURNS void\n"
         "LANGUAGE plpgsql VOLATILE SECURITY INVOKER SET search_path = pg_catalog, public, pg_temp AS $$\n"
         f"DECLARE\n    v_time  text := {_TIME};\n"
-        "    v_rest  jsonb := p_ledger;\n    v_row   jsonb;\n    v_price uuid;\nBEGIN\n"
+        "    v_rest  jsonb := p_ledger;\n    v_row   jsonb;\nBEGIN\n"
         f"{body}    IF v_rest <> '{{}}' THEN\n        PERFORM {rest}(p_tenant, v_rest::json);\n    END IF;\nEND\n$$;\n"
     )
 
 
 def _written_quickly(table: _Table) -> str:
-    insert = [f"{table.insert_one};", "IF FOUND THEN", f"    v_rest := v_rest - '{table.name}';", "END IF;"]
-    if table.priced:
-        known = "IF FOUND OR v_row ->> 'priced_model' IS NULL THEN"
-        insert = [f"{_PRICE_OF_ROW};", known, *(f"    {line}" for line in insert), "END IF;"]
     lines = [
         f"IF jsonb_array_length(p_ledger -> '{table.name}') = 1 THEN",
         f"    v_row := p_ledger #> '{{{table.name},0}}';",
-        *(f"    {line}" for line in insert),
+        f"    {table.insert_one};",
+        "    IF FOUND THEN",
+        f"        v_rest := v_rest - '{table.name}';",
+        "    END IF;",
         "END IF;",
     ]
     return "".join(f"    {line}\n" for line in lines)

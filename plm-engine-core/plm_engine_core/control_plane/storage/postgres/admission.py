@@ -31,18 +31,18 @@ _PREPARE = (
     "SELECT engine_prepare_v2(%(tenant)s, %(run)s, %(buckets)s)"
     " || jsonb_build_object('at', clock_timestamp()) AS answer"
 )
-_ADMIT = "SELECT engine_admit_v5(%(command)s) AS answer"
+_ADMIT = "SELECT engine_admit_v6(%(command)s) AS answer"
 # An argument is worked out before its function is called: what was assumed is taken once the decision is booked.
 _ADMIT_AS_ASSUMED = (
     "SELECT CASE WHEN abs(extract(epoch FROM statement_timestamp() - %(at)s::timestamptz)) <= %(tolerance)s"
-    " THEN engine_as_assumed_v2(engine_admit_v5(%(command)s), %(tenant)s, %(run)s, %(buckets)s)"
+    " THEN engine_as_assumed_v2(engine_admit_v6(%(command)s), %(tenant)s, %(run)s, %(buckets)s)"
     """ ELSE '{"status": "not_as_assumed"}' END AS answer"""
 )
 _NOT_AS_ASSUMED = "PLA01"
 _BEGIN = (
     "SELECT engine_begin_v4(%(tenant)s, %(run)s, %(step)s, %(attempt)s, %(grant)s, %(fencing)s, %(actor)s) AS answer"
 )
-_SETTLE = "SELECT engine_settle_v5(%(command)s, %(ledger)s) AS answer"
+_SETTLE = "SELECT engine_settle_v6(%(command)s, %(ledger)s) AS answer"
 
 
 class PostgresAdmission:
