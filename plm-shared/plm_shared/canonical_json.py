@@ -45,10 +45,21 @@ def encodable(text: str) -> bool:
     return True
 
 
+def _prepared(encoder: json.JSONEncoder) -> Callable[[Any], str]:
+    """Its `encode`, for values without circles: that makes its parts anew for each value, here they are made once."""
+    make = getattr(json.encoder, "c_make_encoder", None)
+    if make is None:  # a Python without it
+        return encoder.encode
+    separators = encoder.key_separator, encoder.item_separator
+    flags = encoder.sort_keys, encoder.skipkeys, encoder.allow_nan
+    parts = make(None, encoder.default, json.encoder.encode_basestring, None, *separators, *flags)
+    return lambda value: "".join(parts(value, 0))
+
+
 compact_json: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
-_sorted_json: Final = json.JSONEncoder(
-    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str
-).encode
+_sorted_json: Final = _prepared(
+    json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=str)
+)
 _ESCAPED_NUL: Final = "\\u0000"  # how U+0000 is written; also within an escaped backslash, which is harmless
 
 

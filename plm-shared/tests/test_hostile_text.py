@@ -191,6 +191,14 @@ def test_what_is_stored_has_the_text_that_the_standard_library_gives_it(value: A
         assert storable_json(value) == json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
+@quick
+@given(value=JSON_LIKE | st.dictionaries(NASTY, JSON_LIKE | st.uuids() | st.datetimes() | st.decimals()))
+def test_what_is_hashed_has_the_text_that_the_standard_library_gives_it(value: Any) -> None:
+    with contextlib.suppress(JsonRefused):
+        text = canonical_json(value)
+        assert text == json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)
+
+
 @pytest.mark.parametrize("power", [-5, -4, 15, 16, 17, 22])
 def test_a_number_at_the_edge_of_plain_notation_has_the_text_of_the_standard_library(power: int) -> None:
     edge = 10.0**power
