@@ -151,7 +151,7 @@ async def decided(
     return answer, facts
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class _Admitting:
     """One proposal, and what it is decided and booked with."""
 

@@ -196,12 +196,12 @@ def _ledger(
         "evidence": str(outcome.evidence),
         "layers": list(outcome.layers),
     }
-    cost = charges.get(_EUR)
+    tenant, cost = uuid_text(grant.tenant_id), charges.get(_EUR)
     content = compute_content_hash({**facts, "cost_eur": cost})
 
     def key(event_type: str) -> IdempotencyKey:
         return IdempotencyKey(
-            tenant_id=uuid_text(grant.tenant_id),
+            tenant_id=tenant,
             trace_id=trace_id,
             span_id=grant.span_id,
             event_type=event_type,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
+from functools import lru_cache
 from hashlib import sha256
 from typing import Annotated
 from uuid import UUID
@@ -26,6 +27,7 @@ Unit = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]*$", max_length=40)]
 
 _NAMED = frozenset({BudgetScope.AGENT, BudgetScope.TEAM, BudgetScope.MODEL})
 _NOTHING = Decimal(0)
+_MOST_RUNS = 1024  # whose reservations are remembered
 _WIDTH = {scope: width for width, scope in enumerate(BudgetScope)}
 
 
@@ -185,6 +187,7 @@ class BudgetPlan:
         for each in limits:
             about = self._limits.setdefault((each.scope, each.per, each.unit), {})
             about[_normal(each.scope, each.subject)] = each.limit
+        self._unlimited = lru_cache(maxsize=_MOST_RUNS)(self._draw)
 
     def of(
         self,
@@ -200,16 +203,21 @@ class BudgetPlan:
         That order is the order of locks: the widest row is hot, so it is taken last and held shortest. A unit that the
         call does not bound reserves nothing, and is checked and charged all the same.
         """
+        reserves = self._unlimited(tuple(amounts.items()), run_id, tenant_id)
+        if not self._limits:
+            return reserves
+        limited = self._limited(amounts, _whose(subjects or Subjects(), tenant_id, model))
+        return tuple(sorted((*reserves, *limited), key=lambda each: (_WIDTH[each.scope], each.unit, each.period)))
+
+    def _draw(self, given: tuple[tuple[str, Decimal], ...], run_id: UUID, tenant_id: UUID) -> tuple[Reserve, ...]:
+        """What is drawn on the run's own budget and on its tenant's; the same for each such call of the run."""
+        amounts = dict(given)
         every = ((BudgetScope.RUN, run_id, self._run), (BudgetScope.TENANT, tenant_id, self._tenant))
-        reserves = [
+        return tuple(
             Reserve(scope=scope, scope_id=scope_id, unit=unit, amount=amounts.get(unit, _NOTHING))
             for scope, scope_id, units in every
             for unit in units
-        ]
-        if self._limits:
-            reserves += self._limited(amounts, _whose(subjects or Subjects(), tenant_id, model))
-            reserves.sort(key=lambda each: (_WIDTH[each.scope], each.unit, each.period))
-        return tuple(reserves)
+        )
 
     def _limited(self, amounts: Mapping[str, Decimal], whose: Mapping[BudgetScope, str]) -> Iterator[Reserve]:
         for (scope, period, unit), by_subject in self._limits.items():

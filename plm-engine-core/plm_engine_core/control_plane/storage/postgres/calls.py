@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
+from typing import NamedTuple
 
 import psycopg
 from plm_shared.sqlalchemy_kernel_emitter import Statement
@@ -32,8 +33,7 @@ class Prepared:
     parameters: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Call(NamedTuple):
     """A statement, the same for whose commit nobody waits, and the values of their parameters."""
 
     durable: Prepared
