@@ -9,12 +9,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import sha256
-from typing import Annotated
+from typing import Annotated, Any
 from uuid import UUID
 
 from plm_shared.canonical_json import encodable
+from plm_shared.ledger import uuid_text
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from plm_engine_core.control_plane.amounts import Amount
@@ -45,6 +46,21 @@ class Reserve:
     period: Period = Period.TOTAL
     subject: str | None = None
     limit: Decimal | None = None
+
+    @cached_property
+    def stored(self) -> Mapping[str, Any]:
+        """The form in which it is booked, JSON values only and not to be changed: a run draws on the same often."""
+        booked = {
+            "scope_kind": str(self.scope),
+            "scope_id": uuid_text(self.scope_id),
+            "unit": str(self.unit),
+            "amount": str(self.amount),
+        }
+        if self.limit is not None:
+            booked |= {"period": str(self.period), "limit": str(self.limit)}
+            if self.subject is not None:
+                booked["subject"] = self.subject
+        return booked
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
 from typing import Any
 
 from plm_shared.ledger import uuid_text
 
-from plm_engine_core.control_plane.limits import Reserve
 from plm_engine_core.control_plane.storage.ports import AdmitCommand, SettleCommand, VoteCommand
 
 
@@ -40,22 +38,8 @@ def admit_json(command: AdmitCommand) -> dict[str, Any]:
         },
         "grant": {"id": str(command.grant_id), "seconds": command.grant_seconds, "span_id": command.span_id},
         "begin": command.begin,
-        "reserve": [
-            {
-                "scope_kind": str(each.scope),
-                "scope_id": uuid_text(each.scope_id),
-                "unit": str(each.unit),
-                "amount": str(each.amount),
-                **({} if each.limit is None else _self_opening(each, each.limit)),
-            }
-            for each in command.reserve
-        ],
+        "reserve": [each.stored for each in command.reserve],
     }
-
-
-def _self_opening(reserve: Reserve, limit: Decimal) -> dict[str, Any]:
-    named = {"subject": reserve.subject} if reserve.subject is not None else {}
-    return {"period": str(reserve.period), "limit": str(limit), **named}
 
 
 def settle_json(command: SettleCommand) -> dict[str, Any]:
