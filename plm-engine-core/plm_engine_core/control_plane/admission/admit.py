@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -223,7 +223,7 @@ class _Admitting:
             escalate_seconds=policy.approval.escalate_seconds,
             grant_id=new_id(),
             grant_seconds=policy.grant_seconds,
-            span_id=secrets.token_hex(8),
+            span_id=os.urandom(8).hex(),
             reserve=self._reserve(decision, facts, subjects),
             begin=self.begin,
         )

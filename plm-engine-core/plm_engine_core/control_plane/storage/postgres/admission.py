@@ -147,8 +147,8 @@ def _ledger_json(command: SettleCommand) -> str:
     for entry in command.ledger:
         record = ledger_record(entry, tenant_id=command.tenant_id, run_id=command.run_id)
         rows.setdefault(record.table, []).append(record.text)
-    tables = ",".join(f'"{table}":[{",".join(texts)}]' for table, texts in rows.items())
-    return f"{{{tables}}}"
+    tables = [f'"{table}":[{",".join(texts)}]' for table, texts in rows.items()]
+    return f"{{{','.join(tables)}}}"
 
 
 async def _executed(connection: Connection, statement: Statement) -> Any:
