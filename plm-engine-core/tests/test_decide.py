@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot, Verdict
 from plm_engine_core.control_plane.policy import decide as decide_proposal
+from plm_engine_core.control_plane.policy.facts import stored_capability
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CostBound
 from plm_engine_core.control_plane.vocabulary import (
     PIPELINE_ORDER,
@@ -247,6 +248,7 @@ capabilities = st.builds(
     required_scopes=scopes,
     idempotent=st.booleans(),
     security_relevant=st.lists(st.text(max_size=4), max_size=2).map(tuple),
+    network=st.booleans(),
     cost=st.builds(CostBound, max_eur=amounts),
 )
 all_facts = st.builds(
@@ -288,6 +290,28 @@ def test_a_recorded_decision_is_made_again_from_its_stored_facts(policy, known):
     again = decide(PolicySnapshot.model_validate_json(policy.model_dump_json()), Facts.from_json(stored))
     assert again == decision
     assert json.loads(json.dumps(again.to_json())) == json.loads(json.dumps(decision.to_json()))
+
+
+def test_of_a_capability_only_what_is_its_own_is_recorded_and_what_is_left_out_never_changes():
+    """A default is part of every record that leaves it out: another one would change what was decided."""
+    plain = {"id": "thing.use", "description": "x", "mode": "read", "plugin": "things"}
+    assert stored_capability(CapabilityDescriptor(**plain)) == plain
+    assert CapabilityDescriptor(**plain).model_dump(mode="json", exclude=set(plain)) == {
+        "version": "1",
+        "status": "active",
+        "certified": False,
+        "idempotent": False,
+        "stateless": False,
+        "network": False,
+        "approval": False,
+        "required_scopes": [],
+        "security_relevant": [],
+        "model_argument": "",
+        "cost": {"max_eur": "0", "max_usage": {}, "eur_per_unit": {}},
+        "timeout_seconds": 300.0,
+    }
+    free = CapabilityDescriptor(**plain, network=True, cost=CostBound(max_eur=Decimal(0)))
+    assert CapabilityDescriptor.model_validate(stored_capability(free)) == free
 
 
 def test_what_one_record_of_a_decision_is_given_besides_is_in_no_other(make_policy):

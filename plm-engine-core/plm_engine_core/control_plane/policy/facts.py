@@ -72,9 +72,16 @@ def described(capability: CapabilityDescriptor) -> dict[str, Any]:
 
 
 def stored_capability(capability: CapabilityDescriptor) -> dict[str, Any]:
-    """The stored form of a capability; sets have no order of their own, and it has to be the same each time."""
-    record = capability.model_dump(mode="json")
-    return {**record, "required_scopes": sorted(record["required_scopes"])}
+    """The stored form of a capability, which stands in the record of every call: what is as by default is left out.
+
+    Sets have no order of their own, and it has to be the same each time.
+    """
+    record = capability.model_dump(mode="json", exclude_defaults=True)
+    if capability.required_scopes:
+        record["required_scopes"] = sorted(capability.required_scopes)
+    if capability.network:  # it has to say what it costs, be that nothing
+        record["cost"] = capability.cost.model_dump(mode="json")
+    return record
 
 
 def document_of(proposal: Proposed, facts: Facts, capability: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""An admission and a ledger row in fewer statements, and no file opened for the id of a row.
+"""An admission and a ledger row in fewer statements, no file opened for the id of a row, no ordinary event compressed.
 
 Functions of the versions before stay for nodes that are not upgraded yet.
 
@@ -33,11 +33,14 @@ def upgrade() -> None:
     functions = package / "control_plane" / "storage" / "sql"
     for written in (ledger, functions / "admit_v6.sql", functions / "settle_v6.sql"):
         send_as_written(written.read_text(encoding="utf-8"))
+    # To compress a plain admission's event saves a third of it, and takes a fortieth of the server's time for a pair.
+    op.execute("ALTER TABLE events SET (toast_tuple_target = 4080)")
     for signature in SIGNATURES:
         op.execute(f"REVOKE ALL ON FUNCTION {signature} FROM PUBLIC")
         op.execute(f"GRANT EXECUTE ON FUNCTION {signature} TO plm_engine_writer")
 
 
 def downgrade() -> None:
+    op.execute("ALTER TABLE events RESET (toast_tuple_target)")
     for signature in SIGNATURES:
         op.execute(f"DROP FUNCTION {signature}")
