@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
-from plm_engine_core.control_plane.records import made_at_once
 from plm_engine_core.control_plane.vocabulary import Reason
 
 
-@made_at_once
 @dataclass(frozen=True, kw_only=True)
 class Grant:
     """What admission hands out and settlement takes back."""

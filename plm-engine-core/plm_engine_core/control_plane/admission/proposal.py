@@ -13,7 +13,6 @@ from plm_shared.idempotency import compute_content_hash
 from plm_shared.ledger import uuid_text
 
 from plm_engine_core.control_plane.errors import InvalidRequest
-from plm_engine_core.control_plane.records import made_at_once
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import ExecutorKind
 
@@ -68,7 +67,6 @@ class Principal:
         )
 
 
-@made_at_once
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
     """One use of one capability, as an agent would like it.

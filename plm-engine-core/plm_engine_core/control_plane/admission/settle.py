@@ -15,7 +15,6 @@ from plm_shared.ledger import uuid_text
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import content_hash
 from plm_engine_core.control_plane.amounts import plain
-from plm_engine_core.control_plane.records import made_at_once
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, Connection, LedgerEntry, SettleCommand
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, Evidence, OutcomeStatus
@@ -55,7 +54,6 @@ class ArtifactRecord:
         }
 
 
-@made_at_once
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of one granted call.

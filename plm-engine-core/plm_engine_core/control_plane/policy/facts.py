@@ -11,7 +11,6 @@ from uuid import UUID
 from plm_shared.ledger import uuid_text
 
 from plm_engine_core.control_plane.policy.run_risk import RunSoFar
-from plm_engine_core.control_plane.records import made_at_once
 from plm_engine_core.control_plane.registry.agents import AgentDescriptor
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus
@@ -101,7 +100,6 @@ def document_of(proposal: Proposed, facts: Facts, capability: Mapping[str, Any])
     }
 
 
-@made_at_once
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """Everything `decide` may look at beside proposal and policy; stored with the decision.

@@ -18,7 +18,6 @@ from plm_shared.kernel_api import EmitConnectorCallArgs, EmitLlmCallArgs, EmitTe
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, Reserve
 from plm_engine_core.control_plane.limits.leases import ResourceLease
 from plm_engine_core.control_plane.limits.rate_limit import Assumed, Bucket, Prepared
-from plm_engine_core.control_plane.records import made_at_once
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
     Evidence,
@@ -55,7 +54,6 @@ CLOCK_TOLERANCE = timedelta(seconds=2)
 LedgerEntry = EmitTelemetryArgs | EmitConnectorCallArgs | EmitLlmCallArgs
 
 
-@made_at_once
 @dataclass(frozen=True, kw_only=True)
 class AdmitCommand:
     """One decision, ready to be booked."""
@@ -89,7 +87,6 @@ class AdmitCommand:
     begin: bool = False
 
 
-@made_at_once
 @dataclass(frozen=True, kw_only=True)
 class SettleCommand:
     """One outcome, ready to be booked; `charges` maps units to decimal texts."""
