@@ -11,10 +11,9 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, NamedTuple, TypeVar
 
-from plugin_substrate.arguments import any_files
 from plugin_substrate.before_sending import ask_before, in_time, not_sent
 from plugin_substrate.call_books import CallBooks
-from plugin_substrate.call_message import encode_call_async, encode_small_call
+from plugin_substrate.call_message import CallArguments
 from plugin_substrate.errors import (
     PluginError,
     PluginInputError,
@@ -141,13 +140,11 @@ class LoadedInstance:
         async with self._held(tenant_id) as worker:
             await worker.ready()
 
-    async def execute(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
-    ) -> CallResult:
+    async def execute(self, arguments: CallArguments, context: CallContext, listeners: CallListeners) -> CallResult:
         """Carry out one call, once. Before it is sent everything that can fail has been tried."""
-        pending = self._begin_at_once(args, kwargs, context, listeners)
+        pending = self._begin_at_once(arguments, context, listeners)
         if pending is None:
-            pending = await self._start(PendingCall, args, kwargs, context, listeners)
+            pending = await self._start(PendingCall, arguments, context, listeners)
         started = time.monotonic()
         try:
             value = await self._outcome(pending)
@@ -162,10 +159,10 @@ class LoadedInstance:
         )
 
     async def stream(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
+        self, arguments: CallArguments, context: CallContext, listeners: CallListeners
     ) -> AsyncGenerator[list[Any], None]:
         """Carry out one streaming call, once, and yield its chunks in batches; closing the iterator ends the call."""
-        pending = await self._start(PendingStream, args, kwargs, context, listeners)
+        pending = await self._start(PendingStream, arguments, context, listeners)
         seconds = None if context.deadline is None else context.deadline - time.time()
         timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._end_late, pending)
         try:
@@ -188,8 +185,7 @@ class LoadedInstance:
     async def _start(
         self,
         kind: type[Pending],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        arguments: CallArguments,
         context: CallContext,
         listeners: CallListeners,
     ) -> Pending:
@@ -198,34 +194,32 @@ class LoadedInstance:
         pending = listeners.pending(kind, context)
         pending.when_done(lambda: self._leave(worker, pending))
         try:
-            await self._prepare_and_send(worker, pending, args, kwargs, listeners)
+            await self._prepare_and_send(worker, pending, arguments, listeners)
         except BaseException:
             pending.fail(asyncio.CancelledError())
             raise
         return pending
 
-    def begin(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
-    ) -> Begun[Any] | None:
+    def begin(self, arguments: CallArguments, context: CallContext, listeners: CallListeners) -> Begun[Any] | None:
         """Send a call for which nothing has to be waited for, or return None; its value comes as `execute` gives it."""
-        if any_files(args, kwargs):
+        if arguments.any_files:
             return None
-        pending = self._begin_at_once(args, kwargs, context, listeners)
+        pending = self._begin_at_once(arguments, context, listeners)
         return None if pending is None else Begun(pending, lambda: self._cancel_soon(context.call_id))
 
     def _begin_at_once(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], context: CallContext, listeners: CallListeners
+        self, arguments: CallArguments, context: CallContext, listeners: CallListeners
     ) -> PendingCall | None:
         """Do what `_start` does in one step, where nothing has to be waited for; most calls are such."""
         if listeners.before_start is not None or context.deadline is not None:
             return None
-        if self._books.has_to_admit(self.settings.meta) or not self._gate.is_open:
+        if not (self.switch.enabled and self._gate.is_open) or self._books.has_to_admit(self.settings.meta):
             return None
         worker = self.workers.find(self._seat_of(context))
         proxy = worker.ready_now if worker is not None else None
         if worker is None or proxy is None or worker.slots.locked():
             return None
-        message = encode_small_call(context, args, kwargs)
+        message = arguments.small_message(context)
         if message is None:
             return None
         self.switch.enter()
@@ -412,20 +406,19 @@ class LoadedInstance:
         self,
         worker: TenantWorker,
         pending: PendingCall,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        arguments: CallArguments,
         listeners: CallListeners,
     ) -> None:
         if self._books.has_to_admit(self.settings.meta):
             await in_time(pending.context, self._books.admit(self.settings.meta, worker, pending))
         context = pending.context
-        message = await encode_call_async(context, args, kwargs, stream=isinstance(pending, PendingStream))
         proxy = await worker.ready()
+        message = await arguments.message(context, stream=isinstance(pending, PendingStream))
         self._announce(pending, proxy)
         if listeners.before_start is not None:
             await ask_before(listeners.before_start, context.call_id)
-            if not proxy.alive:
-                raise not_sent(context.call_id)
+        if not proxy.alive:  # it may have died in any of the steps that were waited for
+            raise not_sent(context.call_id)
         self._send(worker, proxy, pending, message, listeners.on_started)
 
     def _announce(self, pending: PendingCall, proxy: RemotePluginProxy) -> None:

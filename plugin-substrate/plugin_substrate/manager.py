@@ -9,9 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from plugin_substrate.arguments import with_paths
 from plugin_substrate.binding import PluginBinding
-from plugin_substrate.call_message import new_call_id
+from plugin_substrate.call_message import CallArguments, new_call
 from plugin_substrate.discovery import manifest_folders
 from plugin_substrate.home_loop import HomeLoop
 from plugin_substrate.instance import CallListeners, CancelOutcome
@@ -118,10 +117,6 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         called at that moment. Every failure is a `PluginError`; its ``outcome_known`` is False when the call was sent
         and its effect cannot be known. Cancelling the awaiting task cancels the call.
         """
-        self._home.adopt()
-        instance = self._instances.get(instance_id)
-        context = call or CallContext(call_id=new_call_id())
-        args, kwargs = await with_paths(args, kwargs)
         listeners = CallListeners(
             before_start=before_start,
             on_started=on_started,
@@ -129,7 +124,7 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
             on_usage=on_usage,
             on_log=on_log,
         )
-        return await instance.execute(args, kwargs, context, listeners)
+        return await self._execute(instance_id, CallArguments(args, kwargs), call or new_call(), listeners)
 
     async def execute_plugin_async(
         self,
@@ -158,17 +153,20 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
         **kwargs: Any,
     ) -> Any:
         """Like `execute_plugin_async`, synchronously; what listens is called in the thread of the event loop."""
-        return self._home.run(
-            lambda: self.execute_plugin_async(
-                instance_id, *args, call=call, on_progress=on_progress, on_log=on_log, **kwargs
-            ),
-            lambda: self._instances.get(instance_id).begin(
-                args,
-                kwargs,
-                call or CallContext(call_id=new_call_id()),
-                CallListeners(on_progress=on_progress, on_log=on_log),
-            ),
-        )
+        arguments, context = CallArguments(args, kwargs), call or new_call()
+        listeners = CallListeners(on_progress=on_progress, on_log=on_log)
+
+        async def execute() -> Any:
+            return (await self._execute(instance_id, arguments, context, listeners)).value
+
+        return self._home.run(execute, lambda: self._instances.get(instance_id).begin(arguments, context, listeners))
+
+    async def _execute(
+        self, instance_id: str, arguments: CallArguments, context: CallContext, listeners: CallListeners
+    ) -> CallResult:
+        self._home.adopt()
+        instance = self._instances.get(instance_id)
+        return await instance.execute(await arguments.with_paths(), context, listeners)
 
     async def execute_plugin_stream(
         self,
@@ -226,9 +224,8 @@ class PluginManager(LoadingVerbs, OperatingVerbs, MeasuringVerbs):
     ) -> AsyncGenerator[list[Any], None]:
         self._home.adopt()
         instance = self._instances.get(instance_id)
-        args, kwargs = await with_paths(args, kwargs)
-        context = call or CallContext(call_id=new_call_id())
-        async with aclosing(instance.stream(args, kwargs, context, listeners)) as batches:
+        arguments = await CallArguments(args, kwargs).with_paths()
+        async with aclosing(instance.stream(arguments, call or new_call(), listeners)) as batches:
             async for batch in batches:
                 yield batch
 

@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 from plugin_substrate import (
     CallContext,
+    PluginDisabledError,
     PluginError,
     PluginInputError,
     PluginLoadError,
     PluginManager,
     PluginMeta,
+    WorkerDiedError,
 )
 from plugin_substrate import call_message as message_module
 from plugin_substrate.proxy import RemotePluginProxy
@@ -112,7 +114,7 @@ async def test_the_loop_goes_on_while_a_large_argument_is_written_down(
         assert await large == {"x": b"x" * PARK_BYTES}
 
 
-async def test_a_call_whose_worker_dies_while_its_argument_is_written_down_is_done_by_the_next(
+async def test_a_call_whose_worker_dies_while_its_argument_is_written_down_was_not_sent(
     probe: PluginManager, filling: tuple[threading.Event, threading.Event]
 ) -> None:
     began, may_end = filling
@@ -125,7 +127,67 @@ async def test_a_call_whose_worker_dies_while_its_argument_is_written_down_is_do
         while probe.get_instance("probe").alive:  # noqa: ASYNC110 - nobody tells of a death
             await asyncio.sleep(0)
         may_end.set()
-        assert await large == {"x": b"x" * PARK_BYTES}
+        with pytest.raises(WorkerDiedError, match="was not sent") as caught:
+            await large
+    assert caught.value.outcome_known
+    assert await probe.execute_plugin_async("probe", action="probe.echo", x=1) == {"x": 1}
+
+
+async def test_a_call_whose_worker_dies_as_soon_as_it_is_ready_was_not_sent(
+    probe: PluginManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = RemotePluginProxy.load
+
+    async def load_and_die(self: RemotePluginProxy, *arguments: Any, **options: Any) -> None:
+        await load(self, *arguments, **options)
+        os.kill(self.pid, signal.SIGKILL)
+        while self.alive:  # noqa: ASYNC110 - nobody tells of a death
+            await asyncio.sleep(0)
+
+    pid = probe.get_instance("probe").pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    monkeypatch.setattr(RemotePluginProxy, "load", load_and_die)
+    async with asyncio.timeout(60):
+        while probe.get_instance("probe").alive:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0)
+        with pytest.raises(WorkerDiedError, match="was not sent") as caught:
+            await probe.execute_plugin_async("probe", action="probe.echo", x=1)
+    assert caught.value.outcome_known
+
+
+async def test_a_disabled_plugin_refuses_a_call_before_its_arguments_are_looked_at(probe: PluginManager) -> None:
+    await probe.disable_plugin_async("probe")
+    with pytest.raises(PluginDisabledError):
+        await probe.execute_plugin_async("probe", action="probe.echo", x=object())
+
+
+def test_large_arguments_are_packed_once(
+    tmp_path: Path, probe_meta: MetaFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack, packed = message_module.pack_value, []
+
+    def counted(value: Any, path: str) -> list[bytes]:
+        segments = pack(value, path)
+        packed.append(sum(map(len, segments)) > PARK_BYTES)
+        return segments
+
+    monkeypatch.setattr(message_module, "pack_value", counted)
+    manager = PluginManager(data_dir=tmp_path)
+    assert manager.load_plugin(probe_meta())
+    try:
+        large = {"x": bytes(PARK_BYTES)}
+        assert manager.execute_plugin("probe", action="probe.echo", **large) == large
+        assert asyncio.run(_echo_large(tmp_path / "another", probe_meta(), large)) == large
+    finally:
+        manager.unload_all()
+    assert packed.count(True) == 2
+
+
+async def _echo_large(folder: Path, meta: PluginMeta, large: dict[str, bytes]) -> Any:
+    async with PluginManager(data_dir=folder) as manager:
+        await manager.load_plugin_async(meta)
+        return await manager.execute_plugin_async("probe", action="probe.echo", **large)
 
 
 def test_synchronous_callers_go_on_while_another_ones_large_argument_is_written_down(
