@@ -20,7 +20,6 @@ from plm_engine_core.control_plane.storage.commands import admit_json, settle_js
 from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection, SettleCommand
 from plm_engine_core.control_plane.storage.postgres.bookings import Bookings
 from plm_engine_core.control_plane.storage.postgres.gateway import (
-    FAILURES,
     Gateway,
     json_parameter,
     require_transaction,
@@ -118,15 +117,12 @@ class PostgresAdmission:
 
     async def _booked(self, statement: Statement, connection: Connection | None = None) -> Mapping[str, Any]:
         """What a statement answers, in a transaction of its own or in the caller's."""
-        try:
+        with translated():
             if connection is None:
                 answer = await self._bookings.make(statement)
             else:
                 require_transaction(connection)
                 answer = await _executed(connection, statement)
-        except FAILURES:  # to enter a context for every booking would cost more than to try
-            with translated():
-                raise
         if answer is None:
             raise StorageUnavailable("the database gave no answer")
         booked: Mapping[str, Any] = answer

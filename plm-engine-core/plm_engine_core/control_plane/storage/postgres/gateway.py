@@ -28,9 +28,6 @@ from plm_engine_core.control_plane.errors import (
 Pool = AsyncConnectionPool[psycopg.AsyncConnection[DictRow]]
 Session = psycopg.AsyncConnection[DictRow]
 
-FAILURES = (psycopg.Error, UnicodeEncodeError, PoolTimeout, PoolClosed, TimeoutError)
-"""What `translated` may have words of ours for."""
-
 _BUSY = {"25P03", "55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
 _BOUND = "SELECT set_config('app.tenant_id', %s, true), set_config('lock_timeout', %s, true)"
 _LONGEST_WAIT = "5s"
