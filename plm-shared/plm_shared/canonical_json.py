@@ -22,8 +22,8 @@ __all__ = ["JsonRefused", "canonical_json", "check_storable", "compact_json", "e
 _DEEPEST: Final = 200
 _WIDEST_INTEGER: Final = 14_000  # bits; Python refuses to print, and others to read, integers of more than 4 300 digits
 _SMALL: Final = 2**63
-_FINEST: Final = 1e-4  # floats from here on are written
-_COARSEST: Final = 1e16  # without an exponent up to here
+_FINEST: Final = 1e-4  # floats from here to the next are written without an exponent, and so in one way
+_COARSEST: Final = 1e16
 _STABLE_TEXT: Final = (datetime, date, time, uuid.UUID, Decimal, PurePath)
 
 

@@ -1,7 +1,7 @@
 """What something ends with, for those who wait and those who listen.
 
-A future does the same with a step of the event loop between the end and whoever hears of it, which is a tenth of what a
-call costs; and a task that is cancelled while it awaits a future takes that with it.
+A future does the same with one more step of the event loop between the end and whoever hears of it, and a task that is
+cancelled while it awaits a future takes that with it.
 """
 
 from __future__ import annotations
