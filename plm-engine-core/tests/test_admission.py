@@ -248,7 +248,7 @@ class TestOnTheCallersConnection:
 async def test_busy_storage_is_a_denial_and_the_same_command_works_later(bench, monkeypatch):
     """The run's row is locked by somebody else for longer than admission waits."""
     lease = await bench.lease()
-    bench.sql("ALTER FUNCTION engine_admit_v6(jsonb) SET lock_timeout = '50ms'")
+    bench.sql("ALTER FUNCTION engine_book_patiently_v1 SET lock_timeout = '50ms'")
     with psycopg.connect(bench.database.admin) as blocker:
         blocker.execute("SELECT 1 FROM run_states WHERE run_id = %s FOR UPDATE", [lease.run.id])
         denied = await bench.control_plane.admit(bench.proposal(lease))

@@ -1,4 +1,7 @@
-"""Bookings beside each other share a connection and a wait for the disk; no failure and nobody's lock."""
+"""Bookings beside each other share a connection and a wait for the disk; no failure and nobody's lock.
+
+Of the database's part all is as it is shipped but for the kinds of bookings: those of this file stand in their place.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from typing import Any
 import psycopg
 import pytest
 from plm_engine_core import migrations
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.storage.postgres.bookings import Bookings
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Pool
@@ -23,7 +27,6 @@ from plm_engine_core.control_plane.storage.postgres.group_commit import MOST_TOG
 from plm_shared import migrations as kernel_migrations
 from plm_shared.embedded_postgres import EmbeddedPostgres
 from plm_shared.provisioning import provision
-from plm_shared.sqlalchemy_kernel_emitter import Statement
 from plm_shared.testing.databases import create_tenants
 from psycopg_pool import PoolTimeout
 
@@ -33,20 +36,73 @@ LOCK = 7_000_001
 MANY = 3 * MOST_TOGETHER
 
 
-def double(number: int) -> Statement:
-    return Statement("SELECT to_json(2 * %(number)s::integer) AS answer", {"number": number})
+KINDS = """
+CREATE SEQUENCE made;
+CREATE TABLE booked (number integer);
+CREATE TABLE booked_once (number integer UNIQUE DEFERRABLE INITIALLY DEFERRED);
+GRANT USAGE ON made TO plm_engine_writer;
+GRANT INSERT, SELECT ON booked, booked_once TO plm_engine_writer;
+CREATE OR REPLACE FUNCTION engine_book_v1(b jsonb) RETURNS jsonb
+LANGUAGE plpgsql VOLATILE SECURITY INVOKER SET search_path = pg_catalog, public, pg_temp AS $$
+DECLARE
+    v_number integer := (b ->> 'number')::integer;
+BEGIN
+    IF b ->> 'kind' = 'double' THEN
+        RETURN jsonb_build_object('is', 2 * v_number);
+    ELSIF b ->> 'kind' = 'backend' THEN
+        RETURN jsonb_build_object('is', pg_backend_pid());
+    ELSIF b ->> 'kind' = 'clock' THEN
+        RETURN jsonb_build_object('is', extract(epoch FROM clock_timestamp()));
+    ELSIF b ->> 'kind' = 'length' THEN
+        RETURN jsonb_build_object('is', length(b ->> 'text'));
+    ELSIF b ->> 'kind' = 'lock' THEN
+        PERFORM pg_advisory_xact_lock(v_number);
+        RETURN jsonb_build_object('is', v_number);
+    ELSIF b ->> 'kind' = 'made' THEN
+        RETURN jsonb_build_object('is', nextval('made'));
+    ELSIF b ->> 'kind' = 'once' THEN
+        INSERT INTO booked_once VALUES (v_number);
+    ELSE
+        INSERT INTO booked VALUES (v_number);
+    END IF;
+    RETURN jsonb_build_object('is', v_number);
+END
+$$
+"""
 
 
-def backend() -> Statement:
-    return Statement("SELECT to_json(pg_backend_pid()) AS answer", {})
+def booking(kind: str, **values: Any) -> str:
+    return json.dumps({"kind": kind, **values})
 
 
-def locked(lock: int = LOCK) -> Statement:
-    return Statement("SELECT to_json(pg_advisory_xact_lock(%(lock)s::bigint)::text) AS answer", {"lock": lock})
+def double(number: int) -> str:
+    return booking("double", number=number)
+
+
+def book(number: int) -> str:
+    return booking("book", number=number)
+
+
+FIRST = double(0)  # it opens the connection, and goes alone: those behind it are a round
+BACKEND = booking("backend")
+LOCKED = booking("lock", number=LOCK)
+
+
+async def made(bookings: Bookings, document: str) -> Any:
+    return (await bookings.make(document))["is"]
+
+
+def all_made(bookings: Bookings, documents: Iterable[str]) -> list[asyncio.Future[Any]]:
+    return [asyncio.ensure_future(made(bookings, each)) for each in documents]
 
 
 @pytest.fixture
-async def pool(bench) -> AsyncIterator[Pool]:
+def kinds(bench) -> None:
+    bench.behind.sql(KINDS)
+
+
+@pytest.fixture
+async def pool(bench, kinds) -> AsyncIterator[Pool]:
     async with open_pool(bench.database.app, max_size=4, timeout=2.0) as pool:
         yield pool
 
@@ -74,119 +130,195 @@ async def waiters(bench, many: int) -> None:
 
 
 async def test_each_is_answered_what_it_asked(bookings):
-    assert await asyncio.gather(*(bookings.make(double(number)) for number in range(MANY))) == [
-        2 * number for number in range(MANY)
-    ]
+    answers = await asyncio.gather(*all_made(bookings, [double(number) for number in range(MANY)]))
+    assert answers == [2 * number for number in range(MANY)]
 
 
 async def test_those_beside_each_other_share_one_connection_and_give_it_back(bookings, pool):
-    sessions = await asyncio.gather(*(bookings.make(backend()) for _ in range(MOST_TOGETHER)))
+    sessions = await asyncio.gather(*all_made(bookings, [BACKEND] * MOST_TOGETHER))
     assert len(set(sessions)) == 1
     async with AsyncExitStack() as all_of_them:
         for _ in range(pool.max_size):
             connection = await all_of_them.enter_async_context(pool.connection())
             await connection.execute("SELECT 1")
+            for name in ("lock_timeout", "synchronous_commit"):
+                cursor = await connection.execute(
+                    "SELECT setting = reset_val AS own FROM pg_settings WHERE name = %s", [name]
+                )
+                assert await cursor.fetchone() == {"own": True}, name
 
 
 async def test_one_that_fails_undoes_no_other(bookings, bench):
     wanted = [double(1), double(2**31 - 1), double(2), double(2**31 - 1), double(3)]
-    answers = await asyncio.gather(*(bookings.make(each) for each in wanted), return_exceptions=True)
+    answers = await asyncio.gather(*all_made(bookings, wanted), return_exceptions=True)
     assert [answers[0], answers[2], answers[4]] == [2, 4, 6]
     assert all(isinstance(answers[each], psycopg.errors.NumericValueOutOfRange) for each in (1, 3))
 
 
 async def test_one_alone_that_fails_leaves_the_connection_usable(bookings):
     with pytest.raises(psycopg.errors.NumericValueOutOfRange):
-        await bookings.make(double(2**31 - 1))
-    assert await bookings.make(double(21)) == 42
+        await made(bookings, double(2**31 - 1))
+    assert await made(bookings, double(21)) == 42
 
 
 async def test_a_statement_that_the_connection_forgot_is_prepared_again(bookings, pool):
-    await asyncio.gather(*(bookings.make(double(number)) for number in range(4)))
+    await asyncio.gather(*all_made(bookings, [double(number) for number in range(4)]))
     async with pool.connection() as connection:
         await connection.execute("DEALLOCATE ALL")
-    assert await asyncio.gather(*(bookings.make(double(number)) for number in range(4))) == [0, 2, 4, 6]
+    assert await asyncio.gather(*all_made(bookings, [double(number) for number in range(4)])) == [0, 2, 4, 6]
 
 
-async def test_a_statement_that_others_prepared_is_used_and_nothing_is_made_twice(bookings, bench, pool):
-    bench.behind.sql("CREATE SEQUENCE made; GRANT USAGE ON made TO plm_engine_writer")
-    once = Statement("SELECT to_json(nextval('made')) AS answer", {})
+async def test_a_statement_that_others_prepared_is_used_and_nothing_is_made_twice(bookings, pool):
     numbers: list[int] = []
     for each in (bookings, Bookings(Gateway(pool)), Bookings(Gateway(pool))):
-        numbers += await asyncio.gather(*(each.make(once) for _ in range(4)))
-        numbers.append(await each.make(once))
+        numbers += await asyncio.gather(*all_made(each, [booking("made")] * 4))
+        numbers.append(await made(each, booking("made")))
     assert sorted(numbers) == list(range(1, 16))
 
 
-async def test_a_text_that_the_database_cannot_hold_is_refused_before_it_is_sent(bookings):
-    for value, error in (("4\0", psycopg.DataError), ("\ud800", UnicodeEncodeError)):
-        with pytest.raises(error):
-            await bookings.make(Statement(double(0).sql, {"number": value}))
-    assert await bookings.make(double(21)) == 42
+@pytest.mark.parametrize(
+    ("bad", "error"),
+    [
+        ('{"kind": "length", "text": "\\u0000"}', psycopg.DataError),
+        ('{"kind": "length", "text": "\\ud800"}', psycopg.DataError),
+        ('{"kind": "length", "text": "\ud800"}', UnicodeEncodeError),
+        ('{"kind": "length"', psycopg.DataError),
+        ("[" * 1_000_000, psycopg.errors.StatementTooComplex),
+    ],
+    ids=["zero", "half a pair, escaped", "half a pair", "half a document", "too deep"],
+)
+async def test_a_document_that_the_database_cannot_read_is_nobody_elses_failure(bookings, bad, error):
+    answers = await asyncio.gather(
+        *all_made(bookings, [double(1), bad, double(2), double(3), double(4)]), return_exceptions=True
+    )
+    assert isinstance(answers.pop(1), error)
+    assert answers == [2, 4, 6, 8]
+
+
+async def test_no_text_of_a_booking_ends_it(bookings):
+    texts = ["\x1e", '\x1e{"kind": "backend"}', "\\x1e", "'); SELECT 1; --", "{}", "$1", "\x1e" * 4]
+    assert await asyncio.gather(*all_made(bookings, [booking("length", text=each) for each in texts])) == [
+        len(each) for each in texts
+    ]
+
+
+@pytest.mark.parametrize("text", ["\x1e", '\x1e{"kind":"begin"}', "\x00", "\x1e\ud800"], ids=ascii)
+async def test_a_text_that_ends_documents_is_a_text_as_any_to_those_who_book(bench, text):
+    leases = [await bench.lease() for _ in range(6)]
+    wanted = [{"arguments": {"text": text}} if number % 2 else {} for number in range(6)]
+
+    async def pair(lease: Any, changes: Any) -> Any:
+        admission = await bench.control_plane.admit(bench.proposal(lease, **changes), begin=True)
+        await bench.settle(admission.grant, lease, output=changes or {})
+        ((step,),) = [await bench.storage.runs.steps(bench.tenant, lease.run.id)]
+        return step.output
+
+    ends = await asyncio.gather(*map(pair, leases, wanted), return_exceptions=True)
+    storable = "\x00" not in text and text.isascii()
+    for end, changes in zip(ends, wanted, strict=True):
+        assert end == changes if storable or not changes else isinstance(end, InvalidRequest), end
 
 
 @pytest.mark.parametrize("place", [0, 3, 7])
 async def test_who_waits_for_a_lock_keeps_nobody_waiting(bookings, bench, place):
     async with holding(bench) as holder:
         wanted = [double(number) for number in range(8)]
-        wanted[place] = locked()
-        made = [asyncio.ensure_future(bookings.make(each)) for each in wanted]
-        others = [each for number, each in enumerate(made) if number != place]
+        wanted[place] = LOCKED
+        made_of = all_made(bookings, wanted)
+        others = [each for number, each in enumerate(made_of) if number != place]
         assert await asyncio.gather(*others) == [2 * number for number in range(8) if number != place]
-        later = await asyncio.gather(*(bookings.make(double(number)) for number in range(8)))
+        later = await asyncio.gather(*all_made(bookings, [double(number) for number in range(8)]))
         assert later == [2 * number for number in range(8)]
-        assert not made[place].done()
+        assert not made_of[place].done()
         await holder.rollback()
-        assert await made[place] == ""
+        assert await made_of[place] == LOCK
 
 
-async def waits_of_one_session(bench, many: int) -> None:
-    """Until the session that waited first has waited so many times."""
-    query = "SELECT pid, waitstart FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = %s"
-    async with await psycopg.AsyncConnection.connect(bench.database.admin, autocommit=True) as connection:
-        waits: dict[int, set[Any]] = {}
-        async with asyncio.timeout(20):
-            while not waits or len(next(iter(waits.values()))) < many:
-                for pid, since in await (await connection.execute(query, [LOCK])).fetchall():
-                    if since is not None:
-                        waits.setdefault(pid, set()).add(since)
+async def test_many_who_wait_hold_up_the_others_as_one_does(bench, kinds):
+    """The one after the first waits but for a moment, whatever patience there is."""
+    clock = booking("clock")
+    sequence = "".join(f"\x1e{each}" for each in (clock, LOCKED, clock, LOCKED, clock))
+    async with holding(bench), await psycopg.AsyncConnection.connect(bench.database.app, autocommit=True) as connection:
+        cursor = await connection.execute("CALL engine_book_round_v1(%s, '2s', NULL)", [sequence])
+        ((answers,),) = await cursor.fetchall()
+    assert answers[1] == answers[3] == "55P03"
+    first, second = answers[2]["is"] - answers[0]["is"], answers[4]["is"] - answers[2]["is"]
+    assert second < first / 4
 
 
-async def test_nobody_is_put_behind_many_who_wait(bench):
+async def test_nobody_is_put_behind_many_who_wait(bench, kinds):
     async with open_pool(bench.database.app, max_size=20) as pool, holding(bench) as holder:
         bookings = Bookings(Gateway(pool))
-        made = [asyncio.ensure_future(bookings.make(each)) for each in (*(locked() for _ in range(12)), backend())]
-        await waits_of_one_session(bench, 3)  # the first alone, and two of the round after it
-        assert await bookings.make(backend()) != await made.pop()
+        made_of = all_made(bookings, [*[LOCKED] * 12, double(21)])
+        assert await made_of.pop() == 42
+        await waiters(bench, 12)  # each over a connection of its own
+        assert await made(bookings, double(21)) == 42
         await holder.rollback()
-        assert await asyncio.gather(*made) == [""] * 12
+        assert await asyncio.gather(*made_of) == [LOCK] * 12
 
 
 async def test_one_behind_a_single_one_that_waits_is_served(bookings, bench):
     async with holding(bench) as holder:
-        alone = asyncio.ensure_future(bookings.make(locked()))
+        (alone,) = all_made(bookings, [LOCKED])
         await waiters(bench, 1)
-        assert await asyncio.gather(*(bookings.make(double(number)) for number in range(4))) == [0, 2, 4, 6]
+        assert await asyncio.gather(*all_made(bookings, [double(number) for number in range(4)])) == [0, 2, 4, 6]
         assert not alone.done()
         await holder.rollback()
-        assert await alone == ""
+        assert await alone == LOCK
 
 
-async def test_all_connections_may_wait_and_then_the_next_is_refused(bookings, bench, pool):
+async def test_all_connections_may_wait_and_then_the_next_is_refused(bookings, bench):
     async with holding(bench) as holder:
-        made = [asyncio.ensure_future(bookings.make(locked())) for _ in range(4)]
+        waiting = all_made(bookings, [LOCKED] * 4)
         await waiters(bench, 4)
         with pytest.raises(PoolTimeout):
-            await asyncio.gather(*(bookings.make(double(number)) for number in range(3)))
+            await asyncio.gather(*all_made(bookings, [double(number) for number in range(3)]))
         await holder.rollback()
-        assert await asyncio.gather(*made) == [""] * 4
-    assert await bookings.make(double(21)) == 42
+        assert await asyncio.gather(*waiting) == [LOCK] * 4
+    assert await made(bookings, double(21)) == 42
+
+
+@pytest.mark.parametrize("beside", [0, 4])
+async def test_who_waits_longer_than_anybody_may_fails(bookings, bench, beside):
+    bench.behind.sql("ALTER FUNCTION engine_book_patiently_v1 SET lock_timeout = '50ms'")
+    async with holding(bench):
+        waiting, *others = all_made(bookings, [LOCKED, *(double(number) for number in range(beside))])
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            await waiting
+        assert await asyncio.gather(*others) == [2 * number for number in range(beside)]
+
+
+@pytest.mark.parametrize("beside", [0, 4])
+async def test_who_is_cancelled_is_made_after_all_and_nobody_twice(bookings, bench, beside):
+    """As an administrator does it, or a time limit of the role's; for one by itself it is a failure as any."""
+    async with holding(bench) as holder:
+        waiting, *others = all_made(bookings, [LOCKED, *(book(number) for number in range(beside))])
+        await waiters(bench, 1)
+        await holder.execute("SELECT pg_cancel_backend(pid) FROM pg_locks WHERE NOT granted AND objid = %s", [LOCK])
+        assert await asyncio.gather(*others) == list(range(beside))
+        if beside:
+            await waiters(bench, 1)
+            await holder.rollback()
+            assert await waiting == LOCK
+        else:
+            with pytest.raises(psycopg.errors.QueryCanceled):
+                await waiting
+    assert sorted(bench.behind.sql("SELECT number FROM booked")) == [(number,) for number in range(beside)]
+
+
+async def test_what_cannot_be_committed_leaves_all_of_its_round_unknown_and_nobody_after_them(bookings, bench):
+    """Those before it have been made and are not answered, those after it have not: nobody is told either."""
+    wanted = [FIRST, book(1), booking("once", number=7), booking("once", number=7), book(2)]
+    _, *answers = await asyncio.gather(*all_made(bookings, wanted), return_exceptions=True)
+    assert {type(each) for each in answers} == {psycopg.OperationalError}
+    assert bench.behind.sql("SELECT number FROM booked") == [(1,)]
+    assert await asyncio.gather(*all_made(bookings, [double(number) for number in range(4)])) == [0, 2, 4, 6]
 
 
 async def made_until(over: asyncio.Event, bookings: Bookings, served: asyncio.Event) -> None:
     """One who books again as soon as it was answered; served when that was so three times."""
     for number in itertools.count(1):
-        await bookings.make(double(21))
+        await made(bookings, double(21))
         if number == 3:
             served.set()
         if over.is_set():
@@ -194,7 +326,7 @@ async def made_until(over: asyncio.Event, bookings: Bookings, served: asyncio.Ev
 
 
 @pytest.fixture
-async def only_one(bench) -> AsyncIterator[Pool]:
+async def only_one(bench, kinds) -> AsyncIterator[Pool]:
     async with open_pool(bench.database.app, max_size=1, timeout=2.0) as pool:
         yield pool
 
@@ -225,42 +357,43 @@ async def test_more_at_once_than_a_connection_takes_are_all_served(only_one):
 
 async def test_a_caller_that_gives_up_takes_nobody_along(bookings, bench):
     async with holding(bench):
-        made = [asyncio.ensure_future(bookings.make(each)) for each in (double(1), locked(), double(2))]
+        made_of = all_made(bookings, [double(1), LOCKED, double(2)])
         await waiters(bench, 1)
-        made[1].cancel()
-        assert await asyncio.gather(made[0], made[2]) == [2, 4]
+        made_of[1].cancel()
+        assert await asyncio.gather(made_of[0], made_of[2]) == [2, 4]
         with pytest.raises(asyncio.CancelledError):
-            await made[1]
-    assert await bookings.make(double(21)) == 42
+            await made_of[1]
+    assert await made(bookings, double(21)) == 42
 
 
 async def test_what_nobody_waits_for_any_more_ends_and_gives_its_connection_back(bookings, bench):
+    bench.behind.sql("ALTER FUNCTION engine_book_patiently_v1 SET lock_timeout = '1s'")
     async with holding(bench):
-        made = [asyncio.ensure_future(bookings.make(each)) for each in (locked(), locked(), double(1))]
-        assert await made[2] == 2
+        made_of = all_made(bookings, [LOCKED, LOCKED, double(1)])
+        assert await made_of[2] == 2
         await waiters(bench, 2)  # each over a connection of its own
-        made[0].cancel()
-        made[1].cancel()
+        made_of[0].cancel()
+        made_of[1].cancel()
         await waiters(bench, 0)
 
 
 async def test_a_lost_connection_fails_all_that_were_on_their_way_and_nobody_after_them(bookings, bench):
     async with holding(bench) as holder:
-        made = [asyncio.ensure_future(bookings.make(locked())) for _ in range(3)]
+        made_of = all_made(bookings, [LOCKED] * 3)
         await waiters(bench, 3)
         await holder.execute(
             "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted AND objid = %s",
             [LOCK],
         )
-        lost = await asyncio.gather(*made, return_exceptions=True)
+        lost = await asyncio.gather(*made_of, return_exceptions=True)
         assert all(isinstance(each, psycopg.OperationalError) for each in lost), lost
-    assert await asyncio.gather(*(bookings.make(double(number)) for number in range(4))) == [0, 2, 4, 6]
+    assert await asyncio.gather(*all_made(bookings, [double(number) for number in range(4)])) == [0, 2, 4, 6]
 
 
-async def test_large_messages_wait_until_the_server_has_taken_them(bookings):
+async def test_large_documents_wait_until_the_server_has_taken_them(bookings):
     large = "x" * 3_000_000
-    statement = Statement("SELECT to_json(length(%(text)s::text)) AS answer", {"text": large})
-    assert await asyncio.gather(*(bookings.make(statement) for _ in range(6))) == [len(large)] * 6
+    wanted = [double(1), *[booking("length", text=large)] * 6, double(2)]
+    assert await asyncio.gather(*all_made(bookings, wanted)) == [2, *[len(large)] * 6, 4]
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +410,8 @@ def durable_server() -> Iterator[tuple[EmbeddedPostgres, Any]]:
             urls = provision(server.admin_dsn, "grouped")
             kernel_migrations.upgrade(urls.owner)
             migrations.upgrade(urls.owner)
+            with psycopg.connect(urls.admin) as connection:
+                connection.execute(KINDS)
             yield server, urls
         finally:
             server.remove()
@@ -302,43 +437,6 @@ def killed(server: EmbeddedPostgres) -> None:
     server.start()
 
 
-async def test_a_cancel_that_comes_late_reaches_nobody_else(mortal, caplog):
-    server, urls = mortal
-    async with (
-        open_pool(urls.app, max_size=1) as pool,
-        await psycopg.AsyncConnection.connect(urls.admin) as holder,
-    ):
-        await holder.execute("SELECT pg_advisory_xact_lock(%s)", [LOCK])
-        bookings = Bookings(Gateway(pool))
-        lost = await bookings.make(backend())
-        made = [asyncio.ensure_future(bookings.make(each)) for each in (locked(), double(1))]
-        os.kill(postmaster(server), signal.SIGSTOP)  # cancels are heard by it alone
-        try:
-            async with asyncio.timeout(20):
-                while "could not be cancelled" not in caplog.text:  # noqa: ASYNC110  # said by a log
-                    await asyncio.sleep(0.01)
-            await holder.rollback()
-            assert await asyncio.gather(*made) == ["", 2]
-        finally:
-            os.kill(postmaster(server), signal.SIGCONT)
-        assert await bookings.make(backend()) != lost
-
-
-def make_books(urls: Any) -> None:
-    with psycopg.connect(urls.admin, autocommit=True) as connection:
-        connection.execute("DROP TABLE IF EXISTS booked CASCADE")
-        connection.execute("CREATE TABLE booked (number integer)")
-        connection.execute("GRANT INSERT, SELECT ON booked TO plm_engine_writer")
-        connection.execute(
-            "CREATE OR REPLACE FUNCTION book(number integer) RETURNS json LANGUAGE sql AS "
-            "'INSERT INTO booked VALUES ($1) RETURNING to_json(number)'"
-        )
-
-
-def book(number: int) -> Statement:
-    return Statement("SELECT book(%(number)s::integer) AS answer", {"number": number})
-
-
 async def at_a_standby(urls: Any, statement: str) -> None:
     """Until a statement that contains this waits for a standby."""
     query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep' AND query LIKE %s"
@@ -347,30 +445,28 @@ async def at_a_standby(urls: Any, statement: str) -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_who_is_cancelled_at_a_standby_is_not_answered_without_it(mortal):
+@pytest.mark.parametrize(("many", "statement"), [(1, "engine_book_v1"), (4, "engine_book_round_v1")])
+async def test_nobody_is_answered_before_the_standby_has_what_was_booked(mortal, many, statement):
     server, urls = mortal
-    make_books(urls)
     async with await psycopg.AsyncConnection.connect(urls.admin, autocommit=True) as connection:
         await connection.execute("ALTER SYSTEM SET synchronous_standby_names = 'away'")
     await asyncio.to_thread(killed, server)
     async with open_pool(urls.app, max_size=1) as pool:
         bookings = Bookings(Gateway(pool))
-        made = [asyncio.ensure_future(bookings.make(book(1)))]
-        await at_a_standby(urls, "book(")
-        made.append(asyncio.ensure_future(bookings.make(book(2))))
-        again = asyncio.ensure_future(at_a_standby(urls, "pg_logical_emit_message"))
-        await asyncio.wait([again, *made], return_when=asyncio.FIRST_COMPLETED)
-        assert not any(each.done() for each in made)
-        await again
+        first, *made_of = all_made(bookings, [FIRST, *(book(number) for number in range(many))])
+        await first
+        waits = asyncio.ensure_future(at_a_standby(urls, statement))
+        await asyncio.wait([waits, *made_of], return_when=asyncio.FIRST_COMPLETED)
+        assert not any(each.done() for each in made_of)
+        await waits
         async with await psycopg.AsyncConnection.connect(urls.admin, autocommit=True) as connection:
             await connection.execute("ALTER SYSTEM RESET synchronous_standby_names")
             await connection.execute("SELECT pg_reload_conf()")
-        assert await asyncio.gather(*made) == [1, 2]
+        assert await asyncio.gather(*made_of) == list(range(many))
 
 
 async def test_what_was_answered_outlasts_the_server(mortal):
     server, urls = mortal
-    make_books(urls)
     async with open_pool(urls.app, max_size=2) as pool:
         bookings = Bookings(Gateway(pool))
         answered: list[int] = []
@@ -378,7 +474,7 @@ async def test_what_was_answered_outlasts_the_server(mortal):
 
         async def books(first: int) -> None:
             for number in range(first, first + 1_000_000):
-                answered.append(await bookings.make(book(number)))
+                answered.append(await made(bookings, book(number)))
                 if len(answered) >= 200:
                     enough.set()
 

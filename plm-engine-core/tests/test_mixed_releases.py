@@ -25,7 +25,7 @@ from plm_engine_core.control_plane.storage.postgres.gateway import jsonb
 from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, OutcomeStatus, Reason
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
-TAKEN_BACK = [("0032", 4), ("0033", 5)]  # a revision, and the release whose functions came after it
+TAKEN_BACK = [("0032", 4), ("0033", 5), ("0036", 7)]  # a revision, and the release whose functions came after it
 OLDEST = 2  # what version 1 wrote into was changed by the migration that brought version 2
 LIMIT = 60
 RATE = {"per_second": 1e6, "burst": 1e6}

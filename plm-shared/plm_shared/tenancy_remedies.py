@@ -92,7 +92,7 @@ def remedy_of(connection: psycopg.Connection[Any], finding: Finding) -> str:
         case "view":
             return f"ALTER VIEW {table} SET (security_invoker = true)"
         case "function":
-            return f"ALTER FUNCTION {table} SET search_path = pg_catalog, public, pg_temp"
+            return f"ALTER ROUTINE {table} SET search_path = pg_catalog, public, pg_temp"
         case "grant to everybody":
             return _revoke(finding.name, finding.problem)
         case _:

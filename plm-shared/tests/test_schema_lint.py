@@ -47,6 +47,9 @@ HOLES = {
     "CREATE FUNCTION act() RETURNS int LANGUAGE sql SET search_path = public AS 'SELECT 1'": {"function"},
     "CREATE FUNCTION act() RETURNS int LANGUAGE sql SET search_path = pg_catalog, pg_temp AS 'SELECT 1';"
     "GRANT EXECUTE ON FUNCTION act TO PUBLIC": {"grant to everybody"},
+    "CREATE PROCEDURE act() LANGUAGE sql AS 'SELECT 1'": {"function"},
+    "CREATE PROCEDURE engine_book_round_v1() LANGUAGE sql SECURITY DEFINER AS 'SELECT 1'": {"function"},
+    "CREATE FUNCTION engine_book_round_v1() RETURNS int LANGUAGE sql AS 'SELECT 1'": {"function"},
     "GRANT SELECT ON good TO PUBLIC": {"grant to everybody"},
     "GRANT SELECT (id) ON good TO PUBLIC": {"grant to everybody"},
     "GRANT USAGE ON SCHEMA public TO PUBLIC": {"grant to everybody"},

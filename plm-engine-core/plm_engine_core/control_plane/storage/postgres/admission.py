@@ -10,7 +10,6 @@ from uuid import UUID
 
 import psycopg
 from plm_shared.ledger import ledger_record, uuid_text
-from plm_shared.sqlalchemy_kernel_emitter import Statement
 from psycopg.rows import dict_row
 
 from plm_engine_core.control_plane.admission.grants import Grant
@@ -19,6 +18,7 @@ from plm_engine_core.control_plane.limits import Assumed, Bucket, Dimension, Pre
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
 from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection, SettleCommand
 from plm_engine_core.control_plane.storage.postgres.bookings import Bookings
+from plm_engine_core.control_plane.storage.postgres.calls import BOOK_PATIENTLY
 from plm_engine_core.control_plane.storage.postgres.gateway import (
     Gateway,
     json_parameter,
@@ -26,22 +26,8 @@ from plm_engine_core.control_plane.storage.postgres.gateway import (
     translated,
 )
 
-_PREPARE = (
-    "SELECT engine_prepare_v2(%(tenant)s, %(run)s, %(buckets)s)"
-    " || jsonb_build_object('at', clock_timestamp()) AS answer"
-)
-_ADMIT = "SELECT engine_admit_v6(%(command)s) AS answer"
-# An argument is worked out before its function is called: what was assumed is taken once the decision is booked.
-_ADMIT_AS_ASSUMED = (
-    "SELECT CASE WHEN abs(extract(epoch FROM statement_timestamp() - %(at)s::timestamptz)) <= %(tolerance)s"
-    " THEN engine_as_assumed_v2(engine_admit_v6(%(command)s), %(tenant)s, %(run)s, %(buckets)s)"
-    """ ELSE '{"status": "not_as_assumed"}' END AS answer"""
-)
+_BOOK = BOOK_PATIENTLY.format("%s").encode()
 _NOT_AS_ASSUMED = "PLA01"
-_BEGIN = (
-    "SELECT engine_begin_v4(%(tenant)s, %(run)s, %(step)s, %(attempt)s, %(grant)s, %(fencing)s, %(actor)s) AS answer"
-)
-_SETTLE = "SELECT engine_settle_v6(%(command)s, %(ledger)s) AS answer"
 
 
 class PostgresAdmission:
@@ -53,12 +39,10 @@ class PostgresAdmission:
 
     async def prepare(self, tenant_id: UUID, run_id: UUID, *, buckets: Sequence[Bucket]) -> Prepared:
         """Take one token of every bucket or of none, and read for whom the run works."""
-        parameters = {
-            "tenant": uuid_text(tenant_id),
-            "run": uuid_text(run_id),
-            "buckets": _buckets_json(tuple(buckets)),
-        }
-        answer = await self._booked(Statement(_PREPARE, parameters))
+        answer = await self._booked(
+            f'{{"kind":"prepare","tenant_id":"{uuid_text(tenant_id)}","run_id":"{uuid_text(run_id)}",'
+            f'"buckets":{_buckets_json(tuple(buckets))}}}'
+        )
         return Prepared(
             rate=RateReading(
                 allowed=answer["allowed"],
@@ -82,22 +66,18 @@ class PostgresAdmission:
 
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book a decision in one transaction of its own, or in the caller's."""
-        parameters = {"command": json_parameter(admit_json(command), root="proposal")}
-        return await self._booked(Statement(_ADMIT, parameters), connection)
+        booking = json_parameter(admit_json(command), root="proposal")
+        return await self._booked(f'{{"kind":"admit","command":{booking}}}', connection)
 
     async def admit_as_assumed(self, command: AdmitCommand, assumed: Assumed) -> Mapping[str, Any]:
         """Book a decision and take what it assumed, by one statement."""
         booking = json_parameter(admit_json(command), root="proposal")
-        parameters = {
-            "tenant": uuid_text(command.tenant_id),
-            "run": uuid_text(command.run_id),
-            "at": assumed.at.isoformat(),
-            "tolerance": CLOCK_TOLERANCE.total_seconds(),
-            "buckets": _buckets_json(tuple(assumed.buckets)),
-            "command": booking,
-        }
+        document = (
+            f'{{"kind":"admit_as_assumed","at":"{assumed.at.isoformat()}","tolerance":{CLOCK_TOLERANCE.total_seconds()},'
+            f'"buckets":{_buckets_json(tuple(assumed.buckets))},"command":{booking}}}'
+        )
         try:
-            return await self._booked(Statement(_ADMIT_AS_ASSUMED, parameters))
+            return await self._booked(document)
         except psycopg.Error as error:  # as the database says it; every other one has its translation already
             if error.sqlstate != _NOT_AS_ASSUMED:
                 raise
@@ -105,24 +85,32 @@ class PostgresAdmission:
 
     async def begin(self, grant: Grant, *, fencing_token: int, actor: str) -> Mapping[str, Any]:
         """Use a grant up."""
-        named = {"tenant": grant.tenant_id, "run": grant.run_id, "step": grant.step_index, "attempt": grant.attempt}
-        parameters = {**named, "grant": grant.id, "fencing": fencing_token, "actor": actor}
-        return await self._booked(Statement(_BEGIN, parameters))
+        booking = {
+            "kind": "begin",
+            "tenant_id": uuid_text(grant.tenant_id),
+            "run_id": uuid_text(grant.run_id),
+            "step_index": grant.step_index,
+            "attempt": grant.attempt,
+            "grant_id": str(grant.id),
+            "fencing_token": fencing_token,
+            "actor": actor,
+        }
+        return await self._booked(json_parameter(booking, root="grant"))
 
     async def settle(self, command: SettleCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book an outcome: the grant is locked, ledger rows and settlement written, by one statement."""
         booking = json_parameter(settle_json(command), root="outcome")
-        parameters = {"command": booking, "ledger": _ledger_json(command)}
-        return await self._booked(Statement(_SETTLE, parameters), connection)
+        document = f'{{"kind":"settle","command":{booking},"ledger":{_ledger_json(command)}}}'
+        return await self._booked(document, connection)
 
-    async def _booked(self, statement: Statement, connection: Connection | None = None) -> Mapping[str, Any]:
-        """What a statement answers, in a transaction of its own or in the caller's."""
+    async def _booked(self, document: str, connection: Connection | None = None) -> Mapping[str, Any]:
+        """What a booking answers, in a transaction of its own or in the caller's."""
         with translated():
             if connection is None:
-                answer = await self._bookings.make(statement)
+                answer = await self._bookings.make(document)
             else:
                 require_transaction(connection)
-                answer = await _executed(connection, statement)
+                answer = await _executed(connection, document)
         if answer is None:
             raise StorageUnavailable("the database gave no answer")
         booked: Mapping[str, Any] = answer
@@ -147,9 +135,9 @@ def _ledger_json(command: SettleCommand) -> str:
     return f"{{{','.join(tables)}}}"
 
 
-async def _executed(connection: Connection, statement: Statement) -> Any:
+async def _executed(connection: Connection, document: str) -> Any:
     """On the caller's connection, whatever it is in the middle of; by a cursor of ours, whose rows are dictionaries."""
     cursor = connection.cursor(row_factory=dict_row)
-    await cursor.execute(statement.sql.encode(), statement.params)
+    await cursor.execute(_BOOK, [document])
     row = await cursor.fetchone()
     return row["answer"] if row is not None else None

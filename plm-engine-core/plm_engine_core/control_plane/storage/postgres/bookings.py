@@ -11,13 +11,10 @@ import asyncio
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from plm_shared.sqlalchemy_kernel_emitter import Statement
-from psycopg.errors import InvalidSqlStatementName, QueryCanceled
-from pydantic_core import from_json
+from psycopg.errors import InvalidSqlStatementName, LockNotAvailable
 
-from plm_engine_core.control_plane.storage.postgres.calls import call_of
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
-from plm_engine_core.control_plane.storage.postgres.group_commit import NOTHING_RAN, Lane
+from plm_engine_core.control_plane.storage.postgres.group_commit import NOTHING_RAN, Lane, Undone
 
 _TRIES = 5
 
@@ -32,28 +29,34 @@ class Bookings:
         self._opening: asyncio.Future[None] | None = None
         self._returning: set[asyncio.Task[None]] = set()
 
-    async def make(self, statement: Statement) -> Any:
-        """Run a statement in a transaction of its own; the JSON that it answers, when what it wrote is on disk.
+    async def make(self, document: str) -> Any:
+        """Make one booking in a transaction of its own; the JSON that it answers, when what it wrote is on disk.
 
         Raises:
             psycopg.Error: it failed, so nothing was written; or the connection was lost, and that is not known.
             TimeoutError: the server answers nothing, and it is not known.
             PoolTimeout, PoolClosed: no connection became free.
+            UnicodeEncodeError: a text cannot be stored.
         """
-        call = call_of(statement)
-        held_others_up = False
-        for tries_left in reversed(range(_TRIES)):
-            lane = await (self._open(exclusive=True) if held_others_up else self._accepting())
+        booking = document.encode()
+        alone = patiently = False
+        tries_left = _TRIES
+        while True:
+            lane = await (self._open(exclusive=True) if patiently else self._accepting())
             try:
-                answer = (await lane.send(call)).get_value(0, 0)
-                break
-            except NOTHING_RAN as error:
-                if not tries_left or (held_others_up and isinstance(error, QueryCanceled)):
+                return await lane.send(booking, alone=alone)
+            except Undone as undone:  # by itself it says why
+                alone, patiently = True, undone.waited
+            except LockNotAvailable:
+                if patiently:
                     raise
-                held_others_up = held_others_up or isinstance(error, QueryCanceled)
+                patiently = True
+            except NOTHING_RAN as error:
+                tries_left -= 1
+                if not tries_left:
+                    raise
                 if isinstance(error, InvalidSqlStatementName):  # the driver drops what is prepared after a rollback
                     lane.forget()
-        return from_json(answer) if answer is not None else None
 
     async def _accepting(self) -> Lane:
         while True:
@@ -87,12 +90,6 @@ class Bookings:
 
     def _on_end(self, lane: Lane) -> None:
         self._lanes.remove(lane)
-        returning = asyncio.get_running_loop().create_task(self._give_back(lane))
+        returning = asyncio.get_running_loop().create_task(self._gateway.give_back(lane.connection))
         self._returning.add(returning)
         returning.add_done_callback(self._returning.discard)
-
-    async def _give_back(self, lane: Lane) -> None:
-        try:
-            await lane.cancelling.end()
-        finally:
-            await self._gateway.give_back(lane.connection)

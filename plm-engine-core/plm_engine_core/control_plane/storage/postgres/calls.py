@@ -1,4 +1,4 @@
-"""Calls of the booking functions, as the protocol has them: prepared under names of ours, parameters as texts.
+"""What the booking functions are sent, as the protocol has it: prepared under names of ours, parameters as texts.
 
 Around an ordinary statement the driver makes a cursor and adapts every value; for a call of some hundred microseconds
 on the server that is as much again on the client.
@@ -6,68 +6,57 @@ on the server that is as much again on the client.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from hashlib import sha256
-from typing import NamedTuple
 
 import psycopg
-from plm_shared.sqlalchemy_kernel_emitter import Statement
 from psycopg import generators
 from psycopg.abc import PQGen
 from psycopg.errors import error_from_result
 from psycopg.pq import ExecStatus
 from psycopg.pq.abc import PGconn, PGresult
 
-_PARAMETER = re.compile(r"%\((\w+)\)s")
+PATIENCE_SECONDS = 0.25
+"""Who waits for somebody's lock for longer is kept from holding others up."""
+
+_PATIENCE = f"{PATIENCE_SECONDS * 1000:.0f}ms".encode()
+_SEPARATOR = b"\x1e"  # of a JSON text sequence (RFC 7464); no JSON text has it
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A statement that connections prepare under its name, and the names of its parameters in their order."""
+    """A statement that a connection prepares under its name; its one row has one column, a JSON text."""
 
     name: bytes
     text: bytes
-    parameters: tuple[str, ...] = ()
 
 
-class Call(NamedTuple):
-    """A statement, the same for whose commit nobody waits, and the values of their parameters."""
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A prepared statement, and the values of its parameters."""
 
-    durable: Prepared
-    unawaited: Prepared
+    statement: Prepared
     values: Sequence[bytes]
 
 
-#: Waits for the disk, and so for all that was committed before. A transaction that writes nothing would not.
-FLUSH = Prepared(b"plm_flush", b"SELECT pg_logical_emit_message(true, 'plm', '') IS NOT NULL")
+#: What makes one booking, and waits for locks as long as any statement does.
+BOOK_PATIENTLY = "SELECT engine_book_patiently_v1({}) AS answer"
+
+_PATIENTLY = Prepared(b"plm_book_patiently", BOOK_PATIENTLY.format("$1").encode())
+_ALONE = Prepared(
+    b"plm_book", b"SELECT CASE WHEN set_config('lock_timeout', $2, true) IS NOT NULL THEN engine_book_v1($1) END"
+)
+_ROUND = Prepared(b"plm_book_round", b"CALL engine_book_round_v1($1, $2, NULL)")
 
 
-def call_of(statement: Statement) -> Call:
-    """A statement of the form ``SELECT expression AS answer``, with its parameters.
-
-    Raises:
-        psycopg.DataError, UnicodeEncodeError: a text cannot be stored.
-    """
-    durable, unawaited = _forms(statement.sql)
-    values = [str(statement.params[name]).encode() for name in durable.parameters]
-    if b"\0" in b"".join(values):
-        raise psycopg.DataError("PostgreSQL text fields cannot contain NUL (0x00) bytes")
-    return Call(durable, unawaited, values)
+def alone(document: bytes, *, patiently: bool) -> Message:
+    """Make one booking, durably."""
+    return Message(_PATIENTLY, (document,)) if patiently else Message(_ALONE, (document, _PATIENCE))
 
 
-@lru_cache(maxsize=64)
-def _forms(sql: str) -> tuple[Prepared, Prepared]:
-    names = tuple(dict.fromkeys(_PARAMETER.findall(sql)))
-    text = _PARAMETER.sub(lambda found: f"${names.index(found[1]) + 1}", sql)
-    # Said in the transaction, wherever in it, and in force when that commits.
-    texts = text, f"{text}, set_config('synchronous_commit', 'off', true)"
-    durable, unawaited = (
-        Prepared(b"plm_" + sha256(each.encode()).hexdigest()[:16].encode(), each.encode(), names) for each in texts
-    )
-    return durable, unawaited
+def together(documents: Sequence[bytes]) -> Message:
+    """Make bookings one after another, and answer an array when all are durable; a text is the code of an error."""
+    return Message(_ROUND, (b"".join([_SEPARATOR + each for each in documents]), _PATIENCE))
 
 
 def answered(pgconn: PGconn) -> PQGen[PGresult]:
