@@ -20,7 +20,7 @@ import psycopg
 import pytest
 from plm_engine_core import migrations
 from plm_engine_core.control_plane.errors import InvalidRequest
-from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
+from plm_engine_core.control_plane.storage.postgres import PostgresStorage, group_commit, open_pool
 from plm_engine_core.control_plane.storage.postgres.bookings import Bookings
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Pool
 from plm_engine_core.control_plane.storage.postgres.group_commit import MOST_TOGETHER
@@ -53,6 +53,10 @@ BEGIN
         RETURN jsonb_build_object('is', pg_backend_pid());
     ELSIF b ->> 'kind' = 'clock' THEN
         RETURN jsonb_build_object('is', extract(epoch FROM clock_timestamp()));
+    ELSIF b ->> 'kind' = 'sleep' THEN
+        PERFORM pg_sleep(v_number);
+    ELSIF b ->> 'kind' = 'deep' THEN
+        RETURN (repeat('[', 300) || repeat(']', 300))::jsonb;
     ELSIF b ->> 'kind' = 'length' THEN
         RETURN jsonb_build_object('is', length(b ->> 'text'));
     ELSIF b ->> 'kind' = 'lock' THEN
@@ -84,6 +88,7 @@ def book(number: int) -> str:
 
 
 FIRST = double(0)  # it opens the connection, and goes alone: those behind it are a round
+CLOCK = booking("clock")
 BACKEND = booking("backend")
 LOCKED = booking("lock", number=LOCK)
 
@@ -234,16 +239,47 @@ async def test_who_waits_for_a_lock_keeps_nobody_waiting(bookings, bench, place)
         assert await made_of[place] == LOCK
 
 
-async def test_many_who_wait_hold_up_the_others_as_one_does(bench, kinds):
+async def round_of(connection: psycopg.AsyncConnection[Any], *documents: str, patience: str = "250ms") -> list[Any]:
+    sequence = "".join(f"\x1e{each}" for each in documents)
+    cursor = await connection.execute("CALL public.engine_book_round_v1(%s, %s, NULL)", [sequence, patience])
+    ((answers,),) = await cursor.fetchall()
+    return [json.loads(each) for each in answers.split("\x1e")[1:]]
+
+
+@pytest.fixture
+async def session(bench, kinds) -> AsyncIterator[psycopg.AsyncConnection[Any]]:
+    async with await psycopg.AsyncConnection.connect(bench.database.app, autocommit=True) as connection:
+        yield connection
+
+
+async def test_many_who_wait_hold_up_the_others_as_one_does(bench, session):
     """The one after the first waits but for a moment, whatever patience there is."""
-    clock = booking("clock")
-    sequence = "".join(f"\x1e{each}" for each in (clock, LOCKED, clock, LOCKED, clock))
-    async with holding(bench), await psycopg.AsyncConnection.connect(bench.database.app, autocommit=True) as connection:
-        cursor = await connection.execute("CALL engine_book_round_v1(%s, '2s', NULL)", [sequence])
-        ((answers,),) = await cursor.fetchall()
+    async with holding(bench):
+        answers = await round_of(session, CLOCK, LOCKED, CLOCK, LOCKED, CLOCK, patience="2s")
     assert answers[1] == answers[3] == "55P03"
     first, second = answers[2]["is"] - answers[0]["is"], answers[4]["is"] - answers[2]["is"]
     assert second < first / 4
+
+
+async def test_a_round_that_takes_long_makes_no_more(session):
+    answers = await round_of(session, CLOCK, booking("sleep", number=5), CLOCK, CLOCK)
+    assert answers[1:] == [{"is": 5}, "57014", "57014"]
+
+
+async def test_a_crafted_search_path_shadows_nothing_that_a_round_uses(bench, session):
+    bench.behind.sql(
+        "CREATE SCHEMA evil; GRANT USAGE ON SCHEMA evil TO PUBLIC;"
+        "CREATE DOMAIN evil.text AS text CHECK (false); CREATE DOMAIN evil.jsonb AS jsonb CHECK (false);"
+        "CREATE FUNCTION evil.gone(int, int) RETURNS int LANGUAGE sql AS 'SELECT 1 / 0';"
+        "CREATE FUNCTION evil.gone(text, text) RETURNS text LANGUAGE sql AS 'SELECT (1 / 0)::text';"
+        "CREATE OPERATOR evil.- (LEFTARG = int, RIGHTARG = int, FUNCTION = evil.gone);"
+        "CREATE OPERATOR evil.+ (LEFTARG = int, RIGHTARG = int, FUNCTION = evil.gone);"
+        "CREATE OPERATOR evil.|| (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.gone);"
+        "CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.gone)"
+    )
+    await session.execute("SET search_path = evil, pg_catalog, public")
+    answers = await round_of(session, double(1), double(2**31 - 1), double(2))
+    assert answers == [{"is": 2}, "22003", {"is": 4}]
 
 
 async def test_nobody_is_put_behind_many_who_wait(bench, kinds):
@@ -388,6 +424,41 @@ async def test_a_lost_connection_fails_all_that_were_on_their_way_and_nobody_aft
         lost = await asyncio.gather(*made_of, return_exceptions=True)
         assert all(isinstance(each, psycopg.OperationalError) for each in lost), lost
     assert await asyncio.gather(*all_made(bookings, [double(number) for number in range(4)])) == [0, 2, 4, 6]
+
+
+async def test_an_answer_that_cannot_be_read_fails_who_asked_for_it(bookings):
+    answers = await asyncio.gather(
+        *all_made(bookings, [double(1), double(2), booking("deep"), double(3)]), return_exceptions=True
+    )
+    assert isinstance(answers.pop(2), ValueError)
+    assert answers == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ("DROP PROCEDURE engine_book_round_v1", psycopg.errors.UndefinedFunction),
+        (
+            "REVOKE EXECUTE ON PROCEDURE engine_book_round_v1 FROM plm_engine_writer",
+            psycopg.errors.InsufficientPrivilege,
+        ),
+    ],
+    ids=["not there", "not allowed"],
+)
+async def test_a_round_that_cannot_begin_says_why(bookings, bench, change, error):
+    bench.behind.sql(change)
+    _, *answers = await asyncio.gather(*all_made(bookings, [FIRST, double(1), double(2)]), return_exceptions=True)
+    assert {type(each) for each in answers} == {error}
+
+
+async def test_a_connection_that_is_given_up_while_it_is_written_to_fails_all(only_one, monkeypatch):
+    monkeypatch.setattr(group_commit, "LONGEST_ANSWER_SECONDS", 1.0)
+    bookings = Bookings(Gateway(only_one))
+    made_of = all_made(bookings, [booking("sleep", number=30), booking("length", text="x" * 8_000_000)])
+    done, waiting = await asyncio.wait(made_of, timeout=20)
+    assert not waiting
+    assert {type(each.exception()) for each in done} == {TimeoutError}
+    assert await made(bookings, double(21)) == 42
 
 
 async def test_large_documents_wait_until_the_server_has_taken_them(bookings):

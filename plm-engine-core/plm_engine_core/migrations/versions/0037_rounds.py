@@ -29,7 +29,7 @@ SIGNATURES = (
     "engine_as_assumed_v3(jsonb, uuid, uuid, jsonb)",
     "engine_book_v1(jsonb)",
     "engine_book_patiently_v1(jsonb)",
-    "engine_book_round_v1(text, text, jsonb)",
+    "engine_book_round_v1(text, text, text)",
 )
 
 _FOLDER = files("plm_engine_core") / "control_plane" / "storage" / "sql"

@@ -12,9 +12,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from psycopg.errors import InvalidSqlStatementName, LockNotAvailable
+from pydantic_core import from_json
 
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
-from plm_engine_core.control_plane.storage.postgres.group_commit import NOTHING_RAN, Lane, Undone
+from plm_engine_core.control_plane.storage.postgres.group_commit import NOTHING_RAN, Lane
 
 _TRIES = 5
 
@@ -44,9 +45,12 @@ class Bookings:
         while True:
             lane = await (self._open(exclusive=True) if patiently else self._accepting())
             try:
-                return await lane.send(booking, alone=alone)
-            except Undone as undone:  # by itself it says why
-                alone, patiently = True, undone.waited
+                text = await lane.send(booking, alone=alone)
+                answer = from_json(text) if text is not None else None
+                if alone or not isinstance(answer, str):
+                    return answer
+                # It failed in a round and left nothing: by itself it says why.
+                alone, patiently = True, answer == LockNotAvailable.sqlstate
             except LockNotAvailable:
                 if patiently:
                     raise

@@ -55,8 +55,23 @@ def alone(document: bytes, *, patiently: bool) -> Message:
 
 
 def together(documents: Sequence[bytes]) -> Message:
-    """Make bookings one after another, and answer an array when all are durable; a text is the code of an error."""
+    """Make bookings one after another, and answer a sequence when all are durable; a JSON string is an error's code."""
     return Message(_ROUND, (b"".join([_SEPARATOR + each for each in documents]), _PATIENCE))
+
+
+def answers_of(result: PGresult, many: int) -> Sequence[bytes | None]:
+    """The JSON texts that were answered to so many bookings.
+
+    Raises:
+        psycopg.OperationalError: there are not so many.
+    """
+    text = result.get_value(0, 0)
+    if many == 1:
+        return (text,)
+    answers = (text or b"").split(_SEPARATOR)[1:]
+    if len(answers) != many:
+        raise psycopg.OperationalError(f"{len(answers)} answers came to {many} bookings")
+    return answers
 
 
 def answered(pgconn: PGconn) -> PQGen[PGresult]:

@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 import psycopg
-from psycopg.errors import DuplicatePreparedStatement, InvalidSqlStatementName, LockNotAvailable
+from psycopg.errors import (
+    DuplicatePreparedStatement,
+    InsufficientPrivilege,
+    InvalidSqlStatementName,
+    UndefinedFunction,
+)
 from psycopg.pq import ConnStatus, ExecStatus
 from psycopg.pq.abc import PGresult
-from pydantic_core import from_json
 
 from plm_engine_core.control_plane.storage.postgres import calls
 from plm_engine_core.control_plane.storage.postgres.calls import PATIENCE_SECONDS, failure_of
@@ -32,19 +35,14 @@ ENOUGH = 4
 
 NOTHING_RAN = (InvalidSqlStatementName, DuplicatePreparedStatement)
 """Failures after which a message may be sent again: its statement was not prepared, or is already."""
+NOT_STARTED = (*NOTHING_RAN, UndefinedFunction, InsufficientPrivilege)
+"""Failures of a round that has made nothing."""
 
 _MOST_ROUNDS = 2  # on their way
 _LARGE = 1_000_000  # bytes; what is so large goes alone
 
-Answer = asyncio.Future[Any]
-
-
-class Undone(Exception):
-    """A booking failed in a round, and nothing of it was written; made by itself it says how."""
-
-    def __init__(self, sqlstate: str) -> None:
-        super().__init__(f"a booking failed with {sqlstate}")
-        self.waited = sqlstate == LockNotAvailable.sqlstate  # for somebody's lock
+Answer = asyncio.Future[bytes | None]
+"""A JSON text; a string is the code of the error with which a booking of a round failed, and left nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +98,7 @@ class Lane:
         return not self._rounds or self._loop.time() - self._progress < PATIENCE_SECONDS
 
     def send(self, document: bytes, *, alone: bool = False) -> Answer:
-        """What is answered to a booking; fails with `Undone`, a `psycopg.Error`, or TimeoutError where nothing is.
-
-        One that goes `alone` never fails with `Undone`.
-        """
+        """What is answered to a booking; fails with a `psycopg.Error`, or TimeoutError where nothing is."""
         answer: Answer = self._loop.create_future()
         self._queue.append(Booking(document, answer, alone=alone or len(document) > _LARGE))
         if len(self._queue) >= ENOUGH:
@@ -214,21 +209,26 @@ class Lane:
     def _lose(self, error: Exception) -> None:
         if self._ended:
             return
-        self._pgconn.finish()
         unanswered = [*(each for bookings in self._rounds for each in bookings), *self._queue]
         self._rounds.clear()
         self._queue.clear()
+        self._unwatch()
+        self._pgconn.finish()
         self._end()
         for booking in unanswered:
             if not booking.answer.done():
                 booking.answer.set_exception(error)
 
+    def _unwatch(self) -> None:
+        """Hear no more of the socket; first of all, for a closed one cannot be taken out of the loop."""
+        self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
+        self._writing = False
+
     def _end(self) -> None:
         self._ended = True
         self._watch.cancel()
-        self._loop.remove_reader(self._socket)
-        if self._writing:
-            self._loop.remove_writer(self._socket)
+        self._unwatch()
         with suppress(psycopg.OperationalError):  # it is lost, as whoever takes it in will see
             self._pgconn.exit_pipeline_mode()
         self._on_end(self)
@@ -236,19 +236,20 @@ class Lane:
 
 def _deliver(bookings: list[Booking], result: PGresult) -> None:
     """Answer those who wait."""
+    answers: Sequence[bytes | None] = ()
     failure = failure_of(result)
-    if failure is not None and len(bookings) > 1 and not isinstance(failure, NOTHING_RAN):
+    if failure is None:
+        try:
+            answers = calls.answers_of(result, len(bookings))
+        except psycopg.OperationalError as error:
+            failure = error
+    elif len(bookings) > 1 and not isinstance(failure, NOT_STARTED):
         # What fails a booking is answered by the procedure: this came between them, and some have been made.
         failure = psycopg.OperationalError(f"bookings may have been made, or not: {failure}")
-    answers: list[Any] = [None] * len(bookings)
-    if failure is None and (text := result.get_value(0, 0)) is not None:
-        answers = from_json(text) if len(bookings) > 1 else [from_json(text)]
-    for booking, answer in zip(bookings, answers, strict=True):
+    for number, booking in enumerate(bookings):
         if booking.answer.done():  # nobody waits for it any more
             continue
         if failure is not None:
             booking.answer.set_exception(failure)
-        elif isinstance(answer, str):
-            booking.answer.set_exception(Undone(answer))
         else:
-            booking.answer.set_result(answer)
+            booking.answer.set_result(answers[number])
