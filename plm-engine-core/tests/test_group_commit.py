@@ -55,6 +55,8 @@ BEGIN
         RETURN jsonb_build_object('is', extract(epoch FROM clock_timestamp()));
     ELSIF b ->> 'kind' = 'sleep' THEN
         PERFORM pg_sleep(v_number);
+    ELSIF b ->> 'kind' = 'nothing' THEN
+        RETURN NULL;
     ELSIF b ->> 'kind' = 'deep' THEN
         RETURN (repeat('[', 300) || repeat(']', 300))::jsonb;
     ELSIF b ->> 'kind' = 'length' THEN
@@ -432,6 +434,13 @@ async def test_an_answer_that_cannot_be_read_fails_who_asked_for_it(bookings):
     )
     assert isinstance(answers.pop(2), ValueError)
     assert answers == [2, 4, 6]
+
+
+async def test_no_answer_is_none(bookings):
+    nothing = booking("nothing")
+    assert await bookings.make(nothing) is None
+    answers = await asyncio.gather(*(bookings.make(each) for each in (FIRST, nothing, double(1), nothing)))
+    assert answers[1:] == [None, {"is": 2}, None]
 
 
 @pytest.mark.parametrize(

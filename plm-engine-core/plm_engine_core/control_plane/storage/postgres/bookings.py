@@ -46,7 +46,7 @@ class Bookings:
             lane = await (self._open(exclusive=True) if patiently else self._accepting())
             try:
                 text = await lane.send(booking, alone=alone)
-                answer = from_json(text) if text is not None else None
+                answer = from_json(text) if text else None
                 if alone or not isinstance(answer, str):
                     return answer
                 # It failed in a round and left nothing: by itself it says why.
