@@ -12,7 +12,7 @@ from pathlib import Path
 import psycopg
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from plm_engine_core.control_plane.errors import FeedPruned, InvalidRequest
+from plm_engine_core.control_plane.errors import FeedPruned, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.events import PublicKeys, Signer, open_archive, rebuild, run_stream, verify_tenant
 from plm_engine_core.control_plane.events import archive as archive_module
 from plm_engine_core.control_plane.events.archive import Archivist
@@ -119,6 +119,25 @@ async def test_a_sweep_brings_every_tenants_archive_up(bench, local):
     archivist = Archivist(bench.storage, local)
     assert (await archivist.sweep(), await archivist.sweep()) == (2, 0)
     assert all(local.read(tenant, BELIEVED).unforged for tenant in (bench.tenant, other))
+
+
+@pytest.mark.parametrize("error", [StorageUnavailable("locked"), RuntimeError("damaged")], ids=str)
+async def test_one_tenant_that_cannot_be_archived_does_not_hold_up_the_others(bench, local, monkeypatch, caplog, error):
+    (other,) = create_tenants(bench.database, "other")
+    for each in (bench, bench.in_tenant(other)):
+        await append(each, "a", 1)
+        await sign(each)
+    archived = bench.storage.checkpoints.archived
+
+    async def failing(tenant_id):
+        if tenant_id == bench.tenant:
+            raise error
+        return await archived(tenant_id)
+
+    monkeypatch.setattr(bench.storage.checkpoints, "archived", failing)
+    assert await Archivist(bench.storage, local).sweep() == 1
+    assert local.read(other, BELIEVED).unforged
+    assert str(bench.tenant) in caplog.text
 
 
 async def test_many_at_once_store_each_piece_once(bench, local):

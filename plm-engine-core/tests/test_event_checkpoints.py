@@ -132,6 +132,26 @@ async def test_a_sweep_covers_every_tenant_in_which_something_happened(bench):
     assert await checkpointer(bench).sweep() == 0
 
 
+@pytest.mark.parametrize("error", [StorageUnavailable("locked"), RuntimeError("damaged")], ids=str)
+async def test_one_tenant_of_which_none_can_be_taken_does_not_leave_the_others_unsigned(
+    bench, monkeypatch, caplog, error
+):
+    other = bench.other()
+    await bench.append("a", 1)
+    await other.append("a", 1)
+    take = bench.storage.checkpoints.take
+
+    async def failing(tenant_id, make):
+        if tenant_id == bench.tenant:
+            raise error
+        return await take(tenant_id, make)
+
+    monkeypatch.setattr(bench.storage.checkpoints, "take", failing)
+    assert await checkpointer(bench).sweep() == 1
+    assert (await bench.storage.checkpoints.newest(other.tenant)).number == 1
+    assert str(bench.tenant) in caplog.text
+
+
 @pytest.mark.parametrize("table", ["event_checkpoints", "event_checkpoint_heads"])
 @pytest.mark.parametrize("statement", ["UPDATE {} SET number = 7", "DELETE FROM {}", "TRUNCATE {} CASCADE"])
 @pytest.mark.parametrize("role", ["owner", "app"])

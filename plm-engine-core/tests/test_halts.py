@@ -150,6 +150,21 @@ class TestWhatItEnds:
         assert (await bench.storage.halts.get(neighbour.tenant, halt.id)).calls.revoked == 1
         assert (await bench.storage.halts.get(bench.tenant, halt.id)).calls.revoked == 0
 
+    async def test_a_system_halt_ends_the_grants_of_the_other_tenants_where_one_is_damaged(self, bench, monkeypatch):
+        neighbour = bench.other()
+        grants = [await each.grant(await each.lease()) for each in (bench, neighbour)]
+        end_halted = bench.storage.halts.end_halted
+
+        async def failing(tenant_id):
+            if tenant_id == bench.tenant:
+                raise RuntimeError("damaged")
+            return await end_halted(tenant_id)
+
+        monkeypatch.setattr(bench.storage.halts, "end_halted", failing)
+        assert (await bench.halt(HaltScope.SYSTEM)).lifted_at is None
+        states = {each["id"]: each["state"] for each in bench.behind.rows("grants")}
+        assert [states[grant.id] for grant in grants] == ["issued", "revoked"]
+
     async def test_what_could_not_be_ended_at_once_is_ended_by_recovery(self, bench, monkeypatch, caplog):
         lease = await bench.lease()
         grant = await bench.grant(lease)

@@ -149,6 +149,21 @@ async def test_many_sweepers_at_once_close_each_call_once(bench):
         assert (await bench.kinds(lease.run)).count("step_settled") == 1
 
 
+@pytest.mark.postgres_only
+async def test_a_damaged_record_of_one_run_holds_up_no_other(bench, caplog):
+    leases = [await taken(bench) for _ in range(3)]
+    for lease in leases:
+        await bench.grant(lease)
+        bench.let_lease_expire(lease.run)
+    hosted = await bench.run()
+    bench.touched(hosted.id, 3600)
+    bench.touched(leases[0].run.id, 3600)
+    bench.sql("UPDATE run_steps SET decision = '{}' WHERE run_id = %s", leases[0].run.id)
+    assert await Recovery(bench.storage).sweep() == 1
+    assert [await bench.state(lease.run) for lease in leases[1:]] == [RunState.QUEUED, RunState.QUEUED]
+    assert "a run could not be closed yet" in caplog.text
+
+
 async def test_a_run_does_not_end_before_its_calls_are_settled(bench):
     lease = await taken(bench)
     grant = await bench.grant(lease)

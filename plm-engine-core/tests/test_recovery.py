@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import psycopg
 import pytest
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.recovery import Recovery
@@ -111,7 +112,8 @@ async def test_it_looks_across_tenants_but_sees_only_ids(bench):
     assert len(await bench.storage.runs.abandoned(1, patience_seconds=30)) == 1
 
 
-async def test_one_run_that_cannot_be_brought_back_does_not_hold_up_the_others(bench, monkeypatch, caplog):
+@pytest.mark.parametrize("error", [StorageUnavailable("locked"), psycopg.errors.RaiseException("damaged")], ids=str)
+async def test_one_run_that_cannot_be_brought_back_does_not_hold_up_the_others(bench, monkeypatch, caplog, error):
     runs = [await bench.run() for _ in range(3)]
     for run in runs:
         bench.touched(run.id, 3600)
@@ -119,12 +121,30 @@ async def test_one_run_that_cannot_be_brought_back_does_not_hold_up_the_others(b
 
     async def failing(tenant_id, run_id, *, patience_seconds):
         if run_id == runs[0].id:
-            raise StorageUnavailable("locked")
+            raise error
         return await revive(tenant_id, run_id, patience_seconds=patience_seconds)
 
     monkeypatch.setattr(bench.storage.runs, "revive", failing)
     assert await Recovery(bench.storage).sweep() == 2
     assert "could not be brought back yet" in caplog.text
+
+
+async def test_one_tenant_whose_halt_cannot_be_finished_does_not_hold_up_what_comes_after(bench, monkeypatch, caplog):
+    lease, run = await bench.lease(), await bench.run()
+    grant = await bench.grant(lease)
+    other = bench.other()
+    await bench.halt(HaltScope.RUN, lease.run.id)
+    bench.behind.set_rows("grants", {"id": grant.id}, state="issued")  # as if the trigger had not come so far
+    other_run = await other.run()
+    bench.touched(run.id, 3600)
+    bench.touched(other_run.id, 3600)
+
+    async def failing(tenant_id):
+        raise psycopg.errors.RaiseException("damaged")
+
+    monkeypatch.setattr(bench.storage.halts, "end_halted", failing)
+    assert await Recovery(bench.storage).sweep() == 2
+    assert "a halt is not finished yet" in caplog.text
 
 
 async def test_the_loop_outlives_a_failed_pass(bench, monkeypatch, caplog):

@@ -153,7 +153,7 @@ class KillSwitch:
             await self._end_halted(tenant_id, scope)
             halt = await self._store.get(tenant_id, halt.id)
         except Exception:
-            logger.exception("what a halt ends could not be ended yet", extra={"halt_id": str(halt.id)})
+            logger.exception("what a halt ends is not known yet", extra={"halt_id": str(halt.id)})
         # Only now: a call in flight has to be in the halt's record before it is stopped.
         await self._tell(tenant_id, halt)
         return halt
@@ -170,8 +170,13 @@ class KillSwitch:
     async def _end_halted(self, tenant_id: UUID, scope: HaltScope) -> None:
         """The halt stands already, whatever happens here; recovery finds what could not be ended."""
         others = await self._store.unfinished(_MOST_TENANTS) if scope is HaltScope.SYSTEM else ()
-        for each in {tenant_id, *others}:
-            if damaged := await self._store.end_halted(each):
+        for each in dict.fromkeys([tenant_id, *others]):
+            try:
+                damaged = await self._store.end_halted(each)
+            except Exception:
+                logger.exception("what a halt ends in tenant %s could not be ended yet", each)
+                continue
+            if damaged:
                 logger.error("a halt could not end %d grants; none of them can begin", damaged)
 
     async def lift(self, tenant_id: UUID, halt_id: UUID, *, by: Principal) -> Halt:

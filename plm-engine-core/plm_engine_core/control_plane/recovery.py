@@ -10,7 +10,7 @@ from plm_shared.artifact_store import ArtifactStorageBackend
 
 from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
 from plm_engine_core.control_plane.admission.settle import settle
-from plm_engine_core.control_plane.errors import ControlPlaneError, FencingLost, StorageUnavailable
+from plm_engine_core.control_plane.errors import FencingLost, StorageUnavailable
 from plm_engine_core.control_plane.runs.run import Lease, Orphan, Step
 from plm_engine_core.control_plane.storage.leasing import RECOVERY
 from plm_engine_core.control_plane.storage.ports import Storage
@@ -71,7 +71,7 @@ class Recovery:
         for tenant_id, run_id in await runs.abandoned(_BATCH, patience_seconds=self._patience):
             try:
                 revived += await runs.revive(tenant_id, run_id, patience_seconds=self._patience)
-            except ControlPlaneError:
+            except Exception:
                 logger.warning("a run could not be brought back yet", extra={"run_id": str(run_id)}, exc_info=True)
         return revived
 
@@ -81,7 +81,7 @@ class Recovery:
         for tenant_id in await halts.unfinished(_BATCH):
             try:
                 await halts.end_halted(tenant_id)
-            except ControlPlaneError:
+            except Exception:
                 logger.warning("a halt is not finished yet", extra={"tenant_id": str(tenant_id)}, exc_info=True)
 
     async def sweep_artifacts(self) -> int:
@@ -124,7 +124,7 @@ class _Orphans:
                 await self._close(orphan)
             except FencingLost:
                 continue
-            except ControlPlaneError:
+            except Exception:  # a record of another release, or a damaged one
                 logger.warning("a run could not be closed yet", extra={"run_id": str(orphan.run_id)}, exc_info=True)
 
     async def _close(self, orphan: Orphan) -> None:

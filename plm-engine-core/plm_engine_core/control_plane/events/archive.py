@@ -131,7 +131,9 @@ class Archivist:
             try:
                 stored += len(await self.archive(tenant_id))
                 await self._checkpoints.prune(tenant_id, actor=_ACTOR)
-            except (OSError, ValueError, InvalidRequest):
+            except StorageUnavailable as error:
+                logger.warning("the archive of tenant %s has to wait: %s", tenant_id, error)
+            except Exception:  # whatever the store's client raises
                 logger.exception("the archive of tenant %s could not be brought up; the others go on", tenant_id)
         return stored
 

@@ -35,10 +35,15 @@ class Checkpointer:
         return await self._store.take(tenant_id, make)
 
     async def sweep(self) -> int:
-        """One pass over all tenants; answers how many checkpoints were taken."""
+        """One pass over all tenants; answers how many checkpoints were taken. One that fails holds up no other."""
         taken = 0
         for tenant_id in await self._store.tenants():
-            taken += await self.take(tenant_id) is not None
+            try:
+                taken += await self.take(tenant_id) is not None
+            except StorageUnavailable as error:
+                logger.warning("the checkpoint of tenant %s has to wait: %s", tenant_id, error)
+            except Exception:
+                logger.exception("what happened in tenant %s could not be signed; the others go on", tenant_id)
         return taken
 
     async def run(self) -> None:
