@@ -22,6 +22,7 @@ from plm_engine_core.control_plane.admission.evaluators import (
     ParallelPolicyEvaluator,
 )
 from plm_engine_core.control_plane.admission.evaluators import registry as registry_module
+from plm_engine_core.control_plane.admission.evaluators.parallel import MOST_THREADS
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.matching import LONGEST_TEXT
 from plm_engine_core.control_plane.policy import Facts
@@ -196,6 +197,17 @@ async def test_who_stops_waiting_stops_the_evaluators():
     await asyncio.wait_for(waiting.cancelled.wait(), 5)
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+def test_more_of_them_than_there_are_threads_serve_one_event_loop_after_the_other():
+    many = [
+        Configured(name=f"e{index}", evaluator=Computing(ALLOW), gate=True, timeout_seconds=60)
+        for index in range(MOST_THREADS + 8)
+    ]
+    parallel = ParallelPolicyEvaluator(many)
+    names = [each.name for each in many]
+    for _ in range(3):
+        assert {each.reason for each in asyncio.run(parallel.evaluate_all(names, Proposed(), FACTS))} == {""}
 
 
 async def test_an_evaluator_that_is_not_configured_denies():

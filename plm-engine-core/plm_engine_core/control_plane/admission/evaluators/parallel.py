@@ -9,6 +9,7 @@ import threading
 from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from plm_engine_core.control_plane.admission.evaluators.evaluator import Evaluator, EvaluatorResult
 from plm_engine_core.control_plane.policy import Evaluation, Facts, Proposed
@@ -31,11 +32,14 @@ class Configured:
 
 
 class ParallelPolicyEvaluator:
-    """The evaluators of one policy, ready to be asked. Keeps nothing between proposals but its threads' number."""
+    """The evaluators of one policy, ready to be asked. Keeps nothing between proposals but its threads' number.
+
+    Any number of event loops may ask; each has `MOST_THREADS` threads.
+    """
 
     def __init__(self, evaluators: Sequence[Configured]) -> None:
         self._evaluators: Mapping[str, Configured] = {each.name: each for each in evaluators}
-        self._threads = asyncio.Semaphore(MOST_THREADS)
+        self._threads: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
         self._left_behind: set[asyncio.Task[Any]] = set()
 
     async def evaluate_all(self, names: Sequence[str], proposal: Proposed, facts: Facts) -> tuple[Evaluation, ...]:
@@ -97,13 +101,15 @@ class ParallelPolicyEvaluator:
 
     async def _in_thread(self, evaluator: Evaluator, proposal: Proposed, facts: Facts) -> Any:
         """Run a plain function in a daemon thread, which no shutdown waits for; it keeps its place until it ends."""
-        await self._threads.acquire()
         loop, done = asyncio.get_running_loop(), asyncio.Event()
+        # Once somebody waited at it, a semaphore is of use to its own event loop only.
+        threads = self._threads.setdefault(loop, asyncio.Semaphore(MOST_THREADS))
+        await threads.acquire()
         answer: list[Any] = []
         failure: list[BaseException] = []
 
         def finish() -> None:
-            self._threads.release()
+            threads.release()
             done.set()
 
         def work() -> None:
@@ -119,7 +125,7 @@ class ParallelPolicyEvaluator:
         try:
             threading.Thread(target=work, name=f"evaluator-{evaluator.kind}", daemon=True).start()
         except RuntimeError:  # the machine has no thread left
-            self._threads.release()
+            threads.release()
             raise
         await done.wait()
         if failure:
