@@ -127,6 +127,10 @@ def test_json_is_read_as_strictly_as_yaml(tmp_path):
             json.dumps({**document, "grant_seconds": -1}, indent=1),
             r"policy\.json:23:2: grant_seconds: .* greater than 0",
         ),
+        (
+            json.dumps({**document, "grant_seconds": -1}, indent="\t"),
+            r"policy\.json:23:2: grant_seconds: .* greater than 0",
+        ),
         ('{"version": "1", "version": "2"}', "'version' twice"),
         ('{"max_eur_per_call": NaN}', "NaN is no JSON number"),
         ('{"version": ', "is not JSON: line 1, column 13"),

@@ -67,8 +67,9 @@ def _refused(error: ValidationError, text: str, what: str, source: str) -> Inval
 def _place(text: str, location: Sequence[int | str]) -> str:
     """`:line:column` of the entry, or of the nearest thing around it that the text has."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError):  # JSON may hold tabs
+        # JSON may be indented with tabs, which YAML refuses; a blank in their place keeps every column.
+        node = yaml.compose(text.replace("\t", " "), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError):
         return ""
     if node is None:
         return ""
