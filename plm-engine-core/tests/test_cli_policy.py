@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -328,3 +329,11 @@ async def test_recorded_proposals_are_replayed_from_the_database(bench, files):
     )
     assert "2 recorded proposals, 1 decided otherwise\n  1 x thing.read: allow -> ask" in text.stdout
     assert "reserve 1 EUR instead of 1 EUR" in text.stdout
+
+
+@pytest.mark.parametrize("days", ["1e6", "1e9", "inf", "nan", "-1"])
+def test_days_that_no_calendar_has_are_wrong_arguments(files, days):
+    for command in (["replay", files.policy()], ["shadow", "report"]):
+        result = files.run(*command, "--tenant-id", str(uuid.UUID(int=1)), "--days", days)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "--days" in result.stderr

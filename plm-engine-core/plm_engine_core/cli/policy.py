@@ -201,7 +201,7 @@ def _line(decision: Decision) -> str:
 def replay(
     policy: PolicyFile,
     tenant_id: Annotated[UUID, typer.Option(help="Whose recorded proposals.")],
-    days: Annotated[float, typer.Option(min=0.0, help="Of the last how many days.")] = 7.0,
+    days: Annotated[float, typer.Option(min=0.0, max=36_500.0, help="Of the last how many days.")] = 7.0,
     as_json: AsJson = False,
 ) -> None:
     """Decide the recorded proposals again under this policy, each on the facts it was recorded with.

@@ -91,7 +91,7 @@ def stop(capabilities: CapabilityFile, reason: Reason, as_json: AsJson = False) 
 def report(
     tenant_id: Annotated[UUID, typer.Option(help="Whose proposals.")],
     digest: Annotated[str | None, typer.Option(help="Of which shadow; by default the one that watches now.")] = None,
-    days: Annotated[float, typer.Option(min=0.0, help="Of the last how many days.")] = 7.0,
+    days: Annotated[float, typer.Option(min=0.0, max=36_500.0, help="Of the last how many days.")] = 7.0,
     as_json: AsJson = False,
 ) -> None:
     """Say what the shadow would have decided otherwise.
