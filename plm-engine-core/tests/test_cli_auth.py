@@ -144,6 +144,13 @@ def test_a_token_that_is_refused_is_one_sentence_with_its_code_and_status_1() ->
         assert token not in result.stderr
 
 
+def test_a_command_without_a_standard_input_is_given_no_token() -> None:
+    command = f"{Path(sys.executable).with_name('plm-cli')} auth inspect <&-"
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "on standard input" in done.stderr
+
+
 def test_inspecting_nothing_or_without_a_provider_is_told_apart() -> None:
     assert inspect("").exit_code == 2
     assert inspect("x", **{ACTIVE: ""}).exit_code == 3

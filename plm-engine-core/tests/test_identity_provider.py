@@ -236,6 +236,7 @@ def test_a_short_secret_is_refused_without_repeating_it() -> None:
         ("change-me-in-production-or-else-you-lose", "placeholder 'changeme'"),
         ("a-string-secret-at-least-256-bits-long", "placeholder 'atleast256bits'"),
         ("My_Super_Secret.Key-for.the=platform/42", "placeholder 'secretkey'"),
+        ("9a\udcff\udcfe7f3kq0vX2mPz8LwYc5RtB1nHd6GsJ", "is no UTF-8 text"),
     ],
 )
 def test_a_secret_that_is_plainly_not_random_is_refused_without_repeating_it(secret: str, reason: str) -> None:

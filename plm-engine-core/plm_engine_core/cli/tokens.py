@@ -28,6 +28,8 @@ def configured_provider() -> IdentityProvider:
 
 def read_token() -> str:
     """The token on standard input; never an argument, which every process could read."""
+    if sys.stdin is None:  # it was closed
+        return ""
     if sys.stdin.isatty():
         print("paste the token, then press Enter and Ctrl-D", file=sys.stderr)
     return bare(sys.stdin.read(_MOST_READ))

@@ -22,7 +22,10 @@ _PLACEHOLDERS: Final = (
 
 def weakness(secret: str) -> str | None:
     """Why a secret must not be used, in words that repeat nothing of it but a placeholder; None when it is fine."""
-    size = len(secret.encode())
+    try:
+        size = len(secret.encode())
+    except UnicodeEncodeError:  # an environment may hold any bytes
+        return "is no UTF-8 text"
     if size < MIN_SECRET_BYTES:
         return f"has {size} bytes"
     letters = "".join(character for character in secret.casefold() if character.isalnum())
