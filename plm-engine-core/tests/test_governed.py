@@ -200,6 +200,21 @@ def test_a_budget_that_is_too_small_is_named():
     assert (caught.value.limit["limit"], caught.value.limit["needed"]) == ("0.1", "0.4")
 
 
+def test_a_call_that_waits_says_whose_approval_it_needs_as_often_as_it_is_asked():
+    policy = {"approval": {"by_risk": {"high": {"required_scope": "shop.boss", "quorum": 2}}}}
+    with Governor.in_memory(CAPABILITIES, policy=policy) as governor:
+
+        @governed("shop.order", by=governor)
+        def order():
+            raise AssertionError("it ran")
+
+        with pytest.raises(CallPending, match=r"approval by 2 people with .*shop\.boss") as caught:
+            order()
+        with pytest.raises(CallPending) as still:
+            caught.value.resume()
+        assert still.value.unblock == caught.value.unblock
+
+
 def test_a_steered_call_says_what_to_call_instead():
     policy = {"tiers": {"shop.look": "steer"}, "guidance": {"shop.look": "ask the clerk"}}
     with Governor.in_memory(CAPABILITIES, policy=policy) as governor:
@@ -251,7 +266,7 @@ class TestApproval:
             made.append(item)
             return len(made)
 
-        with pytest.raises(CallPending, match="approves ticket") as caught:
+        with pytest.raises(CallPending, match=r"approval by a person .*, of ticket") as caught:
             order("bolt")
         pending = caught.value
         with pytest.raises(CallPending) as still:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from plm_engine_core.control_plane import Denied
+from plm_engine_core.control_plane import Denied, Pending, Steered
 from plm_engine_core.control_plane.vocabulary import HaltScope, Reason, TicketDecision
 from plm_engine_core.control_plane.why import UNBLOCKED_BY
 
@@ -63,6 +63,25 @@ async def test_what_the_books_refuse_says_so_too(bench: Any) -> None:
     third = await bench.lease()
     await bench.halt(HaltScope.TENANT)
     said_in_full(await bench.control_plane.admit(bench.proposal(third)), Reason.HALTED)
+
+
+async def test_guidance_and_a_question_say_it_too_and_again_when_they_are_asked_for_again(bench: Any) -> None:
+    bench = bench.with_policy(
+        rules=[
+            {"id": "aside", "capabilities": ["thing.read"], "then": "steer", "guidance": "read another"},
+            {"id": "look", "capabilities": ["thing.write"], "then": "ask"},
+        ]
+    )
+    for capability, kind, reason, rule in (
+        ("thing.read", Steered, Reason.STEERED, "rules.aside"),
+        ("thing.write", Pending, Reason.APPROVAL_REQUIRED, "rules.look"),
+    ):
+        lease = await bench.lease()
+        answer = await bench.control_plane.admit(bench.proposal(lease, capability=capability))
+        assert isinstance(answer, kind)
+        assert (answer.reason, answer.rule) == (reason, rule)
+        assert answer.unblock
+        assert await bench.control_plane.admit(bench.proposal(lease, capability=capability)) == answer
 
 
 def said_in_full(answer: Any, reason: Reason) -> None:

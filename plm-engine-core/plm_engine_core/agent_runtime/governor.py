@@ -199,7 +199,7 @@ class Governor:
                 reason = admission.reason if isinstance(admission, Denied) else Reason.STEERED
                 with suppress(Conflict):  # a grant of which nobody was told is open; recovery closes it
                     await self._finish(core, lease, RunState.FAILED, reason=reason.value, message=admission.message)
-            raise _refusal(core, run, admission)
+            raise _refusal(run, admission)
 
     async def _admitted(self, core: ControlPlane, lease: Lease, proposal: Proposal) -> Admission:
         """The answer to a proposal, whose grant it uses up; it is asked for again where it may have got lost.
@@ -302,14 +302,14 @@ async def _passed_on(hold: Hold, call: CurrentCall) -> AsyncIterator[None]:
         task.cancel()
 
 
-def _refusal(core: ControlPlane, run: Run, admission: Admission) -> Exception:
+def _refusal(run: Run, admission: Admission) -> Exception:
     match admission:
         case Denied(reason=reason, message=message, unblock=unblock, retry_after_ms=wait, limit=limit):
             return CallDenied(message, run_id=run.id, reason=reason, unblock=unblock, retry_after_ms=wait, limit=limit)
         case Steered(guidance=guidance, message=message):
             return CallSteered(message, run_id=run.id, guidance=guidance)
-        case Pending(ticket_id=ticket_id, deadline=deadline, message=message):
-            unblock = f"a human with {core.policy.approval.required_scope} approves ticket {ticket_id}"
+        case Pending(ticket_id=ticket_id, deadline=deadline, message=message, unblock=approval):
+            unblock = f"{approval}, of ticket {ticket_id}"
             return CallPending(message, run=run, ticket_id=ticket_id, deadline=deadline, unblock=unblock)
         case _:
             raise TypeError(f"a granted call is no refusal: {admission}")
@@ -320,6 +320,6 @@ async def _undecided(core: ControlPlane, run: Run) -> Exception:
     (step,) = await core.storage.runs.steps(run.tenant_id, run.id)
     assert step.ticket_id is not None  # noqa: S101  # it is what the run waits for
     ticket = await core.storage.approvals.get(run.tenant_id, step.ticket_id)
-    unblock = f"a human with {core.policy.approval.required_scope} approves ticket {ticket.id}"
+    unblock = f"{step.decision['unblock']}, of ticket {ticket.id}"
     words = f"nobody has decided ticket {ticket.id} yet"
     return CallPending(words, run=run, ticket_id=ticket.id, deadline=ticket.deadline, unblock=unblock)

@@ -45,19 +45,28 @@ class Denied:
 
 @dataclass(frozen=True, kw_only=True)
 class Steered:
-    """Refused with guidance on what to propose instead."""
+    """Refused with guidance on what to propose instead; `rule` is the place in the policy that steers."""
 
     guidance: str
     message: str
+    reason: Reason = Reason.STEERED
+    rule: str = ""
+    unblock: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pending:
-    """Parked until somebody decides the ticket; nothing is reserved meanwhile."""
+    """Parked until somebody decides the ticket; nothing is reserved meanwhile.
+
+    `rule` is the place in the policy that asks, `unblock` says whose approval lets the call pass.
+    """
 
     ticket_id: UUID
     deadline: datetime
     message: str
+    reason: Reason = Reason.APPROVAL_REQUIRED
+    rule: str = ""
+    unblock: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,6 +279,8 @@ def _admission(proposal: Proposal, answer: Mapping[str, Any]) -> Admission:
                 ticket_id=UUID(answer["ticket_id"]),
                 deadline=datetime.fromisoformat(answer["deadline"]),
                 message=answer["message"] or "",
+                rule=answer.get("rule") or "",
+                unblock=answer.get("unblock") or "",
             )
         case "policy_changed":
             return Denied(
@@ -280,7 +291,12 @@ def _admission(proposal: Proposal, answer: Mapping[str, Any]) -> Admission:
                 retry_after_ms=_AGAIN_MS,
             )
         case "steered":
-            return Steered(guidance=answer["guidance"], message=answer["message"])
+            return Steered(
+                guidance=answer["guidance"],
+                message=answer["message"],
+                rule=answer.get("rule") or "",
+                unblock=answer.get("unblock") or "",
+            )
         case _:
             return Denied(
                 reason=Reason(answer["reason"]),
