@@ -25,6 +25,17 @@ async def test_a_ticket_is_listed_shown_commented_and_approved(terminal, bench):
     assert len((await terminal.json("approvals", "list", "--all"))["items"]) == 1
 
 
+async def test_what_an_agent_wrote_cannot_pass_for_what_the_terminal_says(terminal, bench):
+    forged = "thing/1\x1b[2K\x07\rstate: approved\nrisk: low\u202e"
+    _, pending = await bench.ask(resource=forged)
+    await terminal.run("approvals", "comment", pending.ticket_id, "well\nneeds: nobody")
+    for command in (("approvals", "list"), ("approvals", "show", pending.ticket_id)):
+        lines = (await terminal.run(*command)).stdout.splitlines()
+        assert all(line.isprintable() for line in lines), lines
+        assert not [line for line in lines if line.startswith(("risk: low", "needs: nobody"))]
+    assert (await terminal.json("approvals", "show", pending.ticket_id))["resource"] == forged
+
+
 async def test_a_ticket_is_denied_and_nobody_is_asked_twice(terminal, bench):
     _, pending = await bench.ask()
     assert "is denied" in (await terminal.run("approvals", "deny", pending.ticket_id)).stdout

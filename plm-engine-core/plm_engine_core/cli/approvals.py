@@ -10,7 +10,7 @@ import typer
 
 from plm_engine_core.cli.caller import Caller, PolicyFile, as_caller, policy_in_force, policy_of
 from plm_engine_core.cli.exits import ExitCode, fail
-from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import Books
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
 from plm_engine_core.control_plane.policy import PolicySnapshot
@@ -45,7 +45,8 @@ def list_tickets(
     lines = [
         f"{each.id}  {each.state.value:9}  until {each.deadline:%Y-%m-%d %H:%M:%S}  {_call(each)}" for each in tickets
     ]
-    show({"items": [_document(each) for each in tickets]}, "\n".join(lines) or "nothing waits", as_json=as_json)
+    text = "\n".join(map(one_line, lines)) or "nothing waits"
+    show({"items": [_document(each) for each in tickets]}, text, as_json=as_json)
 
 
 @app.command("show")
@@ -156,7 +157,7 @@ def list_scopes(
         f"{'  revoked' if each['revoked_at'] else ''}  {each['capability']} on {each['resource'] or 'any resource'}"
         for each in scopes
     ]
-    show({"items": scopes}, "\n".join(lines) or "there are none", as_json=as_json)
+    show({"items": scopes}, "\n".join(map(one_line, lines)) or "there are none", as_json=as_json)
 
 
 @app.command("revoke-scope")
@@ -216,4 +217,5 @@ def _shown(document: dict[str, Any]) -> str:
     needs = document["needs"]
     lines.append(f"needs: {needs['quorum']} with {' and '.join(needs['scopes'])}")
     lines += [f"{each['voter']} says {each['vote']}: {each['comment'] or '-'}" for each in document["votes"]]
-    return "\n".join(lines + [f"{each['author']}: {each['body']}" for each in document["comments"]])
+    lines += [f"{each['author']}: {each['body']}" for each in document["comments"]]
+    return "\n".join(map(one_line, lines))

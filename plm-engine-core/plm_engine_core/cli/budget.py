@@ -10,7 +10,7 @@ import typer
 
 from plm_engine_core.cli.caller import Caller, as_caller
 from plm_engine_core.cli.exits import ExitCode, fail
-from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import Books
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
@@ -52,7 +52,7 @@ def show_budgets(
     found = as_caller(work, as_json=as_json)
     budgets = found[:limit]
     following = budgets[-1].key.encode() if len(found) > limit else None
-    lines = "\n".join(map(_line, budgets)) or "there is no budget"
+    lines = "\n".join(map(one_line, map(_line, budgets))) or "there is no budget"
     show({"items": [asdict(each) for each in budgets], "next": following}, lines, as_json=as_json)
     if following is not None and not as_json:
         typer.echo(f"more follow: --after {following}", err=True)

@@ -7,6 +7,8 @@ from typing import NoReturn
 
 import typer
 
+from plm_engine_core.cli.output import lines
+
 
 class ExitCode(IntEnum):
     """What a script may rely on; the numbers never change their meaning."""
@@ -20,5 +22,5 @@ class ExitCode(IntEnum):
 
 def fail(code: ExitCode, sentence: str) -> NoReturn:
     """End the command: one sentence on stderr, nothing on stdout."""
-    typer.echo(f"plm-cli: {sentence}", err=True)
+    typer.echo(f"plm-cli: {lines(sentence)}", err=True)
     raise typer.Exit(int(code))

@@ -11,7 +11,7 @@ import typer
 
 from plm_engine_core.cli.caller import Caller, as_caller
 from plm_engine_core.cli.exits import ExitCode, fail
-from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import Books
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, KillSwitch
@@ -84,7 +84,7 @@ def list_halts(
 
     halts = as_caller(work, as_json=as_json)
     items: list[dict[str, Any]] = [asdict(each) for each in halts]
-    show({"items": items}, "\n".join(map(_line, halts)) or "no halt stands", as_json=as_json)
+    show({"items": items}, "\n".join(map(one_line, map(_line, halts))) or "no halt stands", as_json=as_json)
 
 
 @app.command("lift")

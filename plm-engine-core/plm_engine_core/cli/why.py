@@ -7,7 +7,7 @@ from uuid import UUID
 
 import typer
 
-from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import with_books
 from plm_engine_core.control_plane.why import Why, why
 
@@ -29,7 +29,7 @@ def why_command(
     database refused; 2: wrong arguments; 3: no address.
     """
     answer = with_books(lambda books: why(books.storage, tenant_id, asked), as_json=as_json)
-    show(answer.to_json(), "\n".join(_lines(answer)), as_json=as_json)
+    show(answer.to_json(), "\n".join(map(one_line, _lines(answer))), as_json=as_json)
 
 
 def _lines(answer: Why, indent: str = "") -> list[str]:
