@@ -19,6 +19,7 @@ from plm_engine_core.control_plane.vocabulary import (
     HaltScope,
     Period,
     Reason,
+    RunKind,
     RunState,
     TicketDecision,
 )
@@ -132,6 +133,36 @@ async def test_a_ticket_is_told_through_its_life(bench: Any) -> None:
     assert "not today" in denied.message
     queued = await asked(bench, lease.run.id)
     assert "run worker" in queued.unblocked_by
+    assert queued.because.unblocked_by == ""  # the attempt waits for no human any more
+
+
+async def test_a_ticket_that_nobody_can_decide_any_more_is_told_with_its_cause(bench: Any) -> None:
+    lease, replaced = await bench.ask()
+    await bench.decide(replaced, TicketDecision.DENY)
+    lease = await bench.lease(lease.run)
+    await bench.control_plane.admit(
+        bench.proposal(lease, capability="thing.write", ticket_id=replaced.ticket_id)
+    )  # the denial is heard
+    _, cancelled = await bench.ask(lease, attempt=2, arguments={"name": "two"})
+    await bench.control_plane.cancel(bench.tenant, lease.run.id, by=bench.requester)
+    answer = await asked(bench, cancelled.ticket_id)
+    assert (answer.state, answer.message) == ("cancelled", "its run ended before anybody decided it")
+    lease, replaced = await bench.ask()
+    await bench.decide(replaced, TicketDecision.APPROVE)
+    _, newer = await bench.ask(await bench.lease(lease.run), attempt=2, arguments={"name": "two"})
+    answer = await asked(bench, replaced.ticket_id)
+    assert (answer.state, answer.message.endswith(f"; ticket {newer.ticket_id} took its place")) == ("approved", True)
+    bench.behind.set_rows("approval_tickets", {"id": replaced.ticket_id}, state="cancelled")
+    answer = await asked(bench, replaced.ticket_id)
+    assert answer.message == f"its step was proposed again; ticket {newer.ticket_id} took its place"
+
+
+async def test_a_run_of_a_program_outside_waits_for_that_program(bench: Any) -> None:
+    run = await bench.run(kind=RunKind.EXTERNAL)
+    assert (await asked(bench, run.id)).unblocked_by == "whoever made it, who takes it up again"
+    lease = await bench.storage.runs.take(bench.tenant, run.id, owner="host", seconds=60, kind=RunKind.EXTERNAL)
+    assert lease is not None
+    assert (await asked(bench, run.id)).unblocked_by == "nothing: whoever made it moves it forward"
 
 
 async def test_what_goes_well_is_blocked_by_nothing(bench: Any) -> None:

@@ -22,6 +22,7 @@ from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
     Period,
     Reason,
+    RunKind,
     RunState,
     Stage,
     StepState,
@@ -64,6 +65,11 @@ _BY_RUN_STATE: Mapping[RunState, str] = {
     RunState.QUEUED: "a run worker that takes it: is one running, with the plugins it needs?",
     RunState.RUNNING: "nothing: a run worker moves it forward",
     RunState.OUTCOME_UNKNOWN: "finding out whether the effect took place, then plm-cli run reconcile",
+}
+_BY_EXTERNAL_RUN_STATE: Mapping[RunState, str] = {
+    **_BY_RUN_STATE,
+    RunState.QUEUED: "whoever made it, who takes it up again",
+    RunState.RUNNING: "nothing: whoever made it moves it forward",
 }
 _BY_TICKET_STATE: Mapping[TicketState, str] = {
     TicketState.PENDING: UNBLOCKED_BY[Reason.APPROVAL_REQUIRED],
@@ -193,7 +199,8 @@ def of_run(run: Run, last: Why | None) -> Why:
     """Why a run stands where it stands; `last` is about its last attempt."""
     reason = run.reason or None
     blocked = run.state not in (RunState.SUCCEEDED, RunState.CANCELLED)
-    unblocked_by = _BY_RUN_STATE.get(run.state, "")
+    by_state = _BY_EXTERNAL_RUN_STATE if run.kind is RunKind.EXTERNAL else _BY_RUN_STATE
+    unblocked_by = by_state.get(run.state, "")
     if blocked and not unblocked_by:
         of_last = last.unblocked_by if last is not None and last.reason == reason else ""
         unblocked_by = of_last or UNBLOCKED_BY.get(reason or "", "a new run, once what the message says is mended")
@@ -218,6 +225,7 @@ def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
         reason = Reason.APPROVAL_REQUIRED.value
     blocked = waiting or step.state in _REFUSED
     by_policy = reason == decision.get("reason") or waiting
+    decided = waiting and ticket is not None and ticket.state is not TicketState.PENDING
     known = booked.get("unblock") or (decision.get("unblock", "") if by_policy else "")
     return Why(
         kind="attempt",
@@ -228,7 +236,7 @@ def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
         stage=_stage(reason, decision) if blocked else None,
         rule=booked.get("rule") or decision.get("rule") or None,
         limit=booked.get("limit") or {},
-        unblocked_by=(known or UNBLOCKED_BY.get(reason or "", "")) if blocked else "",
+        unblocked_by=(known or UNBLOCKED_BY.get(reason or "", "")) if blocked and not decided else "",
         because=of_ticket(ticket) if ticket is not None else None,
     )
 
@@ -249,8 +257,13 @@ def of_ticket(ticket: ApprovalTicket) -> Why:
             message = f"{ticket.capability} on {ticket.resource} waits until {ticket.deadline:%Y-%m-%d %H:%M:%S} UTC"
         case TicketState.APPROVED | TicketState.DENIED:
             message = f"{ticket.state.value} by {ticket.decided_by}{said}"
+        case TicketState.CANCELLED:
+            again = ticket.superseded_by is not None
+            message = "its step was proposed again" if again else "its run ended before anybody decided it"
         case _:
             message = f"nobody decided it until {ticket.deadline:%Y-%m-%d %H:%M:%S} UTC"
+    if ticket.superseded_by is not None:
+        message += f"; ticket {ticket.superseded_by} took its place"
     return Why(
         kind="ticket",
         id=str(ticket.id),
