@@ -213,6 +213,19 @@ def test_issuer_and_audience_are_checked_when_configured() -> None:
         assert caught.value.reason == reason, change
 
 
+def test_the_clocks_may_be_apart_by_the_leeway_and_no_more() -> None:
+    now = int(time.time())
+    ahead, late = sign(claims(iat=now + 60, nbf=now + 60)), sign(claims(iat=now - 600, exp=now - 60))
+    settings = {"PLM_IDENTITY_HS256_SECRET": SECRET, "PLM_IDENTITY_LEEWAY_SECONDS": "110"}
+    wide, exact = Hs256JwtIdentityProvider.from_environment(settings), Hs256JwtIdentityProvider(active_secret=SECRET)
+    assert [wide.validate(token).user_id for token in (ahead, late)] == [USER, USER]
+    with pytest.raises(IdentityMalformedError) as caught:
+        exact.validate(ahead)
+    assert caught.value.reason == "not_yet_valid"
+    with pytest.raises(IdentityExpiredError):
+        exact.validate(late)
+
+
 @pytest.mark.parametrize("environment", ["production", "prod", " Production ", "PROD\n"])
 def test_production_refuses_shared_secrets(environment: str) -> None:
     with pytest.raises(IdentityProviderConfigError, match="ENVIRONMENT"):
