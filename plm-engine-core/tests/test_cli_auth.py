@@ -144,6 +144,23 @@ def test_a_token_that_is_refused_is_one_sentence_with_its_code_and_status_1() ->
         assert token not in result.stderr
 
 
+def test_a_refused_token_is_told_to_programs_too(tmp_path: Path) -> None:
+    refused = inspect("garbage", "--json")
+    assert refused.exit_code == 1
+    told = json.loads(refused.stdout)
+    assert (told["refused"], told["reason"]) == ("IDENTITY_MALFORMED", "malformed_token")
+    assert told["message"]
+    acting = {**UNSET, ACTIVE: SECRET, "PLM_TOKEN": "garbage", "PG_DSN": None}
+    refused = CliRunner().invoke(build_app(), ["halt", "list", "--json"], env=acting)
+    assert refused.exit_code == 3
+    assert json.loads(refused.stdout)["reason"] == "malformed_token"
+    away = {"PLM_OIDC_ISSUER": "http://127.0.0.1:9/", "PLM_OIDC_AUDIENCE": "us"}
+    with local_issuer(tmp_path / "issuer") as issuer:
+        token = issuer.token(issuer.make_key())
+    refused = inspect(token, "--json", **away)
+    assert (refused.exit_code, json.loads(refused.stdout)["reason"]) == (1, "IDENTITY_PROVIDER_UNAVAILABLE")
+
+
 def test_a_command_without_a_standard_input_is_given_no_token() -> None:
     command = f"{Path(sys.executable).with_name('plm-cli')} auth inspect <&-"
     done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False)

@@ -144,6 +144,9 @@ def test_a_policy_that_cannot_be_read_ends_with_its_place(files, command):
     assert result.exit_code == 1
     assert f"{bad}:" in result.stderr
     assert "grant_seconds" in result.stderr
+    told = json.loads(files.run(command, bad, *more, "--json").stdout)
+    assert (told["refused"], told["reason"]) == ("invalid_request", "invalid_request")
+    assert f"{bad}:" in told["message"]
 
 
 # --- explain, test, diff ---------------------------------------------------------------------------------------------
@@ -324,6 +327,11 @@ async def test_recorded_proposals_are_replayed_from_the_database(bench, files):
     answer = json.loads(result.stdout)
     assert (answer["attempts"], answer["changed"]) == (2, 1)
     assert answer["examples"][0]["rule"] == "rules.big"
+    none = await asyncio.to_thread(
+        files.run, "replay", files.policy(), "--tenant-id", str(bench.tenant), "--days", "0", "--json",
+        PG_DSN=bench.database.app,
+    )  # fmt: skip
+    assert json.loads(none.stdout)["attempts"] == 0
     text = await asyncio.to_thread(
         files.run, "replay", files.policy(), "--tenant-id", str(bench.tenant), PG_DSN=bench.database.app
     )

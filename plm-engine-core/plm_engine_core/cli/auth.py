@@ -80,7 +80,7 @@ def inspect(as_json: AsJson = False) -> None:
     if not token:
         fail(ExitCode.USAGE, "give the token on standard input: plm-cli auth inspect < token.txt")
     provider = configured_provider()
-    identity = identified(provider, token)
+    identity = identified(provider, token, as_json=as_json)
     answer = {"provider": provider.name, **identity.model_dump(mode="json"), "scopes": sorted(identity.scopes)}
     lines = [f"{identity.actor_kind} {identity.user_id} in tenant {identity.tenant_id}, known by {provider.name}"]
     lines.append(

@@ -17,6 +17,7 @@ from uuid import UUID
 import typer
 
 from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.output import show_refusal
 from plm_engine_core.cli.storage import Books, with_books
 from plm_engine_core.cli.tokens import bare, configured_provider
 from plm_engine_core.control_plane.admission.proposal import Principal
@@ -50,7 +51,7 @@ class Caller:
 def as_caller(work: Callable[[Books, Caller], Awaitable[Answer]], *, as_json: bool) -> Answer:
     """Run `work` as the bearer of the token; a refusal ends the command as `with_books` does."""
     provider = configured_provider()
-    identity = _identity(provider)
+    identity = _identity(provider, as_json=as_json)
 
     async def acting(books: Books) -> Answer:
         await books.audit.write(bind_record(identity, provider=provider.name))
@@ -92,7 +93,7 @@ async def policy_in_force(books: Books, file: PolicySnapshot) -> PolicySnapshot:
     return policy
 
 
-def _identity(provider: IdentityProvider) -> IdentityContext:
+def _identity(provider: IdentityProvider, *, as_json: bool) -> IdentityContext:
     token = bare(os.environ.get("PLM_TOKEN", ""))
     if not token:
         fail(
@@ -101,6 +102,8 @@ def _identity(provider: IdentityProvider) -> IdentityContext:
     try:
         return asyncio.run(provider.identify(token))
     except IdentityValidationError as error:
+        show_refusal(error.code, error.reason, str(error), as_json=as_json)
         fail(ExitCode.NOT_CONFIGURED, f"PLM_TOKEN is refused: {error} [{error.code}]")
     except IdentityProviderUnavailable as error:
+        show_refusal(error.code, error.code, str(error), as_json=as_json)
         fail(ExitCode.FAILED, f"PLM_TOKEN cannot be checked: {error} [{error.code}]")

@@ -24,6 +24,12 @@ def lines(text: str) -> str:
     return "\n".join("\t".join(map(one_line, line.split("\t"))) for line in text.split("\n"))
 
 
+def show_refusal(refused: str, reason: object, message: str, *, as_json: bool, **more: Any) -> None:
+    """Tell programs what a command was refused, in the API's words; people are told on stderr."""
+    if as_json:
+        show({"refused": refused, "reason": str(reason), "message": message, **more}, "", as_json=True)
+
+
 def show(answer: Mapping[str, Any], text: str, *, as_json: bool) -> None:
     """Print the answer in the form asked for; values that JSON does not know, such as UUIDs, appear as text."""
     typer.echo(json.dumps(answer, indent=2, default=str) if as_json else lines(text))

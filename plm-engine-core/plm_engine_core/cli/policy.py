@@ -13,10 +13,10 @@ from uuid import UUID
 
 import typer
 
-from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.exits import ExitCode
 from plm_engine_core.cli.output import AsJson, show
 from plm_engine_core.cli.policy_acts import activate, active, shadow_app
-from plm_engine_core.cli.storage import Books, with_books
+from plm_engine_core.cli.storage import Books, refused, with_books
 from plm_engine_core.control_plane.admission.admit import decided
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, ParallelPolicyEvaluator
 from plm_engine_core.control_plane.amounts import plain
@@ -38,12 +38,12 @@ CapabilityFile = Annotated[Path, typer.Option("--capabilities", help="The capabi
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
+def _refusals(*, as_json: bool) -> Iterator[None]:
     """A file that cannot be right ends the command with one sentence."""
     try:
         yield
     except InvalidRequest as error:
-        fail(ExitCode.FAILED, str(error))
+        refused(error, as_json=as_json)
 
 
 class Bench:
@@ -72,7 +72,7 @@ def lint_command(
 
     Status 0: nothing, or only warnings; 1: errors, or the policy cannot be read; 2: wrong arguments.
     """
-    with _refusals():
+    with _refusals(as_json=as_json):
         bench = Bench(load_policy(policy), load_capabilities(capabilities))
     remarks = lint(bench.policy, bench.registry)
     bad = [each for each in remarks if strict or each.severity is Severity.ERROR]
@@ -94,7 +94,7 @@ def explain(
 
     Status 0: it was decided, whatever the verdict; 1: a file cannot be read; 2: wrong arguments.
     """
-    with _refusals():
+    with _refusals(as_json=as_json):
         bench = Bench(load_policy(policy), load_capabilities(capabilities))
         decision = bench.decide(load_document(proposal, Trial, "proposal"))
     show({"digest": bench.policy.digest, **decision.to_json()}, _explained(decision), as_json=as_json)
@@ -124,7 +124,7 @@ def compare(
 
     Status 0: all as expected; 1: not, or a file cannot be read; 2: wrong arguments.
     """
-    with _refusals():
+    with _refusals(as_json=as_json):
         bench = Bench(load_policy(policy), load_capabilities(capabilities))
         read = load_document(cases, CaseFile, "case file").cases
         found = {case.name: case.expect.mismatches(bench.decide(case.given)) for case in read}
@@ -165,7 +165,7 @@ def diff(
 
     Status 0: none; 1: some, or a file cannot be read; 2: wrong arguments.
     """
-    with _refusals():
+    with _refusals(as_json=as_json):
         registry = load_capabilities(capabilities)
         before, after = Bench(load_policy(old), registry), Bench(load_policy(new), registry)
         trials = {f"capability {each.id}": Trial(capability=each.id) for each in registry}
@@ -209,7 +209,7 @@ def replay(
     Nothing is written. Budgets, halts and rates are as they were. Status 0: done; 1: the policy cannot be read or the
     database refused; 2: wrong arguments; 3: no address.
     """
-    with _refusals():
+    with _refusals(as_json=as_json):
         report = Replay(policy=load_policy(policy))
     since = datetime.now(UTC) - timedelta(days=days)
     with_books(lambda books: _replay(books, report, tenant_id, since), as_json=as_json)

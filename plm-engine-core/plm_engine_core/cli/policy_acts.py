@@ -12,7 +12,7 @@ import typer
 from plm_engine_core.cli.caller import Caller, as_caller
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
-from plm_engine_core.cli.storage import Books, with_books
+from plm_engine_core.cli.storage import Books, refused, with_books
 from plm_engine_core.control_plane.activation import Activation, PolicyDesk
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.errors import InvalidRequest
@@ -134,7 +134,7 @@ def _act(
         policy = load_policy(file) if file is not None else None
         registry = load_capabilities(capabilities)
     except InvalidRequest as error:
-        fail(ExitCode.FAILED, str(error))
+        refused(error, as_json=as_json)
 
     async def work(books: Books, caller: Caller) -> Activation:
         policies = books.storage.policies

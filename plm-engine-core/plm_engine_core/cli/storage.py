@@ -17,7 +17,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from plm_engine_core.cli.db import driver_words
 from plm_engine_core.cli.exits import ExitCode, fail
-from plm_engine_core.cli.output import show
+from plm_engine_core.cli.output import show_refusal
 from plm_engine_core.control_plane.errors import ControlPlaneError, FeedPruned, Forbidden
 from plm_engine_core.control_plane.identity import AuditError, PostgresAuditSink
 from plm_engine_core.control_plane.storage.ports import Delivery
@@ -54,18 +54,18 @@ def with_books(work: Callable[[Books], Awaitable[Answer]], *, as_json: bool = Fa
     try:
         return asyncio.run(_run(work))
     except (ControlPlaneError, AuditError) as error:
-        _refused(error, as_json=as_json)
+        refused(error, as_json=as_json)
 
 
-def _refused(error: ControlPlaneError | AuditError, *, as_json: bool) -> NoReturn:
+def refused(error: ControlPlaneError | AuditError, *, as_json: bool) -> NoReturn:
+    """End the command with the sentence and the reason of a refusal."""
     reason = getattr(error, "reason", error.code)
-    if as_json:
-        more: dict[str, Any] = {}
-        if isinstance(error, Forbidden):
-            more = {"missing_scopes": list(error.missing_scopes)}
-        elif isinstance(error, FeedPruned):
-            more = {"cursor": error.cursor}
-        show({"refused": error.code, "reason": reason, "message": str(error), **more}, "", as_json=True)
+    more: dict[str, Any] = {}
+    if isinstance(error, Forbidden):
+        more = {"missing_scopes": list(error.missing_scopes)}
+    elif isinstance(error, FeedPruned):
+        more = {"cursor": error.cursor}
+    show_refusal(error.code, reason, str(error), as_json=as_json, **more)
     fail(ExitCode.FAILED, f"{error} [{reason}]")
 
 

@@ -6,6 +6,7 @@ import asyncio
 import sys
 
 from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.output import show_refusal
 from plm_engine_core.control_plane.identity import (
     IdentityContext,
     IdentityProvider,
@@ -40,11 +41,13 @@ def bare(text: str) -> str:
     return text.strip().removeprefix("Bearer ").strip()
 
 
-def identified(provider: IdentityProvider, token: str) -> IdentityContext:
+def identified(provider: IdentityProvider, token: str, *, as_json: bool = False) -> IdentityContext:
     """Who the token says it is; ends the command where the platform would not let it in."""
     try:
         return asyncio.run(provider.identify(token))
     except IdentityValidationError as error:
+        show_refusal(error.code, error.reason, str(error), as_json=as_json)
         fail(ExitCode.FAILED, f"{error.code} ({error.reason}): {error}; {error.remedy}")
     except IdentityProviderUnavailable as error:
+        show_refusal(error.code, error.code, str(error), as_json=as_json)
         fail(ExitCode.FAILED, f"{error.code}: {error}; check that this machine reaches the issuer")
