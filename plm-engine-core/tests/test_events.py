@@ -10,7 +10,7 @@ import psycopg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from plm_engine_core.control_plane.events import Event, event_hash, run_stream
+from plm_engine_core.control_plane.events import Event, event_hash, run_stream, verify_tenant
 from plm_engine_core.control_plane.vocabulary import OutcomeStatus
 
 pytestmark = pytest.mark.every_storage
@@ -143,7 +143,9 @@ FORGERIES = {
 async def test_a_changed_event_is_found_and_named(bench, forgery):
     await filled(bench)
     forge(bench, FORGERIES[forgery])
-    assert (await verdict(bench)).first_bad_seq == 4
+    found, *moved = await bench.control_plane.verify_events(bench.tenant)
+    assert found.first_bad_seq == 4
+    assert [(each.stream, each.first_bad_seq) for each in moved] == ([("else", 4)] if forgery == "stream" else [])
 
 
 @pytest.mark.postgres_only
@@ -162,6 +164,7 @@ async def test_each_position_is_guarded(bench):
     [
         ("DELETE FROM events WHERE seq > 5", 6),
         ("DELETE FROM events", 1),
+        ("DELETE FROM event_streams", 1),
         ("UPDATE event_streams SET last_seq = 5", 6),
         ("UPDATE event_streams SET last_seq = 20", 9),
         ("UPDATE event_streams SET last_hash = decode('00', 'hex')", 8),
@@ -190,6 +193,24 @@ async def test_a_stream_that_grows_while_it_is_checked_is_consistent(bench):
         assert (await verdict(bench)).consistent
     done.set()
     await growing
+
+
+async def test_streams_that_begin_while_others_are_checked_are_left_to_the_next_time(bench, monkeypatch):
+    await filled(bench, length=1)
+    heads = bench.storage.events.heads
+    begun = []
+
+    async def heads_and_then_another_stream(tenant_id):
+        found = await heads(tenant_id)
+        if not begun:
+            begun.append(await bench.append("later", 1, 2))
+        return found
+
+    monkeypatch.setattr(bench.storage.events, "heads", heads_and_then_another_stream)
+    assert [(each.stream, each.consistent) for each in await verify_tenant(bench.storage, bench.tenant)] == [
+        ("tenant", True)
+    ]
+    assert {each.stream for each in await verify_tenant(bench.storage, bench.tenant)} == {"tenant", "later"}
 
 
 async def test_reading_goes_on_after_a_sequence(bench):

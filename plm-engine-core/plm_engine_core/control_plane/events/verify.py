@@ -80,23 +80,27 @@ def verify_streams(
     `links` are ordered by stream and sequence. A stream whose beginning was pruned is checked from its stub on; an
     export then says whether the stub is what was there. With `since`, each stream is only checked from there on, and
     what comes before is taken as good. With `exported`, streams must also agree with those heads. No stream of either
-    may be missing. What is appended after the heads were read is left to the next time.
+    may be missing. What is appended after the heads were read is left to the next time; events of a stream that has no
+    head are bad, so whoever reads links later than heads looks whether it has one by then.
     """
     walks = {
         head.stream: _Walk(tenant_id, head, since=(since or {}).get(head.stream), exported=(exported or {}))
         for head in heads
     }
+    known = {**(since or {}), **(exported or {})}
+    headless: dict[str, Verification] = {}
     walk: _Walk | None = None
     name: str | None = None
     for link in links:
         if link[0] != name:
             name = link[0]
-            walk = walks.get(name)  # a stream that has begun since the heads were read is left to the next time
+            walk = walks.get(name)
+            if walk is None and name not in known:
+                headless[name] = _headless(name, link[1])
         if walk is not None:
             walk.step(link)
-    known = {**(since or {}), **(exported or {})}
     missing = [_removed(head) for stream, head in known.items() if stream not in walks]
-    return [walk.result() for walk in walks.values()] + missing
+    return [walk.result() for walk in walks.values()] + missing + list(headless.values())
 
 
 class _Walk:
@@ -160,6 +164,10 @@ def _removed(head: Head) -> Verification:
     )
 
 
+def _headless(stream: str, seq: int) -> Verification:
+    return Verification(stream=stream, events=0, first_bad_seq=seq, problem="the stream has events and no head")
+
+
 async def verify_tenant(
     storage: Storage,
     tenant_id: UUID,
@@ -188,7 +196,9 @@ async def verify_tenant(
         asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=copied),
         storage.events.misplaced(tenant_id, stream=stream, after=number),
     )
-    results = [_placed(each, misplaced) for each in results]
+    begun = {each.stream for each in results} - {head.stream for head in heads} - since.keys() - copied.keys()
+    begun &= {head.stream for head in await storage.events.heads(tenant_id)} if begun else set()
+    results = [_placed(each, misplaced) for each in results if each.stream not in begun]
     changed = await _changed_checkpoint(storage.checkpoints, tenant_id, exported.newest) if exported else None
     return [changed, *results] if changed is not None else results
 
