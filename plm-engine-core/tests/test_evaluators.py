@@ -128,6 +128,19 @@ async def test_only_a_result_that_allows_allows(kind, answer, status, reason):
     json.dumps(evaluation.to_json()).encode()
 
 
+class Unprintable(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+
+@pytest.mark.parametrize("kind", [Stub, Computing])
+@pytest.mark.parametrize("answer", [SystemExit(3), Unprintable(), EvaluatorResult(allow=False, reason=Unprintable())])
+def test_one_that_would_end_the_process_or_cannot_be_printed_denies(kind, answer):
+    (evaluation,) = asyncio.run(ask(kind(answer)))
+    assert evaluation.status in (EvaluationStatus.FAILED, EvaluationStatus.DENIED)
+    assert evaluation.reason
+
+
 async def test_answers_come_in_declared_order_whoever_is_first():
     slow, fast = asyncio.Event(), Stub(ALLOW)
     asyncio.get_running_loop().call_soon(slow.set)

@@ -95,9 +95,9 @@ class ParallelPolicyEvaluator:
 
     async def _ask(self, evaluator: Evaluator, proposal: Proposed, facts: Facts) -> Any:
         if inspect.iscoroutinefunction(evaluator.evaluate):
-            return await evaluator.evaluate(proposal, facts)
+            return await _contained(evaluator.evaluate(proposal, facts))
         answer = await self._in_thread(evaluator, proposal, facts)
-        return await answer if isinstance(answer, Awaitable) else answer
+        return await _contained(answer) if isinstance(answer, Awaitable) else answer
 
     async def _in_thread(self, evaluator: Evaluator, proposal: Proposed, facts: Facts) -> Any:
         """Run a plain function in a daemon thread, which no shutdown waits for; it keeps its place until it ends."""
@@ -129,7 +129,7 @@ class ParallelPolicyEvaluator:
             raise
         await done.wait()
         if failure:
-            raise RuntimeError(f"{type(failure[0]).__name__}: {failure[0]}") from failure[0]
+            raise RuntimeError(f"{type(failure[0]).__name__}: {_words(failure[0])}") from failure[0]
         return answer[0]
 
     def _leave(self, task: asyncio.Task[Any]) -> None:
@@ -143,13 +143,21 @@ class ParallelPolicyEvaluator:
         task.cancel()
 
 
+async def _contained(answer: Awaitable[Any]) -> Any:
+    """The answer; a `sys.exit` on the way to it would end the event loop, and the process with it."""
+    try:
+        return await answer
+    except SystemExit as error:
+        raise RuntimeError(f"SystemExit: {error}") from error
+
+
 def _outcome(name: str, task: asyncio.Task[Any]) -> Evaluation:
     if task.cancelled():
         return _evaluation(name, EvaluationStatus.FAILED, "it cancelled itself")
     error = task.exception()
     if error is not None:
         logger.warning("the evaluator %s failed", name, exc_info=error)
-        return _evaluation(name, EvaluationStatus.FAILED, f"{type(error).__name__}: {error}")
+        return _evaluation(name, EvaluationStatus.FAILED, f"{type(error).__name__}: {_words(error)}")
     result = task.result()
     if not isinstance(result, EvaluatorResult) or not isinstance(result.allow, bool):
         return _evaluation(name, EvaluationStatus.INVALID, f"it answered with {type(result).__name__}")
@@ -158,5 +166,12 @@ def _outcome(name: str, task: asyncio.Task[Any]) -> Evaluation:
 
 def _evaluation(name: str, status: EvaluationStatus, reason: object) -> Evaluation:
     """With a reason that can be stored, whatever the evaluator put into it."""
-    text = str(reason)[:_LONGEST_REASON].encode(errors="backslashreplace").decode().replace("\x00", "\\x00")
+    text = _words(reason)[:_LONGEST_REASON].encode(errors="backslashreplace").decode().replace("\x00", "\\x00")
     return Evaluation(name=name, status=status, reason=text)
+
+
+def _words(value: object) -> str:
+    try:
+        return str(value)
+    except Exception as error:  # noqa: BLE001  # an evaluator's own object
+        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
