@@ -2,25 +2,65 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from plm_engine_core.control_plane import Denied, Pending, Steered
+from plm_engine_core import control_plane
+from plm_engine_core.control_plane import Denied, Pending, Steered, errors
 from plm_engine_core.control_plane.vocabulary import HaltScope, Reason, TicketDecision
 from plm_engine_core.control_plane.why import UNBLOCKED_BY
+from plm_engine_core.testing.fault_table import CANNOT_BE, GOES_ON, read_fault_table
 
 pytestmark = pytest.mark.every_storage
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "reasons.md").read_text(encoding="utf-8")
+ROW = re.compile(r"^\| `(\w+)` \| ([^|]+\.) \| ([^|]+) \|$", re.MULTILINE)
+ANSWERS, _, REQUESTS = PAGE.partition("## Requests that are refused")
 POOR = {"run": {"EUR": "0.1", "calls": "9"}, "tenant": {"EUR": "9", "calls": "9"}}
 
 
 def test_the_page_has_each_reason_once_with_what_unblocks_it() -> None:
-    rows = re.findall(r"^\| `(\w+)` \| ([^|]+\.) \| ([^|]+) \|$", PAGE, re.MULTILINE)
+    rows = ROW.findall(ANSWERS)
     assert [reason for reason, _, _ in rows] == [reason.value for reason in Reason]
     assert {Reason(reason): unblocked for reason, _, unblocked in rows} == dict(UNBLOCKED_BY)
+
+
+def test_the_page_has_what_every_refused_request_is_told_and_nothing_else() -> None:
+    told = {reason for reason, _, _ in ROW.findall(REQUESTS)}
+    assert told == {*raised(), *answered_by_the_books()} - {reason.value for reason in Reason}
+
+
+def test_what_is_answered_under_a_fault_is_one_of_them() -> None:
+    said = {cell for row in read_fault_table(PAGE).values() for cell in row.values()}
+    assert {cell for cell in said if cell != GOES_ON and not cell.startswith(CANNOT_BE)} <= {
+        reason for reason, _, _ in ROW.findall(PAGE)
+    }
+
+
+def raised() -> Iterator[str]:
+    """The reason of every typed refusal in the sources, or its code where it has no other."""
+    kinds = {
+        name: kind
+        for name, kind in vars(errors).items()
+        if inspect.isclass(kind) and issubclass(kind, errors.ControlPlaneError)
+    }
+    for name in kinds.keys() - {"ControlPlaneError", "Conflict", "Forbidden"}:
+        yield kinds[name].code
+    for path in Path(control_plane.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in kinds:
+                words = [each.value for each in node.keywords if each.arg == "reason"]
+                yield from (each.value for each in words if isinstance(each, ast.Constant))
+
+
+def answered_by_the_books() -> Iterator[str]:
+    for path in Path(control_plane.__file__).parent.glob("storage/sql/*.sql"):
+        yield from re.findall(r"'reason', '(?!message)(\w+)'", path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
