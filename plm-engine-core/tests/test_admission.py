@@ -199,6 +199,14 @@ async def test_arguments_that_cannot_be_recorded_are_refused_by_path(bench, valu
         await bench.control_plane.admit(bench.proposal(lease, arguments={"name": value}))
 
 
+async def test_an_argument_that_no_digest_marks_is_named_by_its_path_too(bench):
+    lease = await bench.lease()
+    arguments = {"name": "x", "unmarked": {"deep": [1, float("nan")]}}
+    with pytest.raises(InvalidRequest, match=r": arguments\.unmarked\.deep\[1\]: ") as caught:
+        await bench.control_plane.admit(bench.proposal(lease, capability="thing.write", arguments=arguments))
+    assert caught.value.field == "arguments.unmarked.deep[1]"
+
+
 @pytest.mark.postgres_only
 class TestOnTheCallersConnection:
     """The caller's transaction decides what becomes of it."""

@@ -212,7 +212,9 @@ class _Admitting:
             run_id=proposal.run_id,
             fencing_token=proposal.fencing_token,
             command_id=proposal.command_id,
-            command_digest=content_hash([self.digest, dict(proposal.arguments), proposal.step_id]),
+            command_digest=content_hash(
+                [self.digest, dict(proposal.arguments), proposal.step_id], known_as=("payload[1]", "arguments")
+            ),
             step_index=proposal.step_index,
             attempt=proposal.attempt,
             step_id=proposal.step_id,

@@ -114,8 +114,10 @@ class Proposal:
         return f"{uuid_text(self.run_id)}/{self.step_index}/{self.attempt}{ticket}"
 
 
-def content_hash(value: Any) -> str:
+def content_hash(value: Any, *, known_as: tuple[str, str] | None = None) -> str:
     """The hash of what is proposed or settled, in which the same value is the same in every process.
+
+    `known_as` is a place within the value, and what its caller calls it.
 
     Raises:
         InvalidRequest: it is no JSON; names the path.
@@ -123,7 +125,9 @@ def content_hash(value: Any) -> str:
     try:
         return compute_content_hash(value)
     except JsonRefused as error:
-        raise InvalidRequest(f"it cannot be recorded: {error}", field=error.path) from error
+        place, name = known_as or ("", "")
+        path = name + error.path.removeprefix(place) if place and error.path.startswith(place) else error.path
+        raise InvalidRequest(f"it cannot be recorded: {path}: {error.problem}", field=path) from error
 
 
 def check_claims(claims: object) -> None:
