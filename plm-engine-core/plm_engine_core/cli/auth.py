@@ -73,8 +73,9 @@ def issue_token(
 def inspect(as_json: AsJson = False) -> None:
     """Read a bearer token from standard input and say who it is, by the identity provider of this environment.
 
-    A token is never an argument, where every process could read it. Status 0: the platform would let it in, 1: it would
-    not, or its issuer cannot be reached, 2: no token was given, 3: no usable provider.
+    A token is never an argument, where every process could read it; whether its tenant exists is not looked up.
+    Status 0: the platform would let it in, 1: it would not, or its issuer cannot be reached, 2: no token was given,
+    3: no usable provider.
     """
     token = read_token()
     if not token:
