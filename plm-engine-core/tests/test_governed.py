@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 import uuid
@@ -663,6 +664,37 @@ class TestMisuse:
 
         with pytest.raises(InvalidRequest, match="cannot be filled in"):
             look("bolt")
+
+    def test_a_function_that_would_run_when_its_call_is_over_is_refused(self, memory):
+        def pages(item):
+            yield item
+
+        async def pages_to_come(item):
+            yield item
+
+        for function in (pages, pages_to_come):
+            with pytest.raises(InvalidRequest, match="after its call is over"):
+                governed("shop.look", by=memory)(function)
+
+    def test_one_that_returns_what_has_not_run_yet_has_failed_and_it_never_runs(self, memory):
+        async def later():
+            raise AssertionError("it ran")
+
+        for what in (later, lambda: (pytest.fail("it ran") for _ in "1")):
+            with pytest.raises(InvalidRequest, match="after its call is over"):
+                governed("shop.look", by=memory, leave_out=("what",))(lambda what: what())(what)
+        assert [only_step(memory, run).state for run in runs(memory)] == [StepState.FAILED] * 2
+
+    def test_what_can_be_called_is_governed_whatever_it_is(self, memory):
+        class Shelf:
+            async def __call__(self, item):
+                return item
+
+        def look(shelf, item):
+            return [shelf, item]
+
+        assert governed("shop.look", by=memory)(functools.partial(look, "high"))("bolt") == ["high", "bolt"]
+        assert asyncio.run(governed("shop.look", by=memory)(Shelf())("bolt")) == "bolt"
 
     async def test_a_synchronous_function_inside_a_loop(self, memory):
         @governed("shop.look", by=memory)

@@ -46,7 +46,8 @@ def governed(
     would be. A synchronous one cannot be ended from outside: it asks `current_call()` now and then.
 
     Raises:
-        InvalidRequest: from here, the capability is not registered; from a call, an argument is no JSON value.
+        InvalidRequest: from here, the capability is not registered, or the function yields and so would go on after
+            its call; from a call, an argument is no JSON value, or the result has not run yet.
         CallRefused: from a call; it was denied or steered, or waits for a human. The function did not run.
         CallStopped: from a call; it was stopped in its middle.
         StorageUnavailable: from a call; what became of it could not be recorded.
@@ -55,8 +56,11 @@ def governed(
     by.require(capability)
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
-        shape = _Shape(function, capability, resource or f"function/{function.__qualname__}", leave_out)
-        if inspect.iscoroutinefunction(function):
+        name = getattr(function, "__qualname__", type(function).__qualname__)
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise _unfinished(name)
+        shape = _Shape(function, capability, resource or f"function/{name}", leave_out)
+        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
             return cast("Callable[P, T]", _asynchronous(by, shape, function))
         return _synchronous(by, shape, function)
 
@@ -97,7 +101,7 @@ def _synchronous(by: Governor, shape: _Shape, function: Callable[P, T]) -> Calla
                 raise pending.resumed_by(make) from None
             try:
                 with calling(opened.call):
-                    result = function(*args, **kwargs)
+                    result = _finished(shape, function(*args, **kwargs))
             except BaseException as error:
                 by.wait(_closing(by, opened, failed(error)))
                 raise
@@ -121,7 +125,7 @@ def _asynchronous(by: Governor, shape: _Shape, function: Callable[..., Any]) -> 
                 raise pending.resumed_by(make) from None
             try:
                 with stoppable(opened.call):
-                    result = await function(*args, **kwargs)
+                    result = _finished(shape, await function(*args, **kwargs))
             except BaseException as error:
                 await asyncio.shield(by.away(_closing(by, opened, failed(error))))
                 raise
@@ -131,6 +135,19 @@ def _asynchronous(by: Governor, shape: _Shape, function: Callable[..., Any]) -> 
         return await make(None)
 
     return call
+
+
+def _finished(shape: _Shape, result: T) -> T:
+    """The result, unless it is still to run: what it would do then, no halt could stop and no outcome tell."""
+    if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+        if inspect.iscoroutine(result) or inspect.isgenerator(result):
+            result.close()
+        raise _unfinished(shape.resource)
+    return result
+
+
+def _unfinished(name: str) -> InvalidRequest:
+    return InvalidRequest(f"{name} would go on after its call is over; let it return what it yields", field="function")
 
 
 def _opening(
