@@ -166,6 +166,15 @@ def test_wrong_arguments_are_told_before_anything_is_tried(terminal: Terminal, f
     assert "chmod 600" in terminal.run("checkpoint", "--tenant-id", str(terminal.tenant), status=3).stderr
 
 
+@pytest.mark.parametrize(
+    "command", ["verify", "rebuild", "checkpoint", "feed", "export", "archive write", "archive prune"]
+)
+def test_a_tenant_that_is_not_there_is_no_empty_record(terminal: Terminal, command: str) -> None:
+    options = {"export": ("--to", "x"), "archive write": ("--archive", str(terminal.folder))}
+    arguments = (*command.split(), "--tenant-id", str(UUID(int=1)), *options.get(command, ()))
+    assert "[not_found]" in terminal.run(*arguments, status=1).stderr
+
+
 def test_an_archive_is_written_verified_and_lets_the_database_forget(terminal: Terminal) -> None:
     archive = ("--archive", str(terminal.folder / "archive"))
     ours, believed = ("--tenant-id", str(terminal.tenant)), ("--public-key", terminal.public)

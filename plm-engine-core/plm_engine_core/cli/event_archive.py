@@ -50,7 +50,7 @@ def write(tenant_id: TenantId, archive: Place, as_json: AsJson = False) -> None:
         except (OSError, ValueError) as error:
             fail(ExitCode.FAILED, f"the archive could not be written: {error}")
 
-    pieces = with_books(stored, as_json=as_json)
+    pieces = with_books(stored, of=tenant_id, as_json=as_json)
     newest = pieces[-1].number if pieces else None
     answer = {"tenant_id": tenant_id, "pieces": [piece.uri for piece in pieces], "checkpoint": newest}
     text = f"stored up to checkpoint {newest}" if pieces else "the archive holds everything that is signed"
@@ -113,7 +113,9 @@ def prune(tenant_id: TenantId, as_json: AsJson = False) -> None:
 
     Status 0: done, or there was nothing to remove; 1: the database refused; 3: no address.
     """
-    answer = with_books(lambda books: books.storage.checkpoints.prune(tenant_id, actor="system:cli"), as_json=as_json)
+    answer = with_books(
+        lambda books: books.storage.checkpoints.prune(tenant_id, actor="system:cli"), of=tenant_id, as_json=as_json
+    )
     text = "nothing to prune"
     if answer["status"] == "pruned":
         text = (

@@ -90,6 +90,7 @@ def verify(
             exported=exported,
             trusted=keys if since_checkpoint else None,
         ),
+        of=tenant_id,
         as_json=as_json,
     )
     consistent = all(each.consistent for each in results)
@@ -148,7 +149,9 @@ def export_command(
     """
     with _new_file(to) as file:
         newest = with_books(
-            lambda books: export(books.storage.checkpoints, tenant_id, file, after=after), as_json=as_json
+            lambda books: export(books.storage.checkpoints, tenant_id, file, after=after),
+            of=tenant_id,
+            as_json=as_json,
         )
         if newest == after:
             fail(ExitCode.FAILED, f"there is no checkpoint after {after}; `plm-cli events checkpoint` takes one")
@@ -186,7 +189,7 @@ def feed(
                 await asyncio.sleep(_FOLLOW_SECONDS)
 
     with suppress(KeyboardInterrupt):
-        with_books(pages, as_json=as_json)
+        with_books(pages, of=tenant_id, as_json=as_json)
 
 
 @app.command("rebuild")
@@ -195,7 +198,7 @@ def rebuild_command(tenant_id: TenantId, as_json: AsJson = False) -> None:
 
     Status 0: they agree, 1: they do not, or the database refused; 3: no address.
     """
-    folded, found = with_books(lambda books: rebuild(books.storage, tenant_id), as_json=as_json)
+    folded, found = with_books(lambda books: rebuild(books.storage, tenant_id), of=tenant_id, as_json=as_json)
     answer = {
         "tenant_id": tenant_id,
         "runs": len(folded.runs),
@@ -217,7 +220,9 @@ def checkpoint(tenant_id: TenantId, key: Key, as_json: AsJson = False) -> None:
     Status 0: done, or nothing had changed; 1: not; 2: wrong arguments; 3: no address, or the key cannot be used.
     """
     signer = _signer(key)
-    taken = with_books(lambda books: Checkpointer(books.storage.checkpoints, signer).take(tenant_id), as_json=as_json)
+    taken = with_books(
+        lambda books: Checkpointer(books.storage.checkpoints, signer).take(tenant_id), of=tenant_id, as_json=as_json
+    )
     answer: dict[str, Any] = {"tenant_id": tenant_id, "checkpoint": taken.number if taken else None}
     show(answer, _taken(taken), as_json=as_json)
 

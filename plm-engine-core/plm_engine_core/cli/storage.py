@@ -18,7 +18,7 @@ from psycopg.conninfo import conninfo_to_dict
 from plm_engine_core.cli.db import driver_words
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import show_refusal
-from plm_engine_core.control_plane.errors import ControlPlaneError, FeedPruned, Forbidden
+from plm_engine_core.control_plane.errors import ControlPlaneError, FeedPruned, Forbidden, NotFound
 from plm_engine_core.control_plane.identity import AuditError, PostgresAuditSink
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
@@ -46,13 +46,14 @@ class Books:
     signals: PostgresSignals
 
 
-def with_books(work: Callable[[Books], Awaitable[Answer]], *, as_json: bool = False) -> Answer:
+def with_books(work: Callable[[Books], Awaitable[Answer]], *, of: UUID | None = None, as_json: bool = False) -> Answer:
     """Run `work` on the database of PG_DSN; a refusal ends the command with its sentence and its reason.
 
+    A tenant that `of` names has to be there: what a slip of the pen names has no events, and all of them are good.
     With `as_json` the refusal is also one object on stdout: `refused`, `reason` and `message`, as the API names them.
     """
     try:
-        return asyncio.run(_run(work))
+        return asyncio.run(_run(work, of))
     except (ControlPlaneError, AuditError) as error:
         refused(error, as_json=as_json)
 
@@ -69,8 +70,10 @@ def refused(error: ControlPlaneError | AuditError, *, as_json: bool) -> NoReturn
     fail(ExitCode.FAILED, f"{error} [{reason}]")
 
 
-async def _run(work: Callable[[Books], Awaitable[Answer]]) -> Answer:
+async def _run(work: Callable[[Books], Awaitable[Answer]], of: UUID | None) -> Answer:
     async with _open() as books:
+        if of is not None and of not in await books.storage.checkpoints.tenants():
+            raise NotFound("tenant", of)
         return await work(books)
 
 
