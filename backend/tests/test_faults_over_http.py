@@ -11,7 +11,7 @@ import secrets
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,18 @@ async def test_under_a_fault_the_api_answers_as_the_table_says(scene: Scene, fau
         else:
             answers = {operation: await scene.ask(operation) for operation in answers_due}
     assert answers == answers_due
+
+
+async def test_where_the_audit_is_not_required_a_request_goes_on_without_its_record(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.sql("REVOKE INSERT ON audit_log FROM plm_engine_writer")
+    refused = await scene.client.get(f"/v1/runs/{scene.run}")
+    assert (refused.status_code, refused.json()["code"]) == (503, "AUDIT_UNAVAILABLE")
+    monkeypatch.setenv("PLM_AUDIT_REQUIRED", "false")
+    token = scene.client.headers["Authorization"].removeprefix("Bearer ")
+    async with client_of(replace(scene.platform, settings=Settings()), token) as client:
+        assert (await client.get(f"/v1/runs/{scene.run}")).status_code == 200
 
 
 async def test_what_a_run_worker_was_told_stands_in_the_step_that_the_api_shows(scene: Scene) -> None:
