@@ -95,6 +95,15 @@ async def test_an_amount_that_the_books_cannot_hold_is_refused(bench: Any, amoun
     assert caught.value.field == "amount"
 
 
+@pytest.mark.parametrize("unit", ["eur", "Calls", "TOKENS"])
+async def test_a_limit_in_a_unit_that_is_ours_written_otherwise_is_refused(bench: Any, unit: str) -> None:
+    """Nothing would ever be counted on it, and whoever set it would think themselves safe."""
+    key = BudgetKey.of(BudgetScope.TENANT, str(bench.tenant), unit)
+    with pytest.raises(InvalidRequest, match="is written") as caught:
+        await bench.control_plane.set_budget(bench.tenant, key, Decimal(1), by=OPERATOR)
+    assert caught.value.field == "unit"
+
+
 @pytest.mark.parametrize("missing", ["reason", "command_id"])
 async def test_a_correction_says_why_and_which(bench: Any, missing: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

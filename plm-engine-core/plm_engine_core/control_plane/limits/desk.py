@@ -11,10 +11,12 @@ from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
 from plm_engine_core.control_plane.storage.ports import BudgetStore, Correction
 from plm_engine_core.control_plane.texts import LONGEST_KEY, LONGEST_NAME, LONGEST_REASON, check_text
+from plm_engine_core.control_plane.vocabulary import TOKENS, BudgetUnit
 
 OPERATOR_SCOPE = "plm.budgets"
 _SMALLEST = Decimal("0.00000001")
 _LARGEST = Decimal(10) ** 12
+_OURS = {unit.casefold(): str(unit) for unit in (*BudgetUnit, TOKENS)}
 _UNIT = re.compile("[A-Za-z][A-Za-z0-9_]{0,39}")  # as a policy may register it
 
 
@@ -39,6 +41,9 @@ class BudgetDesk:
             raise InvalidRequest("the limit must be a number from 0 up, of at most eight decimals", field="limit")
         if not _UNIT.fullmatch(key.unit):
             raise InvalidRequest(f"{key.unit!r:.80} is no unit: 1 to 40 letters, digits and '_'", field="unit")
+        ours = _OURS.get(key.unit.casefold(), key.unit)
+        if ours != key.unit:  # nothing would ever be counted on it
+            raise InvalidRequest(f"the unit {key.unit!r} is written {ours!r}", field="unit")
         if key.subject is not None:
             check_text(key.subject, field="subject", longest=LONGEST_NAME)
         return await self._store.set_limit(tenant_id, key, limit, actor=by.actor)
