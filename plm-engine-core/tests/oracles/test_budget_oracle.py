@@ -1,4 +1,4 @@
-"""Budgets and grants beside a small oracle: whatever is done in whichever order, the books are what plain sums say."""
+"""Budgets, grants and halts over them beside a small oracle: in whichever order, the books are what plain sums say."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from plm_engine_core.control_plane import (
 from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, InvalidRequest
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits import BudgetKey
-from plm_engine_core.control_plane.vocabulary import BudgetScope, OutcomeStatus, Reason
+from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, OutcomeStatus, Reason
 
-SCOPES = frozenset({"plm.runs.create", "things.read", "plm.budgets"})
+SCOPES = frozenset({"plm.runs.create", "things.read", "plm.budgets", "plm.halt"})
 WHO = Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=SCOPES)
 FIRST_LIMIT = 3
 STATUSES = [OutcomeStatus.SUCCEEDED, OutcomeStatus.FAILED, OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED]
@@ -52,6 +52,7 @@ class Spending(RuleBasedStateMachine):
         self.grants: list[Grant] = []
         self.states: list[str] = []
         self.outcomes: dict[int, OutcomeStatus] = {}
+        self.halted: uuid.UUID | None = None
 
     @property
     def key(self) -> BudgetKey:
@@ -73,7 +74,10 @@ class Spending(RuleBasedStateMachine):
             principal=WHO,
         )
         answer = self.plane.admit(proposal, begin=begin)
-        if self.spent + self.reserved + 1 > self.limit:
+        if self.halted is not None:
+            assert isinstance(answer, Denied)
+            assert answer.reason is Reason.HALTED
+        elif self.spent + self.reserved + 1 > self.limit:
             assert isinstance(answer, Denied)
             assert answer.reason is Reason.BUDGET_EXCEEDED
         else:
@@ -109,7 +113,7 @@ class Spending(RuleBasedStateMachine):
         if self.states[which] == "settled" and self.outcomes[which] is not status:
             with pytest.raises(IdempotencyConflict):
                 settle()
-        elif self.states[which] == "issued" and status is not OutcomeStatus.NOT_STARTED:
+        elif self.states[which] in ("issued", "revoked") and status is not OutcomeStatus.NOT_STARTED:
             with pytest.raises(Conflict):
                 settle()
         else:
@@ -119,6 +123,19 @@ class Spending(RuleBasedStateMachine):
                 self.states[which], self.outcomes[which] = "settled", status
                 self.reserved -= 1
                 self.spent += cost
+
+    @rule()
+    def halt(self) -> None:
+        """What has begun goes on to its end; what has not is never made, also when the halt is lifted."""
+        self.halted = self.plane.halt(self.tenant, HaltScope.TENANT, None, reason="x", by=WHO).id
+        self.states = ["revoked" if state == "issued" else state for state in self.states]
+
+    @precondition(lambda self: self.halted is not None)
+    @rule()
+    def lift(self) -> None:
+        assert self.halted is not None
+        self.plane.lift(self.tenant, self.halted, by=WHO)
+        self.halted = None
 
     @rule(amount=st.sampled_from(["-2", "-1", "-0.5", "0.5", "1"]))
     def correct(self, amount: str) -> None:
