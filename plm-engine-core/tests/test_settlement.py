@@ -19,6 +19,7 @@ from plm_engine_core.control_plane.vocabulary import (
     RunState,
     StepState,
 )
+from plm_engine_core.control_plane.why import UNBLOCKED_BY
 
 pytestmark = pytest.mark.every_storage
 
@@ -46,20 +47,20 @@ class TestBegin:
         lease = await bench.lease()
         grant = await bench.grant(lease)
         bench.behind.set_time("grants", "expires_at", 0, {"id": grant.id})
-        assert (await bench.begin(grant, lease)).reason is Reason.GRANT_EXPIRED
+        refused(await bench.begin(grant, lease), Reason.GRANT_EXPIRED, "grant")
 
     @pytest.mark.parametrize("scope", list(HaltScope))
     async def test_a_grant_dies_with_a_halt(self, bench, scope):
         lease = await bench.lease()
         grant = await bench.grant(lease)
         await bench.halt_over(scope, lease.run)
-        assert (await bench.begin(grant, lease)).reason is Reason.HALTED
+        refused(await bench.begin(grant, lease), Reason.HALTED, "halt")
 
     async def test_a_run_that_is_being_cancelled_starts_nothing(self, bench):
         lease = await bench.lease()
         grant = await bench.grant(lease)
         await bench.control_plane.cancel(bench.tenant, lease.run.id, by=bench.requester)
-        assert (await bench.begin(grant, lease)).reason is Reason.CANCEL_REQUESTED
+        refused(await bench.begin(grant, lease), Reason.CANCEL_REQUESTED, "cancel")
 
     async def test_neither_an_older_nor_a_newer_holder_may_use_it(self, bench):
         old = await bench.lease()
@@ -81,6 +82,13 @@ class TestBegin:
             assert not (await bench.begin(grant, lease)).accepted
             await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
         assert (await bench.kinds(lease.run), await bench.storage.runs.steps(bench.tenant, lease.run.id)) == before
+
+
+def refused(answer, reason, rule):
+    """Refused, with the book that did and what would change it."""
+    assert (answer.accepted, answer.reason, answer.rule) == (False, reason, rule)
+    assert answer.message
+    assert answer.unblock == UNBLOCKED_BY[reason]
 
 
 async def test_what_was_measured_is_charged_and_the_rest_released(bench):

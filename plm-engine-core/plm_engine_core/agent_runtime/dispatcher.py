@@ -15,6 +15,7 @@ from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.facade import ControlPlane
 from plm_engine_core.control_plane.vocabulary import OutcomeStatus, Reason
+from plm_engine_core.control_plane.why import not_begun
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +40,7 @@ class Dispatcher:
             )
             if begun.accepted and not hold.surely_held:
                 # This process was away: another may hold the run by now, and this call would be beside its books.
-                begun = Begun(
-                    accepted=False,
-                    reason=Reason.LEASE_EXPIRED,
-                    message="the lease ran out before the call could leave the host",
-                )
+                begun = not_begun(Reason.LEASE_EXPIRED, "the lease ran out before the call could leave the host")
             began = began or begun.accepted
             return begun
 

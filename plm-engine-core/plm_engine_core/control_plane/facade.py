@@ -49,7 +49,7 @@ from plm_engine_core.control_plane.vocabulary import (
     RunState,
     TicketDecision,
 )
-from plm_engine_core.control_plane.why import Why, why
+from plm_engine_core.control_plane.why import Why, not_begun, why
 
 _TRACE_ID = re.compile("[0-9a-f]{32}")
 _SPAN_ID = re.compile("[0-9a-f]{16}")
@@ -293,7 +293,7 @@ class ControlPlane:
             await self.storage.leases.require(lease)
         answer = await self.storage.admission.begin(grant, fencing_token=fencing_token, actor=actor)
         if answer["status"] != "begun":
-            return Begun(accepted=False, reason=Reason(answer["reason"]), message=answer["message"])
+            return not_begun(Reason(answer["reason"]), answer["message"])
         await self.signals.changed(grant.tenant_id, grant.run_id)
         return Begun(accepted=True)
 

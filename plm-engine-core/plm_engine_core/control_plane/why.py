@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+from plm_engine_core.control_plane.admission.grants import Begun
 from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
 from plm_engine_core.control_plane.hitl import ApprovalTicket
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
@@ -79,6 +80,7 @@ _BY_TICKET_STATE: Mapping[TicketState, str] = {
 _BOOKED_AT: Mapping[str, str] = {
     Reason.HALTED: "halt",
     Reason.CANCEL_REQUESTED: "cancel",
+    Reason.LEASE_EXPIRED: "lease",
     Reason.APPROVAL_DENIED: "approval",
     Reason.APPROVAL_EXPIRED: "approval",
     Reason.APPROVAL_MISMATCH: "approval",
@@ -90,6 +92,17 @@ _MOST_OF_ONE = 1_000
 _DIGITS = 10  # of the number of a step or attempt, which the books keep in 32 bits
 _SCOPES, _PERIODS = frozenset(BudgetScope), frozenset(Period)
 _FORMS = "RUN, TICKET, RUN/STEP/ATTEMPT, RUN/UNIT, TENANT/UNIT or SCOPE/NAME/UNIT[/PERIOD]"
+
+
+def not_begun(reason: Reason, message: str) -> Begun:
+    """The refusal of a call that was granted."""
+    return Begun(
+        accepted=False,
+        reason=reason,
+        message=message,
+        rule=_BOOKED_AT.get(reason, "grant"),
+        unblock=UNBLOCKED_BY[reason],
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

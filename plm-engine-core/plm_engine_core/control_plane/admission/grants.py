@@ -26,8 +26,13 @@ class Grant:
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """The answer to `begin`: the call may leave the host only when `accepted`."""
+    """The answer to `begin`: the call may leave the host only when `accepted`.
+
+    Else `rule` is the book that refused, and `unblock` what would let the call go on.
+    """
 
     accepted: bool
     reason: Reason | None = None
     message: str = ""
+    rule: str = ""
+    unblock: str = ""
