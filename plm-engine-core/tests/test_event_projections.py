@@ -59,6 +59,17 @@ async def test_a_run_that_was_granted_settled_and_ended(bench):
     assert run_eur == [Decimal("0.07")]
 
 
+async def test_a_run_that_was_given_back_with_a_result_and_then_halted(bench):
+    lease = await bench.lease()
+    given_back = {"state": RunState.QUEUED, "actor": "worker:w", "result": [1, None]}
+    await bench.storage.runs.finish(bench.tenant, lease.run.id, fencing_token=lease.fencing_token, **given_back)
+    await agrees(bench)
+    await bench.halt(HaltScope.RUN, lease.run.id)
+    assert await bench.storage.runs.take(bench.tenant, lease.run.id, owner="w", seconds=60) is None
+    folded = await agrees(bench)
+    assert folded.runs[lease.run.id].state is RunState.HALTED
+
+
 async def test_what_the_tables_say_otherwise_is_told(bench):
     lease = await bench.lease()
     await bench.begun(lease)

@@ -141,7 +141,7 @@ class MemoryLeases:
 def _park(books: Books, run: Row, halt: dict[str, Any], owner: str) -> None:
     """Park a queued run under a halt."""
     told = {"state": "halted", "reason": "halted", "message": f"a {halt['scope']} halt stands: {halt['reason']}"}
-    books.run_states.change(run["tenant_id"], run["run_id"], **told, updated_at=books.now())
+    books.run_states.change(run["tenant_id"], run["run_id"], **told, result=None, updated_at=books.now())
     books.append(run["tenant_id"], run_stream(run["run_id"]), EventKind.RUN_PARKED, f"worker:{owner}", told)
 
 

@@ -190,7 +190,8 @@ class PostgresLeases:
         """Park a queued run under a halt; one whose worker is gone has to be closed first, by whoever takes it over."""
         message = f"a {halt['scope']} halt stands: {halt['reason']}"
         cursor = await connection.execute(
-            "UPDATE run_states SET state = 'halted', reason = 'halted', message = %s, updated_at = clock_timestamp() "
+            "UPDATE run_states SET state = 'halted', reason = 'halted', message = %s, result = NULL, "
+            "updated_at = clock_timestamp() "
             "WHERE tenant_id = %s AND run_id = %s AND state = 'queued'",
             [message, tenant_id, run_id],
         )
