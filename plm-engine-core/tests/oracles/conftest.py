@@ -54,7 +54,7 @@ def against_oracle(
             run_state_machine_as_test(
                 lambda: machine(plane, new_tenant()),
                 settings=settings(
-                    max_examples=max(5, int(100 * SOAK)),
+                    max_examples=max(25, int(100 * SOAK)),
                     stateful_step_count=steps,
                     deadline=None,
                     suppress_health_check=list(HealthCheck),

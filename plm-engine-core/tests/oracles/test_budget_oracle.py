@@ -124,11 +124,14 @@ class Spending(RuleBasedStateMachine):
                 self.reserved -= 1
                 self.spent += cost
 
-    @rule()
-    def halt(self) -> None:
+    @precondition(lambda self: self.halted is None and "issued" in self.states)
+    @rule(stays=st.booleans())
+    def halt(self, stays: bool) -> None:
         """What has begun goes on to its end; what has not is never made, also when the halt is lifted."""
         self.halted = self.plane.halt(self.tenant, HaltScope.TENANT, None, reason="x", by=WHO).id
         self.states = ["revoked" if state == "issued" else state for state in self.states]
+        if not stays:
+            self.lift()
 
     @precondition(lambda self: self.halted is not None)
     @rule()
