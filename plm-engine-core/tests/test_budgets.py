@@ -234,6 +234,20 @@ async def test_only_the_models_that_the_policy_allows_are_used(writing, allowed,
         assert (answer.reason, answer.rule) == (Reason.MODEL_NOT_ALLOWED, "models.allowed")
 
 
+async def test_a_user_and_an_action_tier_may_have_models_of_their_own(writing):
+    tiers = {"trusted": ["house"], "standard": ["small"]}
+    plain = writing(models={"allowed": ["*"], "tiers": tiers, "by_tier": {"auto_approve": ["trusted"]}})
+    lease = await plain.lease()
+    denied = await asked(plain, lease, 0)
+    assert (denied.reason, denied.rule) == (Reason.MODEL_NOT_ALLOWED, "models.by_tier.auto_approve")
+    assert isinstance(await asked(plain, lease, 1, arguments={"model": "House"}), Granted)
+    user = lease.run.principal.user_id
+    own = writing(models={"allowed": [], "users": {str(user): {"allowed": ["small"]}}})
+    assert isinstance(await asked(own, await own.lease(), 0), Granted)
+    denied = await asked(own, await own.lease(), 0, arguments={"model": "house"})
+    assert denied.rule == f"models.users.{user}.allowed"
+
+
 async def test_a_model_is_counted_under_one_name_however_it_is_written(writing):
     bench = writing(limit("model", 100, subject="Large"))
     lease = await bench.lease()

@@ -23,7 +23,7 @@ from plm_engine_core.control_plane.policy import (
 )
 from plm_engine_core.control_plane.policy.conditions import Comparison, Condition
 from plm_engine_core.control_plane.policy.fields import ROOTS
-from plm_engine_core.control_plane.policy.models import ModelRule
+from plm_engine_core.control_plane.policy.models import ModelRule, UserModels
 from plm_engine_core.control_plane.policy.run_risk import RiskPattern, RunRisk
 from plm_engine_core.control_plane.policy.snapshot import BudgetDefaults, RateLimit
 from plm_engine_core.control_plane.vocabulary import ActionTier, Stage
@@ -59,7 +59,7 @@ def test_lint_has_no_error_to_name_in_the_policy_of_the_page(examples):
 
 CONDITIONS = get_args(get_args(Condition)[0])
 MODELS = [PolicySnapshot, Rule, RunRisk, RiskPattern, EvaluatorSpec, RateLimit, ApprovalRule, BudgetDefaults]
-MODELS += [ApprovalDemand, Escalation, StandingApproval, Limit, ModelRule]
+MODELS += [ApprovalDemand, Escalation, StandingApproval, Limit, ModelRule, UserModels]
 
 
 @pytest.mark.parametrize("model", [*MODELS, *CONDITIONS, *(kind.config_schema for kind in BUILT_IN)])

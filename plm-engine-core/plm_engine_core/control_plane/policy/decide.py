@@ -31,11 +31,11 @@ def decide(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> Decision
     refusal = _unauthorized(capability, facts)
     if refusal is not None:
         return refusal
+    plan = policy.plans.of(capability)
     if policy.models is not None and capability.model_argument:
-        refused = _model_refused(proposal, policy.models, capability)
+        refused = _model_refused(proposal, policy.models, capability, plan.tier, facts)
         if refused is not None:
             return refused
-    plan = policy.plans.of(capability)
     autonomy = plan.autonomy[facts.autonomy]
     if not autonomy.passed:
         return _refused(
@@ -60,19 +60,23 @@ def decide(proposal: Proposed, policy: PolicySnapshot, facts: Facts) -> Decision
     return decision
 
 
-def _model_refused(proposal: Proposed, models: ModelRule, capability: CapabilityDescriptor) -> Decision | None:
+def _model_refused(
+    proposal: Proposed, models: ModelRule, capability: CapabilityDescriptor, tier: ActionTier, facts: Facts
+) -> Decision | None:
     model = proposal.arguments.get(capability.model_argument)
-    if isinstance(model, str) and models.allows(model):
+    named = model if isinstance(model, str) else None
+    refusal = models.refuses(named, tier=tier, user=facts.requester)
+    if refusal is None:
         return None
-    named = f"the model {model!r}" if isinstance(model, str) else "a call that names no model"
+    what = f"the model {named!r}" if named is not None else "a call that names no model"
     return _refused(
         (_RATE_OK,),
         Stage.AUTHORIZATION,
         Reason.MODEL_NOT_ALLOWED,
-        f"{named} is not among the models that the policy allows; {capability.id} names it in"
+        f"{what} is not among the models that the policy allows; {capability.id} names it in"
         f" {capability.model_argument}",
-        rule="models.allowed",
-        unblock=f"a model that the policy allows: {', '.join(models.allowed) or 'none'}",
+        rule=refusal.rule,
+        unblock=refusal.unblock,
     )
 
 

@@ -206,6 +206,8 @@ class PolicySnapshot(_Frozen):
         """The canonical text, which says everything and nothing twice; `read_policy` reads it back."""
         unsaid: dict[str, Any] = {name: True for name in ADDED if not getattr(self, name)}
         exclude = {**unsaid, "approval": self.approval.unsaid()}
+        if self.models is not None:
+            exclude["models"] = self.models.unsaid()
         return canonical_json(self.model_dump(mode="json", exclude=exclude))
 
     @cached_property
