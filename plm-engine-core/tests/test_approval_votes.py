@@ -450,7 +450,15 @@ class TestScopesUsed:
         assert (await self.admitted(bench)).reason is Reason.BUDGET_EXCEEDED
         assert await self.used(bench, scope) == 0
 
-    @pytest.mark.parametrize("halted", [(HaltScope.TENANT, None), (HaltScope.AGENT, "test")])
+    @pytest.mark.parametrize(
+        "halted",
+        [
+            (HaltScope.SYSTEM, None),
+            (HaltScope.TENANT, None),
+            (HaltScope.AGENT, "test"),
+            (HaltScope.CAPABILITY, "thing.write"),
+        ],
+    )
     async def test_a_halt_ends_it_for_good(self, bench, halted):
         await self.standing(bench)
         lease, (scope, subject) = await bench.lease(), halted

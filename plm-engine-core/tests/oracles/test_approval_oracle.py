@@ -27,7 +27,7 @@ READ, WRITE = "thing.read", "thing.write"
 SCOPES = frozenset({"plm.runs.create", "plm.hitl.resolve", "plm.halt", "things.read", "things.write"})
 PEOPLE = [Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=SCOPES) for _ in range(4)]
 REQUESTER = PEOPLE[0]
-HALTS = (HaltScope.TENANT, HaltScope.AGENT, HaltScope.RUN, HaltScope.CAPABILITY)
+HALTS = tuple(scope for scope in HaltScope if scope is not HaltScope.SYSTEM)  # which is over the other tries too
 
 
 class Governed(RuleBasedStateMachine):
@@ -37,8 +37,14 @@ class Governed(RuleBasedStateMachine):
         super().__init__()
         self.plane, self.tenant = plane, tenant
         request = RunRequest(
-            tenant_id=tenant, run_id=new_id(), agent={"name": "a"}, input={}, trace_id=uuid.uuid4().hex
+            tenant_id=tenant,
+            run_id=new_id(),
+            agent={"name": "a"},
+            input={},
+            trace_id=uuid.uuid4().hex,
+            run_group_id=new_id(),
         )
+        self.ids = {HaltScope.RUN: request.run_id, HaltScope.RUN_GROUP: request.run_group_id}
         self.run, _ = plane.create_run(request, principal=REQUESTER)
         self.state = RunState.QUEUED
         self.lease: Any = None
@@ -152,8 +158,9 @@ class Governed(RuleBasedStateMachine):
     @rule(scope=st.sampled_from(HALTS))
     def halt(self, scope: HaltScope) -> None:
         named = {HaltScope.AGENT: "a", HaltScope.CAPABILITY: WRITE}
-        scope_id = self.run.id if scope is HaltScope.RUN else None
-        halt = self.plane.halt(self.tenant, scope, scope_id, subject=named.get(scope), reason="x", by=PEOPLE[1])
+        halt = self.plane.halt(
+            self.tenant, scope, self.ids.get(scope), subject=named.get(scope), reason="x", by=PEOPLE[1]
+        )
         assert self.halts.setdefault(scope, halt.id) == halt.id, "a standing halt is answered as it is"
 
     @precondition(lambda self: self.halts)
