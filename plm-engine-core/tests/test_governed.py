@@ -665,6 +665,25 @@ class TestMisuse:
         with pytest.raises(InvalidRequest, match="cannot be filled in"):
             look("bolt")
 
+    async def test_arguments_that_are_changed_while_they_are_decided_on_are_not_called_with(self, memory):
+        @governed("shop.look", by=memory)
+        async def look(items):
+            raise AssertionError("it ran")
+
+        items = [0]
+        calling = asyncio.create_task(look(items))
+        while not calling.done():
+            items[0] += 1
+            await asyncio.sleep(0)
+        with pytest.raises(InvalidRequest, match="were changed while it was decided"):
+            await calling
+        (run,) = await asyncio.to_thread(runs, memory)
+        assert run.state is RunState.FAILED
+
+    def test_what_cannot_be_copied_is_told_by_its_path(self, memory):
+        with pytest.raises(InvalidRequest, match=r"arguments\.lock"):
+            governed("shop.look", by=memory)(lambda lock: lock)(threading.Lock())
+
     def test_a_function_that_would_run_when_its_call_is_over_is_refused(self, memory):
         def pages(item):
             yield item

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 from collections.abc import Awaitable, Callable
@@ -14,6 +15,7 @@ from plm_shared.canonical_json import JsonRefused, check_storable
 from plm_engine_core.agent_runtime.current_call import CallStopped, calling, stoppable
 from plm_engine_core.agent_runtime.governor import Governor, Opened
 from plm_engine_core.agent_runtime.refusals import CallPending
+from plm_engine_core.control_plane.admission.proposal import content_hash
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.facade import ControlPlane
@@ -47,7 +49,8 @@ def governed(
 
     Raises:
         InvalidRequest: from here, the capability is not registered, or the function yields and so would go on after
-            its call; from a call, an argument is no JSON value, or the result has not run yet.
+            its call; from a call, an argument is no JSON value or was changed while it was decided on, or the result
+            has not run yet.
         CallRefused: from a call; it was denied or steered, or waits for a human. The function did not run.
         CallStopped: from a call; it was stopped in its middle.
         StorageUnavailable: from a call; what became of it could not be recorded.
@@ -82,11 +85,28 @@ class _Shape:
         bound.apply_defaults()
         arguments = {name: value for name, value in bound.arguments.items() if name not in self.leave_out}
         try:
-            return self.resource.format(**bound.arguments), arguments
+            return self.resource.format(**bound.arguments), _apart(arguments)
         except (LookupError, AttributeError, ValueError) as error:
             raise InvalidRequest(
                 f"resource {self.resource!r} cannot be filled in with the arguments: {error!r}", field="resource"
             ) from error
+
+    def require_unchanged(self, args: Any, kwargs: Any, proposed: dict[str, Any]) -> None:
+        """Refuse to call with other arguments than those that were decided on, which somebody changed meanwhile."""
+        _, arguments = self.call(args, kwargs)
+        if content_hash(arguments) != content_hash(proposed):
+            raise InvalidRequest(
+                f"the arguments of {self.resource} were changed while it was decided on them; it was not called",
+                field="arguments",
+            )
+
+
+def _apart(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments, out of reach of who holds the caller's; of what cannot be copied admission says what it is."""
+    try:
+        return copy.deepcopy(arguments)
+    except Exception:  # noqa: BLE001  # whatever an object makes of being copied
+        return arguments
 
 
 def _synchronous(by: Governor, shape: _Shape, function: Callable[P, T]) -> Callable[P, T]:
@@ -100,6 +120,7 @@ def _synchronous(by: Governor, shape: _Shape, function: Callable[P, T]) -> Calla
             except CallPending as pending:
                 raise pending.resumed_by(make) from None
             try:
+                shape.require_unchanged(args, kwargs, arguments)
                 with calling(opened.call):
                     result = _finished(shape, function(*args, **kwargs))
             except BaseException as error:
@@ -124,6 +145,7 @@ def _asynchronous(by: Governor, shape: _Shape, function: Callable[..., Any]) -> 
             except CallPending as pending:
                 raise pending.resumed_by(make) from None
             try:
+                shape.require_unchanged(args, kwargs, arguments)
                 with stoppable(opened.call):
                     result = _finished(shape, await function(*args, **kwargs))
             except BaseException as error:
