@@ -349,8 +349,9 @@ class TestScopesOffered:
         assert first.revoked_by == bench.approver.user_id
         events = await bench.storage.events.read(bench.tenant, "tenant")
         assert [event.kind for event in events] == ["approval_scope_revoked"]
-        with pytest.raises(Forbidden):
-            await gate.revoke_scope(bench.tenant, scope.id, by=replace(bench.approver, scopes=frozenset()))
+        for nobody in (replace(bench.approver, scopes=frozenset()), replace(bench.approver, actor_kind="agent")):
+            with pytest.raises(Forbidden):
+                await gate.revoke_scope(bench.tenant, scope.id, by=nobody)
         with pytest.raises(NotFound):
             await gate.revoke_scope(bench.tenant, uuid.uuid4(), by=bench.approver)
 
