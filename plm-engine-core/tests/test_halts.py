@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import psycopg
 import pytest
-from plm_engine_core.control_plane import Granted
+from plm_engine_core.control_plane import ControlPlane, Granted
 from plm_engine_core.control_plane.errors import Conflict, FencingLost, Forbidden, InvalidRequest, NotFound
+from plm_engine_core.control_plane.events.signals import NoSignals
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.vocabulary import (
@@ -140,6 +141,24 @@ class TestWhatItEnds:
         halt = await bench.halt(scope, **({"scope_id": lease.run.id} if scope is HaltScope.RUN else NAMED[scope]))
         beat = await bench.storage.runs.renew(bench.tenant, lease.run.id, fencing_token=lease.fencing_token, seconds=60)
         assert (beat.halt["scope"], halt.calls.in_flight) == (scope.value, 1)
+
+    @pytest.mark.parametrize("scope", list(HaltScope))
+    async def test_whoever_holds_a_run_in_it_is_woken_once_the_calls_are_in_its_record(self, bench, scope):
+        lease = await bench.lease(await bench.run(run_group_id=GROUP))
+        await bench.begun(lease)
+        told = []
+
+        class Recording(NoSignals):
+            async def interrupt(self, tenant_id, run_id):
+                (halt,) = await bench.storage.halts.list(bench.tenant, limit=9, before=None, standing=True)
+                told.append((tenant_id, run_id, halt.calls.in_flight))
+
+        core = bench.control_plane
+        plane = ControlPlane(policy=core.policy, registry=core.registry, storage=core.storage, signals=Recording())
+        named = {"scope_id": lease.run.id} if scope is HaltScope.RUN else NAMED[scope]
+        await replace(bench, control_plane=plane).halt(scope, **named)
+        everywhere = None if scope is HaltScope.SYSTEM else bench.tenant
+        assert told == [(everywhere, lease.run.id if scope is HaltScope.RUN else None, 1)]
 
     async def test_a_system_halt_ends_the_grants_of_every_tenant(self, bench):
         neighbour = bench.other()
