@@ -451,6 +451,27 @@ class TestScopesUsed:
         assert (await self.admitted(bench)).reason is Reason.BUDGET_EXCEEDED
         assert await self.used(bench, scope) == 0
 
+    @pytest.mark.postgres_only
+    async def test_one_that_cannot_be_ended_keeps_a_halt_from_ending_nothing_else(self, bench, caplog):
+        asked = [(await bench.ask())[1] for _ in range(3)]  # before one of them covers the others
+        for pending in asked:
+            await bench.decide(pending, APPROVE, scope=ScopeTerms(uses=2, seconds=60))
+        scopes = await bench.storage.approvals.scopes(bench.tenant, limit=9, after=None)
+        lease = await bench.lease()
+        grant = await bench.grant(lease)
+        bench.sql(
+            f"CREATE FUNCTION damage() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN IF NEW.id = '{scopes[1].id}' THEN "
+            "RAISE 'damaged'; END IF; RETURN NEW; END $$"
+        )
+        bench.sql("CREATE TRIGGER damage BEFORE UPDATE ON approval_scopes FOR EACH ROW EXECUTE FUNCTION damage()")
+        halt = await bench.halt(HaltScope.TENANT)
+        assert "could not end 1 grants or approval scopes" in caplog.text
+        assert bench.sql("SELECT state FROM grants") == [("revoked",)] * len(bench.sql("SELECT id FROM grants"))
+        ended = dict(bench.sql("SELECT id, revoked_at IS NOT NULL FROM approval_scopes"))
+        assert [ended[each.id] for each in scopes] == [True, False, True]
+        await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
+        assert not (await bench.begin(grant, lease)).accepted
+
     @pytest.mark.parametrize(
         "halted",
         [

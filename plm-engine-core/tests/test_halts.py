@@ -216,7 +216,7 @@ class TestDamage:
         bench.sql("CREATE TRIGGER damage BEFORE UPDATE ON grants FOR EACH ROW EXECUTE FUNCTION damage()")
         halt = await bench.halt(HaltScope.TENANT)
         assert halt.lifted_at is None
-        assert "could not end 1 grants" in caplog.text
+        assert "could not end 1 grants or approval scopes" in caplog.text
         states = dict(bench.sql("SELECT id, state FROM grants"))
         assert [states[grant.id] for grant in grants] == ["revoked", "issued", "revoked"]
         for grant, lease in zip(grants, leases, strict=True):

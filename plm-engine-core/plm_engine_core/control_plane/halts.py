@@ -177,7 +177,10 @@ class KillSwitch:
                 logger.exception("what a halt ends in tenant %s could not be ended yet", each)
                 continue
             if damaged:
-                logger.error("a halt could not end %d grants; none of them can begin", damaged)
+                logger.error(
+                    "a halt could not end %d grants or approval scopes; nothing begins under them while it stands",
+                    damaged,
+                )
 
     async def lift(self, tenant_id: UUID, halt_id: UUID, *, by: Principal) -> Halt:
         """Lift a halt; the runs it parked are queued again in the same commit. Lifting twice answers the same.

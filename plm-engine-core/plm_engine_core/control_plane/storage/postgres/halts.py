@@ -113,7 +113,7 @@ class PostgresHalts:
     async def end_halted(self, tenant_id: UUID) -> int:
         """Revoke unused grants and note calls in flight under the standing halts; answers how many rows would not."""
         async with self._gateway.transaction(tenant_id) as connection:
-            cursor = await connection.execute("SELECT engine_end_halted_v2(%s) AS damaged", [tenant_id])
+            cursor = await connection.execute("SELECT engine_end_halted_v3(%s) AS damaged", [tenant_id])
             row = await cursor.fetchone()
             return int(row["damaged"]) if row is not None else 0
 
