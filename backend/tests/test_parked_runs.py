@@ -16,6 +16,7 @@ RUNS, CLIENTS = 1000, 8
 DECIDED = 20
 DRIVEN_AT_ONCE = 8
 POOLS = 32
+OPENED_AT_START = 2  # connections more or fewer; one was seen
 WITHOUT_SWEEPS = {"PLM_RECOVERY_SECONDS": "3600", "PLM_RUN_CONCURRENCY": str(DRIVEN_AT_ONCE)}
 
 STATES = "SELECT state, count(*) FROM run_states GROUP BY state"
@@ -82,22 +83,27 @@ def test_a_thousand_parked_runs_hold_nothing_and_start_at_once_when_approved(
     with launch(**WITHOUT_SWEEPS) as idle:
         nothing = _steady(idle, idle.database(), until)
     books = parked.database()
-    _holds_no_more(_steady(parked, books, until), nothing)
+    left = _steady(parked, books, until)
+    assert left.keys() == nothing.keys()
+    # Pools of connections and threads keep what the burst of requests made them open, however many runs there were.
+    assert {name: count for name, count in left.items() if count - nothing[name] > POOLS} == {}
+    assert {name: left[name] for name in BOOKS} == dict.fromkeys(BOOKS, 0)
     assert parked.stop() == 0
 
     with launch(like=parked) as server:
-        _holds_no_more(_steady(server, books, until), nothing)
+        held = _steady(server, books, until)
+        # How many connections a pool opens depends on who asks at once while it starts; nothing else may differ.
+        more = held["connections"] - nothing["connections"]
+        assert abs(more) <= OPENED_AT_START
+        assert held == {
+            **nothing,
+            "connections": nothing["connections"] + more,
+            "descriptors": nothing["descriptors"] + more,
+        }
         _occupy_all_but_one(server, tmp_path)
         _decide(server, books)
         assert dict(books.execute(STATES).fetchall())["awaiting_approval"] == RUNS - DECIDED
         (tmp_path / "gate").touch()
-
-
-def _holds_no_more(held: dict[str, Any], nothing: dict[str, Any]) -> None:
-    assert held.keys() == nothing.keys()
-    # Pools of connections and threads keep what was asked of them at once, also at the start, however many runs wait.
-    assert {name: count for name, count in held.items() if count - nothing[name] > POOLS} == {}
-    assert {name: held[name] for name in BOOKS} == dict.fromkeys(BOOKS, 0)
 
 
 def _occupy_all_but_one(server: Any, folder: Path) -> None:
