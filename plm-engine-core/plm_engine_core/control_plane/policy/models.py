@@ -71,7 +71,8 @@ class ModelRule(BaseModel):
         return self
 
     @cached_property
-    def _matches(self) -> Matcher:
+    def matches(self) -> Matcher:
+        """Of a model's name, whether `allowed` has it."""
         return _globs(self.allowed)
 
     @cached_property
@@ -90,13 +91,14 @@ class ModelRule(BaseModel):
     def refuses(self, model: str | None, *, tier: ActionTier, user: UUID) -> ModelRefusal | None:
         """Why a call of an action tier, made for `user`, may not use this model; None if it may."""
         own = self.users.get(user)
-        place, allowed, matches, tiers, by = (
-            ("models", self.allowed, self._matches, self.by_tier.get(tier), f"by_tier.{tier.value}")
-            if own is None
-            else (f"models.users.{user}", own.allowed, own.matches, own.tiers, "tiers")
-        )
-        if model is None or matches(normal(model)) is not True:
-            words = f"a model that the policy allows: {', '.join(allowed) or 'none'}"
+        if own is None:
+            said: ModelRule | UserModels = self
+            place, by, tiers = "models", f"by_tier.{tier.value}", self.by_tier.get(tier)
+        else:
+            said = own
+            place, by, tiers = f"models.users.{user}", "tiers", own.tiers
+        if model is None or said.matches(normal(model)) is not True:
+            words = f"a model that the policy allows: {', '.join(said.allowed) or 'none'}"
             return ModelRefusal(f"{place}.allowed", words)
         if tiers is not None and self.tier_of(model) not in tiers:
             return ModelRefusal(f"{place}.{by}", f"a model of the tiers {', '.join(tiers) or 'none'}")
