@@ -6,6 +6,8 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
+from plm_shared.cancellation import kept_cancel
+
 logger = logging.getLogger(__name__)
 
 
@@ -22,7 +24,8 @@ class Reachability:
         if self._unreachable.is_set():
             logger.warning("the database is back")
             self._unreachable.clear()
-            await self._on_return()
+            with kept_cancel():
+                await self._on_return()
         self._reachable.set()
 
     def lost(self, error: Exception) -> None:

@@ -12,6 +12,7 @@ from uuid import UUID
 import procrastinate
 import psycopg
 from plm_shared.addresses import driver_dsn
+from plm_shared.cancellation import kept_cancel
 from procrastinate.connector import Notify
 from procrastinate.exceptions import ConnectorException
 
@@ -47,7 +48,8 @@ async def deliver(dsn: str, drive: Drive, *, concurrency: int) -> None:
     async with _outliving(drive, concurrency) as start:
         while True:
             try:
-                await _deliver_while_connected(dsn, start, concurrency)
+                with kept_cancel():
+                    await _deliver_while_connected(dsn, start, concurrency)
             except (ConnectorException, psycopg.Error) as error:
                 reason = " ".join(str(error.__cause__ or error).split())
                 logger.warning("the delivery of runs lost the database and starts anew: %s", reason)

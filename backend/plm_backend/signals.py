@@ -14,6 +14,7 @@ import psycopg
 from plm_engine_core.control_plane.storage.postgres.policies import NEWS_CHANNEL
 from plm_engine_core.control_plane.storage.postgres.signals import RUN_NEWS
 from plm_shared.addresses import driver_dsn
+from plm_shared.cancellation import kept_cancel
 
 from plm_backend.reachability import Reachability
 
@@ -51,22 +52,26 @@ class SignalHub:
         """Listen until cancelled; after a lost connection every watcher is woken, for it may have missed something."""
         while True:
             try:
-                async with await psycopg.AsyncConnection.connect(
-                    self._dsn, autocommit=True, connect_timeout=_ANSWER_SECONDS
-                ) as connection:
-                    await _require_answer(connection, f"LISTEN {RUN_NEWS}; LISTEN {NEWS_CHANNEL}".encode())
-                    await self._database.found()
-                    self._wake_all()
-                    while True:
-                        async for notice in connection.notifies(timeout=_LOOK_EVERY_SECONDS):
-                            if notice.channel == NEWS_CHANNEL:
-                                self.policy_news.set()
-                            else:
-                                self._hand_out(notice.payload)
-                        await _require_answer(connection, b"SELECT 1")
+                with kept_cancel():
+                    await self._listen_while_connected()
             except psycopg.Error as error:
                 self._database.lost(error)
                 await asyncio.sleep(_RECONNECT_SECONDS)
+
+    async def _listen_while_connected(self) -> None:
+        async with await psycopg.AsyncConnection.connect(
+            self._dsn, autocommit=True, connect_timeout=_ANSWER_SECONDS
+        ) as connection:
+            await _require_answer(connection, f"LISTEN {RUN_NEWS}; LISTEN {NEWS_CHANNEL}".encode())
+            await self._database.found()
+            self._wake_all()
+            while True:
+                async for notice in connection.notifies(timeout=_LOOK_EVERY_SECONDS):
+                    if notice.channel == NEWS_CHANNEL:
+                        self.policy_news.set()
+                    else:
+                        self._hand_out(notice.payload)
+                await _require_answer(connection, b"SELECT 1")
 
     @asynccontextmanager
     async def watch(self, tenant_id: UUID, run_id: UUID) -> AsyncIterator[asyncio.Queue[Mapping[str, Any]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import signal
@@ -18,6 +19,8 @@ import psutil
 import psycopg
 import pytest
 from plm_backend.database import upgrade_all
+from plm_backend.reachability import Reachability
+from plm_engine_core.control_plane.storage.postgres import open_pool
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.embedded_postgres import EmbeddedPostgres
 from plm_shared.provisioning import provision
@@ -34,6 +37,7 @@ REQUESTS = [
     ("DELETE", f"/v1/halts/{NOTHING}"),
 ]
 LISTENERS = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN \"procrastinate%'"
+BACK = b"the database is back"
 PROBLEM = {"type", "title", "status", "detail", "code"}
 
 
@@ -185,7 +189,7 @@ def test_a_run_worker_that_missed_its_database_for_a_moment_hears_of_new_jobs_ag
                 until(lambda: books.execute(LISTENERS).fetchone() == (1,), "the run worker hears of jobs")
             os.kill(postmaster(own.server), signal.SIGKILL)
             own.server.start()
-        until(lambda: b"is back" in log.read_bytes(), "the run worker has its database again")
+        until(lambda: BACK in log.read_bytes(), "the run worker has its database again")
     finally:
         process.terminate()
         process.wait(30)
@@ -208,9 +212,28 @@ def test_a_database_that_is_frozen_is_missed_like_one_that_died(
     finally:
         for each in reversed(frozen):
             each.resume()
-    until(lambda: b"is back" in log.read_bytes(), "the run worker has its database again")
+    until(lambda: BACK in log.read_bytes(), "the run worker has its database again")
     process.terminate()
     assert process.wait(60) == 0
+
+
+async def test_one_cancel_ends_whoever_looks_at_connections_that_a_frozen_server_holds(own: Own, until: Any) -> None:
+    """The pool counts a cancel among the ways in which a connection is found broken."""
+    pool = open_pool(own.urls.app, max_size=1)
+    async with pool:
+        async with pool.connection() as connection:
+            backend = psutil.Process(connection.info.backend_pid)
+        database = Reachability(on_return=pool.check)
+        database.lost(OSError("it does not answer"))
+        backend.suspend()
+        try:
+            found = asyncio.create_task(database.found())
+            await asyncio.to_thread(until, lambda: pool.get_stats()["pool_available"] == 0, "the pool looks at its one")
+            found.cancel()
+            await asyncio.wait([found])
+        finally:
+            backend.resume()
+        assert found.cancelled()
 
 
 def test_a_run_worker_stops_at_once_when_asked_to_while_the_database_is_away(

@@ -9,6 +9,7 @@ from typing import Any, cast
 from uuid import UUID
 
 import psycopg
+from plm_shared.cancellation import kept_cancel
 from plm_shared.canonical_json import JsonRefused, storable_json
 from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow
@@ -118,7 +119,7 @@ class Gateway:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Session]:
         """One pooled connection in autocommit mode."""
-        with translated():
+        with translated(), kept_cancel():
             async with asyncio.timeout(LONGEST_ANSWER_SECONDS), self._pool.connection() as connection:
                 yield connection
 

@@ -10,6 +10,7 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
+from plm_shared.cancellation import kept_cancel
 
 from plm_engine_core.control_plane.storage.postgres.gateway import Pool
 
@@ -52,7 +53,8 @@ class PostgresSignals:
         if len(payload) > _LONGEST:
             return
         try:
-            async with self._pool.connection() as connection:
-                await connection.execute("SELECT pg_notify(%s, %s)", [RUN_NEWS, payload])
+            with kept_cancel():
+                async with self._pool.connection() as connection:
+                    await connection.execute("SELECT pg_notify(%s, %s)", [RUN_NEWS, payload])
         except psycopg.Error:
             logger.warning("news of a run could not be published", exc_info=True)
