@@ -235,11 +235,10 @@ def _install(plugins: Path, folder: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def new_database(template_databases: TemplateDatabases) -> Iterator[Callable[[], DatabaseUrls]]:
-    """Makes migrated databases, which live as long as the test run."""
+def new_database(template_databases: TemplateDatabases) -> Callable[[], DatabaseUrls]:
+    """Makes migrated databases, which live as long as the test run and end with its cluster."""
     template = template_databases.template("plm_platform", lambda urls: upgrade_all(urls.owner))
-    with ExitStack() as stack:
-        yield lambda: stack.enter_context(template_databases.cloned(template))
+    return lambda: template_databases.clone(template)
 
 
 @pytest.fixture(scope="session")
