@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from plm_shared.canonical_json import encodable
 from plm_shared.idempotency import LONGEST_KEY, IdempotencyKey
-from plm_shared.pricing import PricingVersion, TokenRates, ledger_amount
+from plm_shared.pricing import COSTLIEST, PricingVersion, TokenRates, ledger_amount
 
 __all__ = [
     "EmitConnectorCallArgs",
@@ -24,7 +24,6 @@ __all__ = [
 ]
 
 _MOST_TOKENS = 2**31 - 1  # the columns are PostgreSQL integers
-_COSTLIEST = Decimal(10) ** 10  # the columns are numeric(18, 8)
 
 
 def _storable(text: str) -> str:
@@ -40,14 +39,14 @@ def _indexable(text: str) -> str:
 
 
 def _within_the_column(cost: Decimal) -> Decimal:
-    if cost > _COSTLIEST - 1 and ledger_amount(cost) >= _COSTLIEST:
-        raise ValueError(f"must be below {_COSTLIEST} EUR, rounded to eight decimals")
+    if cost > COSTLIEST - 1 and ledger_amount(cost) >= COSTLIEST:
+        raise ValueError(f"must be below {COSTLIEST} EUR, rounded to eight decimals")
     return cost
 
 
 def _within_the_columns(rates: TokenRates | None) -> TokenRates | None:
-    if rates is not None and ledger_amount(max(rates.input_per_1k, rates.output_per_1k)) >= _COSTLIEST:
-        raise ValueError(f"a rate must be below {_COSTLIEST} EUR per thousand tokens, rounded to eight decimals")
+    if rates is not None and ledger_amount(max(rates.input_per_1k, rates.output_per_1k)) >= COSTLIEST:
+        raise ValueError(f"a rate must be below {COSTLIEST} EUR per thousand tokens, rounded to eight decimals")
     return rates
 
 
@@ -59,8 +58,8 @@ Text = Annotated[str, Field(min_length=1), AfterValidator(_storable)]
 IndexedText = Annotated[Text, AfterValidator(_indexable)]
 Rates = Annotated[TokenRates | None, AfterValidator(_within_the_columns)]
 Tokens = Annotated[int, Field(strict=True, ge=0, le=_MOST_TOKENS)]
-Euro = Annotated[Decimal, Field(ge=0, lt=_COSTLIEST, allow_inf_nan=False), AfterValidator(_within_the_column)]
-EuroFloat = Annotated[float, Field(ge=0, lt=float(_COSTLIEST), allow_inf_nan=False)]
+Euro = Annotated[Decimal, Field(ge=0, lt=COSTLIEST, allow_inf_nan=False), AfterValidator(_within_the_column)]
+EuroFloat = Annotated[float, Field(ge=0, lt=float(COSTLIEST), allow_inf_nan=False)]
 Status = Annotated[Literal["pending", "calculated", "unavailable"], BeforeValidator(_plain)]
 
 

@@ -17,15 +17,16 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, assert_never
 
 from plm_shared.canonical_json import JsonRefused, storable_json
+from plm_shared.idempotency import IdempotencyKey, compute_content_hash
 from plm_shared.kernel_api import EmitConnectorCallArgs, EmitGovernanceArgs, EmitLlmCallArgs, EmitTelemetryArgs
-from plm_shared.pricing import ledger_amount
+from plm_shared.pricing import COSTLIEST, ledger_amount
 
 __all__ = [
     "IdempotencyConflict",
@@ -36,6 +37,7 @@ __all__ = [
     "TenantMismatch",
     "UnknownRun",
     "UnknownTenant",
+    "call_records",
     "ledger_record",
     "utc_today",
     "uuid_text",
@@ -43,6 +45,7 @@ __all__ = [
 
 LedgerArgs = EmitTelemetryArgs | EmitGovernanceArgs | EmitLlmCallArgs | EmitConnectorCallArgs
 
+_SOME_KEY: Final = ("-", "-", "-", "-", "-")
 _LARGEST: Final = 16 * 1024 * 1024  # characters of one event; a batch of them must fit a statement and the memory
 
 
@@ -163,6 +166,88 @@ def ledger_record(
             assert_never(args)
 
 
+def call_records(
+    *,
+    tenant_id: uuid.UUID,
+    run_id: uuid.UUID,
+    trace_id: str,
+    span_id: str,
+    event_type: str,
+    connector_id: str,
+    capability: str,
+    facts: Mapping[str, Any],
+    cost_eur: str | None,
+    clock: Callable[[], date] = utc_today,
+) -> tuple[LedgerRecord, LedgerRecord]:
+    """The telemetry row and the connector row of one call of a run; `facts` and the run stand in both.
+
+    They are what `ledger_record` makes of `EmitTelemetryArgs` and `EmitConnectorCallArgs` with one content hash, over
+    the facts, the run and the cost as it is given; but names are checked once for all calls, and the facts rendered
+    once for both rows, because every settlement waits for this. The cost is by prices of our own; None says that it is
+    not known.
+
+    Raises:
+        ValueError: a name, the trace, the span or the cost is what those models refuse.
+        JsonRefused: the facts hold what jsonb cannot; the message names its path.
+    """
+    _check_names(event_type, connector_id, capability)
+    tenant, run = uuid_text(tenant_id), uuid_text(run_id)
+    document = {**facts, "run_id": run}
+    content = compute_content_hash({**document, "cost_eur": cost_eur})
+    text = storable_json(document, root="payload")
+    price: dict[str, Any] = {"cost_eur": None, "cost_status": "unavailable", "pricing_version": "unavailable"}
+    if cost_eur is not None:
+        price = {
+            "cost_eur": _own_cost(cost_eur),
+            "cost_status": "calculated",
+            "pricing_version": "overrides-static",
+            "priced_model": f"{connector_id}:{capability}",
+            "snapshot_date": clock().isoformat(),
+        }
+
+    def columns(event: str) -> dict[str, Any]:
+        key = IdempotencyKey(tenant, trace_id, span_id, event, content)
+        return {"span_id": span_id, "idempotency_key": key.as_db_key(), "capability": capability}
+
+    return (
+        _rendered(
+            "telemetry_events", {**columns(event_type), "trace_id": trace_id, "event_type": event_type}, "payload", text
+        ),
+        _rendered(
+            "connector_calls",
+            {**columns("connector_call"), "run_id": run, "connector_id": connector_id, **price},
+            "envelope",
+            text,
+        ),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _check_names(event_type: str, connector_id: str, capability: str) -> None:
+    """Refuse what the models refuse; few names occur often."""
+    key = IdempotencyKey(*_SOME_KEY)
+    EmitTelemetryArgs(event_type=event_type, span_id="-", capability=capability, idempotency_key=key)
+    EmitConnectorCallArgs(
+        span_id="-",
+        connector_id=connector_id,
+        capability=capability,
+        pricing_version="unavailable",
+        cost_status="unavailable",
+        idempotency_key=key,
+    )
+
+
+def _own_cost(text: str) -> str:
+    try:
+        amount = ledger_amount(Decimal(text))
+        fits = 0 <= amount < COSTLIEST
+    except ArithmeticError:
+        fits = False
+    if not fits:
+        raise ValueError(f"cost_eur must be from 0 to below {COSTLIEST} EUR, rounded to eight decimals: {text}")
+    return str(amount)
+
+
 def _telemetry(
     columns: dict[str, Any],
     args: EmitTelemetryArgs | EmitGovernanceArgs,
@@ -225,11 +310,15 @@ def _cost(
     return columns
 
 
-def _record(table: str, columns: dict[str, Any], name: str = "model", document: Any = None) -> LedgerRecord:
-    priced = "priced_model" in columns
+def _record(table: str, columns: dict[str, Any], name: str = "", document: Any = None) -> LedgerRecord:
+    return _rendered(table, columns, name, "" if document is None else storable_json(document, root=name))
+
+
+def _rendered(table: str, columns: dict[str, Any], name: str, document: str) -> LedgerRecord:
+    """The columns, and the text of one more that is JSON."""
     text = storable_json(columns, root=table)
-    if document is not None:
-        text = f'{text[:-1]},"{name}":{storable_json(document, root=name)}}}'
+    if document:
+        text = f'{text[:-1]},"{name}":{document}}}'
     if len(text) > _LARGEST:
-        raise JsonRefused(name, f"makes an event of {len(text)} characters; {_LARGEST} is the limit")
-    return LedgerRecord(table, text, priced)
+        raise JsonRefused(name or "model", f"makes an event of {len(text)} characters; {_LARGEST} is the limit")
+    return LedgerRecord(table, text, "priced_model" in columns)

@@ -18,6 +18,7 @@ from typing import Final, Literal, NamedTuple, Protocol
 from plm_shared.yaml_entries import read_entries
 
 __all__ = [
+    "COSTLIEST",
     "Cost",
     "CostStatus",
     "PriceSource",
@@ -36,7 +37,8 @@ PricingVersion = Literal["litellm-live", "overrides-static", "unavailable"]
 
 _LEDGER_DECIMALS: Final = 8  # of the columns, which are numeric(18, 8)
 _LEDGER_UNIT: Final = Decimal(1).scaleb(-_LEDGER_DECIMALS)
-_DEAREST: Final = Decimal(10) ** 10
+COSTLIEST: Final = Decimal(10) ** 10
+"""In EUR; the ledger's columns hold less."""
 _MOST_TOKENS: Final = 2**31 - 1  # the columns are PostgreSQL integers
 _PER: Final = 1000
 _EXACT: Final = Context(prec=80)
@@ -87,8 +89,8 @@ class TokenRates:
     def __post_init__(self) -> None:
         for name in ("input_per_1k", "output_per_1k"):
             rate = getattr(self, name)
-            if not isinstance(rate, Decimal) or not rate.is_finite() or not 0 <= rate < _DEAREST:
-                raise ValueError(f"{name} must be a Decimal of at least 0 and below {_DEAREST}, not {rate!r}")
+            if not isinstance(rate, Decimal) or not rate.is_finite() or not 0 <= rate < COSTLIEST:
+                raise ValueError(f"{name} must be a Decimal of at least 0 and below {COSTLIEST}, not {rate!r}")
 
 
 class PriceSource(Protocol):

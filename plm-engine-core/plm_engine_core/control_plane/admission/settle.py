@@ -8,15 +8,16 @@ from decimal import ROUND_UP, Decimal
 from typing import Any
 from uuid import UUID
 
-from plm_shared.idempotency import IdempotencyKey, compute_content_hash
-from plm_shared.kernel_api import EmitConnectorCallArgs, EmitTelemetryArgs
-from plm_shared.ledger import uuid_text
+from plm_shared.canonical_json import JsonRefused
+from plm_shared.ledger import LedgerRecord, call_records
+from plm_shared.pricing import COSTLIEST
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import content_hash
 from plm_engine_core.control_plane.amounts import plain
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
-from plm_engine_core.control_plane.storage.ports import AdmissionStore, Connection, LedgerEntry, SettleCommand
+from plm_engine_core.control_plane.storage.ports import AdmissionStore, Connection, SettleCommand
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, Evidence, OutcomeStatus
 
 CAPABILITY_CALL = "capability_call"
@@ -26,7 +27,6 @@ UNSPENT = frozenset({OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED})
 _SMALLEST = Decimal("0.00000001")
 _MOST = Decimal(10) ** 18
 _LARGEST = Decimal(10) ** 11  # the books' columns are numeric(20, 8)
-_COSTLIEST = Decimal(10) ** 10  # the ledger's columns are numeric(18, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def _charges(outcome: Outcome, capability: CapabilityDescriptor) -> dict[str, st
     charges = {unit: _rounded_up(amount) for unit, amount in usage.items() if amount < _LARGEST}
     charges.pop(_EUR, None)  # what a call cost follows from our prices, never from what it says
     cost = capability.cost.price(usage)
-    if cost < _COSTLIEST:
+    if cost < COSTLIEST:
         charges[_EUR] = _rounded_up(cost)
     return {**charges, _CALLS: "1"}
 
@@ -183,47 +183,29 @@ def _rounded_up(amount: Decimal) -> str:
 
 def _ledger(
     grant: Grant, outcome: Outcome, capability: CapabilityDescriptor, trace_id: str, charges: Mapping[str, str]
-) -> tuple[LedgerEntry, ...]:
+) -> tuple[LedgerRecord, ...]:
     """One telemetry row and one connector row for a call that left the host, keyed by the grant's own span."""
     if outcome.status in UNSPENT:
         return ()
-    facts = {
-        "run_id": uuid_text(grant.run_id),
-        "step": grant.step_index,
-        "attempt": grant.attempt,
-        "grant_id": str(grant.id),
-        "status": str(outcome.status),
-        "evidence": str(outcome.evidence),
-        "layers": list(outcome.layers),
-    }
-    tenant, cost = uuid_text(grant.tenant_id), charges.get(_EUR)
-    content = compute_content_hash({**facts, "cost_eur": cost})
-
-    def key(event_type: str) -> IdempotencyKey:
-        return IdempotencyKey(
-            tenant_id=tenant,
+    try:
+        return call_records(
+            tenant_id=grant.tenant_id,
+            run_id=grant.run_id,
             trace_id=trace_id,
             span_id=grant.span_id,
-            event_type=event_type,
-            content_hash=content,
-        )
-
-    return (
-        EmitTelemetryArgs(
             event_type=CAPABILITY_CALL,
-            span_id=grant.span_id,
-            capability=capability.id,
-            payload=facts,
-            idempotency_key=key(CAPABILITY_CALL),
-        ),
-        EmitConnectorCallArgs(
-            span_id=grant.span_id,
             connector_id=capability.plugin,
             capability=capability.id,
-            envelope=facts,
-            pricing_version="overrides-static" if cost is not None else "unavailable",
-            cost_eur=Decimal(cost) if cost is not None else None,
-            cost_status="calculated" if cost is not None else "unavailable",
-            idempotency_key=key("connector_call"),
-        ),
-    )
+            facts={
+                "step": grant.step_index,
+                "attempt": grant.attempt,
+                "grant_id": str(grant.id),
+                "status": str(outcome.status),
+                "evidence": str(outcome.evidence),
+                "layers": list(outcome.layers),
+            },
+            cost_eur=charges.get(_EUR),
+        )
+    except JsonRefused as error:
+        path = error.path.removeprefix("payload.")
+        raise InvalidRequest(f"it cannot be recorded: {path}: {error.problem}", field=path) from error

@@ -10,10 +10,10 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from uuid import UUID
 
-from plm_shared.kernel_api import EmitConnectorCallArgs, EmitLlmCallArgs, EmitTelemetryArgs
+from plm_shared.ledger import LedgerRecord
 
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, Reserve
 from plm_engine_core.control_plane.limits.leases import ResourceLease
@@ -51,11 +51,8 @@ Connection = Any
 CLOCK_TOLERANCE = timedelta(seconds=2)
 """How far the time that a decision assumed may be from that at which its booking arrives."""
 
-LedgerEntry = EmitTelemetryArgs | EmitConnectorCallArgs | EmitLlmCallArgs
 
-
-@dataclass(frozen=True, kw_only=True)
-class AdmitCommand:
+class AdmitCommand(NamedTuple):
     """One decision, ready to be booked."""
 
     tenant_id: UUID
@@ -87,8 +84,7 @@ class AdmitCommand:
     begin: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class SettleCommand:
+class SettleCommand(NamedTuple):
     """One outcome, ready to be booked; `charges` maps units to decimal texts."""
 
     tenant_id: UUID
@@ -107,7 +103,7 @@ class SettleCommand:
     artifacts: Sequence[Mapping[str, Any]]
     trace_id: str
     actor: str
-    ledger: Sequence[LedgerEntry]
+    ledger: Sequence[LedgerRecord]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 from uuid import UUID
 
-from plm_shared.ledger import ledger_record
+from plm_shared.ledger import LedgerRecord
 
 from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict
 from plm_engine_core.control_plane.events.event import run_stream
@@ -14,7 +14,7 @@ from plm_engine_core.control_plane.storage.commands import settle_json
 from plm_engine_core.control_plane.storage.memory.books import Books, Row, refuse_connection
 from plm_engine_core.control_plane.storage.memory.budgets import charge, spent
 from plm_engine_core.control_plane.storage.memory.values import kept_json, text_at, without_nulls
-from plm_engine_core.control_plane.storage.ports import Connection, LedgerEntry, SettleCommand
+from plm_engine_core.control_plane.storage.ports import Connection, SettleCommand
 
 _IDENTITIES = {
     "telemetry_events": ("trace_id", "span_id", "event_type"),
@@ -41,8 +41,8 @@ class MemorySettlement:
                     f"grant {grant['id']} was never begun, so its call cannot have ended as {outcome['status']}",
                     reason="state",
                 )
-            for entry in command.ledger:
-                _write_ledger(books, command.tenant_id, command.run_id, entry)
+            for record in command.ledger:
+                _write_ledger(books, command.tenant_id, record)
             overrun = charge(books, *name, outcome["charges"])
             _write_outcome(books, grant, outcome)
             cost = spent(books, *name)
@@ -62,8 +62,7 @@ def _hold_grant(books: Books, command: SettleCommand) -> Row:
     return grant
 
 
-def _write_ledger(books: Books, tenant_id: UUID, run_id: UUID, entry: LedgerEntry) -> None:
-    record = ledger_record(entry, tenant_id=tenant_id, run_id=run_id)
+def _write_ledger(books: Books, tenant_id: UUID, record: LedgerRecord) -> None:
     columns = record.columns
     identity = tuple(columns[name] for name in _IDENTITIES[record.table])
     known = books.ledger.get((tenant_id, record.table), identity)

@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID
 
 import psycopg
-from plm_shared.ledger import ledger_record, uuid_text
+from plm_shared.ledger import uuid_text
 from psycopg.rows import dict_row
 
 from plm_engine_core.control_plane.admission.grants import Grant
@@ -128,8 +128,7 @@ def _buckets_json(buckets: tuple[Bucket, ...]) -> str:
 def _ledger_json(command: SettleCommand) -> str:
     """Rows by table."""
     rows: dict[str, list[str]] = {}
-    for entry in command.ledger:
-        record = ledger_record(entry, tenant_id=command.tenant_id, run_id=command.run_id)
+    for record in command.ledger:
         rows.setdefault(record.table, []).append(record.text)
     tables = [f'"{table}":[{",".join(texts)}]' for table, texts in rows.items()]
     return f"{{{','.join(tables)}}}"
