@@ -162,3 +162,22 @@ async def test_the_loop_outlives_a_failed_pass(bench, monkeypatch, caplog):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert "the next one tries again" in caplog.text
+
+
+async def test_one_cancel_ends_the_loop_even_where_the_database_was_just_given_up(bench, monkeypatch):
+    """A driver may raise its connection's error in place of the cancel, and a task group passes no second one on."""
+    under_way = asyncio.Event()
+
+    async def abandoned(limit, *, patience_seconds):
+        under_way.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise StorageUnavailable("the connection was lost") from None
+
+    monkeypatch.setattr(bench.storage.runs, "abandoned", abandoned)
+    task = asyncio.create_task(Recovery(bench.storage, every_seconds=0).run())
+    await under_way.wait()
+    task.cancel()
+    await asyncio.wait([task], timeout=10)
+    assert task.cancelled()

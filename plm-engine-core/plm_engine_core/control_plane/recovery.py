@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from functools import partial
 
 from plm_shared.artifact_store import ArtifactStorageBackend
 
 from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
 from plm_engine_core.control_plane.admission.settle import settle
-from plm_engine_core.control_plane.errors import FencingLost, StorageUnavailable
+from plm_engine_core.control_plane.errors import FencingLost
 from plm_engine_core.control_plane.runs.run import Lease, Orphan, Step
 from plm_engine_core.control_plane.storage.leasing import RECOVERY
 from plm_engine_core.control_plane.storage.ports import Storage
 from plm_engine_core.control_plane.stray_artifacts import GRACE_SECONDS, StrayArtifacts
+from plm_engine_core.control_plane.sweeping import sweep_until_cancelled
 from plm_engine_core.control_plane.vocabulary import OutcomeStatus, RunKind, RunState, StepState
 
 logger = logging.getLogger(__name__)
@@ -93,21 +94,11 @@ class Recovery:
 
         A store that is slow to answer does not hold up what runs wait for.
         """
+        sweep = partial(sweep_until_cancelled, name="a recovery pass", logger=logger)
         async with asyncio.TaskGroup() as both:
-            both.create_task(_repeat(self.sweep, self._every_seconds))
+            both.create_task(sweep(self.sweep, every_seconds=self._every_seconds))
             if self._strays is not None:
-                both.create_task(_repeat(self._strays.sweep, self._artifacts_every_seconds))
-
-
-async def _repeat(sweep: Callable[[], Awaitable[int]], seconds: float) -> None:
-    while True:
-        try:
-            await sweep()
-        except StorageUnavailable as error:
-            logger.warning("a recovery pass has to wait: %s", error)
-        except Exception:
-            logger.exception("a recovery pass failed; the next one tries again")
-        await asyncio.sleep(seconds)
+                both.create_task(sweep(self._strays.sweep, every_seconds=self._artifacts_every_seconds))
 
 
 class _Orphans:

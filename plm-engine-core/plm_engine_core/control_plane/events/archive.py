@@ -26,6 +26,7 @@ from plm_engine_core.control_plane.events.export import (
     export,
 )
 from plm_engine_core.control_plane.events.signing import PublicKeys
+from plm_engine_core.control_plane.sweeping import sweep_until_cancelled
 
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.storage.ports import CheckpointStore, Storage
@@ -139,14 +140,9 @@ class Archivist:
 
     async def run(self) -> None:
         """Sweep until cancelled; a failed pass is logged, and the next one does what it left."""
-        while True:
-            try:
-                await self.sweep()
-            except StorageUnavailable as error:
-                logger.warning("the archive has to wait: %s", error)
-            except Exception:
-                logger.exception("a pass over the archive failed; the next one tries again")
-            await asyncio.sleep(self._every_seconds)
+        await sweep_until_cancelled(
+            self.sweep, every_seconds=self._every_seconds, name="the pass over the archive", logger=logger
+        )
 
 
 def open_archive(address: str) -> Archive:

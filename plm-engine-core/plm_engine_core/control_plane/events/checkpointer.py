@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,6 +11,7 @@ from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head, next_checkpoint
 from plm_engine_core.control_plane.events.signing import Signer
 from plm_engine_core.control_plane.storage.ports import CheckpointStore
+from plm_engine_core.control_plane.sweeping import sweep_until_cancelled
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,6 @@ class Checkpointer:
 
     async def run(self) -> None:
         """Sweep until cancelled; a failed pass is logged, and the next one covers what it missed."""
-        while True:
-            try:
-                await self.sweep()
-            except StorageUnavailable as error:
-                logger.warning("checkpoints have to wait: %s", error)
-            except Exception:
-                logger.exception("a pass over the event streams failed; the next one tries again")
-            await asyncio.sleep(self._every_seconds)
+        await sweep_until_cancelled(
+            self.sweep, every_seconds=self._every_seconds, name="the pass that takes checkpoints", logger=logger
+        )
