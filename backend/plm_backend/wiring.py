@@ -30,6 +30,7 @@ from plm_engine_core.control_plane.storage.postgres.gateway import Pool
 from plm_engine_core.control_plane.storage.postgres.signals import PostgresSignals
 from plm_shared.addresses import driver_dsn
 from plm_shared.artifact_store import ArtifactStorageBackend, LocalFilesystemBackend, ObjectStoreBackend, open_store
+from plm_shared.cancellation import kept_cancel
 from plugin_substrate.manager import PluginManager
 from plugin_substrate.queue import JobQueue
 
@@ -256,7 +257,8 @@ async def background(work: Callable[[], Awaitable[None]], name: str) -> AsyncIte
     async def guarded() -> None:
         while True:
             try:
-                return await work()
+                with kept_cancel():
+                    return await work()
             except Exception:
                 logger.exception("the %s ended unexpectedly and begins anew", name)
                 await asyncio.sleep(_BEGIN_ANEW_SECONDS)

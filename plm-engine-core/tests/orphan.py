@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 from uuid import UUID
 
@@ -40,7 +39,7 @@ class Staying(PostgresAdmission):
 
     async def admit(self, command: Any, **keywords: Any) -> Any:
         """Stay after it."""
-        await super().admit(replace(command, begin=False), **keywords)
+        await super().admit(command._replace(begin=False), **keywords)
         stay()
 
 

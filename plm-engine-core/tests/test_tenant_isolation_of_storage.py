@@ -291,7 +291,7 @@ async def test_admission_begin_and_settlement_do_not_cross_tenants_either(bench,
     assert isinstance(denied, Denied)
     ((command, assumed),) = booked
     for begin in (False, True):
-        elsewhere = replace(command, tenant_id=other, step_index=2, command_id="another", begin=begin)
+        elsewhere = command._replace(tenant_id=other, step_index=2, command_id="another", begin=begin)
         with pytest.raises(NotFound):
             await admit_as_assumed(elsewhere, assumed)
     with pytest.raises(NotFound):

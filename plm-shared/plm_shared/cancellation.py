@@ -26,7 +26,14 @@ def kept_cancel() -> Iterator[None]:
         yield
     except Exception as error:
         if task.cancelling() > before:
-            raise asyncio.CancelledError from error
+            raise asyncio.CancelledError(*_words_of(error)) from error
         raise
     if task.cancelling() > before:
         raise asyncio.CancelledError
+
+
+def _words_of(error: BaseException | None) -> tuple[object, ...]:
+    """Those of the cancel that `error` took the place of: libraries know cancels of their own by them."""
+    while error is not None and not isinstance(error, asyncio.CancelledError):
+        error = error.__context__
+    return error.args if error is not None else ()

@@ -179,7 +179,7 @@ def call_records(
     cost_eur: str | None,
     clock: Callable[[], date] = utc_today,
 ) -> tuple[LedgerRecord, LedgerRecord]:
-    """The telemetry row and the connector row of one call of a run; `facts` and the run stand in both.
+    """The telemetry row and the connector row of one call of a run; `facts` stand in both, under that `run_id`.
 
     They are what `ledger_record` makes of `EmitTelemetryArgs` and `EmitConnectorCallArgs` with one content hash, over
     the facts, the run and the cost as it is given; but names are checked once for all calls, and the facts rendered
@@ -190,7 +190,7 @@ def call_records(
         ValueError: a name, the trace, the span or the cost is what those models refuse.
         JsonRefused: the facts hold what jsonb cannot; the message names its path.
     """
-    _check_names(event_type, connector_id, capability)
+    event_type, connector_id, capability = _checked_names(event_type, connector_id, capability)
     tenant, run = uuid_text(tenant_id), uuid_text(run_id)
     document = {**facts, "run_id": run}
     content = compute_content_hash({**document, "cost_eur": cost_eur})
@@ -222,12 +222,12 @@ def call_records(
     )
 
 
-@lru_cache(maxsize=1024)
-def _check_names(event_type: str, connector_id: str, capability: str) -> None:
-    """Refuse what the models refuse; few names occur often."""
+@lru_cache(maxsize=1024, typed=True)
+def _checked_names(event_type: str, connector_id: str, capability: str) -> tuple[str, str, str]:
+    """As the models have them, or refused by them; few names occur often."""
     key = IdempotencyKey(*_SOME_KEY)
-    EmitTelemetryArgs(event_type=event_type, span_id="-", capability=capability, idempotency_key=key)
-    EmitConnectorCallArgs(
+    telemetry = EmitTelemetryArgs(event_type=event_type, span_id="-", capability=capability, idempotency_key=key)
+    connector = EmitConnectorCallArgs(
         span_id="-",
         connector_id=connector_id,
         capability=capability,
@@ -235,12 +235,14 @@ def _check_names(event_type: str, connector_id: str, capability: str) -> None:
         cost_status="unavailable",
         idempotency_key=key,
     )
+    return telemetry.event_type, connector.connector_id, connector.capability
 
 
 def _own_cost(text: str) -> str:
     try:
-        amount = ledger_amount(Decimal(text))
-        fits = 0 <= amount < COSTLIEST
+        cost = Decimal(text)
+        amount = ledger_amount(cost)
+        fits = cost >= 0 and amount < COSTLIEST
     except ArithmeticError:
         fits = False
     if not fits:

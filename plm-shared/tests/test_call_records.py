@@ -25,7 +25,9 @@ facts = st.dictionaries(st.text(max_size=4), st.one_of(leaves, st.lists(leaves, 
 costs = st.one_of(
     st.none(),
     st.decimals(min_value=-1, max_value=2 * 10**10, places=8).map(str),
-    st.sampled_from(["NaN", "Infinity", "1e9", "0", "9999999999.999999995", "0.000000001", "much"]),
+    st.sampled_from(
+        ["NaN", "Infinity", "1e9", "0", "9999999999.999999995", "0.000000001", "-0.000000001", "-0", "1E+5", "much"]
+    ),
 )
 calls = st.fixed_dictionaries(
     {
@@ -100,7 +102,7 @@ def test_a_plain_call_is_the_same_in_both() -> None:
     assert [row[0] for row in rows] == ["telemetry_events", "connector_calls"]
 
 
-@pytest.mark.parametrize("cost", ["-1", "NaN", "sNaN", "Infinity", "9999999999.999999995", "much", ""])
+@pytest.mark.parametrize("cost", ["-1", "-0.000000001", "NaN", "sNaN", "Infinity", "9999999999.999999995", "much", ""])
 def test_what_is_no_cost_is_refused(cost: str) -> None:
     with pytest.raises(ValueError, match="cost_eur"):
         call_records(tenant_id=TENANT, run_id=RUN, **{**CALL, "cost_eur": cost})

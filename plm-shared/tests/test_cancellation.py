@@ -58,12 +58,12 @@ def test_one_cancel_ends_a_task_whatever_the_library_makes_of_it(work: Callable[
     assert _cancelled_once(work).cancelled()
 
 
-def test_the_error_that_took_the_place_of_a_cancel_is_its_cause() -> None:
+def test_the_error_that_took_the_place_of_a_cancel_is_its_cause_and_its_words_are_kept() -> None:
     async def scenario() -> None:
         task = asyncio.create_task(_kept(_raises_its_own))
         await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError) as caught:
+        task.cancel("by a scope")
+        with pytest.raises(asyncio.CancelledError, match="by a scope") as caught:
             await task
         assert isinstance(caught.value.__cause__, ConnectionLost)
 
