@@ -47,7 +47,7 @@ class TemplateDatabases:
         return provision(self._admin_dsn, name, **self._passwords)
 
     def clone(self, template: str) -> DatabaseUrls:
-        """A copy of the template under a fresh name; ``drop`` it afterwards, or use ``cloned``."""
+        """A copy of the template under a fresh name, until the cluster ends or ``drop`` or ``cloned`` ends it."""
         name = f"test_{uuid.uuid4().hex}"
         with psycopg.connect(self._admin_dsn, autocommit=True) as connection, connection.cursor() as cursor:
             cursor.execute(
