@@ -4,7 +4,8 @@ The database rows are real: PostgreSQL with fsync on, row-level security, the ap
 same run, is a plain insert of one row, committed, under row-level security, by one client.
 A pair is what a governed function books around its call, which is made at once: the admission, which uses its grant up,
 and the settlement. Nothing is booked between them; a call that waits for a slot has its begin there, a third booking.
-BENCH_PAIRS sets the pairs of each run.
+Rates are those of runs that have all been at work for a while, and still are: pairs are counted between two moments.
+BENCH_PAIRS sets the pairs of a run alone, BENCH_SECONDS how long pairs are counted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,10 +53,11 @@ from plm_shared.provisioning import provision
 from pydantic import BaseModel
 
 PAIRS = int(os.environ.get("BENCH_PAIRS", "150"))
+SECONDS = float(os.environ.get("BENCH_SECONDS", "1.5"))
 AT_ONCE = 8
 CLIENTS = 2  # processes that drive the runs at once: one cannot keep the server busy, more only take its cores away
-WARM = 10
-WINDOWS = 5  # of a second or so each: of rates on a machine that others use too, the middle one is told
+WARM = 0.5  # seconds of the same load before pairs are counted: plans, caches and processors are as they stay
+WINDOWS = 5  # of rates on a machine that others use too, the middle one is told
 LONGEST = 600.0  # seconds
 DECISIONS = 20_000
 REPLAYED = 20_000
@@ -260,33 +263,39 @@ class Booking:
         assert lease is not None
         return lease
 
+    async def pair(self, lease: Lease, step: int) -> None:
+        """An admission that uses its grant up, with the settlement right after it."""
+        admission = await self.control_plane.admit(_proposal(lease, step), begin=True)
+        assert isinstance(admission, Granted), admission
+        assert admission.begun
+        await self.control_plane.settle(
+            admission.grant,
+            Outcome(status=OutcomeStatus.SUCCEEDED),
+            capability=PLAIN,
+            fencing_token=lease.fencing_token,
+            trace_id=lease.run.trace_id,
+            actor="bench",
+        )
+
     async def pairs(self, lease: Lease, count: int) -> list[float]:
-        """Milliseconds of each admission that uses its grant up, with the settlement right after it."""
+        """Milliseconds of each of so many pairs."""
         samples = []
         for step in range(count):
             started = time.perf_counter()
-            admission = await self.control_plane.admit(_proposal(lease, step), begin=True)
-            assert isinstance(admission, Granted), admission
-            assert admission.begun
-            await self.control_plane.settle(
-                admission.grant,
-                Outcome(status=OutcomeStatus.SUCCEEDED),
-                capability=PLAIN,
-                fencing_token=lease.fencing_token,
-                trace_id=lease.run.trace_id,
-                actor="bench",
-            )
+            await self.pair(lease, step)
             samples.append((time.perf_counter() - started) * 1e3)
         return samples
 
-    async def load(self, tenants: list[uuid.UUID], start: Callable[[], object], end: Callable[[], object]) -> None:
-        """Runs at once, one in each of `tenants`, between the two signals; plans and statements are prepared before."""
-        warmed = [await self.lease(tenant) for tenant in tenants]
-        await asyncio.gather(*(self.pairs(lease, WARM) for lease in warmed))
-        leases = [await self.lease(tenant) for tenant in tenants]
-        start()
-        await asyncio.gather(*(self.pairs(lease, PAIRS) for lease in leases))
-        end()
+    async def pairs_between(self, lease: Lease, opens: float, closes: float) -> int:
+        """How many pairs end between the two moments of the clock, of a run that makes one after another until then."""
+        ended = 0
+        for step in itertools.count():
+            await self.pair(lease, step)
+            now = time.perf_counter()
+            if now >= closes:
+                break
+            ended += now >= opens
+        return ended
 
 
 @asynccontextmanager
@@ -302,33 +311,34 @@ async def opened(app: str) -> AsyncIterator[Booking]:
         yield Booking(control_plane=plane, principal=Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=scopes))
 
 
-def client(app: str, tenants: list[uuid.UUID], gate: Barrier) -> None:
+def client(app: str, tenants: list[uuid.UUID], gate: Barrier, counts: Queue[int]) -> None:
     """One process of `rate`."""
 
-    async def run() -> None:
+    async def run() -> int:
         async with opened(app) as books:
-            await books.load(tenants, gate.wait, gate.wait)
+            leases = [await books.lease(tenant) for tenant in tenants]
+            gate.wait(LONGEST)
+            opens = time.perf_counter() + WARM
+            return sum(await asyncio.gather(*(books.pairs_between(lease, opens, opens + SECONDS) for lease in leases)))
 
-    asyncio.run(run())
+    counts.put(asyncio.run(run()))
 
 
 def rate(app: str, tenants: list[uuid.UUID]) -> float:
     """Pairs per second of runs at once, one in each of `tenants`."""
     context = multiprocessing.get_context("spawn")
-    gate = context.Barrier(CLIENTS + 1)
+    gate = context.Barrier(CLIENTS)
+    counts: Queue[int] = context.Queue()
     clients = [
-        context.Process(target=client, args=(app, tenants[number::CLIENTS], gate), daemon=True)
+        context.Process(target=client, args=(app, tenants[number::CLIENTS], gate, counts), daemon=True)
         for number in range(CLIENTS)
     ]
     for each in clients:
         each.start()
-    gate.wait(LONGEST)
-    started = time.perf_counter()
-    gate.wait(LONGEST)
-    seconds = time.perf_counter() - started
+    ended = sum(counts.get(timeout=LONGEST) for _ in clients)
     for each in clients:
         each.join()
-    return len(tenants) * PAIRS / seconds
+    return ended / SECONDS
 
 
 def _proposal(lease: Lease, step: int) -> Proposal:
@@ -419,4 +429,8 @@ def main() -> dict[str, Figure]:
 
 if __name__ == "__main__":
     asked = command_line(__doc__ or "").parse_args()
-    report(f"what deciding and booking cost ({PAIRS} pairs a run)", main(), as_json=asked.as_json)
+    report(
+        f"what deciding and booking cost ({PAIRS} pairs of a run alone, {WINDOWS} windows of {SECONDS:g} s)",
+        main(),
+        as_json=asked.as_json,
+    )
