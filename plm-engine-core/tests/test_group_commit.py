@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -379,6 +379,28 @@ async def test_bookings_without_end_leave_a_connection_to_others(only_one):
     finally:
         over.set()
         await asyncio.gather(*booking)
+
+
+async def test_a_connection_that_comes_with_a_cancel_goes_back_and_the_cancel_is_kept(only_one, monkeypatch):
+    """A wait that ends by both may be told as one that has not been cancelled."""
+    getconn, came = only_one.getconn, asyncio.Event()
+
+    async def with_a_cancel():
+        connection = await getconn()
+        came.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return connection
+
+    with monkeypatch.context() as patched:
+        patched.setattr(only_one, "getconn", with_a_cancel)
+        booking = asyncio.ensure_future(made(Bookings(Gateway(only_one)), FIRST))
+        await came.wait()
+        booking.cancel()
+        await asyncio.wait([booking])
+    assert booking.cancelled()
+    async with only_one.connection() as connection:
+        await connection.execute("SELECT 1")
 
 
 async def test_more_at_once_than_a_connection_takes_are_all_served(only_one):

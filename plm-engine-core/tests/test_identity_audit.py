@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -103,3 +105,26 @@ async def test_a_lost_database_is_unavailable(engine_database: DatabaseUrls, poo
     await pool.close()
     with pytest.raises(AuditUnavailable):
         await PostgresAuditSink(pool).write(bind_record(make_test_identity(tenant_id=tenant), provider="hs256"))
+
+
+async def test_a_cancel_that_comes_with_the_connection_is_one(
+    engine_database: DatabaseUrls, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait that ends by both may be told as one that has not been cancelled."""
+    (tenant,) = create_tenants(engine_database, "acme")
+    getconn, came = pool.getconn, asyncio.Event()
+
+    async def with_a_cancel(*patience: float | None) -> psycopg.AsyncConnection[Any]:
+        connection = await getconn(*patience)
+        came.set()
+        with suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        return connection
+
+    monkeypatch.setattr(pool, "getconn", with_a_cancel)
+    record = bind_record(make_test_identity(tenant_id=tenant), provider="hs256")
+    writing = asyncio.ensure_future(PostgresAuditSink(pool).write(record))
+    await came.wait()
+    writing.cancel()
+    await asyncio.wait([writing])
+    assert writing.cancelled()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from uuid import UUID
 
 import psycopg
+from plm_shared.cancellation import kept_cancel
 from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool
 
@@ -131,15 +132,18 @@ class PostgresAuditSink:
 
     async def write(self, record: AuditRecord) -> None:
         """See `AuditSink.write`; waits at most `timeout_seconds`, connection and commit included."""
-        try:
-            async with asyncio.timeout(self._timeout):
-                await self._insert(record)
-        except psycopg.errors.ForeignKeyViolation:
-            raise AuditTenantUnknown(f"tenant {record.tenant_id} does not exist", tenant_id=record.tenant_id) from None
-        except (psycopg.Error, TimeoutError) as error:
-            raise AuditUnavailable(
-                f"the audit log could not be written ({type(error).__name__})", tenant_id=record.tenant_id
-            ) from error
+        with kept_cancel():
+            try:
+                async with asyncio.timeout(self._timeout):
+                    await self._insert(record)
+            except psycopg.errors.ForeignKeyViolation:
+                raise AuditTenantUnknown(
+                    f"tenant {record.tenant_id} does not exist", tenant_id=record.tenant_id
+                ) from None
+            except (psycopg.Error, TimeoutError) as error:
+                raise AuditUnavailable(
+                    f"the audit log could not be written ({type(error).__name__})", tenant_id=record.tenant_id
+                ) from error
 
     async def _insert(self, record: AuditRecord) -> None:
         if record.tenant_id is None:

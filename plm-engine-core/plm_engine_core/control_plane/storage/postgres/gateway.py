@@ -125,7 +125,15 @@ class Gateway:
 
     async def borrow(self) -> Session:
         """One pooled connection in autocommit mode, to be given back; the errors are the driver's and the pool's."""
-        return await self._pool.getconn()
+        connection: Session | None = None
+        try:
+            with kept_cancel():
+                connection = await self._pool.getconn()
+        except asyncio.CancelledError:
+            if connection is not None:  # it came, and the cancel with it
+                await self._pool.putconn(connection)
+            raise
+        return connection
 
     def wanted(self) -> bool:
         """Whether somebody waits for a connection."""
