@@ -114,8 +114,8 @@ async def test_a_cancel_that_comes_with_the_connection_is_one(
     (tenant,) = create_tenants(engine_database, "acme")
     getconn, came = pool.getconn, asyncio.Event()
 
-    async def with_a_cancel(*patience: float | None) -> psycopg.AsyncConnection[Any]:
-        connection = await getconn(*patience)
+    async def with_a_cancel(**patience: float | None) -> psycopg.AsyncConnection[Any]:
+        connection = await getconn(**patience)
         came.set()
         with suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
