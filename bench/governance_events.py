@@ -28,6 +28,7 @@ from plm_shared.provisioning import provision
 EVENTS = int(os.environ.get("BENCH_EVENTS", "100000"))
 STREAMS = 2000
 APPENDS = 300
+AGAIN = 5  # a long walk is made, and the middle one told: others use the machine too
 BATCH = 200  # appended in one transaction while the chain is made
 STREAM = f"run/{uuid.UUID(int=7)}"
 APPEND = "SELECT engine_append_event_v1(%s, %s, 'step_granted', 'human:bench', %s)"
@@ -92,17 +93,19 @@ def _fill(app: str, tenant: uuid.UUID, streams: list[str]) -> None:
 
 
 async def _reading(storage: PostgresStorage, tenant: uuid.UUID) -> dict[str, Figure]:
-    started, after = time.perf_counter(), 0
-    while page := await storage.events.read(tenant, STREAM, after=after, limit=5000):
-        after = page[-1].seq
-    replayed = (time.perf_counter() - started) * 1e3 * 100_000 / after
+    walks = []
+    for _ in range(AGAIN):
+        started, after = time.perf_counter(), 0
+        while page := await storage.events.read(tenant, STREAM, after=after, limit=5000):
+            after = page[-1].seq
+        walks.append((time.perf_counter() - started) * 1e3 * 100_000 / after)
     samples = []
     for _ in range(APPENDS):
         started = time.perf_counter()
         assert len(await storage.events.read(tenant, STREAM, after=after - 10, limit=10)) == 10
         samples.append((time.perf_counter() - started) * 1e3)
     return {
-        "replay of 100 000 events": Figure(value=replayed, unit="ms", better="lower", target=1500),
+        "replay of 100 000 events": Figure(value=percentile(walks, 0.5), unit="ms", better="lower", target=1500),
         "last 10 events, p50": Figure(value=percentile(samples, 0.5), unit="ms", better="lower", target=1),
     }
 
@@ -110,20 +113,28 @@ async def _reading(storage: PostgresStorage, tenant: uuid.UUID) -> dict[str, Fig
 async def _checking(storage: PostgresStorage, tenant: uuid.UUID) -> dict[str, Figure]:
     key = Ed25519PrivateKey.generate()
     await Checkpointer(storage.checkpoints, Signer(key)).take(tenant)
-    started = time.perf_counter()
-    (result,) = await verify_tenant(storage, tenant)
-    database = result.events / (time.perf_counter() - started)
-    assert result.consistent
+    database, exported = [], []
+    for _ in range(AGAIN):
+        started = time.perf_counter()
+        (result,) = await verify_tenant(storage, tenant)
+        database.append(result.events / (time.perf_counter() - started))
+        assert result.consistent
     file = BytesIO()
     await export(storage.checkpoints, tenant, file)
-    file.seek(0)
-    started = time.perf_counter()
-    found = read_exports([file], PublicKeys([key.public_key()]))
-    exported = found.events / (time.perf_counter() - started)
-    assert found.unforged
+    keys = PublicKeys([key.public_key()])
+    for _ in range(AGAIN):
+        file.seek(0)
+        started = time.perf_counter()
+        found = read_exports([file], keys)
+        exported.append(found.events / (time.perf_counter() - started))
+        assert found.unforged
     return {
-        "verify a chain from the database": Figure(value=database, unit="/s", better="higher", target=200_000),
-        "verify a chain from an export": Figure(value=exported, unit="/s", better="higher", target=200_000),
+        "verify a chain from the database": Figure(
+            value=percentile(database, 0.5), unit="/s", better="higher", target=200_000
+        ),
+        "verify a chain from an export": Figure(
+            value=percentile(exported, 0.5), unit="/s", better="higher", target=200_000
+        ),
     }
 
 
