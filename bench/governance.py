@@ -19,7 +19,7 @@ import secrets
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -52,7 +52,7 @@ from plm_shared.embedded_postgres import EmbeddedPostgres
 from plm_shared.provisioning import provision
 from pydantic import BaseModel
 
-PAIRS = int(os.environ.get("BENCH_PAIRS", "150"))
+PAIRS = int(os.environ.get("BENCH_PAIRS", "500"))
 SECONDS = float(os.environ.get("BENCH_SECONDS", "1.5"))
 AT_ONCE = 8
 CLIENTS = 2  # processes that drive the runs at once: one cannot keep the server busy, more only take its cores away
@@ -62,8 +62,8 @@ LONGEST = 600.0  # seconds
 DECISIONS = 20_000
 REPLAYED = 20_000
 ASKED = 30
-INSERTS = 30  # a turn
-TURNS = 10
+TURNS = 10  # of rows, and of pairs, long enough that what the first few of them cost is not what is told
+INSERTS = 100  # a turn
 
 BASE: dict[str, Any] = {
     "version": "bench",
@@ -277,10 +277,10 @@ class Booking:
             actor="bench",
         )
 
-    async def pairs(self, lease: Lease, count: int) -> list[float]:
-        """Milliseconds of each of so many pairs."""
+    async def pairs(self, lease: Lease, steps: Iterable[int]) -> list[float]:
+        """Milliseconds of the pair of each step."""
         samples = []
-        for step in range(count):
+        for step in steps:
             started = time.perf_counter()
             await self.pair(lease, step)
             samples.append((time.perf_counter() - started) * 1e3)
@@ -388,13 +388,19 @@ async def one_run(owner: str, app: str, tenant: uuid.UUID) -> tuple[float, float
     """D, and a pair with nothing beside it: by turns, so that both meet the machine as it is meanwhile."""
     rows: list[float] = []
     pairs: list[float] = []
+    steps = itertools.count()
+
+    def next_steps() -> Iterator[int]:
+        return itertools.islice(steps, max(1, PAIRS // TURNS))
+
     with durable_rows(owner, app, tenant) as inserts:
         async with opened(app) as books:
+            lease = await books.lease(tenant)
             inserts(INSERTS)
-            await books.pairs(await books.lease(tenant), PAIRS)  # plans and statements are prepared
+            await books.pairs(lease, next_steps())  # plans and statements are prepared
             for _ in range(TURNS):
                 rows += inserts(INSERTS)
-                pairs += await books.pairs(await books.lease(tenant), max(1, PAIRS // TURNS))
+                pairs += await books.pairs(lease, next_steps())
     return percentile(rows, 0.5), percentile(pairs, 0.5)
 
 
