@@ -58,7 +58,7 @@ def test_a_limit_that_is_set_binds_the_next_call_and_is_explained(treasurer: Any
         treasurer.put("/v1/budgets", json={**name, "limit": before["limit"]})
 
 
-def test_a_window_of_any_subject_and_unit_is_opened_listed_and_explained(treasurer: Any) -> None:
+def test_a_window_of_any_subject_and_counted_unit_is_opened_listed_and_explained(treasurer: Any) -> None:
     name = {"scope": "model", "subject": "Maker/Model 2", "unit": "gpu_seconds", "per": "month"}
     assert treasurer.put("/v1/budgets", json={**name, "limit": "7.5"}).json()["subject"] == "maker/model 2"
     (found,) = budgets_of(treasurer, "model", "maker/model 2")
@@ -95,6 +95,9 @@ def test_who_may_not_change_a_budget_and_what_is_no_budget_is_refused(client: An
     ):
         refused = client.request(method, path, json=body, headers={"Idempotency-Key": "x"})
         assert (refused.status_code, refused.json()["missing_scopes"]) == (403, ["plm.budgets"])
+    uncounted = treasurer.put("/v1/budgets", json={**name, "limit": "1"})
+    assert (uncounted.status_code, uncounted.json()["field"]) == (422, "unit")
+    assert "under 'limits'" in uncounted.json()["detail"]
     unnamed = treasurer.put("/v1/budgets", json={**name, "scope": "user", "limit": "1"})
     assert (unnamed.status_code, unnamed.json()["field"]) == (422, "subject")
     assert treasurer.get("/v1/budgets?subject=echo").status_code == 422

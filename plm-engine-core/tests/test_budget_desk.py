@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import secrets
 import time
 import uuid
+from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +27,11 @@ from typer.testing import CliRunner
 pytestmark = pytest.mark.every_storage
 
 OPERATOR = Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=frozenset({"plm.budgets"}))
+COUNTED = [
+    *({"scope": "agent", "unit": unit, "limit": "9"} for unit in ("calls", "EUR")),
+    *({"scope": "agent", "per": per, "unit": "calls", "limit": "9"} for per in ("day", "month")),
+    {"scope": "user", "unit": "calls", "limit": "9"},
+]
 DAILY = BudgetKey.of(BudgetScope.AGENT, "test", "calls", Period.DAY)
 
 
@@ -104,6 +112,52 @@ async def test_a_limit_in_a_unit_that_is_ours_written_otherwise_is_refused(bench
     assert caught.value.field == "unit"
 
 
+@pytest.mark.parametrize(
+    ("key", "place"),
+    [
+        (lambda bench: BudgetKey.of(BudgetScope.TENANT, str(bench.tenant), "EURO"), "budgets.tenant"),
+        (lambda bench: BudgetKey.of(BudgetScope.RUN, str(bench.tenant), "tokens"), "budgets.run"),
+        (lambda bench: BudgetKey.of(BudgetScope.TENANT, str(bench.tenant), "calls", Period.MONTH), "limits"),
+        (lambda _: BudgetKey.of(BudgetScope.AGENT, "test", "calls", Period.WEEK), "limits"),
+        (lambda _: BudgetKey.of(BudgetScope.TEAM, "day", "calls"), "limits"),
+    ],
+)
+async def test_a_limit_that_no_call_draws_on_is_refused(bench: Any, key: Any, place: str) -> None:
+    """It would stand there as set by an operator, and hold nobody."""
+    night = {"scope": "team", "subject": "night", "unit": "calls", "limit": "9"}
+    bench = bench.with_policy(limits=[*COUNTED, night])
+    with pytest.raises(InvalidRequest, match=f"no call draws on .* under '{place}'") as caught:
+        await bench.control_plane.set_budget(bench.tenant, key(bench), Decimal(1), by=OPERATOR)
+    assert caught.value.field == "unit"
+    of_night = BudgetKey.of(BudgetScope.TEAM, "night", "calls")
+    assert (await bench.control_plane.set_budget(bench.tenant, of_night, Decimal(1), by=OPERATOR)).limit == 1
+
+
+async def test_a_limit_of_another_tenant_is_refused(bench: Any) -> None:
+    other = BudgetKey.of(BudgetScope.TENANT, str(uuid.uuid4()), "calls")
+    with pytest.raises(InvalidRequest, match=str(bench.tenant)) as caught:
+        await bench.control_plane.set_budget(bench.tenant, other, Decimal(1), by=OPERATOR)
+    assert caught.value.field == "subject"
+
+
+@pytest.mark.parametrize("amount", ["1e12", "-1", "0.000000001", "NaN"])
+async def test_a_limit_that_the_books_cannot_hold_is_refused_with_what_it_was(bench: Any, amount: str) -> None:
+    limit = Decimal(amount)
+    with pytest.raises(InvalidRequest, match=f"below 10.12.*not {re.escape(str(limit))}$") as caught:
+        await bench.control_plane.set_budget(bench.tenant, calls_of(bench), limit, by=OPERATOR)
+    assert caught.value.field == "limit"
+    rich = replace(bench.requester, scopes=bench.requester.scopes | {"plm.cost.override"})
+    with pytest.raises(InvalidRequest, match=f"not {re.escape(str(limit))}$") as caught:
+        await bench.run(principal=rich, budget={"EUR": limit})
+    assert caught.value.field == "budget.EUR"
+
+
+async def test_a_limit_is_told_in_the_one_notation(bench: Any) -> None:
+    for written in ("-0", "1E+2", "7.000000000000000000"):
+        await bench.control_plane.set_budget(bench.tenant, calls_of(bench), Decimal(written), by=OPERATOR)
+    assert [data["limit"] for _, data in await told(bench)] == ["0", "100", "7"]
+
+
 @pytest.mark.parametrize("missing", ["reason", "command_id"])
 async def test_a_correction_says_why_and_which(bench: Any, missing: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -127,6 +181,7 @@ NAMES = ("a", "B", "é", "z", "Z", "\U0001f600", "\uffff", "a b")  # sorted by t
 
 
 async def test_every_budget_is_listed_once_in_pages_of_any_size(bench: Any) -> None:
+    bench = bench.with_policy(limits=COUNTED)
     keys = [BudgetKey.of(BudgetScope.AGENT, name, unit) for name in NAMES for unit in ("calls", "EUR")]
     keys += [BudgetKey.of(BudgetScope.AGENT, "a", "calls", period) for period in (Period.DAY, Period.MONTH)]
     keys += [BudgetKey.of(BudgetScope.TENANT, str(bench.tenant), "calls")]
@@ -144,6 +199,7 @@ async def test_every_budget_is_listed_once_in_pages_of_any_size(bench: Any) -> N
 
 
 async def test_a_budget_that_went_meanwhile_is_still_a_place_to_go_on_from(bench: Any) -> None:
+    bench = bench.with_policy(limits=COUNTED)
     gone = BudgetKey.of(BudgetScope.AGENT, "m", "calls")
     for name in ("a", "z"):
         key = BudgetKey.of(BudgetScope.AGENT, name, "calls")
@@ -183,9 +239,10 @@ def test_a_cursor_that_no_list_gave_is_refused(cursor: str) -> None:
 
 
 @pytest.fixture
-def command(bench: Any) -> Any:
+def command(bench: Any, tmp_path: Path) -> Any:
     """`plm-cli` as an operator; each command has a thread, for its own event loop."""
     secret = secrets.token_hex(32)
+    (tmp_path / "policy.json").write_text(bench.control_plane.policy.content)
 
     async def run(*arguments: str, scopes: tuple[str, ...] = ("plm.budgets",)) -> Any:
         now = int(time.time())
@@ -193,6 +250,7 @@ def command(bench: Any) -> Any:
         claims |= {"scopes": list(scopes), "iat": now, "exp": now + 600}
         token = Hs256JwtIdentityProvider(active_secret=secret).issue_token(claims)
         settings = {"PG_DSN": bench.database.app, "PLM_IDENTITY_HS256_SECRET_ACTIVE": secret, "PLM_TOKEN": token}
+        settings["PLM_POLICY"] = str(tmp_path / "policy.json")
         return await asyncio.to_thread(CliRunner().invoke, build_app(), ["budget", *arguments], env=settings)
 
     return run
@@ -218,3 +276,5 @@ async def test_an_operator_sees_sets_and_corrects_budgets_at_the_terminal(bench:
     assert (refused.exit_code, "plm.budgets" in refused.stderr) == (1, True)
     assert (await command("set", "user", "ann", "calls", "9")).exit_code == 2
     assert (await command("set", "agent", "ann", "calls", "many")).exit_code == 2
+    nobody = await command("set", "tenant", tenant, "EURO", "9")
+    assert (nobody.exit_code, "no call draws on this tenant budget in EURO" in nobody.stderr) == (1, True)

@@ -229,6 +229,14 @@ def test_a_share_is_part_of_a_whole(share):
         share_of({BudgetUnit.EUR: Decimal(3)}, terms)
 
 
+def test_a_share_is_never_rounded_up():
+    terms = Delegation(to=uuid.UUID(int=2), scopes=frozenset(), share=Decimal("0.6666666666667"), expires_at=NOW)
+    assert share_of({BudgetUnit.EUR: Decimal("0.00000001"), BudgetUnit.CALLS: Decimal(3)}, terms) == {
+        BudgetUnit.EUR: 0,
+        BudgetUnit.CALLS: Decimal(2),
+    }
+
+
 async def test_a_delegated_run_has_its_share_of_what_is_left_and_ends_with_its_delegation(bench):
     lease = await bench.lease()
     await bench.begun(lease)  # 0.50 EUR of 5 are set aside

@@ -97,6 +97,8 @@ async def test_each_budget_that_binds_is_explained_by_whose_it_is(bench: Any, li
 async def test_a_limit_that_an_operator_set_is_said_to_be_theirs_whatever_its_unit_and_name(bench: Any) -> None:
     operator = replace(bench.approver, scopes=frozenset({"plm.budgets"}))
     key = BudgetKey.of(BudgetScope.MODEL, "maker/model-2", "gpu_seconds", Period.MONTH)
+    limit = {"scope": "model", "per": "month", "unit": "gpu_seconds", "limit": "9"}
+    bench = bench.with_policy(units=["gpu_seconds"], limits=[limit])
     await bench.control_plane.set_budget(bench.tenant, key, Decimal(7), by=operator)
     answer = await bench.control_plane.why(bench.tenant, "model/maker/model-2/gpu_seconds/month")
     assert (answer.state, answer.rule, answer.limit["limit"]) == ("open", "set by an operator", "7")

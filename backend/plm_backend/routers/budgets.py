@@ -50,7 +50,7 @@ async def list_budgets(
 
 @router.put("", operation_id="setBudget", response_model=BudgetDocument, responses=documented(*DOORS, *BODIES))
 async def set_budget(body: BudgetSet, platform: ThePlatform, caller: TheCaller) -> Any:
-    """Set a limit, which then holds whatever the policy says; a new budget is opened. Needs `plm.budgets`."""
+    """Set a limit, which then holds in place of the policy's; a new budget is opened. Needs `plm.budgets`."""
     made = await platform.control_plane.set_budget(caller.tenant_id, body.key, body.limit, by=caller.principal)
     return budget_document(made)
 

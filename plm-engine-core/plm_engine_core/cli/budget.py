@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from plm_engine_core.cli.caller import Caller, as_caller
+from plm_engine_core.cli.caller import Caller, PolicyFile, as_caller, policy_in_force, policy_of
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import Books
@@ -64,18 +64,21 @@ def set_limit(
     subject: Subject,
     unit: Unit,
     amount: Annotated[str, typer.Argument(help="The limit, from 0 up.")],
+    policy: PolicyFile,
     per: Per = Period.TOTAL,
     as_json: AsJson = False,
 ) -> None:
-    """Set a limit; it holds for this window and all later ones, whatever the policy says. Needs plm.budgets.
+    """Set a limit; it holds for this window and all later ones, in place of the policy's. Needs plm.budgets.
 
-    Status 0: set; 1: refused; 2: wrong arguments; 3: no address, or no usable token.
+    The policy in force has to count what is limited. Status 0: set; 1: refused; 2: wrong arguments; 3: no address,
+    policy or token.
     """
-    key, limit = _key(scope, subject, unit, per), _amount(amount)
+    key, limit, snapshot = _key(scope, subject, unit, per), _amount(amount), policy_of(policy)
 
     async def work(books: Books, caller: Caller) -> Budget:
         desk = BudgetDesk(books.storage.budgets)
-        return await desk.set_limit(caller.tenant_id, key, limit, by=caller.principal)
+        plan = (await policy_in_force(books, snapshot)).budget_plan
+        return await desk.set_limit(caller.tenant_id, key, limit, plan=plan, by=caller.principal)
 
     _show_one(as_caller(work, as_json=as_json), as_json=as_json)
 

@@ -7,6 +7,9 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
+SMALLEST = Decimal("0.00000001")
+"""What the database keeps at the least, and counts in."""
+
 
 def plain(amount: Decimal) -> Decimal:
     """The same amount in the one notation without exponent and trailing zeros, so that equal amounts hash equally."""

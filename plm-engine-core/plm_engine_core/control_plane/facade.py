@@ -24,7 +24,7 @@ from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, KillSwitch
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
 from plm_engine_core.control_plane.in_force import PolicyInForce
 from plm_engine_core.control_plane.limits import Budget, BudgetKey, Subjects
-from plm_engine_core.control_plane.limits.desk import BudgetDesk
+from plm_engine_core.control_plane.limits.desk import BudgetDesk, check_amount
 from plm_engine_core.control_plane.limits.leases import ResourceLease, check_seconds, check_terms
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import (
@@ -236,8 +236,7 @@ class ControlPlane:
             if unit not in limits:
                 known = " or ".join(repr(str(each)) for each in limits)
                 raise InvalidRequest(f"a run has a budget in {known}, not {unit!r}", field=f"budget.{unit}")
-            if not isinstance(amount, Decimal) or not amount.is_finite() or amount < 0:
-                raise InvalidRequest(f"the budget in {unit} must be a decimal number from 0 up", field="budget")
+            check_amount(amount, field=f"budget.{unit}")
             if amount > limits[unit] and OVERRIDE_SCOPE not in principal.scopes:
                 raise Forbidden(
                     f"the policy allows {limits[unit]} {unit} a run; more needs the OAuth scope {OVERRIDE_SCOPE}",
@@ -430,8 +429,13 @@ class ControlPlane:
         await self.storage.leases.require(lease, connection=connection)
 
     async def set_budget(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, by: Principal) -> Budget:
-        """Set the limit of a budget; see `BudgetDesk.set_limit`."""
-        return await BudgetDesk(self.storage.budgets).set_limit(tenant_id, key, limit, by=by)
+        """Set the limit of a budget that the policy in force counts; see `BudgetDesk.set_limit`.
+
+        Raises:
+            PolicyMissing: as for `policy`.
+        """
+        plan = self.policy.budget_plan
+        return await BudgetDesk(self.storage.budgets).set_limit(tenant_id, key, limit, plan=plan, by=by)
 
     async def correct_budget(
         self, tenant_id: UUID, key: BudgetKey, amount: Decimal, *, reason: str, command_id: str, by: Principal

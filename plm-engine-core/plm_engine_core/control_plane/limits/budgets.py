@@ -225,6 +225,18 @@ class BudgetPlan:
         limited = self._limited(amounts, _whose(subjects or Subjects(), tenant_id, model))
         return tuple(sorted((*reserves, *limited), key=lambda each: (_WIDTH[each.scope], each.unit, each.period)))
 
+    def place_of(self, key: BudgetKey) -> str:
+        """The member of a policy that says whether calls draw on such a budget."""
+        own = key.period is Period.TOTAL and key.scope in (BudgetScope.RUN, BudgetScope.TENANT)
+        return f"budgets.{key.scope.value}" if own else "limits"
+
+    def draws_on(self, key: BudgetKey) -> bool:
+        """Whether a call that is about what `key` names draws on its budget."""
+        if self.place_of(key) != "limits":
+            return key.unit in (self._run if key.scope is BudgetScope.RUN else self._tenant)
+        about = self._limits.get((key.scope, key.period, key.unit), {})
+        return None in about or (key.subject or str(key.scope_id)) in about
+
     def _draw(self, given: tuple[tuple[str, Decimal], ...], run_id: UUID, tenant_id: UUID) -> tuple[Reserve, ...]:
         """What is drawn on the run's own budget and on its tenant's; the same for each such call of the run."""
         amounts = dict(given)

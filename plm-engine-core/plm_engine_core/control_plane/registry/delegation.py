@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Decimal
+from decimal import ROUND_DOWN, Decimal
 from typing import TYPE_CHECKING
 from uuid import UUID
 
+from plm_engine_core.control_plane.amounts import SMALLEST
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def narrowed(delegator: Principal, delegation: Delegation, *, depth: int, now: d
 
 
 def share_of(left: Mapping[str, Decimal], delegation: Delegation) -> dict[str, Decimal]:
-    """What the run of a delegation may spend: its share of what the delegator's run has left.
+    """What the run of a delegation may spend: its share of what the delegator's run has left, never rounded up.
 
     Raises:
         InvalidRequest: the share is no part of a whole.
@@ -75,4 +76,6 @@ def share_of(left: Mapping[str, Decimal], delegation: Delegation) -> dict[str, D
     share = delegation.share
     if not (isinstance(share, Decimal) and share.is_finite() and 0 < share <= 1):
         raise InvalidRequest("the share of a delegation is more than 0 and at most 1", field="share")
-    return {unit: max(amount, Decimal(0)) * delegation.share for unit, amount in left.items()}
+    return {
+        unit: (max(amount, Decimal(0)) * share).quantize(SMALLEST, rounding=ROUND_DOWN) for unit, amount in left.items()
+    }
