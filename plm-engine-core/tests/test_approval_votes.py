@@ -12,6 +12,7 @@ import psycopg
 import pytest
 from plm_engine_core.control_plane import Granted, Pending
 from plm_engine_core.control_plane.errors import Conflict, Forbidden, InvalidRequest, NotFound
+from plm_engine_core.control_plane.events import run_stream
 from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.policy import ApprovalRule
 from plm_engine_core.control_plane.recovery import Recovery
@@ -209,6 +210,50 @@ class TestHandingOn:
             await bench.decide(pending, APPROVE)
         assert caught.value.reason == "escalated"
         assert (await ticket_of(bench, pending)).escalated_at is not None
+
+    async def test_an_approval_from_before_counts_once_its_voter_gives_it_with_the_new_authority(self, bench):
+        """Quorum is of people who hold what the ticket needs when it is decided, not of who once sufficed."""
+        escalation = {"required_scope": "plm.hitl.duty", "timeout_seconds": 900}
+        bench = bench.with_policy(approval={"quorum": 2, "escalation": escalation})
+        lease, pending = await bench.ask()
+        plain = somebody(bench)
+        await bench.decide(pending, APPROVE, approver=plain)
+        bench.let_deadline_pass(pending)
+        await Recovery(bench.storage).sweep()
+        first = await bench.decide(pending, APPROVE, approver=somebody(bench, "plm.hitl.duty"))
+        assert first.state is TicketState.PENDING, "one of two with the wider circle's authority"
+        with pytest.raises(Forbidden):
+            await bench.decide(pending, APPROVE, approver=plain)
+        trained = replace(plain, scopes=plain.scopes | {"plm.hitl.duty"})
+        decided = await bench.decide(pending, APPROVE, approver=trained, comment="again")
+        assert decided.state is TicketState.APPROVED
+        votes = await bench.storage.approvals.votes(bench.tenant, pending.ticket_id)
+        assert {each.authority for each in votes} == {("plm.hitl.duty",)}
+        assert len(votes) == 2
+        assert (await bench.decide(pending, APPROVE, approver=trained)).decided_by == plain.user_id
+        told = [each.data for each in await bench.storage.events.read(bench.tenant, run_stream(lease.run.id))]
+        assert [each["votes"] for each in told if "votes" in each] == [1, 1, 2]
+
+    async def test_who_approved_before_may_not_deny_afterwards(self, bench):
+        escalation = {"required_scope": "plm.hitl.duty", "timeout_seconds": 900}
+        bench = bench.with_policy(approval={"quorum": 2, "escalation": escalation})
+        _, pending = await bench.ask()
+        voter = somebody(bench, "plm.hitl.duty")
+        await bench.decide(pending, APPROVE, approver=voter)
+        bench.let_deadline_pass(pending)
+        await Recovery(bench.storage).sweep()
+        with pytest.raises(Conflict) as caught:
+            await bench.decide(pending, DENY, approver=voter)
+        assert caught.value.reason == "already_voted"
+
+    @pytest.mark.parametrize("change", ["vote = 'approve'", "voter = gen_random_uuid()", "ticket_id = ticket_id"])
+    @pytest.mark.postgres_only
+    def test_the_application_cannot_make_another_vote_of_one(self, bench, change):
+        with (
+            psycopg.connect(bench.database.app) as app,
+            pytest.raises(psycopg.errors.InsufficientPrivilege),
+        ):
+            app.execute(f"UPDATE approval_votes SET {change}".encode())  # noqa: S608  # a literal of these tests
 
     async def test_the_second_deadline_is_the_last(self, bench, handed_on):
         lease, pending = handed_on

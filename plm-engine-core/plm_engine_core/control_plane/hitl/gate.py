@@ -45,8 +45,10 @@ class ApprovalGate:
         """Approve or deny one ticket: a denial ends it, and so does the approval that completes the quorum.
 
         The parked run continues in the same commit. The approver's OAuth scopes are held against the ticket's tier and
-        risk under the policy in force. The same vote by the same person again answers the same. `scope` offers an
-        approval scope: it comes to be when every approver of the ticket offered one, on the narrowest of their terms.
+        risk under the policy in force, and so is every approval before: one that was given with less, as before the
+        ticket was handed on, counts once it is given again. Otherwise the same vote by the same person again answers
+        the same. `scope` offers an approval scope: it comes to be when every approver of the ticket offered one, on the
+        narrowest of their terms.
 
         Raises:
             Forbidden: the approver lacks an OAuth scope, is not a human, or asked for the call

@@ -106,7 +106,8 @@ def _decide(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> 
     """Count one vote: a denial ends the ticket, and so do `quorum` approvals by different people in time."""
     known = books.approval_votes.get((ticket["tenant_id"], ticket["id"]), voter)
     named = {"run_id": str(ticket["run_id"])}
-    if known is not None and known["vote"] == vote["vote"]:
+    same = known if known is not None and known["vote"] == vote["vote"] else None
+    if same is not None and (ticket["state"] != "pending" or _has_authority(same, vote)):
         status = "counted" if ticket["state"] == "pending" else "decided"
         return {**named, "status": status, "replayed": True, "deliver": False}
     was, ticket = ticket["state"], time_out_ticket(books, ticket, vote["actor"])
@@ -122,6 +123,7 @@ def _decide(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> 
 def _refused_vote(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> dict[str, str] | None:
     """Why a voter cannot be counted; nobody decides what they asked for themselves, or had asked for by delegation."""
     principal = books.run(ticket["tenant_id"], ticket["run_id"])["principal"]
+    known = books.approval_votes.get((ticket["tenant_id"], ticket["id"]), voter)
     if ticket["requested_by"] == voter or str(voter) in principal.get("delegated_by", ()):
         refusal = (
             "separation_of_duties",
@@ -135,7 +137,7 @@ def _refused_vote(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUI
     elif (ticket["escalated_at"] is not None) != vote["escalated"]:
         handed_on = "the ticket was handed on meanwhile; whoever decides it now needs another OAuth scope"
         refusal = "escalated", handed_on
-    elif books.approval_votes.get((ticket["tenant_id"], ticket["id"]), voter) is not None:
+    elif known is not None and known["vote"] != vote["vote"]:
         refusal = "already_voted", "you have voted on this ticket before, the other way; a vote is given once"
     else:
         return None
@@ -153,7 +155,8 @@ def _count(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> s
     row |= {"scope_seconds": float(seconds) if seconds is not None else None}
     books.approval_votes.put(group, voter, row)
     approvals = [each for each in books.approval_votes.rows(group) if each["vote"] == "approve"]
-    approved = "approved" if len(approvals) >= vote["quorum"] else None
+    votes = sum(_has_authority(each, vote) for each in approvals)
+    approved = "approved" if votes >= vote["quorum"] else None
     state = "denied" if vote["vote"] == "deny" else approved
     scope = None
     if state is not None:
@@ -162,12 +165,17 @@ def _count(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> s
         books.queue_again(tenant_id, ticket["run_id"], was=RunState.AWAITING_APPROVAL)
     if state == "approved":
         scope = _leave_scope(books, ticket, approvals, voter, UUID(vote["scope_id"]))
-    payload = {**about(ticket), "vote": vote["vote"], "votes": len(approvals), "quorum": vote["quorum"]}
+    payload = {**about(ticket), "vote": vote["vote"], "votes": votes, "quorum": vote["quorum"]}
     payload |= {"authority": vote["authority"], "decision": state, "digest": ticket["digest"], "scope": scope}
     payload |= {"comment": vote["comment"] or None}
     kind = "approval_voted" if state is None else "approval_decided"
     books.append(tenant_id, run_stream(ticket["run_id"]), kind, vote["actor"], without_nulls(payload))
     return state
+
+
+def _has_authority(given: Row, vote: Mapping[str, Any]) -> bool:
+    """Whether a vote was given with the authority that another one, on the same ticket, is asked for now."""
+    return set(vote["authority"]) <= set(given["authority"])
 
 
 def _leave_scope(

@@ -61,7 +61,7 @@ class PostgresApprovals:
         """Count one vote, and enqueue the parked run in the same commit."""
         async with self._gateway.transaction(command.tenant_id) as connection:
             cursor = await connection.execute(
-                "SELECT engine_decide_ticket_v2(%s) AS answer", [jsonb(vote_json(command), root="vote")]
+                "SELECT engine_decide_ticket_v3(%s) AS answer", [jsonb(vote_json(command), root="vote")]
             )
             row = await cursor.fetchone()
             answer: Mapping[str, Any] = row["answer"] if row is not None else {}
