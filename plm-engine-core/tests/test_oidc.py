@@ -126,6 +126,7 @@ async def test_claims_are_read_where_the_issuer_puts_them(steady: LocalIssuer) -
         ({"scope": None}, "missing_claim"),
         ({"scope": 5}, "invalid_claim"),
         ({"sub": 5}, "invalid_claim"),
+        ({"sub": "\ud800"}, "invalid_claim"),
         ({"exp": 4_000_000_000}, "max_lifetime_exceeded"),
     ],
 )
@@ -261,6 +262,7 @@ BAD_KEY_SETS: dict[str, Any] = {
     "too many": {"keys": [{}] * 65},
     "too long": json.dumps({"keys": [], "pad": "x" * module.MAX_BYTES}),
     "a shared secret": {"keys": [{"kty": "oct", "k": "c2VjcmV0", "kid": "one", "alg": "HS256"}]},
+    "kinds that are none": {"keys": [{"kty": ["RSA"], "kid": "one"}, {"kty": {}, "kid": "two"}]},
     "damaged": {"keys": [{"kty": "RSA", "kid": "one", "n": "!!", "e": 5}, {"kty": "EC", "kid": "two"}, 7, None]},
 }
 
@@ -276,7 +278,7 @@ async def test_a_damaged_or_weak_key_does_not_take_the_others_away(steady: Local
     key = steady.make_key()
     weak = {**steady.public(steady.make_key("RS256")), "kid": "weak", "n": "AQAB"}
     encryption = steady.public(key, kid="encryption", use="enc")
-    steady.write("jwks.json", {"keys": [{"kty": "RSA"}, weak, encryption, steady.public(key)]})
+    steady.write("jwks.json", {"keys": [{"kty": "RSA"}, {"kty": ["RSA"], "kid": "odd"}, weak, encryption, steady.public(key)]})
     side = Side(steady)
     await side.provider.identify(steady.token(key))
     assert await side.reason(steady.token(key, header={"kid": "weak"})) == "unknown_key"
@@ -358,9 +360,11 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
+ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=5)
+"""Half a surrogate pair too: JSON can escape it, and UTF-8 cannot say it."""
 CLAIMS = st.dictionaries(
     st.sampled_from(["sub", "tenant_id", "actor_kind", "scopes", "scope", "exp", "iat", "nbf", "aud", "iss", "jti"]),
-    JSON,
+    JSON | ANY_TEXT,
     max_size=6,
 )
 HEADER = st.dictionaries(st.sampled_from(["typ", "crit", "kid", "b64", "cty", "x5c", "jku", "jwk"]), JSON, max_size=3)

@@ -173,7 +173,7 @@ def read_keys(document: Mapping[str, Any]) -> Mapping[str, SigningKey]:
 
 def _read_key(entry: Any) -> SigningKey | None:
     """A public signing key with an id; never a shared secret, which everyone could read there."""
-    if not isinstance(entry, dict) or entry.get("kty") not in {"RSA", "EC", "OKP"}:
+    if not isinstance(entry, dict) or entry.get("kty") not in ("RSA", "EC", "OKP"):  # it may be unhashable
         return None
     if not isinstance(entry.get("kid"), str) or entry.get("use", "sig") != "sig":
         return None

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 from uuid import UUID, uuid5
 
+from plm_shared.canonical_json import encodable
+
 from plm_engine_core.control_plane.identity.claims import read_claims, verified_tenant
 from plm_engine_core.control_plane.identity.context import ActorKind, IdentityContext
 from plm_engine_core.control_plane.identity.errors import (
@@ -180,6 +182,8 @@ class OidcIdentityProvider:
 
     def _subject(self, subject: Any) -> Any:
         """A UUID for whatever an issuer calls its users; another issuer's user of the same name is somebody else."""
-        if not isinstance(subject, str) or not subject or verified_tenant({"tenant_id": subject}) is not None:
+        if not isinstance(subject, str) or not subject or not encodable(subject):
+            return subject  # which is refused
+        if verified_tenant({"tenant_id": subject}) is not None:
             return subject
         return str(uuid5(_SUBJECTS, f"{self._issuer} {subject}"))
