@@ -354,6 +354,10 @@ async def test_cedar_permits_and_what_it_cannot_evaluate_denies(make_policy, pro
         ("json_schema", {"schema": {"type": "thing"}}, "the schema is none"),
         ("json_schema", {"schema": {"properties": {"a": {"pattern": r"(a)\1"}}}}, "no RE2 pattern"),
         ("json_schema", {"schema": {"patternProperties": {"(?=a)": {}}}}, "no RE2 pattern"),
+        ("json_schema", {"schema": {"properties": {"enum": {"pattern": "(?=a)"}}}}, "no RE2 pattern"),
+        ("json_schema", {"schema": {"$ref": "http://127.0.0.1:1/x.json"}}, "http://127.0.0.1:1/x.json.*nothing is fetched"),
+        ("json_schema", {"schema": {"properties": {"a": {"$ref": "#/$defs/gone"}}}}, r"'#/\$defs/gone', which is not in it"),
+        ("json_schema", {"schema": {"x": {"pattern": "(?=a)"}, "$ref": "#/x"}}, "no RE2 pattern"),
         ("cedar", {"policies": "permit("}, "the Cedar policies cannot be read"),
     ],
 )
@@ -363,12 +367,23 @@ def test_a_configuration_that_cannot_work_is_refused_when_it_is_read(make_policy
         EvaluatorRegistry().build(policy)
 
 
-async def test_a_schema_fetches_nothing(make_policy):
-    config = {"schema": {"$ref": "http://127.0.0.1:1/schema.json"}}
-    policy = make_policy(evaluators=[{"name": "one", "kind": "json_schema", "config": config}])
-    (evaluation,) = await EvaluatorRegistry().build(policy).evaluate_all(["one"], Proposed(), FACTS)
-    assert evaluation.status is EvaluationStatus.FAILED
-    assert "Unresolvable" in evaluation.reason
+async def test_references_within_a_schema_and_to_its_own_draft_are_followed(make_policy):
+    schema = {
+        "$defs": {
+            "count": {"$id": "urn:count", "$defs": {"whole": {"type": "integer"}}, "$ref": "#/$defs/whole"},
+            "tree": {"$anchor": "tree", "properties": {"below": {"$ref": "#tree"}, "n": {"$ref": "urn:count"}}},
+        },
+        "properties": {
+            "tree": {"$ref": "#tree"},
+            "schema": {"$ref": "https://json-schema.org/draft/2020-12/schema"},
+            "$ref": {"type": "string"},
+        },
+    }
+    good = {"tree": {"below": {"n": 1}}, "schema": {"type": "string"}, "$ref": "x"}
+    assert await answer_of(make_policy, "json_schema", {"schema": schema}, arguments=good) == (True, "")
+    for bad in ({"tree": {"below": {"n": "1"}}}, {"schema": {"type": "thing"}}, {"$ref": 1}):
+        allows, _ = await answer_of(make_policy, "json_schema", {"schema": schema}, arguments=bad)
+        assert not allows
 
 
 def entry(name, value):

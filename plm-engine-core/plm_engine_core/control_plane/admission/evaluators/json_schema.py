@@ -14,8 +14,6 @@ from plm_engine_core.control_plane.matching import Match, Matcher, matcher
 from plm_engine_core.control_plane.policy import Facts, Proposed
 from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath, check_path, lookup, shown
 
-_DATA = frozenset({"const", "default", "enum", "examples"})
-
 
 class JsonSchemaConfig(BaseModel):
     """The schema must hold for `field`. References stay within the schema; nothing is fetched."""
@@ -61,8 +59,7 @@ def _validator(schema: dict[str, Any]) -> Any:
         jsonschema.Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"the schema is none: {error.message}") from error
-    for pattern in _patterns(schema):
-        _search(pattern)
+    _check_below(schema)
     linear = extend(jsonschema.Draft202012Validator, {"pattern": _pattern, "patternProperties": _pattern_properties})
     return linear(schema, registry=EMPTY_REGISTRY)
 
@@ -88,18 +85,39 @@ def _search(pattern: str) -> Matcher:
     return matcher(pattern, Match.REGEX, anywhere=True, ignore_case=False)
 
 
-def _patterns(schema: Any) -> Iterator[str]:
-    """Every pattern of a schema; a bad one is refused before any proposal meets it."""
-    if isinstance(schema, list):
-        for each in schema:
-            yield from _patterns(each)
-    elif isinstance(schema, Mapping):
-        for key, below in schema.items():
-            if key == "pattern" and isinstance(below, str):
-                yield below
-            elif key not in _DATA:
-                yield from below if key == "patternProperties" and isinstance(below, Mapping) else ()
-                yield from _patterns(below)
+def _check_below(schema: dict[str, Any]) -> None:
+    """Refuse what only a proposal would meet: a bad pattern, and a reference to what is not in the schema.
+
+    Raises:
+        ValueError: naming it.
+    """
+    from jsonschema_specifications import REGISTRY
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
+
+    root = DRAFT202012.create_resource(schema)
+    todo = [(root, REGISTRY.resolver_with_root(root))]
+    seen: set[int] = set()
+    while todo:
+        resource, resolver = todo.pop()
+        below = resource.contents
+        if id(below) in seen or not isinstance(below, Mapping):
+            continue
+        seen.add(id(below))
+        for pattern in (below.get("pattern"), *(below.get("patternProperties") or ())):
+            if isinstance(pattern, str):
+                _search(pattern)
+        for keyword in ("$ref", "$dynamicRef"):
+            if keyword in below:
+                try:
+                    found = resolver.lookup(below[keyword])
+                except (Unresolvable, ValueError) as error:
+                    raise ValueError(
+                        f"the schema refers to {below[keyword]!r:.120}, which is not in it; nothing is fetched, so put "
+                        "it under $defs"
+                    ) from error
+                todo.append((DRAFT202012.create_resource(found.contents), found.resolver))
+        todo += [(each, resolver.in_subresource(each)) for each in resource.subresources()]
 
 
 def _plain(value: Any) -> Any:
