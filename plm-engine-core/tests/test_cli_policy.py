@@ -108,6 +108,10 @@ CONDITION = {"type": "field", "path": "arguments.a", "operator": "exists"}
             "tiers.thing.write",
             "warning",
         ),
+        *(
+            ({"auto_approve_when": {"type": "time_of_day", **when}}, "never-holds", "auto_approve_when", "error")
+            for when in ({"start": "00:00", "end": "00:00"}, {"start": "24:00", "end": "00:00"}, {"weekdays": []})
+        ),
         ({"autonomy_ceiling": "L1"}, "never-runs", "autonomy_ceiling", "warning"),
         ({"max_eur_per_call": None}, "no-cost-bound", "max_eur_per_call", "warning"),
     ],

@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.matching import Match, any_of
+from plm_engine_core.control_plane.policy.conditions import TimeOfDay, leaves
 from plm_engine_core.control_plane.policy.rules import Effect, Rule
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot, evaluators_in
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
@@ -41,6 +42,7 @@ def lint(policy: PolicySnapshot, capabilities: Iterable[CapabilityDescriptor]) -
         *_matching_nothing(policy, known),
         *_doubled(policy.rules),
         *_unreachable(policy, known),
+        *_never_holding(policy),
         *_idle(policy),
         *_writes_without_a_human(policy, known),
         *_never_running(policy, known),
@@ -136,6 +138,19 @@ def _before(other: Rule, place: int, rule: Rule, index: int) -> bool:
     if other is rule or Effect.RAISE_RISK in (other.then, rule.then):
         return False
     return (_STRICTNESS[other.then], place) < (_STRICTNESS[rule.then], index)
+
+
+def _never_holding(policy: PolicySnapshot) -> Iterator[Remark]:
+    """Parts of the day that are over when they begin: a rule that waits for one never applies."""
+    for place, tree in policy.conditions().items():
+        for leaf in leaves(tree):
+            if not isinstance(leaf, TimeOfDay):
+                continue
+            if not leaf.weekdays:
+                yield _error("never-holds", place, "weekdays is empty; name some, or leave it out for all")
+            elif leaf.start == leaf.end or (leaf.start, leaf.end) == ("24:00", "00:00"):
+                words = f"no time is from {leaf.start} to {leaf.end}; leave start and end out for the whole day"
+                yield _error("never-holds", place, words)
 
 
 def _idle(policy: PolicySnapshot) -> Iterator[Remark]:
