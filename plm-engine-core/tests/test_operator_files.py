@@ -40,7 +40,7 @@ def test_complete_files_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "field", "message"),
     [
-        ("version: '1'", "", "policy", "Input should be"),
+        ("version: '1'", "", "policy", "must be a mapping of entries"),
         ("EUR: 1, calls: 1}, tenant", "EUR: x, calls: 1}, tenant", "budgets.run.EUR", r"\(given: 'x'\)"),
         ("execute-write: high", "execute-write: huge", "risk_by_mode.execute-write", "'low', 'medium' or 'high'"),
         ("budgets:", "budget:", "budgets", "Field required"),
@@ -133,12 +133,64 @@ def test_json_is_read_as_strictly_as_yaml(tmp_path):
         ),
         ('{"version": "1", "version": "2"}', "'version' twice"),
         ('{"max_eur_per_call": NaN}', "NaN is no JSON number"),
+        ('{"max_eur_per_call": 1e400}', "1e400 is too large a number"),
+        (f'{{"max_eur_per_call": {"9" * 5000}}}', "found a number of 5000 digits"),
+        (r'{"version": "\ud800"}', "half a surrogate pair"),
         ('{"version": ', "is not JSON: line 1, column 13"),
         ("version: 1", "is not JSON: line 1, column 1"),
     ):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(InvalidRequest, match=problem):
             load_policy(path)
+
+
+NINE_TIMES_TEN = "  - &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"  - &a{each} [{', '.join([f'*a{each - 1}'] * 10)}]\n" for each in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("rules: no", r":6:8: 'no' is a truth value to some; write true or false, or put it in quotes"),
+        ("grant_seconds: 1:30", ":6:16: '1:30' is not a number to everybody"),
+        ("grant_seconds: 010", ":6:16: '010' is not a number to everybody"),
+        ("grant_seconds: 1_000", ":6:16: '1_000' is not a number to everybody"),
+        (f"grant_seconds: {'9' * 5000}", ":6:16: found a number of 5000 digits"),
+        ("grant_seconds: .inf", ":6:16: '.inf' is no number that can be kept"),
+        ("grant_seconds: .NaN", ":6:16: '.NaN' is no number that can be kept"),
+        ("grant_seconds: !!int ''", ":6:16: '' is not a number to everybody"),
+        ("grant_seconds: !!float x", ":6:16: 'x' is no number that can be kept"),
+        ("rules: !!bool x", ":6:8: 'x' is a truth value to some"),
+        ("rules: !!timestamp x", ":6:8: the tag !!timestamp is not read"),
+        ("rules: !!set {a}", ":6:8: the tag !!set is not read"),
+        ("rules: !mine {}", ":6:8: the tag !mine is not read"),
+        ("guidance: {1: x}", ":6:12: found the key '1', which is no text; put it in quotes"),
+        ("guidance: {on: x}", ":6:12: found the key 'on', which is no text"),
+        ("guidance: {[a]: x}", ":6:12: found a key that is a list or a mapping"),
+        ("guidance: {<<: {a: b}}", r":6:12: merge keys \(<<\) are not read; write the entries out"),
+        ('guidance: {a: "\\ud800"}', ":6:15: found half a surrogate pair"),
+        ("rules: &all [*all]", ":6:8: this refers to itself"),
+        (f"rules:\n{NINE_TIMES_TEN}", r":12:5: this stands for more than 1000000 values"),
+        ("tiers: {blocked: [[a]]}", r":6:1: tiers: blocked needs a list of capabilities, and \['a'\] is no name"),
+        ("rules: {id: a}", ":6:1: rules: must be a list"),
+        ("rules: [{id: 1, then: deny}]", r":6:10: rules.0.id: must be a text; write it in quotes \(given: 1\)"),
+        ("auto_approve_when: {}", ":6:1: auto_approve_when: needs an entry 'type'"),
+        ("auto_approve_when: {type: field, path: [], operator: exists}", "path: the path is empty"),
+        ("auto_approve_when: {type: field, path: agent, operator: eq, value: {}}", "value: must be a text, a number"),
+    ],
+)
+def test_what_yaml_reads_otherwise_than_it_looks_is_refused_with_its_place(tmp_path, line, problem):
+    with pytest.raises(InvalidRequest, match=problem):
+        load_policy(write(tmp_path, f"{POLICY}{line}\n"))
+
+
+def test_yaml_gives_what_json_would(tmp_path):
+    text = """{auto_approve_when: {type: or, conditions: [
+      &date {type: field, path: arguments.day, operator: eq, value: 2024-01-01},
+      {type: field, path: arguments.sign, operator: in, value: [=, ~, true, -1, 1.5e+3, .5]}, *date]}}"""
+    tree = load_policy(write(tmp_path, POLICY + text[1:-1])).auto_approve_when
+    assert [each.value for each in tree.conditions] == ["2024-01-01", ("=", None, True, -1, 1500.0, 0.5), "2024-01-01"]
 
 
 @pytest.mark.parametrize("name", ["deep.yaml", "deep.json"])

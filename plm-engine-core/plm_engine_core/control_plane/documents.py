@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from plm_shared.canonical_json import encodable
 from pydantic import BaseModel, ValidationError
 
 from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.yaml_values import JsonValues, RefusedValue
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -43,7 +46,11 @@ def parse_document(text: str, model: type[Model], what: str, *, source: str, is_
     """
     form = "JSON" if is_json else "YAML"
     try:
-        document = _from_json(text) if is_json else yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  # a SafeLoader
+        document = _from_json(text) if is_json else yaml.load(text, Loader=JsonValues)  # noqa: S506  # a SafeLoader
+    except RefusedValue as error:
+        mark = error.problem_mark
+        words = f"{source}:{mark.line + 1}:{mark.column + 1}: {error.problem}; correct it in that file"
+        raise InvalidRequest(words, field=what) from error
     except (yaml.YAMLError, ValueError) as error:
         words = f"the {what} {source} is not {form}: {_where(error)}; correct it there"
         raise InvalidRequest(words, field=what) from error
@@ -58,10 +65,27 @@ def parse_document(text: str, model: type[Model], what: str, *, source: str, is_
 def _refused(error: ValidationError, text: str, what: str, source: str) -> InvalidRequest:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or what
-    problem = first["msg"].removeprefix("Value error, ")
-    given = f" (given: {_shortened(repr(first['input']))})" if isinstance(first["input"], _SCALARS) else ""
     place = _place(text, first["loc"])
-    return InvalidRequest(f"{source}{place}: {where}: {problem}{given}; correct it in that file", field=where)
+    return InvalidRequest(f"{source}{place}: {where}: {problem_of(first)}; correct it in that file", field=where)
+
+
+_WORDS = {
+    "string_type": "must be a text; write it in quotes",
+    "model_type": "must be a mapping of entries",
+    "model_attributes_type": "must be a mapping of entries",
+    "mapping_type": "must be a mapping of entries",
+    "dict_type": "must be a mapping of entries",
+    "tuple_type": "must be a list",
+    "list_type": "must be a list",
+    "frozen_set_type": "must be a list",
+    "union_tag_not_found": "needs an entry 'type' that says what it is",
+}
+
+
+def problem_of(error: Mapping[str, Any]) -> str:
+    """What one of pydantic's errors says, with the value where it is a short one, in the words of files."""
+    words = _WORDS.get(error["type"]) or str(error["msg"]).removeprefix("Value error, ")
+    return f"{words} (given: {_shortened(repr(error['input']))})" if isinstance(error["input"], _SCALARS) else words
 
 
 def _place(text: str, location: Sequence[int | str]) -> str:
@@ -101,7 +125,12 @@ def _shortened(text: str) -> str:
 
 
 def _from_json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_unique_members, parse_constant=_no_constant)
+    document = json.loads(
+        text, object_pairs_hook=_unique_members, parse_constant=_no_constant, parse_float=_finite, parse_int=_digits
+    )
+    if "\\u" in text and not encodable(json.dumps(document, ensure_ascii=False)):
+        raise ValueError("found half a surrogate pair, which cannot be stored")
+    return document
 
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -117,17 +146,15 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Refuses a mapping with the same key twice: YAML forbids it, and the parser would keep the last one silently."""
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{_shortened(text)} is too large a number to be kept")
+    return number
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Hashable] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        "while reading a mapping", node.start_mark, f"found {key!r} twice", key_node.start_mark
-                    )
-                seen.add(key)
-        return super().construct_mapping(node, deep=deep)
+
+def _digits(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"found a number of {len(text)} digits, which cannot be kept") from None

@@ -92,6 +92,14 @@ class FieldIs(_Node):
 
     _path_known = field_validator("path")(check_path)
 
+    @field_validator("value", mode="before")
+    @classmethod
+    def _comparable_at_all(cls, value: Any) -> Any:
+        values = value if isinstance(value, list | tuple) else [value]
+        if not all(each is None or isinstance(each, bool | int | float | str) for each in values):
+            raise ValueError("must be a text, a number, true, false or null, or a list of those")
+        return value
+
     @model_validator(mode="after")
     def _comparable(self) -> FieldIs:
         problem = _problem(self.operator, self.value, given="value" in self.model_fields_set)

@@ -51,6 +51,8 @@ def check_path(path: FieldPath) -> FieldPath:
     Raises:
         ValueError: naming the paths there are.
     """
+    if not path:
+        raise ValueError(f"the path is empty; it starts with one of {', '.join(sorted(ROOTS))}")
     root, *rest = parts(path)
     if root not in ROOTS:
         raise ValueError(f"{shown(path)!r} starts with none of {', '.join(sorted(ROOTS))}")

@@ -102,6 +102,8 @@ def _by_capability(written: Any) -> Any:
         if not isinstance(capabilities, list | tuple):
             raise ValueError(f"{tier} needs a list of capabilities")  # noqa: TRY004  # pydantic reports ValueError
         for capability in capabilities:
+            if not isinstance(capability, str):
+                raise ValueError(f"{tier} needs a list of capabilities, and {capability!r:.40} is no name of one")  # noqa: TRY004
             if capability in tiers:
                 raise ValueError(f"{capability} is both {tiers[capability]} and {tier}; keep one of the two")
             tiers[capability] = tier

@@ -14,6 +14,7 @@ from plm_engine_core.control_plane.admission.evaluators.json_schema import JsonS
 from plm_engine_core.control_plane.admission.evaluators.lists import ListEvaluator
 from plm_engine_core.control_plane.admission.evaluators.parallel import Configured, ParallelPolicyEvaluator
 from plm_engine_core.control_plane.admission.evaluators.regex import RegexEvaluator
+from plm_engine_core.control_plane.documents import problem_of
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import EvaluatorSpec, PolicySnapshot
 
@@ -78,7 +79,7 @@ class EvaluatorRegistry:
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join([place, "config", *map(str, first["loc"])])
-            raise InvalidRequest(f"{where}: {first['msg'].removeprefix('Value error, ')}", field=where) from error
+            raise InvalidRequest(f"{where}: {problem_of(first)}; correct it in the policy", field=where) from error
         except ValueError as error:
             raise InvalidRequest(f"{place}.config: {error}", field=f"{place}.config") from error
         return Configured(name=spec.name, evaluator=evaluator, gate=spec.gate, timeout_seconds=spec.timeout_ms / 1000)
