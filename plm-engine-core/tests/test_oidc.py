@@ -278,7 +278,9 @@ async def test_a_damaged_or_weak_key_does_not_take_the_others_away(steady: Local
     key = steady.make_key()
     weak = {**steady.public(steady.make_key("RS256")), "kid": "weak", "n": "AQAB"}
     encryption = steady.public(key, kid="encryption", use="enc")
-    steady.write("jwks.json", {"keys": [{"kty": "RSA"}, {"kty": ["RSA"], "kid": "odd"}, weak, encryption, steady.public(key)]})
+    steady.write(
+        "jwks.json", {"keys": [{"kty": "RSA"}, {"kty": ["RSA"], "kid": "odd"}, weak, encryption, steady.public(key)]}
+    )
     side = Side(steady)
     await side.provider.identify(steady.token(key))
     assert await side.reason(steady.token(key, header={"kid": "weak"})) == "unknown_key"

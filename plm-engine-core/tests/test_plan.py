@@ -57,8 +57,8 @@ def load(folder: Path, text: str) -> Plan:
         ("id: write", "id: Write", "steps.1.id", "pattern"),
         ("type: file", "type: folder", "inputs.file.type", "given: 'folder'"),
         ("resource: list", "arguments: {on: 2020-01-01}\n    resource: list", "plan", "'arguments' twice"),
-        ("{file: {ref: inputs.file}}", "{day: 2020-01-01}", "steps.0.arguments", r"value\.day: is a date"),
-        ("{file: {ref: inputs.file}}", "{x: .nan}", "steps.0.arguments", r"value\.x: is nan"),
+        ("{file: {ref: inputs.file}}", "{day: !!timestamp 2020-01-01}", "plan", "the tag !!timestamp is not read"),
+        ("{file: {ref: inputs.file}}", "{x: .nan}", "plan", r"'\.nan' is no number that can be kept"),
         ("steps:", "steps: [", "plan", "not YAML"),
     ],
 )

@@ -48,8 +48,7 @@ def parse_document(text: str, model: type[Model], what: str, *, source: str, is_
     try:
         document = _from_json(text) if is_json else yaml.load(text, Loader=JsonValues)  # noqa: S506  # a SafeLoader
     except RefusedValue as error:
-        mark = error.problem_mark
-        words = f"{source}:{mark.line + 1}:{mark.column + 1}: {error.problem}; correct it in that file"
+        words = f"{source}:{error.place}: {error.problem}; correct it in that file"
         raise InvalidRequest(words, field=what) from error
     except (yaml.YAMLError, ValueError) as error:
         words = f"the {what} {source} is not {form}: {_where(error)}; correct it there"

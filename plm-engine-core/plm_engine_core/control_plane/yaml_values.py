@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 from plm_shared.canonical_json import encodable
@@ -28,6 +28,7 @@ class RefusedValue(yaml.constructor.ConstructorError):
 
     def __init__(self, problem: str, node: yaml.Node) -> None:
         super().__init__(None, None, problem, node.start_mark)
+        self.place = f"{node.start_mark.line + 1}:{node.start_mark.column + 1}"
 
 
 class JsonValues(yaml.SafeLoader):
@@ -37,7 +38,7 @@ class JsonValues(yaml.SafeLoader):
         first: [(tag, found) for tag, found in resolvers if tag != f"{_TAG}timestamp"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    yaml_constructors: dict[str | None, Any] = {}  # noqa: RUF012  # filled below
+    yaml_constructors: ClassVar[dict[str | None, Any]] = {}  # filled below
 
     def get_single_node(self) -> yaml.Node | None:
         """The document, once it is known to have an end."""
@@ -101,7 +102,9 @@ class JsonValues(yaml.SafeLoader):
     def other(self, node: yaml.Node) -> Any:
         """What has a tag of its own."""
         name = node.tag.replace(_TAG, "!!")
-        raise RefusedValue(f"the tag {name} is not read; write a text, number, true, false, null, list or mapping", node)
+        raise RefusedValue(
+            f"the tag {name} is not read; write a text, number, true, false, null, list or mapping", node
+        )
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:

@@ -91,7 +91,7 @@ def _check_below(schema: dict[str, Any]) -> None:
     Raises:
         ValueError: naming it.
     """
-    from jsonschema_specifications import REGISTRY
+    from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
     from referencing.exceptions import Unresolvable
     from referencing.jsonschema import DRAFT202012
 
