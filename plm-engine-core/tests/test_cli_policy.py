@@ -18,7 +18,7 @@ from plm_engine_core.cli.policy import policy_schema
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot, decide, load_policy
 from plm_engine_core.control_plane.policy.lint import Severity, lint
 from plm_engine_core.control_plane.policy.replay import UNDECIDED, Attempt, Replay
-from plm_engine_core.control_plane.registry import load_capabilities
+from plm_engine_core.control_plane.registry import CostBound, load_capabilities
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -287,7 +287,8 @@ def test_replayed_under_the_policy_it_was_recorded_with_nothing_changes(amounts)
     policy = PolicySnapshot.model_validate({**POLICY, "rules": [{**POLICY["rules"][0], "capabilities": ["*"]}]})
     report = Replay(policy=policy)
     report.feed(recorded(policy, stored_facts(), arguments={"amount": amount}) for amount in amounts)
-    assert (report.attempts, report.changed, report.eur_after) == (len(amounts), 0, report.eur_before)
+    assert (report.attempts, report.changed) == (len(amounts), 0)
+    assert all(each.before == each.after for each in report.reserved.values())
 
 
 def test_a_replay_counts_what_would_change_and_what_it_would_reserve():
@@ -302,7 +303,10 @@ def test_a_replay_counts_what_would_change_and_what_it_would_reserve():
         {"before": "allow", "after": "allow", "attempts": 1},
         {"before": "allow", "after": "deny", "attempts": 2},
     ]
-    assert (answer["eur_before"], answer["eur_after"]) == ("0.75", "0.25")
+    assert answer["reserved"] == {
+        "EUR": {"before": "0.75", "after": "0.25"},
+        "calls": {"before": "3", "after": "1"},
+    }
     assert answer["examples"][0]["rule"] == "rules.big"
 
 
@@ -313,6 +317,31 @@ def test_what_turns_on_an_evaluator_that_nobody_asked_is_undecided():
     report = Replay(policy=gated)
     report.feed([recorded(old, stored_facts()), recorded(old, stored_facts(evaluations=()))])
     assert report.outcomes == {("allow", UNDECIDED): 2}
+
+
+def test_a_replay_tells_what_would_be_reserved_in_every_unit():
+    cost = {"max_eur": "0.10", "max_usage": {"tokens": 4000, "emails": "0.5"}}
+    facts = stored_facts()
+    facts = replace(facts, capability=facts.capability.model_copy(update={"cost": CostBound.model_validate(cost)}))
+    asking = {**POLICY, "rules": [{"id": "all", "then": "ask"}]}
+    denying = {**POLICY, "rules": [{**POLICY["rules"][0], "capabilities": ["*"], "then": "deny"}]}
+    report = Replay(policy=PolicySnapshot.model_validate(denying))
+    old = PolicySnapshot.model_validate(asking)
+    report.feed(recorded(old, facts, arguments={"amount": amount}) for amount in (1, 2, 101))
+    assert report.to_json()["reserved"] == {
+        "EUR": {"before": "0.3", "after": "0.2"},
+        "calls": {"before": "3", "after": "2"},
+        "emails": {"before": "1.5", "after": "1"},
+        "tokens": {"before": "12000", "after": "8000"},
+    }
+    assert Replay(policy=old).to_json()["reserved"]["calls"] == {"before": "0", "after": "0"}
+
+
+def test_what_is_undecided_may_be_allowed_and_is_in_what_would_be_reserved():
+    gate = {"name": "gate", "kind": "list", "config": {"blocklist": ["x"]}}
+    report = Replay(policy=PolicySnapshot.model_validate({**POLICY, "rules": [], "evaluators": [gate]}))
+    report.feed([recorded(PolicySnapshot.model_validate({**POLICY, "rules": []}), stored_facts())])
+    assert report.to_json()["reserved"]["EUR"] == {"before": "0.25", "after": "0.25"}
 
 
 async def test_recorded_proposals_are_replayed_from_the_database(bench, files):
@@ -340,7 +369,7 @@ async def test_recorded_proposals_are_replayed_from_the_database(bench, files):
         files.run, "replay", files.policy(), "--tenant-id", str(bench.tenant), PG_DSN=bench.database.app
     )
     assert "2 recorded proposals, 1 decided otherwise\n  1 x thing.read: allow -> ask" in text.stdout
-    assert "reserve 1 EUR instead of 1 EUR" in text.stdout
+    assert "would reserve\n  1 EUR instead of 1\n  2 calls instead of 2\n" in text.stdout
 
 
 @pytest.mark.parametrize("days", ["1e6", "1e9", "inf", "nan", "-1"])

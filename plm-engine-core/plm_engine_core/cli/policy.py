@@ -227,8 +227,8 @@ def _reported(report: Replay) -> str:
         f"  {count} x {capability}: {before} -> {after}"
         for (capability, before, after), count in sorted(report.by_capability.items())
     ]
-    after, before = plain(report.eur_after), plain(report.eur_before)
-    lines.append(f"allowed and asked calls reserve {after} EUR instead of {before} EUR")
+    lines.append("allowed, asked and undecided calls would reserve")
+    lines += [f"  {plain(each.after)} {unit} instead of {plain(each.before)}" for unit, each in report.reserved.items()]
     lines += [
         f"  run {each.attempt.run_id} step {each.attempt.step_index} ({each.before} -> {each.after}): "
         f"{each.rule}: {each.message or 'allowed'}"

@@ -60,12 +60,31 @@ class Change:
         }
 
 
+_Reserve = tuple[tuple[str, str | Decimal], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reserved:
+    """How much of one unit is set aside, as it was decided and as it would be."""
+
+    before: Decimal
+    after: Decimal
+
+
+def _sums(reserves: Counter[_Reserve]) -> dict[str, Decimal]:
+    """By unit, over all calls."""
+    sums: dict[str, Decimal] = {}
+    for reserve, calls in reserves.items():
+        for unit, amount in reserve:
+            sums[str(unit)] = sums.get(str(unit), Decimal(0)) + calls * Decimal(amount)
+    return sums
+
+
 @dataclass(kw_only=True)
 class Replay:
     """What a policy makes of recorded attempts; feed it any number of times.
 
-    `outcomes` counts pairs of outcomes, before and after; `examples` holds some changes of each pair. The amounts are
-    what allowed and asked calls reserve in EUR, so an upper bound of what they cost.
+    `outcomes` counts pairs of outcomes, before and after; `examples` holds some changes of each pair.
     """
 
     policy: PolicySnapshot
@@ -73,10 +92,10 @@ class Replay:
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     by_capability: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     examples: list[Change] = field(default_factory=list)
-    eur_before: Decimal = Decimal(0)
-    eur_after: Decimal = Decimal(0)
     _capabilities: dict[str, tuple[Mapping[str, Any], CapabilityDescriptor]] = field(default_factory=dict)
     _shown: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _reserved_before: Counter[_Reserve] = field(default_factory=Counter)
+    _reserved_after: Counter[_Reserve] = field(default_factory=Counter)
 
     def feed(self, attempts: Iterable[Attempt]) -> None:
         """Decide these attempts again."""
@@ -88,6 +107,20 @@ class Replay:
         """How many would be decided otherwise."""
         return sum(count for (before, after), count in self.outcomes.items() if before != after)
 
+    @property
+    def reserved(self) -> dict[str, Reserved]:
+        """By unit, what calls set aside that are allowed or asked for: an upper bound of what they cost and use.
+
+        One that is undecided may be allowed, and counts as if it were. A capability that does not bound a unit sets
+        nothing of it aside, and is not in its sums.
+        """
+        before, after = _sums(self._reserved_before), _sums(self._reserved_after)
+        units = sorted({*before, *after} - set(BudgetUnit))
+        return {
+            unit: Reserved(before=before.get(unit, Decimal(0)), after=after.get(unit, Decimal(0)))
+            for unit in (*(each.value for each in BudgetUnit), *units)
+        }
+
     def _one(self, attempt: Attempt) -> None:
         facts = self._facts(attempt.decision["facts"])
         answer = decided_again(attempt, self.policy, facts)
@@ -96,9 +129,11 @@ class Replay:
         self.attempts += 1
         self.outcomes[before, after] += 1
         if before in _RESERVING:
-            self.eur_before += Decimal(attempt.decision.get("reserve", {}).get(BudgetUnit.EUR.value, 0))
-        if isinstance(answer, Decision) and after in _RESERVING:
-            self.eur_after += answer.reserve[BudgetUnit.EUR]
+            self._reserved_before[tuple(attempt.decision.get("reserve", {}).items())] += 1
+        if isinstance(answer, Needs) and facts.capability is not None:
+            self._reserved_after[tuple(self.policy.plans.of(facts.capability).reserve.items())] += 1
+        elif isinstance(answer, Decision) and after in _RESERVING:
+            self._reserved_after[tuple(answer.reserve.items())] += 1
         if before != after:
             self._note(attempt, before, after, answer)
 
@@ -137,8 +172,10 @@ class Replay:
                 {"capability": capability, "before": before, "after": after, "attempts": count}
                 for (capability, before, after), count in sorted(self.by_capability.items())
             ],
-            "eur_before": str(plain(self.eur_before)),
-            "eur_after": str(plain(self.eur_after)),
+            "reserved": {
+                unit: {"before": str(plain(each.before)), "after": str(plain(each.after))}
+                for unit, each in self.reserved.items()
+            },
             "examples": [each.to_json() for each in self.examples],
         }
 
