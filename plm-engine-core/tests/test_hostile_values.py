@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -10,10 +11,11 @@ from decimal import Decimal
 import pytest
 from plm_engine_core.control_plane import Principal
 from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
+from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.limits import BudgetKey
 from plm_engine_core.control_plane.registry import Delegation
 from plm_engine_core.control_plane.storage.postgres.gateway import translated
-from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope
+from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, TicketDecision
 
 pytestmark = pytest.mark.every_storage
 
@@ -76,6 +78,87 @@ async def test_what_is_no_amount_is_refused_wherever_one_is_asked_for(bench, amo
     )
     with pytest.raises(InvalidRequest):
         await bench.control_plane.delegate(lease.run, helper, bench.request())
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"arguments": {"a": {"b": math.nan}}}, "arguments.a.b"),
+        ({"arguments": {"name": math.nan}, "capability": "thing.write"}, "arguments.name"),
+        ({"claims": {"score": math.inf}}, "claims.score"),
+        ({"resource": "\ud800"}, "resource"),
+    ],
+)
+async def test_what_cannot_be_proposed_is_named_as_the_proposal_has_it(bench, given, field):
+    lease = await bench.lease()
+    with pytest.raises(InvalidRequest, match=f"recorded: {field}: ") as caught:
+        await bench.control_plane.admit(bench.proposal(lease, **given))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        ({"output": {"a": math.nan}}, "output.a"),
+        ({"error": {"message": "\ud800"}}, "error.message"),
+        ({"layers": ["x" * 17_000_000]}, "layers"),
+        ({"usage": {"thing": 1}}, "usage.thing"),
+        ({"usage": {"thing": "1"}}, "usage.thing"),
+    ],
+    ids=range(5),
+)
+async def test_what_cannot_be_settled_is_named_as_the_outcome_has_it_and_settles_nothing(bench, given, field):
+    lease = await bench.lease()
+    grant = await bench.begun(lease)
+    with pytest.raises(InvalidRequest) as caught:
+        await bench.settle(grant, lease, **given)
+    assert caught.value.field == field
+    assert (await bench.settle(grant, lease)).spent["calls"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("terms", "field"),
+    [
+        ({"uses": 0}, "scope.uses"),
+        ({"uses": 1.5}, "scope.uses"),
+        ({"uses": True}, "scope.uses"),
+        ({"seconds": 0}, "scope.seconds"),
+        ({"seconds": math.nan}, "scope.seconds"),
+        ({"seconds": "1"}, "scope.seconds"),
+    ],
+)
+async def test_terms_of_an_approval_scope_that_are_none_are_refused_with_what_they_were(bench, terms, field):
+    _, pending = await bench.ask()
+    offered = ScopeTerms(**{"uses": 1, "seconds": 60, **terms})
+    with pytest.raises(InvalidRequest, match=f"not {next(iter(terms.values()))!r}$") as caught:
+        await bench.decide(pending, TicketDecision.APPROVE, scope=offered)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("text", ["a\0", "\ud800"], ids=["nul", "surrogate"])
+async def test_a_comment_that_cannot_be_stored_is_refused_by_its_field(bench, text):
+    _, pending = await bench.ask()
+    gate = bench.control_plane.approvals
+    for field, attempt in {
+        "comment": lambda: bench.decide(pending, TicketDecision.DENY, comment=text),
+        "body": lambda: gate.comment(bench.tenant, pending.ticket_id, text, author=bench.approver),
+    }.items():
+        with pytest.raises(InvalidRequest) as caught:
+            await attempt()
+        assert caught.value.field == field
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+async def test_a_page_of_no_event_is_refused(bench, limit):
+    with pytest.raises(InvalidRequest, match=f"not {limit}") as caught:
+        await bench.control_plane.feed(bench.tenant, limit=limit)
+    assert caught.value.field == "limit"
+
+
+@pytest.mark.parametrize("asked", ["agent", "agent/reviewer", "run", "tenant/day", "model//EUR"])
+async def test_a_budget_that_is_not_named_is_told_how_one_is(bench, asked):
+    with pytest.raises(InvalidRequest, match=r"names nothing; give RUN, .* SCOPE/NAME/UNIT"):
+        await bench.control_plane.why(bench.tenant, asked)
 
 
 @pytest.mark.parametrize(

@@ -482,9 +482,11 @@ class ControlPlane:
 
         Raises:
             FeedPruned: events after the cursor were pruned; it carries the cursor to go on with.
-            InvalidRequest: the cursor is none, or of another database.
+            InvalidRequest: the cursor is none, or of another database; or the limit is less than 1.
             Conflict: the events are of another server, whose transactions had higher ids.
         """
+        if limit < 1:
+            raise InvalidRequest(f"a page of the feed has 1 event or more, not {limit}", field="limit")
         after = FeedCursor.decode(cursor) if cursor is not None else BEGINNING
         return await self.storage.events.feed(tenant_id, after=after, limit=limit)
 

@@ -21,5 +21,14 @@ def check_text(text: str, *, field: str, longest: int) -> None:
     """
     if not isinstance(text, str) or not text.strip() or len(text) > longest:
         raise InvalidRequest(f"'{field}' must be 1 to {longest} characters, not all of them blank", field=field)
+    check_storable(text, field=field)
+
+
+def check_storable(text: str, *, field: str) -> None:
+    """Refuse a text that cannot be stored.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
     if "\0" in text or not encodable(text):
         raise InvalidRequest(f"'{field}' holds NUL or half a surrogate pair, which cannot be stored", field=field)

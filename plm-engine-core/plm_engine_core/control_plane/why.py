@@ -159,13 +159,19 @@ async def why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
         case [unit]:
             scope = BudgetScope.TENANT if identifier == tenant_id else BudgetScope.RUN
             return await _of_budget(storage, tenant_id, BudgetKey(scope=scope, scope_id=identifier, unit=unit))
-    raise InvalidRequest(f"{asked!r:.80} names nothing; give {_FORMS}", field="id")
+    raise _nameless(asked)
+
+
+def _nameless(asked: str) -> InvalidRequest:
+    return InvalidRequest(f"{asked!r:.80} names nothing; give {_FORMS}", field="id")
 
 
 def _key(scope: BudgetScope, rest: Sequence[str]) -> BudgetKey:
     """What stands after the scope; a name may hold slashes, as those of language models do."""
     *named, period = rest if rest and rest[-1] in _PERIODS else (*rest, Period.TOTAL)
     *name, unit = named or [""]
+    if not any(name):
+        raise _nameless("/".join((scope, *rest)))
     return BudgetKey.of(scope, "/".join(name), unit, Period(period))
 
 

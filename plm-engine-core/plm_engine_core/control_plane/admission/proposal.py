@@ -125,8 +125,8 @@ def content_hash(value: Any, *, known_as: tuple[str, str] | None = None) -> str:
     try:
         return compute_content_hash(value)
     except JsonRefused as error:
-        place, name = known_as or ("", "")
-        path = name + error.path.removeprefix(place) if place and error.path.startswith(place) else error.path
+        place, name = known_as or ("payload.", "")
+        path = name + error.path.removeprefix(place) if error.path.startswith(place) else error.path
         raise InvalidRequest(f"it cannot be recorded: {path}: {error.problem}", field=path) from error
 
 
@@ -156,11 +156,14 @@ def proposal_digest(proposal: Proposal, capability: CapabilityDescriptor | None)
         if names is not None
         else {name: [value] for name, value in proposal.arguments.items()}
     )
-    return content_hash(
-        {
-            "capability": proposal.capability,
-            "version": capability.version if capability is not None else None,
-            "resource": proposal.resource,
-            "arguments": arguments,
-        }
-    )
+    bound_to = {
+        "capability": proposal.capability,
+        "version": capability.version if capability is not None else None,
+        "resource": proposal.resource,
+        "arguments": arguments,
+    }
+    try:
+        return content_hash(bound_to)
+    except InvalidRequest:
+        content_hash(dict(proposal.arguments), known_as=("payload", "arguments"))  # as the proposal has them
+        raise

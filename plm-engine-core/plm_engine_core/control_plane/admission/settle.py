@@ -120,8 +120,8 @@ async def settle(
     charged in full. What never started, or is superseded by a repeat under the same step key, costs nothing.
 
     Raises:
-        InvalidRequest: the outcome holds what is no JSON; or `connection` holds no READ COMMITTED transaction, or one
-            of another tenant.
+        InvalidRequest: the outcome holds what is no JSON, or a usage that is no Decimal; or `connection` holds no READ
+            COMMITTED transaction, or one of another tenant.
         FencingLost: another run worker holds the run; nothing was written, the ledger rows included.
         IdempotencyConflict: the grant was already settled with another outcome.
         StorageUnavailable: nothing was written; settling again is safe.
@@ -171,9 +171,17 @@ def _charges(outcome: Outcome, capability: CapabilityDescriptor) -> dict[str, st
 
 def _measured(usage: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
     """The usage, or None when it is no measurement."""
+    _check_usage(usage or {})
     if usage is None or not all(amount.is_finite() and 0 <= amount < _MOST for amount in usage.values()):
         return None
     return usage
+
+
+def _check_usage(usage: Mapping[str, object]) -> None:
+    for unit, amount in usage.items():
+        if not isinstance(amount, Decimal):
+            problem = f"the usage in {unit:.80} must be a Decimal, not {amount!r:.80}"
+            raise InvalidRequest(problem, field=f"usage.{unit}")
 
 
 def _rounded_up(amount: Decimal) -> str:
@@ -207,5 +215,7 @@ def _ledger(
             cost_eur=charges.get(_EUR),
         )
     except JsonRefused as error:
-        path = error.path.removeprefix("payload.")
+        within, _, path = error.path.partition("payload.")
+        if within:  # the whole is too large, and nothing else in it can be
+            path = "layers"
         raise InvalidRequest(f"it cannot be recorded: {path}: {error.problem}", field=path) from error

@@ -12,6 +12,7 @@ from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTic
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.policy import Demand, PolicySnapshot
 from plm_engine_core.control_plane.storage.ports import ApprovalStore, VoteCommand
+from plm_engine_core.control_plane.texts import check_storable
 from plm_engine_core.control_plane.vocabulary import ActionTier, RiskLevel, TicketDecision, TicketState
 
 MAX_COMMENT = 10_000
@@ -89,15 +90,21 @@ class ApprovalGate:
         """Refuse an approval scope wider than the policy allows; what it allows none of is refused, never narrowed."""
         if decision is not TicketDecision.APPROVE:
             raise InvalidRequest("an approval scope goes with an approval", field="scope")
-        if terms.uses < 1 or not 0 < terms.seconds < float("inf"):
-            raise InvalidRequest("an approval scope needs at least one use and a time from 0 up", field="scope")
+        if type(terms.uses) is not int or terms.uses < 1:
+            raise InvalidRequest(f"an approval scope is for 1 use or more, not {terms.uses!r:.80}", field="scope.uses")
+        if type(terms.seconds) not in (int, float) or not 0 < terms.seconds < float("inf"):
+            problem = f"an approval scope is for more than 0 seconds, not {terms.seconds!r:.80}"
+            raise InvalidRequest(problem, field="scope.seconds")
         widest = self._policy.approval.standing
         if widest is None:
             problem = "the policy allows no approval scopes"
         elif RiskLevel(ticket.risk).rank > widest.max_risk.rank:
             problem = f"the policy allows approval scopes up to {widest.max_risk.value} risk, this is {ticket.risk}"
         elif terms.uses > widest.max_uses or terms.seconds > widest.max_seconds:
-            problem = f"the policy allows at most {widest.max_uses} uses in {widest.max_seconds:g} s"
+            problem = (
+                f"the policy allows at most {widest.max_uses} uses in {widest.max_seconds:g} s, "
+                f"not {terms.uses} in {terms.seconds:g} s"
+            )
         elif terms.any_resource and not widest.any_resource:
             problem = "the policy allows approval scopes for the ticket's own resource only"
         else:
@@ -128,7 +135,8 @@ class ApprovalGate:
             InvalidRequest: `seconds` is not between 0 and an hour. NotFound: no such ticket in this tenant.
         """
         if not 0 <= seconds <= MAX_WAIT_SECONDS:
-            raise InvalidRequest(f"the time to wait must be from 0 to {MAX_WAIT_SECONDS:g} s", field="seconds")
+            problem = f"the time to wait must be from 0 to {MAX_WAIT_SECONDS:g} s, not {seconds}"
+            raise InvalidRequest(problem, field="seconds")
         until = time.monotonic() + seconds
         while True:
             ticket = await self._store.get(tenant_id, ticket_id)
@@ -171,3 +179,4 @@ def _require_scopes(principal: Principal, required: tuple[str, ...]) -> None:
 def _check_comment(comment: str, field: str = "comment") -> None:
     if len(comment) > MAX_COMMENT:
         raise InvalidRequest(f"the comment has {len(comment)} characters, at most {MAX_COMMENT}", field=field)
+    check_storable(comment, field=field)
