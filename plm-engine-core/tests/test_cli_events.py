@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -152,8 +153,34 @@ def test_an_export_is_written_whole_or_not_at_all(terminal: Terminal, file: Path
     assert not later.exists()
 
 
+def test_a_stream_is_unforged_only_as_far_as_an_export_holds_it(terminal: Terminal, file: Path) -> None:
+    terminal.append("b")
+    terminal.append("later")
+    ours = ("verify", "--tenant-id", str(terminal.tenant), "--public-key", terminal.public)
+    said = terminal.run(*ours, "--export", file).stdout
+    assert re.findall(r"^(\w+)  (\d) events  (.+)$", said, re.MULTILINE) == [
+        ("a", "1", "unforged up to event 1"),
+        ("b", "2", "unforged up to event 1"),
+        ("later", "1", "consistent"),
+    ]
+
+
+def test_a_stream_that_has_no_event_is_not_good(terminal: Terminal, file: Path) -> None:
+    ours = ("verify", "--tenant-id", str(terminal.tenant), "--stream")
+    assert "no events" in terminal.run(*ours, "run/1", status=1).stdout
+    assert "1 events" in terminal.run(*ours, "a").stdout
+
+
+def test_an_export_that_was_cut_off_after_its_first_line_is_not_what_was_signed(terminal: Terminal, file: Path) -> None:
+    file.write_bytes(file.read_bytes().splitlines(keepends=True)[0])
+    for command in (("verify-export", file), ("verify", "--tenant-id", str(terminal.tenant), "--export", file)):
+        said = terminal.run(*command, "--public-key", terminal.public, status=1)
+        assert "holds no checkpoint" in said.stderr
+
+
 def test_wrong_arguments_are_told_before_anything_is_tried(terminal: Terminal, file: Path) -> None:
     ours = ("verify", "--tenant-id", str(terminal.tenant))
+    assert "--export" in terminal.run(*ours, "--public-key", terminal.public, status=2).stderr
     assert "--public-key" in terminal.run(*ours, "--export", file, status=2).stderr
     assert "--public-key" in terminal.run(*ours, "--since-checkpoint", status=2).stderr
     assert "--public-key" in terminal.run("verify-export", file, status=2).stderr

@@ -182,6 +182,11 @@ async def test_exports_go_on_where_one_ended(history):
     assert found.heads == read_exports([await exported(history)], BELIEVED).heads
     assert "starts after checkpoint 3" in read_exports([second], BELIEVED).problem
     assert "starts after checkpoint 0" in read_exports([first, first], BELIEVED).problem
+    cut_off = read_exports([first, second[:1]], BELIEVED)
+    assert (cut_off.unforged, cut_off.problem) == (
+        False,
+        "file 2: it holds no checkpoint, which every export ends with",
+    )
 
 
 async def test_every_byte_of_an_export_counts(history):

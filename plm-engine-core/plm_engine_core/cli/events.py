@@ -70,12 +70,15 @@ def verify(
 
     "Consistent" is what a database can say of itself. With exports that were kept elsewhere, and the public key, it is
     "unforged" as far as they go: nobody has changed, cut off or removed what they hold.
-    Status 0: good, 1: not, or the database refused; 2: wrong arguments; 3: no address.
+    Status 0: good, 1: not, no event of a stream that is named, or the database refused; 2: wrong arguments; 3: no
+    address.
     """
     if exports and archive:
         fail(ExitCode.USAGE, "name exports or an archive, not both")
     if (exports or archive or since_checkpoint) and not public_key:
         fail(ExitCode.USAGE, "signatures need a key to be checked with: name it with --public-key")
+    if public_key and not (exports or archive or since_checkpoint):
+        fail(ExitCode.USAGE, "--public-key is for --export, --archive or --since-checkpoint; nothing else is signed")
     if (exports or archive) and since_checkpoint:
         fail(ExitCode.USAGE, "against an export everything is checked; leave out --since-checkpoint")
     keys = _believed(public_key)
@@ -100,9 +103,8 @@ def verify(
         "unforged_up_to_checkpoint": exported.newest.number if consistent and exported and exported.newest else None,
         "streams": [_document(each) for each in results],
     }
-    word = "unforged" if answer["unforged_up_to_checkpoint"] else "consistent"
-    show(answer, "\n".join(_line(each, word) for each in results) or "no events", as_json=as_json)
-    if not consistent:
+    show(answer, "\n".join(_line(each, exported) for each in results) or "no events", as_json=as_json)
+    if not consistent or (stream is not None and not results):
         raise typer.Exit(int(ExitCode.FAILED))
 
 
@@ -337,10 +339,15 @@ def _document(result: Verification) -> dict[str, Any]:
     }
 
 
-def _line(result: Verification, word: str) -> str:
+def _line(result: Verification, exported: Exported | None) -> str:
     if result.consistent:
-        return f"{result.stream}  {result.events} events  {word}"
+        return f"{result.stream}  {result.events} events  {_word(result, exported)}"
     return f"{result.stream}  event {result.first_bad_seq} is bad: {result.problem}"
+
+
+def _word(result: Verification, exported: Exported | None) -> str:
+    copied = exported.heads.get(result.stream) if exported is not None else None
+    return "consistent" if copied is None else f"unforged up to event {copied.seq}"
 
 
 def _taken(checkpoint: Checkpoint | None) -> str:

@@ -130,7 +130,7 @@ class ExportReader:
         return not self.found.problem
 
     def _read(self, lines: Iterable[bytes]) -> None:
-        numbered = enumerate(_bounded(lines), 1)
+        numbered, before = enumerate(_bounded(lines), 1), self.found.newest
         try:
             self._begin(_parsed(next(numbered)[1]))
             for number, line in numbered:
@@ -145,6 +145,8 @@ class ExportReader:
             raise _WrongError(f"it is damaged: {type(error).__name__}: {error}") from None
         if self._uncovered:
             raise _WrongError(f"events of {min(self._uncovered)} are covered by no checkpoint")
+        if self.found.newest is before:
+            raise _WrongError("it holds no checkpoint, which every export ends with")
 
     def _begin(self, first: Mapping[str, Any]) -> None:
         if (first["format"], first["version"]) != (FORMAT, VERSION):
