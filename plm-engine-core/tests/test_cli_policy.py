@@ -372,6 +372,18 @@ async def test_recorded_proposals_are_replayed_from_the_database(bench, files):
     assert "would reserve\n  1 EUR instead of 1\n  2 calls instead of 2\n" in text.stdout
 
 
+async def test_a_tenant_or_shadow_that_does_not_exist_is_no_good_news(bench, files):
+    nobody = str(uuid.uuid4())
+    for arguments, missing in (
+        (["replay", files.policy(), "--tenant-id", nobody], f"tenant {nobody} does not exist"),
+        (["shadow", "report", "--digest", "abc", "--tenant-id", nobody], f"tenant {nobody} does not exist"),
+        (["shadow", "report", "--digest", "abc", "--tenant-id", str(bench.tenant)], "policy abc does not exist"),
+    ):
+        result = await asyncio.to_thread(files.run, *arguments, PG_DSN=bench.database.app)
+        assert (result.exit_code, result.stdout) == (1, "")
+        assert missing in result.stderr
+
+
 @pytest.mark.parametrize("days", ["1e6", "1e9", "inf", "nan", "-1"])
 def test_days_that_no_calendar_has_are_wrong_arguments(files, days):
     for command in (["replay", files.policy()], ["shadow", "report"]):

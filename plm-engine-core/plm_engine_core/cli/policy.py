@@ -206,13 +206,13 @@ def replay(
 ) -> None:
     """Decide the recorded proposals again under this policy, each on the facts it was recorded with.
 
-    Nothing is written. Budgets, halts and rates are as they were. Status 0: done; 1: the policy cannot be read or the
-    database refused; 2: wrong arguments; 3: no address.
+    Nothing is written. Budgets, halts and rates are as they were. Status 0: done; 1: the policy cannot be read, there
+    is no such tenant, or the database refused; 2: wrong arguments; 3: no address.
     """
     with _refusals(as_json=as_json):
         report = Replay(policy=load_policy(policy))
     since = datetime.now(UTC) - timedelta(days=days)
-    with_books(lambda books: _replay(books, report, tenant_id, since), as_json=as_json)
+    with_books(lambda books: _replay(books, report, tenant_id, since), of=tenant_id, as_json=as_json)
     show({"tenant_id": tenant_id, **report.to_json()}, _reported(report), as_json=as_json)
 
 

@@ -96,10 +96,10 @@ def report(
 ) -> None:
     """Say what the shadow would have decided otherwise.
 
-    Status 0: said; 1: there is no shadow, or the database refused; 2: wrong arguments; 3: no address.
+    Status 0: said; 1: there is no such shadow or tenant, or the database refused; 2: wrong arguments; 3: no address.
     """
     since = datetime.now(UTC) - timedelta(days=days)
-    made = with_books(lambda books: _report(books, tenant_id, digest, since), as_json=as_json)
+    made = with_books(lambda books: _report(books, tenant_id, digest, since), of=tenant_id, as_json=as_json)
     lines = [f"{made.compared} proposals seen by {made.digest}, {made.changed} decided otherwise"]
     lines += [f"  {count} x {before} -> {after}" for (before, after), count in sorted(made.outcomes.items())]
     lines += [
@@ -111,7 +111,9 @@ def report(
 
 
 async def _report(books: Books, tenant_id: UUID, digest: str | None, since: datetime) -> ShadowReport:
-    if digest is None:
+    if digest is not None:
+        await books.storage.policies.content(digest)  # what a slip of the pen names saw nothing
+    else:
         digest = (await books.storage.policies.standing()).digests[1]
     if digest is None:
         raise InvalidRequest("there is no shadow; name an earlier one with --digest", field="digest")
