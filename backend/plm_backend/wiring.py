@@ -20,7 +20,6 @@ from plm_engine_core.control_plane.events import Signer, load_signer
 from plm_engine_core.control_plane.events.archive import Archive, Archivist, open_archive
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.identity import IdentityProvider, PostgresAuditSink, provider_from_environment
-from plm_engine_core.control_plane.in_force import PolicyKeeper
 from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy
 from plm_engine_core.control_plane.policy.lint import require_known_names
 from plm_engine_core.control_plane.recovery import Recovery
@@ -99,7 +98,8 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
         cancel_seconds=settings.lease_seconds + _CANCEL_SECONDS,
     )
     artifact_store = _artifact_store(settings)
-    keeper = PolicyKeeper(control_plane.in_force, control_plane.storage.policies, file=policy, news=hub.policy_news)
+    keeper = control_plane.keeper
+    keeper.news = hub.policy_news
     async with pool, background(hub.listen, "signal hub"):
         _tell_difference(await keeper.refresh(), policy, settings)  # nothing is decided by a file that was replaced
         async with background(keeper.run, "policy keeper"):

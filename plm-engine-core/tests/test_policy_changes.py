@@ -9,7 +9,6 @@ import psycopg
 import pytest
 from plm_engine_core.control_plane import Denied, Granted, Principal
 from plm_engine_core.control_plane.activation import ACTIVATE_SCOPE
-from plm_engine_core.control_plane.in_force import PolicyKeeper
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, Reason
 
 pytestmark = pytest.mark.every_storage
@@ -44,11 +43,30 @@ async def test_what_an_earlier_policy_decided_is_refused_and_nothing_booked(benc
 
 async def test_the_same_proposal_is_granted_once_the_active_policy_decides(bench, make_policy, activate):
     lease = await bench.lease()
-    await activate(make_policy(version="newer"))
-    assert isinstance(await bench.control_plane.admit(bench.proposal(lease)), Denied)
+    made = await activate(make_policy(version="newer"))
     plane = bench.control_plane
-    await PolicyKeeper(plane.in_force, plane.storage.policies, file=plane.policy).refresh()
+    assert isinstance(await plane.admit(bench.proposal(lease)), Denied)
     assert isinstance(await plane.admit(bench.proposal(lease)), Granted)
+    assert plane.policy.digest == made.digest
+
+
+async def test_a_control_plane_whose_keeper_is_entered_decides_by_what_is_active(bench, make_policy, activate):
+    made = await activate(make_policy(version="newer"))
+    plane = bench.control_plane
+    async with plane.keeper:
+        assert plane.policy.digest == made.digest
+        assert isinstance(await plane.admit(bench.proposal(await bench.lease())), Granted)
+        operator = Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=frozenset({ACTIVATE_SCOPE}))
+        again = await plane.activate_policy(
+            bench.tenant, make_policy(version="newest"), previous=made.digest, reason="a test", by=operator
+        )
+        plane.keeper.news.set()
+        for _ in range(3000):
+            if plane.policy.digest == again.digest:
+                break
+            await asyncio.sleep(0.01)
+        assert plane.policy.digest == again.digest
+    assert [task for task in asyncio.all_tasks() if task.get_name() == "policy keeper"] == []
 
 
 async def test_what_was_answered_before_is_answered_again_whatever_is_active_now(bench, make_policy, activate):

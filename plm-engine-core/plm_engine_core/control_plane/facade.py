@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -17,12 +18,12 @@ from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
 from plm_engine_core.control_plane.agents import AgentDesk, StandingAgent
-from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, PolicyMissing
+from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden, InvalidRequest, PolicyMissing
 from plm_engine_core.control_plane.events import BEGINNING, FeedCursor, FeedPage, Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, KillSwitch
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
-from plm_engine_core.control_plane.in_force import PolicyInForce
+from plm_engine_core.control_plane.in_force import PolicyInForce, PolicyKeeper
 from plm_engine_core.control_plane.limits import Budget, BudgetKey, Subjects
 from plm_engine_core.control_plane.limits.desk import BudgetDesk, check_amount
 from plm_engine_core.control_plane.limits.leases import ResourceLease, check_seconds, check_terms
@@ -66,6 +67,7 @@ _LOOK_AGAIN_MS = 5_000
 class ControlPlane:
     """Decides and keeps the books. It never performs an effect itself.
 
+    `policy` decides until one is activated; while its `keeper` is entered, this process is kept in step with that.
     `evaluators` are the kinds that the policy may use; without them, the built-in ones. With `agents` only those may
     propose, and none beyond its ceilings; without them every agent may do what policy and principal allow.
     `cancel_seconds` is the bound within which whoever drives runs ends their calls after a halt; its record states it.
@@ -87,6 +89,7 @@ class ControlPlane:
     ) -> None:
         evaluators = evaluators or EvaluatorRegistry()
         self.in_force = PolicyInForce(policy, evaluators)
+        self.keeper = PolicyKeeper(self.in_force, storage.policies, file=policy)
         self.registry = registry
         self.agents = agents
         self.storage = storage
@@ -256,6 +259,7 @@ class ControlPlane:
         try:
             deciding = self.in_force.now
         except PolicyMissing as error:
+            await self._look_at_policies()
             return Denied(
                 reason=Reason.POLICY_MISSING,
                 message=str(error),
@@ -275,9 +279,16 @@ class ControlPlane:
             begin=begin,
             connection=connection,
         )
+        if isinstance(admission, Denied) and admission.reason is Reason.POLICY_CHANGED:
+            await self._look_at_policies()
         if connection is None:
             await self.signals.changed(proposal.tenant_id, proposal.run_id)
         return admission
+
+    async def _look_at_policies(self) -> None:
+        """So that the next proposal is decided by what is active now, also where nobody entered the keeper."""
+        with suppress(ControlPlaneError):  # what the keeper could not load, the next answer says
+            await self.keeper.refresh()
 
     async def begin(self, grant: Grant, *, fencing_token: int, actor: str, lease: ResourceLease | None = None) -> Begun:
         """Use a grant up, as the last act before its call leaves the host.

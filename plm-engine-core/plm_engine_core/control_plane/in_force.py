@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from typing import Self
 
 from plm_engine_core.control_plane.activation import Roles
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, ParallelPolicyEvaluator
@@ -65,7 +66,8 @@ class PolicyInForce:
 class PolicyKeeper:
     """Keeps a process in step with the activations; `file` decides until there is one.
 
-    Set `news` when an activation may have been made, and it looks at once.
+    It looks when it is entered and until it is left, every few seconds, and at once when `news` is set because an
+    activation may have been made.
     """
 
     def __init__(
@@ -82,7 +84,23 @@ class PolicyKeeper:
         self._file = file
         self._every = every_seconds
         self._seen: tuple[str | None, str | None] = (None, None)
-        self._news = news or asyncio.Event()
+        self.news = news or asyncio.Event()
+        self._running: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Look once, so that nothing is decided by a file that was replaced, and then keep looking.
+
+        Raises:
+            StorageUnavailable, InvalidRequest: as for `refresh`.
+        """
+        await self.refresh()
+        self._running = asyncio.create_task(self.run(), name="policy keeper")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.wait([self._running])
 
     async def refresh(self) -> Roles:
         """Look which policies stand and install what is new.
@@ -112,10 +130,10 @@ class PolicyKeeper:
         while True:
             try:
                 async with asyncio.timeout(self._every):
-                    await self._news.wait()
+                    await self.news.wait()
             except TimeoutError:
                 pass  # news may have been lost
-            self._news.clear()
+            self.news.clear()
             try:
                 await self.refresh()
             except StorageUnavailable:
