@@ -81,6 +81,7 @@ async def test_an_approval_scope_is_offered_listed_and_revoked(terminal, bench):
     bench = bench.with_policy(approval={"standing": {"max_uses": 5, "max_seconds": 60, "max_risk": "high"}})
     _, pending = await bench.ask()
     await terminal.run("approvals", "approve", pending.ticket_id, "--scope-uses", 9, status=2)
+    await terminal.run("approvals", "approve", pending.ticket_id, "--scope-any-resource", status=2)
     too_much = ("approvals", "approve", pending.ticket_id, "--scope-uses", 9, "--scope-seconds", 60)
     assert "[scope_not_allowed]" in (await terminal.run(*too_much, status=1)).stderr
     await terminal.run("approvals", "approve", pending.ticket_id, "--scope-uses", 3, "--scope-seconds", 60)

@@ -47,6 +47,7 @@ async def test_what_is_not_there_or_not_allowed_is_refused_with_its_reason(termi
         assert said.stderr.rstrip().endswith("[not_found]")
     await terminal.run("halt", "trigger", "run", "--reason", "x", status=2)
     await terminal.run(*tenant, "--agent", "test", status=2)
+    await terminal.run(*tenant, "--cancel-seconds", "inf", status=2)
     said = await terminal.run("halt", "trigger", "tenant", "--reason", " ", status=1)
     assert "[invalid_request]" in said.stderr
     assert await bench.storage.halts.list(bench.tenant, limit=9, before=None, standing=False) == []

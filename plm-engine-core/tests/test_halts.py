@@ -117,6 +117,17 @@ class TestWhatItEnds:
         await bench.settle(grant, lease, OutcomeStatus.NOT_STARTED)
         assert await bench.budget(lease.run, "tenant", BudgetUnit.CALLS) == (0, 0)
 
+    @pytest.mark.parametrize("seconds", [0, -1, float("inf"), float("nan"), 1e9])
+    def test_a_bound_that_is_none_is_promised_to_nobody(self, bench, seconds):
+        with pytest.raises(InvalidRequest, match=f"not {seconds}$") as caught:
+            ControlPlane(
+                policy=bench.control_plane.policy,
+                registry=bench.control_plane.registry,
+                storage=bench.storage,
+                cancel_seconds=seconds,
+            )
+        assert caught.value.field == "cancel_seconds"
+
     async def test_the_end_of_the_calls_in_flight_is_seen_in_its_record(self, bench):
         leases = [await bench.lease() for _ in range(3)]
         grants = [await bench.begun(lease) for lease in leases]

@@ -100,6 +100,8 @@ def approve(
     """
     if (scope_uses is None) != (scope_seconds is None):
         fail(ExitCode.USAGE, "--scope-uses and --scope-seconds go together")
+    if scope_any_resource and scope_uses is None:
+        fail(ExitCode.USAGE, "--scope-any-resource widens an approval scope; give --scope-uses and --scope-seconds too")
     scope = (
         ScopeTerms(uses=scope_uses, seconds=scope_seconds, any_resource=scope_any_resource)
         if scope_uses is not None and scope_seconds is not None

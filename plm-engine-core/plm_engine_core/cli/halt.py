@@ -14,7 +14,7 @@ from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import Books
 from plm_engine_core.control_plane.errors import InvalidRequest
-from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, KillSwitch
+from plm_engine_core.control_plane.halts import CANCEL_SECONDS, LONGEST_CANCEL_SECONDS, Halt, KillSwitch
 from plm_engine_core.control_plane.registry import CapabilityRegistry, load_capabilities
 from plm_engine_core.control_plane.vocabulary import HaltScope
 
@@ -33,7 +33,12 @@ def trigger(
         Path | None, typer.Option(help="The capability file, for a capability halt.", envvar="PLM_CAPABILITIES")
     ] = None,
     cancel_seconds: Annotated[
-        float, typer.Option(min=1, help="The bound within which run workers end calls in flight, as they are set up.")
+        float,
+        typer.Option(
+            min=1,
+            max=LONGEST_CANCEL_SECONDS,
+            help="The bound within which run workers end calls in flight, as they are set up.",
+        ),
     ] = CANCEL_SECONDS,
     as_json: AsJson = False,
 ) -> None:

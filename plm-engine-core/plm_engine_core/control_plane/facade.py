@@ -73,7 +73,8 @@ class ControlPlane:
     `cancel_seconds` is the bound within which whoever drives runs ends their calls after a halt; its record states it.
 
     Raises:
-        InvalidRequest: the policy declares an evaluator that is not there, or configures one wrongly.
+        InvalidRequest: the policy declares an evaluator that is not there, or configures one wrongly; or
+            `cancel_seconds` is no bound.
     """
 
     def __init__(

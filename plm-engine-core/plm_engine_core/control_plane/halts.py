@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 OPERATOR_SCOPE = "plm.halt"
 SYSTEM_OPERATOR_SCOPE = "plm.halt.system"
 CANCEL_SECONDS = 30.0
+LONGEST_CANCEL_SECONDS = 86_400.0
 
 _MOST_TENANTS = 10_000
 
@@ -85,6 +86,9 @@ class KillSwitch:
 
     `cancel_seconds` is what each halt's record promises of calls in flight: whoever drives them hears of the halt by
     `signals`, or else with the next heartbeat, and has them ended within it.
+
+    Raises:
+        InvalidRequest: `cancel_seconds` is no bound: not more than 0, or more than a day.
     """
 
     def __init__(
@@ -96,6 +100,11 @@ class KillSwitch:
         signals: Signals | None = None,
         cancel_seconds: float = CANCEL_SECONDS,
     ) -> None:
+        if not 0 < cancel_seconds <= LONGEST_CANCEL_SECONDS:
+            raise InvalidRequest(
+                f"calls end more than 0 and at most {LONGEST_CANCEL_SECONDS:g} s after a halt, not {cancel_seconds}",
+                field="cancel_seconds",
+            )
         self._store = store
         self._registry = registry
         self._agents = agents
