@@ -270,6 +270,26 @@ async def test_a_delegated_run_has_its_share_of_what_is_left_and_ends_with_its_d
     assert refused.value.reason == "delegation_too_wide"
 
 
+@pytest.mark.parametrize(
+    ("terms", "budget", "message"),
+    [
+        ({"share": Decimal("1.01")}, {}, r"'share' must be .* not Decimal\('1.01'\)"),
+        ({"share": 0.5}, {}, r"'share' must be a Decimal .* not 0\.5"),
+        ({"delegations": -1}, {}, "'delegations' must be a whole number from 0 up, not -1"),
+        ({"delegations": 0.5}, {}, "'delegations' must be a whole number from 0 up, not 0.5"),
+        ({}, {"tokens": Decimal(1)}, "the delegator has a budget in .*EUR.*, not 'tokens'"),
+        ({}, {"EUR": Decimal("NaN")}, r"'budget\.EUR' must be a number"),
+        ({}, {"EUR": "2"}, r"'budget\.EUR' must be a number"),
+    ],
+)
+async def test_terms_that_are_no_numbers_and_units_that_nobody_gave_are_refused_by_name(bench, terms, budget, message):
+    good = {"scopes": frozenset({"plm.runs.create"}), "share": Decimal(1)}
+    handed = Delegation(**{**good, "to": uuid.uuid4(), "expires_at": datetime.now(UTC) + timedelta(hours=1), **terms})
+    run = await bench.run()
+    with pytest.raises(InvalidRequest, match=message):
+        await bench.control_plane.delegate(run, handed, replace(bench.request(), budget=budget))
+
+
 async def test_who_had_a_call_requested_by_delegation_does_not_approve_it(bench):
     terms = Delegation(
         to=uuid.uuid4(),

@@ -213,6 +213,11 @@ class ControlPlane:
         budgets = await self.storage.runs.budgets(parent.tenant_id, parent.id)
         left = {each.unit: each.limit - each.spent - each.reserved for each in budgets if each.scope is BudgetScope.RUN}
         share = share_of(left, delegation)
+        for unit, asked in request.budget.items():
+            if unit not in share:
+                known = " or ".join(repr(str(each)) for each in share)
+                raise InvalidRequest(f"the delegator has a budget in {known}, not {unit!r}", field=f"budget.{unit}")
+            check_amount(asked, field=f"budget.{unit}")
         budget = {unit: min(request.budget.get(unit, amount), amount) for unit, amount in share.items()}
         return await self.create_run(replace(request, budget=budget), principal=principal)
 

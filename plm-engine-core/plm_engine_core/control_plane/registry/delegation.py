@@ -35,8 +35,11 @@ def narrowed(delegator: Principal, delegation: Delegation, *, depth: int, now: d
 
     Raises:
         Forbidden: it would be wider than the delegator in any way, or come back to one who is in it already.
-        InvalidRequest: the time has no zone.
+        InvalidRequest: the time has no zone, or the number of further hands is none.
     """
+    if type(delegation.delegations) is not int or delegation.delegations < 0:
+        words = f"'delegations' must be a whole number from 0 up, not {delegation.delegations!r}"
+        raise InvalidRequest(words, field="delegations")
     if delegation.expires_at.tzinfo is None:
         raise InvalidRequest("the end of a delegation needs a time zone", field="expires_at")
     left = depth if delegator.delegations_left is None else min(depth, delegator.delegations_left)
@@ -75,7 +78,8 @@ def share_of(left: Mapping[str, Decimal], delegation: Delegation) -> dict[str, D
     """
     share = delegation.share
     if not (isinstance(share, Decimal) and share.is_finite() and 0 < share <= 1):
-        raise InvalidRequest("the share of a delegation is more than 0 and at most 1", field="share")
+        words = f"'share' must be a Decimal of more than 0 and at most 1, not {share!r}"
+        raise InvalidRequest(words, field="share")
     return {
         unit: (max(amount, Decimal(0)) * share).quantize(SMALLEST, rounding=ROUND_DOWN) for unit, amount in left.items()
     }
