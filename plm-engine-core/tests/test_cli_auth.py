@@ -89,6 +89,14 @@ def test_wrong_arguments_end_with_2_and_print_no_token(arguments: list[str]) -> 
     assert result.stderr
 
 
+def test_a_scope_that_no_token_can_carry_is_told_with_its_form() -> None:
+    result = issue("--scope", "plm.runs.create bom.read")
+    assert result.exit_code == 2
+    assert "claim 'scopes'" in result.stderr
+    assert "without blanks, and for a second scope the option is repeated" in result.stderr
+    assert "got --scope ['plm.runs.create bom.read']" in result.stderr
+
+
 def test_a_system_token_needs_its_own_flag() -> None:
     assert issue("--actor-kind", "system", "--allow-system").exit_code == 0
 

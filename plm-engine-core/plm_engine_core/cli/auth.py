@@ -61,7 +61,12 @@ def issue_token(
     try:
         token = provider.issue_token(claims)
     except IdentityValidationError as error:
-        fail(ExitCode.USAGE, f"no token was issued: {error}")
+        words = f"got --scope {sorted(set(scope or ()))!r:.200} and --session-id {session_id!r:.200}"
+        fail(
+            ExitCode.USAGE,
+            f"no token was issued: {error}; a scope is 1 to 128 and a session id 1 to 256 visible ASCII characters "
+            f"without blanks, and for a second scope the option is repeated; {words}",
+        )
     expires_at = datetime.fromtimestamp(now, UTC) + lifetime
     typer.echo(
         f"{actor_kind} {claims['sub']} in tenant {tenant_id}, until {expires_at:%Y-%m-%d %H:%M:%S} UTC", err=True
