@@ -225,6 +225,30 @@ def test_cases_that_are_decided_as_expected_end_with_0_and_others_are_named(file
     }
 
 
+def test_two_cases_of_one_name_are_refused_as_one_would_hide_the_other(files):
+    twice = {"cases": [CASES["cases"][0], {**CASES["cases"][1], "name": "a big one asks"}]}
+    for arguments in (["test", files.policy()], ["diff", files.policy(), files.policy(), "--cases"]):
+        result = files.run(*arguments, files.write("cases", twice))
+        assert result.exit_code == 1
+        assert "two cases are named 'a big one asks'" in result.stderr
+
+
+def test_an_answer_of_an_evaluator_that_is_not_declared_is_refused_and_not_left_out(files):
+    gate = {"name": "short", "kind": "list", "config": {"blocklist": ["a"]}}
+    policy, none = files.policy(evaluators=[gate], rules=[]), files.policy("none", rules=[])
+    given = {"capability": "thing.read", "evaluations": {"shrt": "denied"}}
+    proposal = files.write("proposal", given)
+    cases = files.write("cases", {"cases": [{"name": "one", "given": given, "expect": {"outcome": "deny"}}]})
+    for arguments in (["explain", policy, proposal], ["test", policy, cases], ["diff", none, policy, "--cases", cases]):
+        result = files.run(*arguments)
+        assert result.exit_code == 1
+        assert "evaluations.shrt: the policy declares no such evaluator; there are short" in result.stderr
+    assert "it declares none" in files.run("explain", none, proposal).stderr
+    given["evaluations"] = {"short": "allowed"}
+    known = files.write("cases", {"cases": [{"name": "one", "given": given, "expect": {"outcome": "allow"}}]})
+    assert files.run("diff", none, policy, "--cases", known).exit_code == 0, "one of the two declares it"
+
+
 def test_diff_names_the_capabilities_and_cases_that_are_decided_differently(files):
     old, cases = files.policy("old", rules=[]), files.write("cases", CASES)
     assert files.run("diff", old, files.policy("same", version="2", rules=[])).stdout == "no difference\n"

@@ -61,6 +61,21 @@ class Bench:
         return decision
 
 
+def _require_asked(source: str, trial: Trial, *benches: Bench) -> None:
+    """Refuse an answer of an evaluator that no policy declares: the one that was meant would count as not asked.
+
+    Raises:
+        InvalidRequest: naming `source` and the evaluator.
+    """
+    declared = sorted({spec.name for bench in benches for spec in bench.policy.evaluators})
+    unknown = sorted((trial.evaluations or {}).keys() - set(declared))
+    if unknown:
+        there = f"there are {', '.join(declared)}" if declared else "it declares none"
+        raise InvalidRequest(
+            f"{source}: evaluations.{unknown[0]}: the policy declares no such evaluator; {there}", field="evaluations"
+        )
+
+
 @app.command("lint")
 def lint_command(
     policy: PolicyFile,
@@ -96,7 +111,9 @@ def explain(
     """
     with _refusals(as_json=as_json):
         bench = Bench(load_policy(policy), load_capabilities(capabilities))
-        decision = bench.decide(load_document(proposal, Trial, "proposal"))
+        trial = load_document(proposal, Trial, "proposal")
+        _require_asked(str(proposal), trial, bench)
+        decision = bench.decide(trial)
     show({"digest": bench.policy.digest, **decision.to_json()}, _explained(decision), as_json=as_json)
 
 
@@ -127,6 +144,8 @@ def compare(
     with _refusals(as_json=as_json):
         bench = Bench(load_policy(policy), load_capabilities(capabilities))
         read = load_document(cases, CaseFile, "case file").cases
+        for case in read:
+            _require_asked(f"{cases}: case {case.name!r}", case.given, bench)
         found = {case.name: case.expect.mismatches(bench.decide(case.given)) for case in read}
     wrong = {name: mismatches for name, mismatches in found.items() if mismatches}
     lines = [
@@ -171,6 +190,8 @@ def diff(
         trials = {f"capability {each.id}": Trial(capability=each.id) for each in registry}
         if cases is not None:
             read = load_document(cases, CaseFile, "case file").cases
+            for case in read:
+                _require_asked(f"{cases}: case {case.name!r}", case.given, before, after)
             trials |= {f"case {case.name}": case.given for case in read}
         pairs = {name: (before.decide(trial), after.decide(trial)) for name, trial in trials.items()}
     changed = {name: pair for name, pair in pairs.items() if _treated(pair[0]) != _treated(pair[1])}

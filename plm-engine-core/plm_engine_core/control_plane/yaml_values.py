@@ -71,8 +71,8 @@ class JsonValues(yaml.SafeLoader):
     def text(self, node: yaml.ScalarNode) -> str:
         """A text that can be written down again."""
         text: str = self.construct_scalar(node)
-        if not encodable(text):
-            raise RefusedValue("found half a surrogate pair, which cannot be stored", node)
+        if "\0" in text or not encodable(text):
+            raise RefusedValue("found NUL or half a surrogate pair, which cannot be stored", node)
         return text
 
     def truth(self, node: yaml.ScalarNode) -> bool:

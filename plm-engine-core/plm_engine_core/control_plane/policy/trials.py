@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from plm_engine_core.control_plane.policy.decision import Decision, Verdict
 from plm_engine_core.control_plane.policy.facts import Evaluation, Facts
@@ -26,7 +27,7 @@ class _Written(BaseModel):
 class EarlierSteps(_Written):
     """What the run did before: the points of its steps, and the capabilities of the last ones, oldest first."""
 
-    points: int = 0
+    points: int = Field(default=0, ge=0)
     recent: tuple[str, ...] = ()
 
 
@@ -97,3 +98,11 @@ class CaseFile(_Written):
     """A file of cases."""
 
     cases: Annotated[tuple[Case, ...], Field(min_length=1)]
+
+    @field_validator("cases")
+    @classmethod
+    def _named_once(cls, cases: tuple[Case, ...]) -> tuple[Case, ...]:
+        doubled = [name for name, count in Counter(case.name for case in cases).items() if count > 1]
+        if doubled:
+            raise ValueError(f"two cases are named {doubled[0]!r}; one would hide the other")
+        return cases
