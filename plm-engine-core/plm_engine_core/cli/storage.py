@@ -18,7 +18,7 @@ from psycopg.conninfo import conninfo_to_dict
 from plm_engine_core.cli.db import driver_words
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import show_refusal
-from plm_engine_core.control_plane.errors import ControlPlaneError, FeedPruned, Forbidden, NotFound
+from plm_engine_core.control_plane.errors import ControlPlaneError, FeedPruned, Forbidden, NotFound, StorageUnavailable
 from plm_engine_core.control_plane.identity import AuditError, PostgresAuditSink
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
@@ -28,6 +28,14 @@ DELIVERY_GROUP = "plm.delivery"
 """Entry points of this group make the `Delivery` of the installed application, called without arguments."""
 
 Answer = TypeVar("Answer")
+
+_NOT_PREPARED = (
+    psycopg.errors.InsufficientPrivilege,
+    psycopg.errors.InvalidSchemaName,
+    psycopg.errors.UndefinedColumn,
+    psycopg.errors.UndefinedFunction,
+    psycopg.errors.UndefinedTable,
+)
 
 
 class RecoveryDelivers:
@@ -72,9 +80,15 @@ def refused(error: ControlPlaneError | AuditError, *, as_json: bool) -> NoReturn
 
 async def _run(work: Callable[[Books], Awaitable[Answer]], of: UUID | None) -> Answer:
     async with _open() as books:
-        if of is not None and of not in await books.storage.checkpoints.tenants():
-            raise NotFound("tenant", of)
-        return await work(books)
+        try:
+            if of is not None and of not in await books.storage.checkpoints.tenants():
+                raise NotFound("tenant", of)
+            return await work(books)
+        except _NOT_PREPARED as error:
+            raise StorageUnavailable(
+                f"the database of PG_DSN is not one of this release, or its login not plm_app: {driver_words(error)}; "
+                "`plm-cli db current` shows its revisions, `plm-cli db upgrade` prepares it"
+            ) from error
 
 
 @asynccontextmanager
