@@ -8,6 +8,7 @@ import uuid
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -366,6 +367,41 @@ def test_what_is_undecided_may_be_allowed_and_is_in_what_would_be_reserved():
     report = Replay(policy=PolicySnapshot.model_validate({**POLICY, "rules": [], "evaluators": [gate]}))
     report.feed([recorded(PolicySnapshot.model_validate({**POLICY, "rules": []}), stored_facts())])
     assert report.to_json()["reserved"]["EUR"] == {"before": "0.25", "after": "0.25"}
+
+
+DAMAGES = {
+    "no facts": lambda decision: decision.pop("facts"),
+    "no outcome": lambda decision: decision.pop("outcome"),
+    "another capability's form": lambda decision: decision["facts"]["capability"].update(mode="x"),
+    "an evaluation of no kind": lambda decision: decision["facts"].update(evaluations=[{"name": "a", "status": "x"}]),
+    "no time": lambda decision: decision["facts"].update(at="x"),
+    "no amount": lambda decision: decision.update(reserve={"EUR": "x"}),
+    "nothing": lambda decision: decision.clear(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_a_damaged_record_is_counted_and_keeps_no_other_from_being_replayed(damage):
+    policy = PolicySnapshot.model_validate({**POLICY, "rules": []})
+    good = recorded(policy, stored_facts())
+    decision = json.loads(json.dumps(good.decision))
+    damage(decision)
+    report = Replay(policy=policy)
+    report.feed([replace(good, decision=decision), good])
+    answer = report.to_json()
+    assert (answer["attempts"], answer["changed"]) == (2, 1)
+    assert [each["attempts"] for each in answer["outcomes"] if each["after"] == "unreadable"] == [1]
+    assert answer["examples"][0]["after"] == "unreadable"
+    assert answer["reserved"]["calls"] == {"before": "1", "after": "1"}
+
+
+async def test_a_database_that_was_not_prepared_is_a_refusal_with_the_way_to_prepare_it(bench, files):
+    empty = urlsplit(bench.database.app)._replace(path="/postgres").geturl()
+    for arguments in (["replay", files.policy(), "--tenant-id", str(bench.tenant)], ["active"]):
+        result = await asyncio.to_thread(files.run, *arguments, "--json", PG_DSN=empty)
+        assert result.exit_code == 1
+        assert json.loads(result.stdout)["reason"] == "storage_unavailable"
+        assert "plm-cli db upgrade" in result.stderr
 
 
 async def test_recorded_proposals_are_replayed_from_the_database(bench, files):

@@ -19,7 +19,10 @@ from plm_engine_core.control_plane.vocabulary import BudgetUnit
 MOST_EXAMPLES = 20
 UNDECIDED = "undecided"
 """Instead of a verdict: the policy asks evaluators that were not asked when the proposal was recorded."""
+UNREADABLE = "unreadable"
+"""Instead of a verdict: what was recorded is no decision with its facts."""
 
+_LONGEST_ERROR = 300
 _RESERVING = (Verdict.ALLOW.value, Verdict.ASK.value)
 
 
@@ -100,7 +103,10 @@ class Replay:
     def feed(self, attempts: Iterable[Attempt]) -> None:
         """Decide these attempts again."""
         for attempt in attempts:
-            self._one(attempt)
+            try:
+                self._one(attempt)
+            except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+                self._unreadable(attempt, error)
 
     @property
     def changed(self) -> int:
@@ -123,19 +129,34 @@ class Replay:
 
     def _one(self, attempt: Attempt) -> None:
         facts = self._facts(attempt.decision["facts"])
-        answer = decided_again(attempt, self.policy, facts)
         before = str(attempt.decision["outcome"])
+        reserve = tuple(attempt.decision.get("reserve", {}).items())
+        if reserve not in self._reserved_before:
+            _sums(Counter([reserve]))  # so that what is no amount is found before anything is counted
+        answer = decided_again(attempt, self.policy, facts)
         after = UNDECIDED if isinstance(answer, Needs) else answer.outcome.value
         self.attempts += 1
         self.outcomes[before, after] += 1
         if before in _RESERVING:
-            self._reserved_before[tuple(attempt.decision.get("reserve", {}).items())] += 1
+            self._reserved_before[reserve] += 1
         if isinstance(answer, Needs) and facts.capability is not None:
             self._reserved_after[tuple(self.policy.plans.of(facts.capability).reserve.items())] += 1
         elif isinstance(answer, Decision) and after in _RESERVING:
             self._reserved_after[tuple(answer.reserve.items())] += 1
         if before != after:
-            self._note(attempt, before, after, answer)
+            rule, message = "evaluators", "its evaluators were not asked when this was recorded"
+            if isinstance(answer, Decision):
+                rule, message = answer.rule, answer.message
+            self._note(attempt, before, after, rule=rule, message=message)
+
+    def _unreadable(self, attempt: Attempt, error: Exception) -> None:
+        """Count a record that is none; the others are decided all the same."""
+        self.attempts += 1
+        before = attempt.decision.get("outcome") if isinstance(attempt.decision, Mapping) else None
+        pair = str(before or "none"), UNREADABLE
+        self.outcomes[pair] += 1
+        words = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
+        self._note(attempt, *pair, rule="", message=" ".join(words.split()))
 
     def _facts(self, stored: Mapping[str, Any]) -> Facts:
         """The stored facts; the same capability is read once."""
@@ -148,14 +169,11 @@ class Replay:
             self._capabilities[recorded["id"]] = known
         return Facts.from_json(stored, capability=known[1])
 
-    def _note(self, attempt: Attempt, before: str, after: str, answer: Decision | Needs) -> None:
+    def _note(self, attempt: Attempt, before: str, after: str, *, rule: str, message: str) -> None:
         self.by_capability[attempt.capability, before, after] += 1
         if self._shown[before, after] >= MOST_EXAMPLES:
             return
         self._shown[before, after] += 1
-        rule, message = "evaluators", "its evaluators were not asked when this was recorded"
-        if isinstance(answer, Decision):
-            rule, message = answer.rule, answer.message
         self.examples.append(Change(attempt=attempt, before=before, after=after, rule=rule, message=message))
 
     def to_json(self) -> dict[str, Any]:
