@@ -102,7 +102,7 @@ class TestCreation:
     async def test_a_budget_is_a_number_from_zero_up(self, bench, amount):
         with pytest.raises(InvalidRequest) as caught:
             await bench.run(budget={BudgetUnit.EUR: Decimal(amount)})
-        assert caught.value.field == "budget"
+        assert caught.value.field == "budget.EUR"
 
     @pytest.mark.parametrize(
         "changes",

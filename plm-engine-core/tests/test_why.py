@@ -6,13 +6,17 @@ import asyncio
 import json
 import uuid
 from dataclasses import replace
+from datetime import UTC, timedelta
 from decimal import Decimal
 from typing import Any
 
 import pytest
 from plm_engine_core.cli import build_app
 from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
+from plm_engine_core.control_plane.events import run_stream
 from plm_engine_core.control_plane.limits import BudgetKey
+from plm_engine_core.control_plane.recovery import Recovery
+from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
     BudgetUnit,
@@ -24,6 +28,7 @@ from plm_engine_core.control_plane.vocabulary import (
     TicketDecision,
 )
 from plm_engine_core.control_plane.why import UNBLOCKED_BY, why
+from psycopg.conninfo import make_conninfo
 from typer.testing import CliRunner
 
 pytestmark = pytest.mark.every_storage
@@ -104,6 +109,22 @@ async def test_a_limit_that_an_operator_set_is_said_to_be_theirs_whatever_its_un
     assert (answer.state, answer.rule, answer.limit["limit"]) == ("open", "set by an operator", "7")
     with pytest.raises(NotFound):
         await asked(bench, "model/maker/model-2/gpu_seconds")
+
+
+@pytest.mark.postgres_only
+async def test_times_are_those_of_utc_whatever_the_time_zone_of_the_server(bench: Any) -> None:
+    lease, pending = await bench.ask()
+    elsewhere = make_conninfo(bench.database.app, options="-c TimeZone=Asia/Tokyo")
+    async with open_pool(elsewhere) as pool:
+        storage = PostgresStorage(pool, bench.storage.runs._delivery)
+        answer = await why(storage, bench.tenant, str(pending.ticket_id))
+        assert f"waits until {pending.deadline.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC" in answer.message
+        assert (await storage.approvals.get(bench.tenant, pending.ticket_id)).deadline.utcoffset() == timedelta(0)
+        bench.let_deadline_pass(pending)
+        await Recovery(storage).sweep()
+    told = await bench.storage.events.read(bench.tenant, run_stream(lease.run.id))
+    (expired,) = [each.data for each in told if each.kind == "approval_expired"]
+    assert expired["deadline"].endswith("+00:00")
 
 
 async def test_a_halt_is_where_it_stopped_and_lifting_it_the_way_on(bench: Any) -> None:

@@ -26,18 +26,20 @@ def open_pool(
 
     `dsn` is a libpq connection string of the application role. A caller waits `timeout` seconds for a connection.
     What a process has locked when it is paused inside a transaction, it keeps from others for `longest_idle` seconds.
+    Times that are written into texts are those of UTC, whatever the time zone of the server.
     """
 
-    async def bound_pauses(connection: AsyncConnection[DictRow]) -> None:
+    async def configured(connection: AsyncConnection[DictRow]) -> None:
         await connection.execute(
-            "SELECT set_config('idle_in_transaction_session_timeout', %s, false)", [f"{longest_idle * 1000:.0f}ms"]
+            "SELECT set_config('idle_in_transaction_session_timeout', %s, false), set_config('TimeZone', 'UTC', false)",
+            [f"{longest_idle * 1000:.0f}ms"],
         )
 
     return AsyncConnectionPool(
         dsn,
         connection_class=AsyncConnection,
         kwargs={"autocommit": True, "row_factory": dict_row},
-        configure=bound_pauses,
+        configure=configured,
         min_size=min_size,
         max_size=max_size,
         timeout=timeout,
