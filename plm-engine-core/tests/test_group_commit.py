@@ -327,8 +327,9 @@ async def test_who_waits_longer_than_anybody_may_fails(bookings, bench, beside):
 
 
 @pytest.mark.parametrize("beside", [0, 4])
-async def test_who_is_cancelled_is_made_after_all_and_nobody_twice(bookings, bench, beside):
+async def test_who_is_cancelled_is_made_after_all_and_nobody_twice(bookings, pool, bench, beside):
     """As an administrator does it, or a time limit of the role's; for one by itself it is a failure as any."""
+    await pool.wait()  # who has to wait for a connection goes alone, and before those beside it
     async with holding(bench) as holder:
         waiting, *others = all_made(bookings, [LOCKED, *(book(number) for number in range(beside))])
         await waiters(bench, 1)
