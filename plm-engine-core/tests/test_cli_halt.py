@@ -51,3 +51,14 @@ async def test_what_is_not_there_or_not_allowed_is_refused_with_its_reason(termi
     said = await terminal.run("halt", "trigger", "tenant", "--reason", " ", status=1)
     assert "[invalid_request]" in said.stderr
     assert await bench.storage.halts.list(bench.tenant, limit=9, before=None, standing=False) == []
+
+
+async def test_a_registered_agent_is_halted_before_it_ever_ran(terminal, bench, tmp_path):
+    trigger = ("halt", "trigger", "agent", "--agent", "new", "--reason", "x")
+    await terminal.run(*trigger, status=1)
+    register = tmp_path / "agents.yaml"
+    register.write_text("agents: [{id: new, owner: somebody}]", encoding="utf-8")
+    halt = await terminal.json(*trigger, "--register", register)
+    assert (halt["scope"], halt["subject"]) == ("agent", "new")
+    said = await terminal.run(*trigger, "--register", tmp_path / "nothing.yaml", status=3)
+    assert "nothing.yaml" in said.stderr

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import typer
 
-from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.exits import ExitCode, fail, loaded
 from plm_engine_core.cli.output import show_refusal
 from plm_engine_core.cli.storage import Books, with_books
 from plm_engine_core.cli.tokens import bare, configured_provider
@@ -69,10 +69,7 @@ def as_caller(work: Callable[[Books, Caller], Awaitable[Answer]], *, as_json: bo
 
 def policy_of(path: Path) -> PolicySnapshot:
     """The policy file; one that cannot be read ends the command."""
-    try:
-        return load_policy(path)
-    except InvalidRequest as error:
-        fail(ExitCode.NOT_CONFIGURED, str(error))
+    return loaded(load_policy, path)
 
 
 async def policy_in_force(books: Books, file: PolicySnapshot) -> PolicySnapshot:

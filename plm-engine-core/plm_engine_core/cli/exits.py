@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NoReturn
+from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import typer
 
 from plm_engine_core.cli.output import lines
+from plm_engine_core.control_plane.errors import InvalidRequest
+
+Loaded = TypeVar("Loaded")
 
 
 class ExitCode(IntEnum):
@@ -24,3 +29,11 @@ def fail(code: ExitCode, sentence: str) -> NoReturn:
     """End the command: one sentence on stderr, nothing on stdout."""
     typer.echo(f"plm-cli: {lines(sentence)}", err=True)
     raise typer.Exit(int(code))
+
+
+def loaded(load: Callable[[Path], Loaded], path: Path) -> Loaded:
+    """What a file of the operator's holds; one that cannot be read ends the command."""
+    try:
+        return load(path)
+    except InvalidRequest as error:
+        fail(ExitCode.NOT_CONFIGURED, str(error))

@@ -10,12 +10,11 @@ from uuid import UUID
 import typer
 
 from plm_engine_core.cli.caller import Caller, as_caller
-from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.exits import ExitCode, fail, loaded
 from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import Books
-from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, LONGEST_CANCEL_SECONDS, Halt, KillSwitch
-from plm_engine_core.control_plane.registry import CapabilityRegistry, load_capabilities
+from plm_engine_core.control_plane.registry import CapabilityRegistry, load_agents, load_capabilities
 from plm_engine_core.control_plane.vocabulary import HaltScope
 
 app = typer.Typer(help="Stop what must not go on, as the bearer of PLM_TOKEN.", no_args_is_help=True)
@@ -32,6 +31,10 @@ def trigger(
     capabilities: Annotated[
         Path | None, typer.Option(help="The capability file, for a capability halt.", envvar="PLM_CAPABILITIES")
     ] = None,
+    register: Annotated[
+        Path | None,
+        typer.Option(help="The register of agents, for the halt of one that never ran.", envvar="PLM_AGENT_REGISTER"),
+    ] = None,
     cancel_seconds: Annotated[
         float,
         typer.Option(
@@ -45,7 +48,7 @@ def trigger(
     """Halt. When this ends, nothing begins in the scope until the halt is lifted; halting twice answers the same.
 
     Status 0: it stands; 1: refused, and the sentence ends with the reason in brackets; 2: wrong arguments; 3: no
-    address, no capability file, or no usable token.
+    address, no capability file, no readable register, or no usable token.
     """
     named = {
         HaltScope.RUN: run,
@@ -60,10 +63,15 @@ def trigger(
                 f"--{other.value.replace('_', '-')} names what a {other.value} halt stops, and no other's",
             )
     registry = _registry(capabilities) if scope is HaltScope.CAPABILITY else None
+    agents = loaded(load_agents, register) if scope is HaltScope.AGENT and register is not None else None
 
     async def work(books: Books, caller: Caller) -> Halt:
         switch = KillSwitch(
-            books.storage.halts, registry=registry, signals=books.signals, cancel_seconds=cancel_seconds
+            books.storage.halts,
+            registry=registry,
+            agents=agents,
+            signals=books.signals,
+            cancel_seconds=cancel_seconds,
         )
         return await switch.trigger(
             caller.tenant_id, scope, run or run_group, subject=agent or capability, reason=reason, by=caller.principal
@@ -111,10 +119,7 @@ def lift(
 def _registry(path: Path | None) -> CapabilityRegistry:
     if path is None:
         fail(ExitCode.NOT_CONFIGURED, "set PLM_CAPABILITIES to the capability file, so that a slip of the pen is found")
-    try:
-        return load_capabilities(path)
-    except InvalidRequest as error:
-        fail(ExitCode.NOT_CONFIGURED, str(error))
+    return loaded(load_capabilities, path)
 
 
 def _scope(halt: Halt) -> str:

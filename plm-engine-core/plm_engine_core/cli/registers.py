@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 
 from plm_engine_core.cli.caller import Caller, as_caller
-from plm_engine_core.cli.exits import ExitCode, fail
+from plm_engine_core.cli.exits import loaded
 from plm_engine_core.cli.output import AsJson, show
 from plm_engine_core.cli.storage import Books
 from plm_engine_core.control_plane.agents import AgentDesk, StandingAgent
-from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, KillSwitch
 from plm_engine_core.control_plane.registry import AgentRegistry, load_agents, load_capabilities
 from plm_engine_core.control_plane.vocabulary import AgentStatus
@@ -31,7 +29,6 @@ Agent = Annotated[str, typer.Argument(help="The agent, by its id in the register
 CancelSeconds = Annotated[
     float, typer.Option(min=1, help="The bound within which run workers end calls in flight, as they are set up.")
 ]
-Read = TypeVar("Read")
 
 
 @capabilities_app.callback()
@@ -50,7 +47,7 @@ def list_capabilities(
 
     Status 0: listed; 2: wrong arguments; 3: no file, or one that cannot be read.
     """
-    versions = _read(load_capabilities, capabilities).versions
+    versions = loaded(load_capabilities, capabilities).versions
     lines = [
         f"{each.id} {each.version}  {each.status.value}  {each.mode.value}  {each.description}" for each in versions
     ]
@@ -64,7 +61,7 @@ def list_agents(register: Register, as_json: AsJson = False) -> None:
 
     Status 0: listed; 1: refused; 2: wrong arguments; 3: no address, register or usable token.
     """
-    agents = _read(load_agents, register)
+    agents = loaded(load_agents, register)
 
     async def work(books: Books, caller: Caller) -> list[StandingAgent]:
         return list(await _desk(books, agents).list(caller.tenant_id))
@@ -98,7 +95,7 @@ def resume(agent: Agent, register: Register, as_json: AsJson = False) -> None:
 
 
 def _set(agent: str, status: AgentStatus, register: Path, reason: str, cancel_seconds: float, *, as_json: bool) -> None:
-    agents = _read(load_agents, register)
+    agents = loaded(load_agents, register)
 
     async def work(books: Books, caller: Caller) -> StandingAgent:
         desk = _desk(books, agents, cancel_seconds=cancel_seconds)
@@ -112,13 +109,6 @@ def _desk(books: Books, agents: AgentRegistry, *, cancel_seconds: float = CANCEL
     halts = books.storage.halts
     switch = KillSwitch(halts, agents=agents, signals=books.signals, cancel_seconds=cancel_seconds)
     return AgentDesk(halts, agents=agents, kill_switch=switch)
-
-
-def _read(load: Callable[[Path], Read], path: Path) -> Read:
-    try:
-        return load(path)
-    except InvalidRequest as error:
-        fail(ExitCode.NOT_CONFIGURED, str(error))
 
 
 def _document(each: StandingAgent) -> dict[str, Any]:
