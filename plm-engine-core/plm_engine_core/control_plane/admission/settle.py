@@ -14,7 +14,7 @@ from plm_shared.pricing import COSTLIEST
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import content_hash
-from plm_engine_core.control_plane.amounts import plain
+from plm_engine_core.control_plane.amounts import SMALLEST, plain
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, Connection, SettleCommand
@@ -24,7 +24,6 @@ CAPABILITY_CALL = "capability_call"
 _EUR, _CALLS = BudgetUnit.EUR.value, BudgetUnit.CALLS.value
 UNSPENT = frozenset({OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED})
 
-_SMALLEST = Decimal("0.00000001")
 _MOST = Decimal(10) ** 18
 _LARGEST = Decimal(10) ** 11  # the books' columns are numeric(20, 8)
 
@@ -186,7 +185,7 @@ def _check_usage(usage: Mapping[str, object]) -> None:
 
 def _rounded_up(amount: Decimal) -> str:
     """To the digits that the books hold."""
-    return str(plain(amount.quantize(_SMALLEST, rounding=ROUND_UP)))
+    return str(plain(amount.quantize(SMALLEST, rounding=ROUND_UP)))
 
 
 def _ledger(
