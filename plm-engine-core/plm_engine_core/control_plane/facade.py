@@ -1,4 +1,8 @@
-"""The control plane as one object: what hosts, run workers and APIs call."""
+"""The control plane as one object: what hosts, run workers and APIs call.
+
+One module although it is long: it is one object, most of it is what its operations promise, and each hands on to the
+module that does the work.
+"""
 
 from __future__ import annotations
 
