@@ -217,15 +217,78 @@ async def test_a_frozen_issuer_holds_nobody_up_whose_key_is_known(issuer: LocalI
     side = Side(issuer)
     await side.provider.identify(issuer.token(key))
     issuer.freeze()
-    side.clock.now += module.FRESH_SECONDS
+    side.clock.now += module.EARLY_SECONDS
     for _ in range(20):
         await side.provider.identify(issuer.token(key))
-    refreshing = side.keys._soon
+    refreshing = side.keys._fetching
     assert refreshing is not None
     assert not refreshing.done(), "the fetch waits for the issuer, the callers did not"
     issuer.thaw()
     await refreshing
     assert side.keys.reachable
+
+
+async def test_a_withdrawn_key_is_not_good_again_after_a_quiet_time(issuer: LocalIssuer) -> None:
+    old, new = issuer.make_key(), issuer.make_key()
+    issuer.publish(old)
+    side = Side(issuer)
+    await side.provider.identify(issuer.token(old))
+    issuer.publish(new)
+    side.clock.now += module.FRESH_SECONDS
+    asked = [side.provider.identify(issuer.token(old)) for _ in range(5)]
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert {type(answer) for answer in answers} == {IdentityInvalidSignatureError}
+    assert issuer.requests.count("/jwks.json") == 2
+
+
+async def test_whoever_is_cancelled_ends_the_fetch_for_nobody_else(issuer: LocalIssuer) -> None:
+    key = issuer.make_key()
+    issuer.publish(key)
+    issuer.freeze()
+    side = Side(issuer)
+    first = asyncio.create_task(side.provider.identify(issuer.token(key)))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(side.provider.identify(issuer.token(key)))
+    await asyncio.sleep(0)
+    first.cancel()
+    issuer.thaw()
+    assert (await second).tenant_id == TENANT
+    assert first.cancelled()
+    assert issuer.requests == ["/.well-known/openid-configuration", "/jwks.json"]
+
+
+async def test_who_waits_for_a_fetch_that_lasts_gets_its_result_and_makes_no_other() -> None:
+    """An answer that comes byte by byte takes longer than the time between two fetches."""
+    asked, clock = 0, Clock()
+
+    async def dribble(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await reader.readuntil(b"\r\n\r\n")
+        clock.now += module.COOLDOWN_SECONDS
+        writer.write(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nno JSON")
+        writer.close()
+
+    async with await asyncio.start_server(dribble, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        keys = IssuerKeys(url, clock=clock)
+        await asyncio.gather(*(keys.refresh() for _ in range(10)))
+        assert (asked, keys.reachable) == (1, False)
+
+
+@pytest.mark.parametrize(
+    "variables", [{"SSL_CERT_FILE": "/nowhere/at/all"}, {"ALL_PROXY": "socks5://127.0.0.1:1"}], ids=str
+)
+async def test_a_machine_that_cannot_ask_an_issuer_says_so_and_never_crashes(
+    variables: dict[str, str], steady: LocalIssuer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = steady.make_key()
+    steady.publish(key)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(IdentityProviderUnavailable):
+        await Side(steady).provider.identify(steady.token(key))
+    assert "SSL_CERT_FILE, SSL_CERT_DIR or a proxy's variable cannot be used" in caplog.text
 
 
 async def test_an_issuer_that_is_not_there_is_a_503_and_never_a_500(issuer: LocalIssuer) -> None:

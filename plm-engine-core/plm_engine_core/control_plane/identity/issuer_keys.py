@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from plm_engine_core.control_plane.identity.errors import IdentityProviderConfig
 if TYPE_CHECKING:
     import httpx
 
+EARLY_SECONDS: Final = 240.0
+"""Keys this old are fetched anew beside those who use them."""
 FRESH_SECONDS: Final = 300.0
 """Keys this old are fetched anew before they are used: so long may a key that was withdrawn still count."""
 STALE_SECONDS: Final = 3_600.0
@@ -52,7 +55,7 @@ class IssuerKeys:
     """The signing keys of one issuer by key id.
 
     `at` never touches the network. `refresh` fetches, at most once in `cooldown_seconds` and one at a time: who waits
-    for a fetch that is under way gets its result.
+    for a fetch that is under way gets its result, and whoever of them is cancelled ends it for nobody else.
     """
 
     def __init__(
@@ -62,29 +65,36 @@ class IssuerKeys:
         jwks_uri: str | None = None,
         client: Callable[[], httpx.AsyncClient] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        early_seconds: float = EARLY_SECONDS,
         fresh_seconds: float = FRESH_SECONDS,
         stale_seconds: float = STALE_SECONDS,
         cooldown_seconds: float = COOLDOWN_SECONDS,
     ) -> None:
         import httpx  # only where an issuer is asked, and not in the midst of a request
 
-        self._failures = (httpx.HTTPError, httpx.InvalidURL, TimeoutError, ValueError)
+        self._failures = (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError)
         self._issuer = issuer
         self._jwks_uri = jwks_uri
         self._client = client or _client
         self._clock = clock
-        self._fresh, self._stale, self._cooldown = fresh_seconds, stale_seconds, cooldown_seconds
+        self._early, self._fresh, self._stale = early_seconds, fresh_seconds, stale_seconds
+        self._cooldown = cooldown_seconds
         self._keys: Mapping[str, SigningKey] = {}
         self._fetched_at: float | None = None
         self._tried_at: float | None = None
+        self._failed_at: float | None = None
         self._reachable = True
-        self._lock = asyncio.Lock()
-        self._soon: asyncio.Task[None] | None = None
+        self._fetching: asyncio.Task[None] | None = None
 
     @property
     def due(self) -> bool:
-        """Whether the keys should be fetched before they are used."""
-        return self._fetched_at is None or self._clock() - self._fetched_at >= self._fresh
+        """Whether the keys should be fetched anew, beside who uses them."""
+        return self._since(self._fetched_at) >= self._early
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the keys should be fetched before they are used: old ones of an issuer that is not known to be gone."""
+        return min(self._since(self._fetched_at), self._since(self._failed_at)) >= self._fresh
 
     @property
     def reachable(self) -> bool:
@@ -97,7 +107,10 @@ class IssuerKeys:
 
     @property
     def _usable(self) -> bool:
-        return self._fetched_at is not None and self._clock() - self._fetched_at <= self._stale
+        return self._since(self._fetched_at) <= self._stale
+
+    def _since(self, moment: float | None) -> float:
+        return math.inf if moment is None else self._clock() - moment
 
     def at(self, key_id: str) -> SigningKey | None:
         """The key of this id, or None where the issuer had none when it was last asked.
@@ -117,24 +130,29 @@ class IssuerKeys:
 
     def refresh_soon(self) -> None:
         """Refresh beside the caller: keys that still count make nobody wait for an issuer that is slow."""
-        if self._soon is None or self._soon.done():
-            self._soon = asyncio.create_task(self.refresh(), name="identity provider's keys")
+        under_way = self._fetching is not None and not self._fetching.done()
+        if not under_way and self._since(self._tried_at) >= self._cooldown:
+            self._tried_at = self._clock()
+            self._fetching = asyncio.create_task(self._refresh(), name="identity provider's keys")
 
     async def refresh(self) -> None:
         """Fetch the keys, unless that was tried a moment ago; a failure is logged and leaves the old ones."""
-        async with self._lock:
-            if self._tried_at is not None and self._clock() - self._tried_at < self._cooldown:
-                return
-            self._tried_at = self._clock()
-            try:
-                async with asyncio.timeout(2 * _TIMEOUT_SECONDS):
-                    self._keys = await self._fetch()
-            except self._failures as error:
-                self._reachable = False
-                _log.warning("the keys of %s could not be fetched: %s", self._issuer, _sentence(error))
-                return
-            self._fetched_at = self._clock()
-            self._reachable = True
+        self.refresh_soon()
+        if self._fetching is not None and not self._fetching.done():
+            await asyncio.shield(self._fetching)
+
+    async def _refresh(self) -> None:
+        try:
+            async with asyncio.timeout(2 * _TIMEOUT_SECONDS):
+                self._keys = await self._fetch()
+        except self._failures as error:
+            self._failed_at, self._reachable = self._clock(), False
+            _log.warning("the keys of %s could not be fetched: %s", self._issuer, _sentence(error))
+        except Exception:  # noqa: BLE001  # whatever it is, the issuer could not be asked; nobody is let in by it
+            self._failed_at, self._reachable = self._clock(), False
+            _log.exception("the keys of %s could not be fetched for a reason unforeseen", self._issuer)
+        else:
+            self._fetched_at, self._failed_at, self._reachable = self._clock(), None, True
 
     async def _fetch(self) -> Mapping[str, SigningKey]:
         async with self._client() as client:
@@ -211,7 +229,10 @@ async def _document(client: httpx.AsyncClient, url: str) -> Mapping[str, Any]:
 def _client() -> httpx.AsyncClient:
     import httpx
 
-    return httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, follow_redirects=False)
+    try:
+        return httpx.AsyncClient(timeout=_TIMEOUT_SECONDS, follow_redirects=False)
+    except (OSError, ImportError, ValueError) as error:
+        raise ValueError(f"SSL_CERT_FILE, SSL_CERT_DIR or a proxy's variable cannot be used: {error}") from error
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

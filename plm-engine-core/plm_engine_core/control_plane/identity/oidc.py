@@ -113,9 +113,9 @@ class OidcIdentityProvider:
         )
 
     async def identify(self, token: str) -> IdentityContext:
-        """See `IdentityProvider.identify`; an unknown key id makes the keys be fetched anew, once in a while."""
+        """See `IdentityProvider.identify`; old keys and an unknown key id make them be fetched anew, once in a while."""
         key_id, _ = self._header(token)
-        if not self._keys.knows(key_id):
+        if not self._keys.knows(key_id) or self._keys.overdue:
             await self._keys.refresh()
         elif self._keys.due:
             self._keys.refresh_soon()
