@@ -89,8 +89,10 @@ async def test_a_subject_keeps_its_user_id_and_another_issuers_subject_is_somebo
     first = await Side(steady).provider.identify(steady.token(key))
     again = await Side(steady).provider.identify(steady.token(key))
     assert first.user_id == again.user_id
-    named = uuid.uuid4()
+    named = uuid.UUID("0190c6a2-7c1e-7d5a-9b41-5a0f3f6f7a11")
     assert (await Side(steady).provider.identify(steady.token(key, sub=str(named)))).user_id == named
+    for alike in (f"{{{named}}}", named.urn, named.hex, str(named).upper()):  # subjects are told apart by every letter
+        assert (await Side(steady).provider.identify(steady.token(key, sub=alike))).user_id != named
     other = OidcIdentityProvider(issuer="https://other.example", audience="a", keys=IssuerKeys("https://other.example"))
     assert other._subject("auth0|8f2c") != str(first.user_id)
 

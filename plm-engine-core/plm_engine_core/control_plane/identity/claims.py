@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -16,17 +17,18 @@ MAX_LIFETIME_SECONDS = 86_400
 REQUIRED_CLAIMS = ("sub", "tenant_id", "actor_kind", "scopes", "exp", "iat")
 
 _YEAR_9999 = 253_402_300_799
+_UUID = re.compile("[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)  # RFC 9562, section 4
 
 
 def _uuid_text(value: object) -> UUID:
-    if not isinstance(value, str):
-        raise ValueError("must be a UUID as text")  # noqa: TRY004 - pydantic turns only ValueError into its own
+    if not isinstance(value, str) or _UUID.fullmatch(value) is None:
+        raise ValueError("must be a UUID as text")
     return UUID(value)
 
 
 def _actor_kind(value: object) -> ActorKind:
     if not isinstance(value, str):
-        raise ValueError("must be text")  # noqa: TRY004 - see above
+        raise ValueError("must be text")  # noqa: TRY004 - pydantic turns only ValueError into its own
     return ActorKind(value)
 
 

@@ -113,7 +113,7 @@ class OidcIdentityProvider:
         )
 
     async def identify(self, token: str) -> IdentityContext:
-        """See `IdentityProvider.identify`; old keys and an unknown key id make them be fetched anew, once in a while."""
+        """See `IdentityProvider.identify`; old keys and an unknown key id make it fetch, once in a while."""
         key_id, _ = self._header(token)
         if not self._keys.knows(key_id) or self._keys.overdue:
             await self._keys.refresh()
@@ -184,6 +184,6 @@ class OidcIdentityProvider:
         """A UUID for whatever an issuer calls its users; another issuer's user of the same name is somebody else."""
         if not isinstance(subject, str) or not subject or not encodable(subject):
             return subject  # which is refused
-        if verified_tenant({"tenant_id": subject}) is not None:
+        if str(verified_tenant({"tenant_id": subject})) == subject:  # in capitals it is another subject
             return subject
         return str(uuid5(_SUBJECTS, f"{self._issuer} {subject}"))
