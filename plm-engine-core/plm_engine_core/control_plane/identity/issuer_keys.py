@@ -93,7 +93,7 @@ class IssuerKeys:
 
     @property
     def overdue(self) -> bool:
-        """Whether the keys should be fetched before they are used: old ones of an issuer that is not known to be gone."""
+        """Whether the keys should be fetched before they are used: they are old, and no issuer is known to be gone."""
         return min(self._since(self._fetched_at), self._since(self._failed_at)) >= self._fresh
 
     @property
