@@ -87,5 +87,6 @@ def test_who_may_not_activate_is_refused_and_what_is_no_policy_is_named(platform
     ):
         answer = operator.post("/v1/policy/activations", json=body)
         assert answer.status_code == 422, answer.text
+        assert "file" not in answer.json()["detail"], "none was given"
         assert field in answer.text
     assert client.get("/v1/policy").json()["activated"] is None

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plm_engine_core.control_plane.documents import parse_document
 from plm_engine_core.control_plane.errors import InvalidRequest
-from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy
+from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy, read_policy
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, load_capabilities
 
 POLICY = """
@@ -76,6 +76,26 @@ def test_a_bad_capability_file_is_refused_with_the_place_of_its_error(tmp_path, 
         load_capabilities(path)
     assert caught.value.field == field
     assert str(path) in str(caught.value)
+
+
+def test_an_oauth_scope_that_no_token_can_carry_is_refused(tmp_path):
+    for scope in ("two words", "", 'a"quote', "über", "x" * 129):
+        written = CAPABILITIES.replace("plugin: things", f"plugin: things, required_scopes: [{scope!r}]")
+        with pytest.raises(InvalidRequest, match=r"required_scopes.*an OAuth scope is"):
+            load_capabilities(write(tmp_path, written))
+        with pytest.raises(InvalidRequest, match=r"approval\.required_scope: an OAuth scope is"):
+            load_policy(write(tmp_path, POLICY + f"\napproval: {{required_scope: {scope!r}}}\n"))
+
+
+def test_a_policy_that_stands_in_no_file_is_refused_by_its_entry_and_names_no_place(tmp_path):
+    content = load_policy(write(tmp_path, POLICY)).content
+    for changes, message in (
+        ({"tiers": 5}, "policy: tiers: must be a mapping of entries (given: 5)"),
+        ({"tiers": {"bom.read": "steer"}}, "policy: guidance is missing for the steered capabilities bom.read"),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            read_policy(json.dumps({**json.loads(content), **changes}), source="policy")
+        assert str(refused.value) == f"{message}; correct it there"
 
 
 def test_a_file_that_is_missing_or_no_text_is_named(tmp_path):

@@ -38,8 +38,12 @@ def load_document(path: Path, model: type[Model], what: str) -> Model:
         raise InvalidRequest(f"the {what} {path} is not YAML: {error}; correct it there", field=what) from error
 
 
-def parse_document(text: str, model: type[Model], what: str, *, source: str, is_json: bool = False) -> Model:
+def parse_document(
+    text: str, model: type[Model], what: str, *, source: str, is_json: bool = False, in_file: bool = True
+) -> Model:
     """Read a text as `load_document` reads a file; `source` is how messages call it.
+
+    One that stands in no file has no lines that anybody wrote: then its entry alone says where.
 
     Raises:
         InvalidRequest: naming the source and the line, column and entry that is missing, unknown, doubled or wrong.
@@ -58,14 +62,14 @@ def parse_document(text: str, model: type[Model], what: str, *, source: str, is_
     try:
         return model.model_validate(document)
     except ValidationError as error:
-        raise _refused(error, text, what, source) from error
-
-
-def _refused(error: ValidationError, text: str, what: str, source: str) -> InvalidRequest:
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"]) or what
-    place = _place(text, first["loc"])
-    return InvalidRequest(f"{source}{place}: {where}: {problem_of(first)}; correct it in that file", field=where)
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or what
+        if in_file:
+            place = _place(text, first["loc"])
+            words = f"{source}{place}: {where}: {problem_of(first)}; correct it in that file"
+        else:
+            words = ": ".join([source, *([where] if first["loc"] else []), problem_of(first)]) + "; correct it there"
+        raise InvalidRequest(words, field=where) from error
 
 
 _WORDS = {

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from plm_engine_core.control_plane.identity.context import ActorKind, IdentityContext
 from plm_engine_core.control_plane.identity.errors import IdentityMalformedError, RejectReason
+from plm_engine_core.control_plane.oauth_scopes import OAuthScope
 
 MAX_LIFETIME_SECONDS = 86_400
 REQUIRED_CLAIMS = ("sub", "tenant_id", "actor_kind", "scopes", "exp", "iat")
@@ -34,7 +35,6 @@ def _actor_kind(value: object) -> ActorKind:
 
 UuidText = Annotated[UUID, BeforeValidator(_uuid_text)]
 NumericDate = Annotated[float, Field(ge=0, le=_YEAR_9999, allow_inf_nan=False)]
-ScopeToken = Annotated[str, Field(pattern=r"^[\x21\x23-\x5b\x5d-\x7e]{1,128}$")]  # RFC 6749, section 3.3
 
 
 class Claims(BaseModel):
@@ -45,7 +45,7 @@ class Claims(BaseModel):
     sub: UuidText
     tenant_id: UuidText
     actor_kind: Annotated[ActorKind, BeforeValidator(_actor_kind)]
-    scopes: list[ScopeToken]
+    scopes: list[OAuthScope]
     exp: NumericDate
     iat: NumericDate
     nbf: NumericDate | None = None

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from plm_engine_core.control_plane.oauth_scopes import OAuthScope
 from plm_engine_core.control_plane.policy.frozen import Table
 from plm_engine_core.control_plane.vocabulary import ActionTier, RiskLevel
 
 _MONTH = 30 * 86400
 Seconds = Annotated[float, Field(gt=0, le=_MONTH, allow_inf_nan=False)]
-OAuthScope = Annotated[str, Field(min_length=1, max_length=200)]
 
 ADDED = ("quorum", "by_tier", "by_risk", "escalation", "standing")
 """Members that the first form did not have: while they say nothing a policy's digest leaves them out."""
@@ -61,7 +61,7 @@ class ApprovalRule(_Frozen):
     """Who may approve, and how long there is to do it. Of all that applies to a call the strictest counts."""
 
     timeout_seconds: Seconds = 3600.0
-    required_scope: str = Field(default="plm.hitl.resolve", min_length=1)
+    required_scope: OAuthScope = "plm.hitl.resolve"
     quorum: int = Field(default=1, ge=1, le=20)
     by_tier: Table[ActionTier, ApprovalDemand] = Field(default_factory=lambda: MappingProxyType({}))
     by_risk: Table[RiskLevel, ApprovalDemand] = Field(default_factory=lambda: MappingProxyType({}))

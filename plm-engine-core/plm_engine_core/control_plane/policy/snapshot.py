@@ -275,9 +275,9 @@ def load_policy(path: Path) -> PolicySnapshot:
 
 
 def read_policy(content: str, *, source: str) -> PolicySnapshot:
-    """Read a policy from JSON text; `source` is how messages call it.
+    """Read a policy from JSON text that stands in no file; `source` is how messages call it.
 
     Raises:
-        InvalidRequest: naming the source, line, column and entry that is missing, unknown, doubled or wrong.
+        InvalidRequest: naming the source and the entry that is missing, unknown, doubled or wrong.
     """
-    return parse_document(content, PolicySnapshot, "policy", source=source, is_json=True)
+    return parse_document(content, PolicySnapshot, "policy", source=source, is_json=True, in_file=False)

@@ -13,6 +13,7 @@ from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Unit
+from plm_engine_core.control_plane.oauth_scopes import OAuthScope
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, CapabilityMode, CapabilityStatus
 
 
@@ -63,7 +64,7 @@ class CapabilityDescriptor(BaseModel):
     network: bool = False
     approval: bool = False
     plugin: str = Field(min_length=1)
-    required_scopes: frozenset[str] = frozenset()
+    required_scopes: frozenset[OAuthScope] = frozenset()
     security_relevant: tuple[str, ...] = ()
     model_argument: str = ""
     cost: CostBound = CostBound()
