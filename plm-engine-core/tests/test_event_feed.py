@@ -6,6 +6,7 @@ import asyncio
 import base64
 import os
 import random
+import uuid
 from contextlib import contextmanager
 
 import psycopg
@@ -97,7 +98,7 @@ async def test_a_transaction_that_appends_nothing_holds_the_feed_back_only_while
     with writer(bench) as idle:
         put(bench, "a", "b")
         shown, page = await read(bench, blocked_by=idle)
-        assert (shown, page.cursor, page.held_back.events) == ([], FeedCursor(0, "", 0), 2)
+        assert (shown, page.cursor, page.held_back.events) == ([], FeedCursor(0, "", 0, tenant=str(bench.tenant)), 2)
         assert page.held_back.since <= (await bench.storage.events.read(bench.tenant, "a"))[0].occurred_at
     shown, page = await read(bench)
     assert (shown, page.held_back) == ([("a", 1), ("b", 1)], None)
@@ -201,6 +202,17 @@ async def test_a_cursor_of_another_database_is_refused(bench):
         await read(bench, FeedCursor(2**62, "a", 1))
 
 
+async def test_a_cursor_of_another_tenants_feed_is_refused(bench, memory_storage):
+    """It would leave out what this tenant wrote before it."""
+    put(bench, "a")
+    _, page = await read(bench)
+    for storage in (bench.storage, memory_storage):
+        with pytest.raises(InvalidRequest, match="another tenant"):
+            await storage.events.feed(uuid.uuid4(), after=FeedCursor.decode(page.cursor.encode()))
+    older = base64.urlsafe_b64encode(b'[0, "", 0, 0]').decode()  # of a release that did not say whose
+    assert (await look(bench, FeedCursor.decode(older)))[0] == [("a", 1)]
+
+
 async def test_events_restored_from_a_server_that_was_further_are_told_of_and_not_silently_missed(bench):
     put(bench, "a")
     bench.sql("ALTER TABLE events DISABLE TRIGGER ALL")
@@ -213,9 +225,11 @@ async def test_events_restored_from_a_server_that_was_further_are_told_of_and_no
     st.integers(0, 2**63 - 1),
     st.text(st.characters(categories=["L", "N", "P"]), max_size=20),
     st.integers(0, 2**63 - 1),
+    st.none() | st.uuids(),
 )
-def test_a_cursor_comes_back_from_its_text(position, stream, seq):
+def test_a_cursor_comes_back_from_its_text(position, stream, seq, tenant):
     cursor = FeedCursor(position, stream, seq)
+    cursor = cursor.of(tenant) if tenant is not None else cursor
     assert FeedCursor.decode(cursor.encode()) == cursor
 
 

@@ -503,7 +503,7 @@ class ControlPlane:
 
         Raises:
             FeedPruned: events after the cursor were pruned; it carries the cursor to go on with.
-            InvalidRequest: the cursor is none, or of another database; or the limit is less than 1.
+            InvalidRequest: the cursor is none, or of another database or tenant; or the limit is less than 1.
             Conflict: the events are of another server, whose transactions had higher ids.
         """
         if limit < 1:

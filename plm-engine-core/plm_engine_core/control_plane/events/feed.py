@@ -11,9 +11,10 @@ import base64
 import binascii
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from plm_engine_core.control_plane.errors import InvalidRequest
 
@@ -28,18 +29,31 @@ class FeedCursor:
     """Where a reader stands: after this event. Its text is opaque to readers.
 
     `pruned` is the newest pruning of which the reader knows; whoever stands at the beginning asks for what there is.
+    `tenant` is whose feed it is a place of, empty where nobody has said.
     """
 
     position: int
     stream: str
     seq: int
     pruned: int = 0
+    tenant: str = ""
 
     def encode(self) -> str:
         """The text that a reader keeps."""
         return base64.urlsafe_b64encode(
-            json.dumps([self.position, self.stream, self.seq, self.pruned]).encode()
+            json.dumps([self.position, self.stream, self.seq, self.pruned, self.tenant]).encode()
         ).decode()
+
+    def of(self, tenant_id: UUID) -> FeedCursor:
+        """This place in the feed of a tenant.
+
+        Raises:
+            InvalidRequest: it is one of another tenant's feed, where other events stand before it.
+        """
+        if self.tenant not in ("", str(tenant_id)):
+            problem = "this cursor is of the feed of another tenant; leave it out to begin anew"
+            raise InvalidRequest(problem, field="cursor")
+        return replace(self, tenant=str(tenant_id))
 
     @classmethod
     def decode(cls, text: str) -> FeedCursor:
@@ -50,15 +64,16 @@ class FeedCursor:
         """
         try:
             position, stream, seq, *more = json.loads(base64.urlsafe_b64decode(text.encode("ascii")))
-            (pruned,) = more or (0,)  # what a release gave that did not tell of pruning
+            said: list[Any] = [*more, *(0, "")[len(more) :]]  # an older release said less
+            pruned, tenant = said
         except (ValueError, TypeError, RecursionError, binascii.Error) as error:
             raise _not_ours() from error
         numbers = (position, seq, pruned)
-        if type(stream) is not str or "\x00" in stream or not stream.isprintable():
+        if not all(type(each) is str and each.isprintable() for each in (stream, tenant)):
             raise _not_ours()
         if not all(type(each) is int and 0 <= each <= _GREATEST for each in numbers):
             raise _not_ours()
-        return cls(position, stream, seq, pruned)
+        return cls(position, stream, seq, pruned, tenant)
 
 
 BEGINNING = FeedCursor(0, "", 0, -1)

@@ -449,7 +449,7 @@ class EventStore(Protocol):
         """Events of all streams after a cursor, none left out, as far as nothing can come before them any more.
 
         Raises:
-            InvalidRequest: the cursor is of another database.
+            InvalidRequest: the cursor is of another database, or of another tenant's feed.
             FeedPruned: events after the cursor are gone; from `BEGINNING` on, what is left is shown.
             Conflict: the events are of another server, whose transactions had higher ids.
         """

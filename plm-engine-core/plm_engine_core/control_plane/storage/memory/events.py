@@ -36,6 +36,7 @@ class MemoryEvents:
 
     async def feed(self, tenant_id: UUID, *, after: FeedCursor = BEGINNING, limit: int = 500) -> FeedPage:
         """Events of all streams after a cursor; nothing is ever held back, for what is visible here is complete."""
+        after = after.of(tenant_id)
         async with self._books.turn() as books:
             if after.position > books.transactions:
                 raise InvalidRequest(
@@ -46,7 +47,7 @@ class MemoryEvents:
             page = sorted(rows, key=_feed)[:limit]
             last = page[-1] if page else None
             if last is not None:
-                after = FeedCursor(last["feed_position"], last["stream"], last["seq"])
+                after = FeedCursor(last["feed_position"], last["stream"], last["seq"], tenant=str(tenant_id))
             cursor = replace(after, pruned=0)  # nothing ever is
             return FeedPage(events=[_event(row) for row in page], cursor=cursor)
 

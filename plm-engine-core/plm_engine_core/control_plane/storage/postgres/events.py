@@ -109,6 +109,7 @@ class PostgresEvents:
 
     async def feed(self, tenant_id: UUID, *, after: FeedCursor = BEGINNING, limit: int = 500) -> FeedPage:
         """Events of all streams after a cursor, as far as nothing can come before them any more."""
+        after = after.of(tenant_id)
         async with self._gateway.transaction(tenant_id) as connection:
             horizon = await _horizon(connection, tenant_id, after)
             cursor = await connection.execute(
@@ -126,7 +127,7 @@ class PostgresEvents:
             newest = await _pruned(connection, tenant_id, after)  # looked at last, so that no pruning slips in between
             held_back = await _held_back(connection, tenant_id, horizon) if len(rows) < limit else None
             for row in rows:
-                after = FeedCursor(int(row.pop("feed_position")), row["stream"], row["seq"])
+                after = FeedCursor(int(row.pop("feed_position")), row["stream"], row["seq"], tenant=str(tenant_id))
             cursor_after = replace(after, pruned=newest)
             return FeedPage(events=[_event(row) for row in rows], cursor=cursor_after, held_back=held_back)
 
@@ -206,7 +207,7 @@ async def _pruned(connection: Session, tenant_id: UUID, after: FeedCursor) -> in
     cursor = await connection.execute(_PRUNED, {**values, "stream": after.stream, "seq": after.seq})
     row: Any = await cursor.fetchone()
     newest = int(row["newest"])
-    if row["missed"] and after != BEGINNING:
+    if row["missed"] and after != BEGINNING.of(tenant_id):
         raise FeedPruned(streams=row["missed"], cursor=replace(after, pruned=newest).encode())
     return newest
 
