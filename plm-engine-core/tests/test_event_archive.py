@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import psycopg
@@ -17,7 +20,10 @@ from plm_engine_core.control_plane.events import PublicKeys, Signer, open_archiv
 from plm_engine_core.control_plane.events import archive as archive_module
 from plm_engine_core.control_plane.events.archive import Archivist
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
-from plm_engine_core.control_plane.vocabulary import RunState
+from plm_engine_core.control_plane.events.export import export
+from plm_engine_core.control_plane.limits import BudgetKey
+from plm_engine_core.control_plane.limits.desk import OPERATOR_SCOPE, BudgetDesk
+from plm_engine_core.control_plane.vocabulary import BudgetScope, RunState
 from plm_shared.artifact_store import ObjectStoreBackend
 from plm_shared.testing.databases import create_tenants
 
@@ -242,6 +248,66 @@ async def test_nothing_is_pruned_without_a_retention_an_age_and_a_recorded_expor
     await Archivist(bench.storage, local).archive(bench.tenant)
     assert (await prune(bench))["status"] == "pruned"
     assert await bench.storage.events.read(bench.tenant, stream) == []
+
+
+@pytest.fixture
+async def prunable(bench, local):
+    """A bench in which everything is archived, old, and no longer kept."""
+    for _ in range(2):
+        await finished_run(bench)
+        await sign(bench)
+    await Archivist(bench.storage, local).archive(bench.tenant)
+    keep(bench)
+    age(bench)
+    return bench
+
+
+async def test_what_is_pruned_while_it_is_exported_is_not_missing_from_a_file_that_says_it_holds_it(
+    prunable, monkeypatch
+):
+    read = prunable.storage.checkpoints.read
+
+    async def read_late(*arguments, **options):
+        found = await read(*arguments, **options)
+        await prune(prunable)
+        return found
+
+    monkeypatch.setattr(prunable.storage.checkpoints, "read", read_late)
+    with pytest.raises(InvalidRequest, match="up to checkpoint 2 were exported and pruned; go on after 2"):
+        await export(prunable.storage.checkpoints, prunable.tenant, io.BytesIO())
+
+
+async def test_a_correction_that_was_pruned_is_no_difference_between_events_and_tables(bench, local):
+    lease = await bench.lease()
+    grant = await bench.begun(lease)
+    await bench.settle(grant, lease)
+    desk, by = BudgetDesk(bench.storage.budgets), replace(bench.requester, scopes=frozenset({OPERATOR_SCOPE}))
+    for scope, scope_id in ((BudgetScope.RUN, lease.run.id), (BudgetScope.TENANT, bench.tenant)):
+        key = BudgetKey(scope=scope, scope_id=scope_id, unit="calls")
+        await desk.correct(bench.tenant, key, Decimal(-1), reason="it failed", command_id=scope, by=by)
+    await sign(bench)
+    await Archivist(bench.storage, local).archive(bench.tenant)
+    keep(bench)
+    age(bench)
+    assert (await prune(bench))["streams"] == 1  # the tenant's; the run goes on
+    assert (await rebuild(bench.storage, bench.tenant))[1] == []
+    bench.sql("UPDATE budgets SET reserved = 1 WHERE scope_kind = 'run' AND unit = 'calls'")
+    (found,) = (await rebuild(bench.storage, bench.tenant))[1]
+    assert found.table.reserved == 1
+
+
+async def test_what_is_pruned_while_it_is_verified_is_not_taken_for_forged(prunable, monkeypatch):
+    heads = prunable.storage.events.heads
+
+    async def heads_early(*arguments):
+        found = await heads(*arguments)
+        await prune(prunable)
+        return found
+
+    monkeypatch.setattr(prunable.storage.events, "heads", heads_early)
+    results = await verify_tenant(prunable.storage, prunable.tenant)
+    assert [each for each in results if not each.consistent] == []
+    assert await prunable.storage.checkpoints.pruned(prunable.tenant) == 2
 
 
 async def test_what_is_left_after_pruning_verifies_on_from_the_stubs(bench, local):

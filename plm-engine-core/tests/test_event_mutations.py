@@ -7,6 +7,7 @@ Kinds come from the vocabulary and columns from the catalog, so a new one is tri
 
 from __future__ import annotations
 
+import json
 from io import BytesIO
 
 import psycopg
@@ -277,3 +278,22 @@ async def test_every_change_of_a_checkpoint_is_found(forger, number):
                 assert not copied, (table, name)
             forger.run(*back)
     assert await still_good(bench, copy) == (True, True, True)
+
+
+@pytest.mark.parametrize("time", ["infinity", "-infinity", "294276-12-31", "4713-01-01 BC"])
+async def test_a_time_that_no_event_can_have_is_found_and_named(forger, time):
+    bench = forger.bench
+    forger.run(f"UPDATE events SET occurred_at = '{time}' WHERE seq = 3")
+    (found,) = bad(await verify_tenant(bench.storage, bench.tenant))
+    assert (found.stream, found.first_bad_seq) == (STREAM, 3)
+
+
+@pytest.mark.parametrize("time", [2**63, -(10**30), 1.5, None, "1"])
+async def test_a_time_that_no_event_can_have_is_found_in_an_export(history, time):
+    file = BytesIO()
+    await export(history.storage.checkpoints, history.tenant, file)
+    lines = file.getvalue().splitlines(keepends=True)
+    event = json.loads(lines[1])
+    event[6] = time
+    found = read_exports([[lines[0], json.dumps(event).encode() + b"\n", *lines[2:]]], BELIEVED)
+    assert found.problem == f"file 1: line 2: {STREAM}, event 1: its content does not match its hash"

@@ -58,24 +58,29 @@ async def export(
     Raises:
         InvalidRequest: events that it would hold were pruned.
     """
-    pruned = await source.pruned(tenant_id)
-    if after < pruned:
-        raise InvalidRequest(
-            f"events up to checkpoint {pruned} were exported and pruned; go on after {pruned}, with the earlier "
-            "exports at hand",
-            field="after",
-        )
+    await _refuse_pruned(source, tenant_id, after + 1)
     begin = file.tell()
     file.write(_line({"format": FORMAT, "version": VERSION, "tenant_id": str(tenant_id), "after": after}))
     while checkpoints := list(await source.read(tenant_id, after=after)):
         for checkpoint in checkpoints:
             events = source.covered(tenant_id, checkpoint.number)
             await asyncio.to_thread(file.writelines, (_line(_link_to_json(link)) for link in events))
+            await _refuse_pruned(source, tenant_id, checkpoint.number)  # while they were read
             file.write(_line(_checkpoint_to_json(checkpoint)))
             after = checkpoint.number
             if limit_bytes is not None and file.tell() - begin > limit_bytes:
                 return after
     return after
+
+
+async def _refuse_pruned(source: ExportSource, tenant_id: UUID, number: int) -> None:
+    pruned = await source.pruned(tenant_id)
+    if number <= pruned:
+        raise InvalidRequest(
+            f"events up to checkpoint {pruned} were exported and pruned; go on after {pruned}, with the earlier "
+            "exports at hand",
+            field="after",
+        )
 
 
 @dataclass(kw_only=True)

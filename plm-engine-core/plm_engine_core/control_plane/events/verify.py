@@ -186,18 +186,22 @@ async def verify_tenant(
         InvalidRequest: the newest checkpoint is not signed with a trusted key, or not what was signed.
     """
     since, number = await _signed_heads(storage.checkpoints, tenant_id, trusted) if trusted else ({}, 0)
-    heads = [head for head in await storage.events.heads(tenant_id) if stream in (None, head.stream)]
     copied = exported.heads if exported is not None else {}
     if stream is not None:
         since = {name: head for name, head in since.items() if name == stream}
         copied = {name: head for name, head in copied.items() if name == stream}
-    links = storage.checkpoints.links(tenant_id, stream=stream, after=number)
-    results, misplaced = await asyncio.gather(
-        asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=copied),
-        storage.events.misplaced(tenant_id, stream=stream, after=number),
-    )
-    begun = {each.stream for each in results} - {head.stream for head in heads} - since.keys() - copied.keys()
-    begun &= {head.stream for head in await storage.events.heads(tenant_id)} if begun else set()
+    while True:
+        heads = [head for head in await storage.events.heads(tenant_id) if stream in (None, head.stream)]
+        links = storage.checkpoints.links(tenant_id, stream=stream, after=number)
+        results, misplaced = await asyncio.gather(
+            asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=copied),
+            storage.events.misplaced(tenant_id, stream=stream, after=number),
+        )
+        bad = {each.stream for each in results if not each.consistent}
+        stubs = {head.stream: head.stub for head in await storage.events.heads(tenant_id)} if bad else {}
+        if all(stubs.get(head.stream) == head.stub for head in heads if head.stream in bad):
+            break  # else what is missing was pruned meanwhile, and the rest is walked from the stubs
+    begun = bad & stubs.keys() - {head.stream for head in heads} - since.keys() - copied.keys()
     results = [_placed(each, misplaced) for each in results if each.stream not in begun]
     changed = await _changed_checkpoint(storage.checkpoints, tenant_id, exported.newest) if exported else None
     return [changed, *results] if changed is not None else results
