@@ -88,6 +88,6 @@ def _message(event: Event) -> ServerSentEvent:
         "actor": event.actor,
         "occurred_at": event.occurred_at.isoformat(),
         "hash": event.hash.hex(),
-        "payload": event.data,
+        "payload": event.shown,
     }
     return ServerSentEvent(id=str(event.seq), event=event.kind, data=json.dumps(document))

@@ -659,7 +659,7 @@ def event_document(event: Event) -> dict[str, Any]:
         "occurred_at": event.occurred_at,
         "prev_hash": event.prev_hash.hex(),
         "hash": event.hash.hex(),
-        "payload": event.data,
+        "payload": event.shown,
     }
 
 

@@ -23,6 +23,7 @@ from plm_engine_core.control_plane.identity import Hs256JwtIdentityProvider
 from plm_engine_core.control_plane.in_force import PolicyInForce, PolicyKeeper
 from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy, read_policy
 from plm_engine_core.control_plane.policy.plan import Plans
+from plm_engine_core.control_plane.policy.replay import Attempt
 from plm_engine_core.control_plane.policy.shadow import ShadowReport
 from plm_engine_core.control_plane.vocabulary import PolicyRole, Reason, TicketDecision
 from typer.testing import CliRunner
@@ -252,6 +253,16 @@ async def test_the_shadow_decides_beside_and_changes_nothing(bench: Any, make_po
     await plane.admit(bench.proposal(last))
     (step,) = await bench.storage.runs.steps(bench.tenant, last.run.id)
     assert "shadow" not in step.decision
+
+
+def test_a_record_that_is_no_decision_is_counted_and_keeps_no_other_from_being_compared() -> None:
+    seen = {"outcome": "allow", "shadow": {"digest": "d", "outcome": "deny"}}
+    damaged = [[], 1, None, "allow", {"shadow": 1}, {"shadow": {}}, {"shadow": {"digest": "d"}}]
+    report = ShadowReport(digest="d")
+    names = {"run_id": "r", "step_index": 0, "attempt": 1, "capability": "c", "resource": "x", "arguments": {}}
+    report.feed(Attempt(**names, decision=each) for each in (*damaged, {}, seen))
+    assert (report.compared, report.changed, report.unreadable) == (1, 1, len(damaged))
+    assert report.to_json()["unreadable"] == len(damaged)
 
 
 async def test_a_shadow_that_fails_is_recorded_as_such_and_nothing_else_notices(

@@ -130,6 +130,16 @@ def test_the_feed_goes_on_after_its_cursor_and_tells_who_holds_it_back(terminal:
     assert "not a cursor" in terminal.run(*ours, "--after", "nonsense", status=2).stderr
 
 
+def test_an_event_that_is_no_json_any_more_is_shown_as_it_is_stored(terminal: Terminal) -> None:
+    for stream in ("a", "b"):
+        terminal.append(stream)
+    terminal.forge("UPDATE events SET payload = '{' WHERE stream = 'a'")
+    page = terminal.json("feed", "--tenant-id", str(terminal.tenant))
+    assert [event["payload"] for event in page["events"]] == [{"unreadable": "{"}, {}]
+    said = terminal.run("rebuild", "--tenant-id", str(terminal.tenant)).stdout
+    assert "agree" in said
+
+
 def test_tables_that_say_something_else_than_the_events_are_told_of(terminal: Terminal) -> None:
     ours = ("rebuild", "--tenant-id", str(terminal.tenant))
     assert "agree: 0 runs, 0 tickets, 0 budgets" in terminal.run(*ours).stdout

@@ -10,7 +10,7 @@ from decimal import Decimal
 import pytest
 from plm_engine_core.control_plane import Granted, Pending
 from plm_engine_core.control_plane.errors import ControlPlaneError
-from plm_engine_core.control_plane.events import Projections, rebuild
+from plm_engine_core.control_plane.events import Projections, rebuild, run_stream
 from plm_engine_core.control_plane.events.projections import CHANGES_NOTHING
 from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
@@ -79,6 +79,22 @@ async def test_what_the_tables_say_otherwise_is_told(bench):
     assert [each.what.split()[0] for each in found] == ["run", "budget"]
     assert found[0].table.reason == "made up"
     assert found[1].table.spent == 1
+
+
+@pytest.mark.postgres_only
+@pytest.mark.parametrize("payload", ["x", "[]", "{}", '{"answer": 1, "reserved": [{}]}'])
+async def test_an_event_that_cannot_be_read_is_named_and_hides_no_other(bench, payload):
+    (lease, other) = [await bench.lease() for _ in range(2)]
+    await bench.begun(lease)
+    bench.sql("ALTER TABLE events DISABLE TRIGGER ALL")
+    stream = run_stream(lease.run.id)
+    bench.sql("UPDATE events SET payload = %s WHERE stream = %s AND kind = 'step_granted'", payload, stream)
+    bench.sql("UPDATE run_states SET principal = '[]'")
+    folded, found = await rebuild(bench.storage, bench.tenant)
+    assert found[0].what == f"event 3 of {stream}"
+    assert found[0].events.startswith("it cannot be read: ")
+    assert {each.what.split()[0] for each in found[1:]} == {"budget"}
+    assert folded.runs[other.run.id].state is RunState.RUNNING
 
 
 class Walk:

@@ -220,6 +220,26 @@ async def test_a_name_of_no_form_is_refused(bench: Any, name: str) -> None:
 
 
 @pytest.mark.postgres_only
+@pytest.mark.postgres_only
+@pytest.mark.parametrize("decision", ["[]", "1", '"deny"', "null", "{}", '{"stages": 5}', '{"stages": [1]}'])
+async def test_a_decision_that_cannot_be_read_hides_nothing_else(bench: Any, decision: str) -> None:
+    lease, pending = await bench.ask()
+    bench.sql("UPDATE run_steps SET decision = %s", decision)
+    answer = await asked(bench, lease.run.id)
+    assert (answer.state, answer.because.state) == ("awaiting_approval", "awaiting_approval")
+    assert answer.because.message == "what was decided cannot be read from its record"
+    assert answer.because.because.id == str(pending.ticket_id)
+
+
+@pytest.mark.postgres_only
+@pytest.mark.parametrize("change", ["principal = '[]'", 'principal = \'{"user_id": "x"}\''])
+async def test_a_run_whose_record_is_damaged_is_refused_in_one_sentence(bench: Any, change: str) -> None:
+    run = await bench.run()
+    bench.sql(f"UPDATE run_states SET {change}")  # noqa: S608  # one of the literals above
+    with pytest.raises(InvalidRequest, match=f"the record of {run.id} cannot be read: "):
+        await asked(bench, run.id)
+
+
 async def test_the_terminal_says_it_in_words_and_in_json(bench: Any) -> None:
     lease, _ = await bench.ask()
 

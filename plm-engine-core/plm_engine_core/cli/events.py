@@ -315,7 +315,7 @@ def _page_document(page: FeedPage) -> dict[str, Any]:
                 "actor": event.actor,
                 "occurred_at": event.occurred_at.isoformat(),
                 "hash": event.hash.hex(),
-                "payload": event.data,
+                "payload": event.shown,
             }
             for event in page.events
         ],

@@ -101,6 +101,7 @@ def report(
     since = datetime.now(UTC) - timedelta(days=days)
     made = with_books(lambda books: _report(books, tenant_id, digest, since), of=tenant_id, as_json=as_json)
     lines = [f"{made.compared} proposals seen by {made.digest}, {made.changed} decided otherwise"]
+    lines += [f"  {made.unreadable} records cannot be read"] if made.unreadable else []
     lines += [f"  {count} x {before} -> {after}" for (before, after), count in sorted(made.outcomes.items())]
     lines += [
         f"  run {each.attempt.run_id} step {each.attempt.step_index} {each.attempt.capability} "

@@ -89,6 +89,7 @@ _BOOKED_AT: Mapping[str, str] = {
 }
 _REFUSED = (StepState.DENIED, StepState.STEERED)
 _MOST_OF_ONE = 1_000
+_OF_STAGE = frozenset({"stage", "passed"})
 _DIGITS = 10  # of the number of a step or attempt, which the books keep in 32 bits
 _SCOPES, _PERIODS = frozenset(BudgetScope), frozenset(Period)
 _FORMS = "RUN, TICKET, RUN/STEP/ATTEMPT, RUN/UNIT, TENANT/UNIT or SCOPE/NAME/UNIT[/PERIOD]"
@@ -139,9 +140,17 @@ async def why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
     `month`).
 
     Raises:
-        InvalidRequest: it has none of these forms.
+        InvalidRequest: it has none of these forms, or its record is damaged.
         NotFound: nothing of that name exists in the tenant.
     """
+    try:
+        return await _why(storage, tenant_id, asked)
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InvalidRequest(f"the record of {asked.strip():.80} cannot be read: {words:.200}", field="id") from error
+
+
+async def _why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
     first, *rest = asked.strip().split("/")
     if first in _SCOPES:
         return await _of_budget(storage, tenant_id, _key(BudgetScope(first), rest))
@@ -237,7 +246,8 @@ def of_run(run: Run, last: Why | None) -> Why:
 
 def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
     """Why one attempt was decided as it was; what was booked counts before what the policy had said."""
-    decision, booked = step.decision, step.error if step.state in _REFUSED and step.error else {}
+    decision = _readable(step.decision)
+    booked = step.error if step.state in _REFUSED and step.error else {}
     reason = booked.get("reason") or decision.get("reason")
     waiting = step.state is StepState.AWAITING_APPROVAL
     if waiting:
@@ -251,13 +261,27 @@ def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
         id=f"{run_id}/{step.step_index}/{step.attempt}",
         state=step.state.value,
         reason=reason if blocked else None,
-        message=str(booked.get("message") or decision.get("guidance") or decision.get("message") or ""),
-        stage=_stage(reason, decision) if blocked else None,
+        message=str(
+            booked.get("message")
+            or decision.get("guidance")
+            or decision.get("message")
+            or ("" if decision else "what was decided cannot be read from its record")
+        ),
+        stage=_stage(reason, decision) if blocked and decision else None,
         rule=booked.get("rule") or decision.get("rule") or None,
         limit=booked.get("limit") or {},
         unblocked_by=(known or UNBLOCKED_BY.get(reason or "", "")) if blocked and not decided else "",
         because=of_ticket(ticket) if ticket is not None else None,
     )
+
+
+def _readable(decision: Any) -> Mapping[str, Any]:
+    """A recorded decision, or an empty one where the record is none."""
+    if isinstance(decision, Mapping):
+        stages = decision.get("stages", [])
+        if isinstance(stages, list) and all(isinstance(each, Mapping) and each.keys() >= _OF_STAGE for each in stages):
+            return decision
+    return {}
 
 
 def _stage(reason: str | None, decision: Mapping[str, Any]) -> str:

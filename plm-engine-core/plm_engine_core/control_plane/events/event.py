@@ -33,6 +33,15 @@ class Event:
         parsed: dict[str, Any] = json.loads(self.payload)
         return parsed
 
+    @property
+    def shown(self) -> dict[str, Any]:
+        """The payload for readers; one that is no JSON object any more is the text `unreadable`, as it is stored."""
+        try:
+            data = self.data
+        except (ValueError, RecursionError):
+            data = None
+        return data if isinstance(data, dict) else {"unreadable": self.payload}
+
 
 def run_stream(run_id: UUID) -> str:
     """The stream of one run."""

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.events.event import Event
+from plm_engine_core.control_plane.events.event import TENANT_STREAM, Event
 from plm_engine_core.control_plane.events.standing import (
     BudgetKey,
     BudgetStanding,
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.storage.ports import Storage
 
 _RUN = "run/"
+_LONGEST_ERROR = 300
 
 CHANGES_NOTHING = frozenset(
     {
@@ -49,11 +50,15 @@ CHANGES_NOTHING = frozenset(
 
 @dataclass(kw_only=True)
 class Projections:
-    """The fold. Events of one stream come in order; streams may come in any."""
+    """The fold. Events of one stream come in order; streams may come in any.
+
+    `unreadable` says by event why it is none that this release could have written.
+    """
 
     runs: dict[UUID, RunStanding] = field(default_factory=dict)
     tickets: dict[UUID, TicketStanding] = field(default_factory=dict)
     budgets: dict[BudgetKey, BudgetStanding] = field(default_factory=dict)
+    unreadable: dict[str, str] = field(default_factory=dict)
     _reserved: dict[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,7 +87,14 @@ class Projections:
         return frozenset({*self._folds, EventKind.BUDGET_CORRECTED})
 
     def apply(self, event: Event) -> None:
-        """Go one event further. An event of a run whose beginning is not known is left out."""
+        """Go one event further. One of a run whose beginning is not known, or that cannot be read, is left out."""
+        try:
+            self._apply(event)
+        except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+            words = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
+            self.unreadable[f"event {event.seq} of {event.stream}"] = f"it cannot be read: {words}"
+
+    def _apply(self, event: Event) -> None:
         if event.kind == EventKind.BUDGET_CORRECTED:
             self._book(event.data, spent=Decimal(event.data["amount"]))
         if not event.stream.startswith(_RUN):
@@ -211,23 +223,33 @@ def differences(folded: Projections, table: Standing) -> list[Difference]:
     """Where the two disagree.
 
     What belongs to a pruned stream is left out, and then every budget that is not of one run as well: its sum is no
-    longer in the events.
+    longer in the events. Where the tenant's own stream was pruned, what was spent is left out of every budget:
+    corrections of it stood there.
     """
     gone = {UUID(stream.removeprefix(_RUN)) for stream in table.pruned if stream.startswith(_RUN)}
     runs = {run_id: run for run_id, run in table.runs.items() if run_id not in gone}
     tickets = {ticket_id: ticket for ticket_id, ticket in table.tickets.items() if ticket.run_id not in gone}
+    corrected = TENANT_STREAM in table.pruned
     return [
+        *(Difference(what=event, events=problem, table=None) for event, problem in folded.unreadable.items()),
         *_compared("run", folded.runs, runs),
         *_compared("ticket", folded.tickets, tickets),
-        *_compared("budget", _sums(folded.budgets, gone), _sums(table.budgets, gone)),
+        *_compared(
+            "budget",
+            _sums(folded.budgets, gone, corrected=corrected),
+            _sums(table.budgets, gone, corrected=corrected),
+        ),
     ]
 
 
-def _sums(budgets: Mapping[BudgetKey, BudgetStanding], gone: set[UUID]) -> dict[BudgetKey, BudgetStanding]:
+def _sums(
+    budgets: Mapping[BudgetKey, BudgetStanding], gone: set[UUID], *, corrected: bool
+) -> dict[BudgetKey, BudgetStanding]:
     def told(key: BudgetKey) -> bool:
         return (key.scope == "run" and key.scope_id not in gone) or not gone
 
-    return {key: budget for key, budget in budgets.items() if told(key) and budget != BudgetStanding()}
+    known = {key: replace(each, spent=Decimal(0)) if corrected else each for key, each in budgets.items()}
+    return {key: budget for key, budget in known.items() if told(key) and budget != BudgetStanding()}
 
 
 def _compared(what: str, folded: Mapping[Any, Any], table: Mapping[Any, Any]) -> list[Difference]:

@@ -13,7 +13,6 @@ from plm_engine_core.control_plane.vocabulary import RunState, TicketState
 
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.hitl.ticket import ApprovalTicket
-    from plm_engine_core.control_plane.runs.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +76,6 @@ class Standing:
     tickets: Mapping[UUID, TicketStanding]
     budgets: Mapping[BudgetKey, BudgetStanding]
     pruned: frozenset[str] = frozenset()
-
-
-def run_standing(run: Run) -> RunStanding:
-    """The same of a run as its table has it."""
-    return RunStanding(**{each.name: getattr(run, each.name) for each in fields(RunStanding)})
 
 
 def ticket_standing(ticket: ApprovalTicket) -> TicketStanding:

@@ -52,11 +52,13 @@ def _comparable(facts: Facts, shadow: PolicySnapshot, active: PolicySnapshot) ->
 class ShadowReport:
     """What a shadow would have changed, from recorded attempts; feed it any number of times.
 
-    `outcomes` counts pairs of outcomes, decided and shadow's; `examples` holds some of each pair that differs.
+    `outcomes` counts pairs of outcomes, decided and shadow's; `examples` holds some of each pair that differs;
+    `unreadable` counts records that are no decision, of which nobody can say whether this shadow saw them.
     """
 
     digest: str
     compared: int = 0
+    unreadable: int = 0
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     examples: list[Change] = field(default_factory=list)
     _shown: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -64,16 +66,22 @@ class ShadowReport:
     def feed(self, attempts: Iterable[Attempt]) -> None:
         """Count the attempts that this shadow saw."""
         for attempt in attempts:
-            said = attempt.decision.get("shadow")
-            if said is None or said["digest"] != self.digest:
-                continue
-            before, after = str(attempt.decision["outcome"]), str(said["outcome"])
-            self.compared += 1
-            self.outcomes[before, after] += 1
-            if before != after and self._shown[before, after] < MOST_EXAMPLES:
-                self._shown[before, after] += 1
-                rule, message = said.get("rule", ""), said.get("message", "")
-                self.examples.append(Change(attempt=attempt, before=before, after=after, rule=rule, message=message))
+            try:
+                self._one(attempt)
+            except (AttributeError, KeyError, TypeError):
+                self.unreadable += 1
+
+    def _one(self, attempt: Attempt) -> None:
+        said = attempt.decision.get("shadow")
+        if said is None or said["digest"] != self.digest:
+            return
+        before, after = str(attempt.decision["outcome"]), str(said["outcome"])
+        self.compared += 1
+        self.outcomes[before, after] += 1
+        if before != after and self._shown[before, after] < MOST_EXAMPLES:
+            self._shown[before, after] += 1
+            rule, message = said.get("rule", ""), said.get("message", "")
+            self.examples.append(Change(attempt=attempt, before=before, after=after, rule=rule, message=message))
 
     @property
     def changed(self) -> int:
@@ -86,6 +94,7 @@ class ShadowReport:
             "shadow_digest": self.digest,
             "compared": self.compared,
             "changed": self.changed,
+            "unreadable": self.unreadable,
             "outcomes": [
                 {"before": before, "after": after, "attempts": count}
                 for (before, after), count in sorted(self.outcomes.items())

@@ -9,7 +9,7 @@ from typing import Any
 
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.events.event import Event
-from plm_engine_core.control_plane.events.standing import BudgetKey, BudgetStanding
+from plm_engine_core.control_plane.events.standing import BudgetKey, BudgetStanding, RunStanding
 from plm_engine_core.control_plane.halts import BY_ID, Halt, HaltCalls
 from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
 from plm_engine_core.control_plane.limits.budgets import Budget
@@ -185,6 +185,20 @@ def halt_row(row: Mapping[str, Any]) -> Halt:
 def event_row(row: Mapping[str, Any]) -> Event:
     """One row of `events`."""
     return Event(**row)
+
+
+def run_standing(row: Mapping[str, Any]) -> RunStanding:
+    """One row of `run_states`, as far as events tell of it; whatever is wrong with the rest of it."""
+    return RunStanding(
+        state=RunState(row["state"]),
+        policy_digest=row["policy_digest"],
+        trace_id=row["trace_id"],
+        fencing_token=row["fencing_token"],
+        cancel_requested=row["cancel_requested_at"] is not None,
+        reason=row["reason"],
+        message=row["message"],
+        result=row["result"],
+    )
 
 
 def budget_standing(row: Mapping[str, Any]) -> tuple[BudgetKey, BudgetStanding]:

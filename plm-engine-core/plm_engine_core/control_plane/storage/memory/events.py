@@ -14,11 +14,11 @@ from plm_engine_core.control_plane.events.chain import Link
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.events.event import Event, link_of
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage
-from plm_engine_core.control_plane.events.standing import Standing, run_standing, ticket_standing
+from plm_engine_core.control_plane.events.standing import Standing, ticket_standing
 from plm_engine_core.control_plane.events.verify import StreamHead
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
 from plm_engine_core.control_plane.storage.memory.values import storable_text
-from plm_engine_core.control_plane.storage.rows import budget_standing, event_row, run_row, ticket_row
+from plm_engine_core.control_plane.storage.rows import budget_standing, event_row, run_standing, ticket_row
 
 Make = Callable[[Checkpoint | None, Sequence[Head], Sequence[Head], datetime], Checkpoint]
 
@@ -72,7 +72,7 @@ class MemoryEvents:
                 for event in _events(books, tenant_id, head.stream, 0, None):
                     apply(event)
             return Standing(
-                runs={row["run_id"]: run_standing(run_row(row)) for row in books.run_states.rows(tenant_id)},
+                runs={row["run_id"]: run_standing(row) for row in books.run_states.rows(tenant_id)},
                 tickets={row["id"]: ticket_standing(ticket_row(row)) for row in books.approval_tickets.rows(tenant_id)},
                 budgets=dict(map(budget_standing, books.budgets.rows(tenant_id))),
             )

@@ -13,10 +13,10 @@ from psycopg.rows import dict_row
 from plm_engine_core.control_plane.errors import Conflict, FeedPruned, InvalidRequest
 from plm_engine_core.control_plane.events.event import Event
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage, HeldBack
-from plm_engine_core.control_plane.events.standing import Standing, run_standing, ticket_standing
+from plm_engine_core.control_plane.events.standing import Standing, ticket_standing
 from plm_engine_core.control_plane.events.verify import StreamHead, Stub
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
-from plm_engine_core.control_plane.storage.rows import budget_standing, event_row, run_row, ticket_row
+from plm_engine_core.control_plane.storage.rows import budget_standing, event_row, run_standing, ticket_row
 
 _COLUMNS = "tenant_id, stream, seq, prev_hash, hash, kind, actor, occurred_at, payload"
 
@@ -156,7 +156,7 @@ class PostgresEvents:
                 for row in events.execute(_EVERYTHING.encode(), [tenant_id]):
                     apply(event_row(row))
             return Standing(
-                runs={row["run_id"]: run_standing(run_row(row)) for row in rows("run_states")},
+                runs={row["run_id"]: run_standing(row) for row in rows("run_states")},
                 tickets={row["id"]: ticket_standing(ticket_row(row)) for row in rows("approval_tickets")},
                 budgets=dict(map(budget_standing, rows("budgets"))),
                 pruned=frozenset(row["stream"] for row in rows("event_stubs")),
