@@ -102,9 +102,9 @@ async def admit(
     """Decide one proposal and book the answer.
 
     The same proposal admitted again, after a lost reply, answers the same and reserves nothing more. On the caller's
-    `connection` nothing is committed here. What `shadow` would have decided is recorded beside, and changes nothing.
-    Where `expectations` know the run, the books are not asked before they are written, unless an evaluator has to be
-    asked or they are not as expected.
+    `connection`, one of psycopg's, nothing is committed here. What `shadow` would have decided is recorded beside, and
+    changes nothing. Where `expectations` know the run, the books are not asked before they are written, unless an
+    evaluator has to be asked or they are not as expected.
 
     With `begin` a grant is used up in the same transaction: for who makes the call at once, in this process and after
     the commit, and asks `Granted.begun` whether it may. Where the run is being cancelled nothing is granted. Asked for
@@ -114,9 +114,10 @@ async def admit(
 
     Raises:
         InvalidRequest: the proposal holds what is no JSON; or `connection` holds no READ COMMITTED transaction, or one
-            of another tenant.
+            of another tenant, or one in which nothing can be written.
         FencingLost: the caller no longer holds the run; it must stop.
         IdempotencyConflict: this attempt was already proposed with other content.
+        StorageUnavailable: the database did not answer on the caller's `connection`; roll back and do it all again.
     """
     check_claims(proposal.claims)
     admitting = _Admitting(
@@ -136,6 +137,8 @@ async def admit(
         if answer is None:
             answer = await admitting.as_asked(expectations, connection)
     except StorageUnavailable as error:
+        if connection is not None:  # its transaction can only be rolled back, and an answer might be committed
+            raise
         # Nothing was booked, or the reply was lost. A driver may ask again with the same command.
         return Denied(
             reason=Reason.STORAGE_BUSY,

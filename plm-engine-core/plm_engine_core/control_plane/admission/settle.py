@@ -120,7 +120,7 @@ async def settle(
 
     Raises:
         InvalidRequest: the outcome holds what is no JSON, or a usage that is no Decimal; or `connection` holds no READ
-            COMMITTED transaction, or one of another tenant.
+            COMMITTED transaction, or one of another tenant, or one in which nothing can be written.
         FencingLost: another run worker holds the run; nothing was written, the ledger rows included.
         IdempotencyConflict: the grant was already settled with another outcome.
         StorageUnavailable: nothing was written; settling again is safe.

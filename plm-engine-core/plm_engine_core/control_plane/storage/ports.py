@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Orphan, Run, Step
 
 Connection = Any
-"""An asynchronous psycopg connection of the caller's, inside a transaction; on it nothing is committed."""
+"""A connection of the caller's, psycopg's synchronous or asynchronous, in a transaction; on it nothing is committed."""
 
 CLOCK_TOLERANCE = timedelta(seconds=2)
 """How far the time that a decision assumed may be from that at which its booking arrives."""

@@ -10,7 +10,6 @@ from uuid import UUID
 
 import psycopg
 from plm_shared.ledger import uuid_text
-from psycopg.rows import dict_row
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.errors import StorageUnavailable
@@ -18,13 +17,9 @@ from plm_engine_core.control_plane.limits import Assumed, Bucket, Dimension, Pre
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
 from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection, SettleCommand
 from plm_engine_core.control_plane.storage.postgres.bookings import Bookings
+from plm_engine_core.control_plane.storage.postgres.callers import fetched
 from plm_engine_core.control_plane.storage.postgres.calls import BOOK_PATIENTLY
-from plm_engine_core.control_plane.storage.postgres.gateway import (
-    Gateway,
-    json_parameter,
-    require_transaction,
-    translated,
-)
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, json_parameter, translated
 
 _BOOK = BOOK_PATIENTLY.format("%s").encode()
 _NOT_AS_ASSUMED = "PLA01"
@@ -109,8 +104,8 @@ class PostgresAdmission:
             if connection is None:
                 answer = await self._bookings.make(document)
             else:
-                require_transaction(connection)
-                answer = await _executed(connection, document)
+                row = await fetched(connection, _BOOK, [document])
+                answer = row["answer"] if row is not None else None
         if answer is None:
             raise StorageUnavailable("the database gave no answer")
         booked: Mapping[str, Any] = answer
@@ -132,11 +127,3 @@ def _ledger_json(command: SettleCommand) -> str:
         rows.setdefault(record.table, []).append(record.text)
     tables = [f'"{table}":[{",".join(texts)}]' for table, texts in rows.items()]
     return f"{{{','.join(tables)}}}"
-
-
-async def _executed(connection: Connection, document: str) -> Any:
-    """On the caller's connection, whatever it is in the middle of; by a cursor of ours, whose rows are dictionaries."""
-    cursor = connection.cursor(row_factory=dict_row)
-    await cursor.execute(_BOOK, [document])
-    row = await cursor.fetchone()
-    return row["answer"] if row is not None else None

@@ -11,7 +11,6 @@ from uuid import UUID
 import psycopg
 from plm_shared.cancellation import kept_cancel
 from plm_shared.canonical_json import JsonRefused, storable_json
-from psycopg.pq import TransactionStatus
 from psycopg.rows import DictRow
 from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout
@@ -29,7 +28,7 @@ from plm_engine_core.control_plane.errors import (
 Pool = AsyncConnectionPool[psycopg.AsyncConnection[DictRow]]
 Session = psycopg.AsyncConnection[DictRow]
 
-_BUSY = {"25P03", "55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
+_BUSY = {"25006", "25P03", "55P03", "57014", "40P01", "40001", "53300", "53100", "53200"}
 _BOUND = "SELECT set_config('app.tenant_id', %s, true), set_config('lock_timeout', %s, true)"
 _LONGEST_WAIT = "5s"
 LONGEST_ANSWER_SECONDS = 15.0  # a server that is frozen closes no connection and ends no wait
@@ -55,14 +54,6 @@ def jsonb(value: Any, *, root: str) -> Jsonb:
     """
     text = json_parameter(value, root=root)
     return Jsonb(value, dumps=lambda _: text)
-
-
-def require_transaction(connection: Session) -> None:
-    """Refuse a connection of the caller's on which each statement would commit by itself."""
-    if connection.autocommit and connection.info.transaction_status is TransactionStatus.IDLE:
-        raise InvalidRequest(
-            "the connection is in autocommit mode and holds no transaction; open one first", field="connection"
-        )
 
 
 def _translate(error: psycopg.Error) -> ControlPlaneError | None:

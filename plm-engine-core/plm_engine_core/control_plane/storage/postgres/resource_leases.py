@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
-from psycopg.rows import dict_row
-
 from plm_engine_core.control_plane.events.event import TENANT_STREAM
 from plm_engine_core.control_plane.limits.leases import ResourceLease, lease_lost
 from plm_engine_core.control_plane.storage.ports import Connection
-from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, require_transaction, translated
+from plm_engine_core.control_plane.storage.postgres.callers import fetched
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, translated
 from plm_engine_core.control_plane.storage.rows import lease_told, resource_lease_row
 from plm_engine_core.control_plane.vocabulary import EventKind
 
@@ -75,9 +74,8 @@ class PostgresResourceLeases:
                 row = await _one(session, held, lease)
         else:
             with translated():
-                require_transaction(connection)
-                await connection.execute("SELECT engine_enter_v1(%s)", [lease.tenant_id])
-                row = await _one(connection, held, lease)
+                await fetched(connection, b"SELECT engine_enter_v1(%s)", [lease.tenant_id])
+                row = await fetched(connection, held.encode(), _values(lease))
         if row is None:
             raise lease_lost(lease)
 
@@ -95,6 +93,9 @@ class PostgresResourceLeases:
 async def _one(
     connection: Session, query: str, lease: ResourceLease, seconds: float | None = None
 ) -> Mapping[str, Any] | None:
-    values = {"tenant": lease.tenant_id, "name": lease.name, "token": lease.fencing_token, "seconds": seconds}
-    cursor = connection.cursor(row_factory=dict_row)
-    return await (await cursor.execute(query.encode(), values)).fetchone()
+    cursor = await connection.execute(query.encode(), {**_values(lease), "seconds": seconds})
+    return await cursor.fetchone()
+
+
+def _values(lease: ResourceLease) -> dict[str, Any]:
+    return {"tenant": lease.tenant_id, "name": lease.name, "token": lease.fencing_token}
