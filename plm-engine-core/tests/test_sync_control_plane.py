@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import pytest
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted, Pending, Proposal, RunRequest, SyncControlPlane
-from plm_engine_core.control_plane.errors import Conflict, NotFound
+from plm_engine_core.control_plane.errors import Conflict, NotFound, StorageUnavailable
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.loop_thread import LoopThread
 from plm_engine_core.control_plane.storage.memory import MemoryStorage
@@ -195,6 +195,57 @@ def test_what_it_opens_is_opened_once_on_its_own_loop_and_closed_there(make_poli
     assert len(seen) == 2
     assert seen[0] is seen[1]
     assert seen[0].is_closed()
+
+
+def test_one_that_could_not_be_opened_says_why_as_often_as_it_is_asked():
+    @asynccontextmanager
+    async def opened():
+        raise StorageUnavailable("no database yet")
+        yield
+
+    with SyncControlPlane(opened()) as plane:
+        with pytest.raises(StorageUnavailable, match="no database yet"):
+            plane.verify_events(uuid.uuid4())
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="could not be opened; make a new one: no database yet"):
+                plane.verify_events(uuid.uuid4())
+
+
+def test_who_is_interrupted_while_it_opens_leaves_it_to_the_next(make_policy, registry):
+    main, going_on = threading.get_ident(), threading.Event()
+
+    @asynccontextmanager
+    async def opened():
+        signal.pthread_kill(main, signal.SIGINT)
+        await asyncio.to_thread(going_on.wait, WAIT)
+        yield ControlPlane(policy=make_policy(), registry=registry, storage=MemoryStorage())
+
+    with SyncControlPlane(opened()) as plane:
+        with pytest.raises(KeyboardInterrupt):
+            plane.verify_events(uuid.uuid4())
+        going_on.set()
+        assert plane.verify_events(uuid.uuid4()) == []
+
+
+def test_closing_while_it_opens_ends_that_too():
+    opening, ended = threading.Event(), threading.Event()
+
+    @asynccontextmanager
+    async def opened():
+        opening.set()
+        try:
+            yield await asyncio.get_running_loop().create_future()
+        finally:
+            ended.set()
+
+    plane = SyncControlPlane(opened())
+    with ThreadPoolExecutor(1) as threads:
+        waiting = threads.submit(plane.verify_events, uuid.uuid4())
+        assert opening.wait(WAIT)
+        plane.close()
+        with pytest.raises(RuntimeError, match="was closed while this call was under way"):
+            waiting.result(WAIT)
+    assert ended.is_set()
 
 
 def test_closing_takes_back_what_is_under_way_and_refuses_what_comes_after(sync):

@@ -36,13 +36,13 @@ class SyncControlPlane:
     database pool needs. Everything a method raises is what the core raised.
 
     Raises:
-        RuntimeError: a method is called where an event loop runs, after `close`, or in a forked process.
+        RuntimeError: a method is called where an event loop runs, after `close`, or in a forked process; or after
+            `opened` had raised, once, what its first callers were told.
     """
 
     def __init__(self, opened: ControlPlane | AbstractAsyncContextManager[ControlPlane]) -> None:
         self._opened = opened
-        self._core: ControlPlane | None = None
-        self._entering = asyncio.Lock()
+        self._opening: asyncio.Task[ControlPlane] | None = None
         self._exits = AsyncExitStack()
         self._thread = LoopThread("SyncControlPlane")
 
@@ -83,17 +83,23 @@ class SyncControlPlane:
         return self._thread
 
     async def _entered(self) -> ControlPlane:
-        async with self._entering:
-            if self._core is None:
-                if isinstance(self._opened, ControlPlane):
-                    self._core = self._opened
-                else:
-                    self._core = await self._exits.enter_async_context(self._opened)
-            return self._core
+        if isinstance(self._opened, ControlPlane):
+            return self._opened
+        if self._opening is None:  # in a task of its own: whoever comes first may be interrupted meanwhile
+            self._opening = asyncio.create_task(self._exits.enter_async_context(self._opened))
+        elif self._opening.done() and (error := self._opening.exception()) is not None:
+            raise RuntimeError(f"SyncControlPlane could not be opened; make a new one: {error}") from error
+        return await asyncio.shield(self._opening)
+
+    async def _leave(self) -> None:
+        if self._opening is not None:
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
+        await self._exits.aclose()
 
     def close(self) -> None:
         """Close what was opened and end the private loop; calls under way in other threads are taken back."""
-        self._thread.close(self._exits.aclose)
+        self._thread.close(self._leave)
 
     def __enter__(self) -> Self:
         return self
@@ -105,5 +111,5 @@ class SyncControlPlane:
 
     def __del__(self) -> None:
         thread = getattr(self, "_thread", None)
-        if thread is not None and thread.abandon() and self._core is not self._opened:
+        if thread is not None and thread.abandon() and self._opening is not None:
             warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
