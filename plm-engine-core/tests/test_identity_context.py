@@ -13,6 +13,7 @@ from plm_engine_core.control_plane.identity import (
     AuditEvent,
     AuditRecord,
     AuditUnavailable,
+    IdentityContext,
     InMemoryAuditSink,
     get_current_identity,
     identity_bound,
@@ -68,6 +69,22 @@ async def test_tasks_side_by_side_see_their_own_identity() -> None:
 
     barrier = asyncio.Barrier(3)
     assert await asyncio.gather(*(seen(barrier) for _ in range(3))) == [True] * 3
+
+
+async def test_what_outlives_its_block_acts_for_nobody() -> None:
+    left, outer = asyncio.Event(), make_test_identity()
+
+    async def later() -> IdentityContext | None:
+        await left.wait()
+        return get_current_identity() or await asyncio.to_thread(get_current_identity)
+
+    with identity_bound(outer):
+        async with with_system_identity(tenant_id=TENANT, audit=InMemoryAuditSink()) as identity:
+            assert await asyncio.create_task(asyncio.to_thread(get_current_identity)) is identity
+            within = asyncio.create_task(later())
+        beside = asyncio.create_task(later())
+        left.set()
+        assert (await within, await beside) == (None, outer)
 
 
 async def test_the_system_identity_is_recorded_before_it_is_bound_and_ends_with_its_block() -> None:

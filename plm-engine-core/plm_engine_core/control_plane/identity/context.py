@@ -34,12 +34,20 @@ class IdentityContext(BaseModel):
     expires_at: AwareDatetime
 
 
+class _Block:
+    """The block for which an identity is bound; tasks and threads that were started in it may outlive it."""
+
+    over = False
+
+
 current_identity: ContextVar[IdentityContext | None] = ContextVar("plm_current_identity", default=None)
+_block: ContextVar[_Block | None] = ContextVar("plm_identity_block", default=None)
 
 
 def get_current_identity() -> IdentityContext | None:
-    """The identity of the running task, or None outside any."""
-    return current_identity.get()
+    """The identity of the running task, or None outside any, and in what outlives the block that it was bound for."""
+    block = _block.get()
+    return None if block is not None and block.over else current_identity.get()
 
 
 def require_identity() -> IdentityContext:
@@ -48,7 +56,7 @@ def require_identity() -> IdentityContext:
     Raises:
         LookupError: none is bound; the code runs outside the identity middleware.
     """
-    identity = current_identity.get()
+    identity = get_current_identity()
     if identity is None:
         raise LookupError("no identity is bound; call this behind IdentityMiddleware or inside with_system_identity")
     return identity
@@ -57,11 +65,14 @@ def require_identity() -> IdentityContext:
 @contextmanager
 def identity_bound(identity: IdentityContext) -> Iterator[IdentityContext]:
     """Bind an identity for the length of a block, and put back what was bound before."""
-    token = current_identity.set(identity)
+    block = _Block()
+    bound, entered = current_identity.set(identity), _block.set(block)
     try:
         yield identity
     finally:
-        current_identity.reset(token)
+        block.over = True
+        _block.reset(entered)
+        current_identity.reset(bound)
 
 
 def new_identity(
