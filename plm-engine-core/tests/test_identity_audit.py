@@ -100,6 +100,24 @@ async def test_a_locked_table_is_unavailable_in_bounded_time(engine_database: Da
     assert len(rows(engine_database)) == 1
 
 
+async def test_an_audit_log_that_is_slow_keeps_nobody_else_from_the_database(engine_database: DatabaseUrls) -> None:
+    (tenant,) = create_tenants(engine_database, "acme")
+    options = {"autocommit": True}
+    async with AsyncConnectionPool(engine_database.app, min_size=4, max_size=4, kwargs=options, open=False) as pool:
+        await pool.wait()
+        sink = PostgresAuditSink(pool, timeout_seconds=60)
+        with psycopg.connect(engine_database.owner) as blocker:
+            blocker.execute("LOCK TABLE audit_log IN ACCESS EXCLUSIVE MODE")
+            records = [bind_record(make_test_identity(tenant_id=tenant), provider="hs256") for _ in range(50)]
+            writing = [asyncio.create_task(sink.write(record)) for record in records]
+            for _ in range(20):
+                async with pool.connection(timeout=10) as connection:
+                    await connection.execute("SELECT 1")
+            assert not any(task.done() for task in writing)
+        await asyncio.gather(*writing)
+    assert len(rows(engine_database)) == 50
+
+
 async def test_a_lost_database_is_unavailable(engine_database: DatabaseUrls, pool: Pool) -> None:
     (tenant,) = create_tenants(engine_database, "acme")
     await pool.close()

@@ -20,6 +20,7 @@ from plm_engine_core.control_plane.identity import (
     AuditUnavailable,
     Hs256JwtIdentityProvider,
     IdentityContext,
+    IdentityExpiredError,
     IdentityInvalidSignatureError,
     IdentityMetrics,
     IdentityMiddleware,
@@ -27,7 +28,7 @@ from plm_engine_core.control_plane.identity import (
     get_current_identity,
     require_identity,
 )
-from plm_engine_core.control_plane.identity.anonymous import AnonymousRefusals
+from plm_engine_core.control_plane.identity.refusals import Refusals
 
 SECRET = "a-secret-for-tests-of-forty-characters!!"
 USER, TENANT = uuid.UUID(int=1), uuid.UUID(int=2)
@@ -153,7 +154,7 @@ async def test_a_forged_token_is_recorded_for_the_installation_and_not_in_the_te
 
 async def test_forgers_cannot_fill_the_audit_log_and_are_counted() -> None:
     audit, moment = InMemoryAuditSink(), [0.0]
-    anonymous = AnonymousRefusals(audit, provider="hs256", clock=lambda: moment[0])
+    anonymous = Refusals(audit, provider="hs256", clock=lambda: moment[0])
     error = IdentityInvalidSignatureError()
     for _ in range(1000):
         await anonymous.record(error, client="192.0.2.1")
@@ -162,6 +163,45 @@ async def test_forgers_cannot_fill_the_audit_log_and_are_counted() -> None:
     await anonymous.record(error, client="192.0.2.2")
     last = audit.records[-1].payload
     assert (len(audit.records), last["omitted"], last["client"]) == (61, 940, "192.0.2.2")
+
+
+async def test_an_old_token_cannot_fill_its_tenants_audit_log_nor_hide_what_concerns_others() -> None:
+    audit, moment = InMemoryAuditSink(), [0.0]
+    refusals = Refusals(audit, provider="hs256", clock=lambda: moment[0])
+    for _ in range(1000):
+        await refusals.record(IdentityExpiredError(tenant_id=TENANT), client="192.0.2.1")
+    assert len(audit.records) == 60
+    await refusals.record(IdentityExpiredError(tenant_id=USER), client="192.0.2.1")
+    await refusals.record(IdentityInvalidSignatureError(), client="192.0.2.1")
+    assert [record.tenant_id for record in audit.records[60:]] == [USER, None]
+    moment[0] = 1.0
+    await refusals.record(IdentityExpiredError(tenant_id=TENANT), client="192.0.2.1")
+    assert (audit.records[-1].tenant_id, audit.records[-1].payload["omitted"]) == (TENANT, 940)
+
+
+async def test_however_many_tenants_are_named_only_those_are_remembered_of_which_something_was_left_out() -> None:
+    audit, moment = InMemoryAuditSink(), [0.0]
+    refusals = Refusals(audit, provider="hs256", clock=lambda: moment[0])
+    for _ in range(61):
+        await refusals.record(IdentityExpiredError(tenant_id=TENANT), client="")
+    for number in range(5_000):
+        moment[0] += 1.0
+        await refusals.record(IdentityExpiredError(tenant_id=uuid.UUID(int=number + 100)), client="")
+    assert len(refusals._allowances) <= 1_000
+    await refusals.record(IdentityExpiredError(tenant_id=TENANT), client="")
+    assert audit.records[-1].payload["omitted"] == 1
+
+
+async def test_a_refusal_of_a_tenant_that_does_not_exist_is_recorded_for_the_installation() -> None:
+    class Nobodys(InMemoryAuditSink):
+        async def write(self, record: AuditRecord) -> None:
+            if record.tenant_id is not None:
+                raise AuditTenantUnknown("no such tenant", tenant_id=record.tenant_id)
+            await super().write(record)
+
+    door = Door(audit=Nobodys())
+    assert await door.status(f"Bearer {token(iat=1_000_000, exp=1_000_600)}") == 401
+    assert [record.payload["reason"] for record in door.audit.records] == ["expired"]
 
 
 async def test_a_refusal_that_cannot_be_recorded_is_a_refusal_all_the_same_and_is_counted() -> None:

@@ -84,14 +84,18 @@ def bind_record(identity: IdentityContext, *, provider: str) -> AuditRecord:
     )
 
 
-def reject_record(tenant_id: UUID, error: IdentityValidationError, *, provider: str) -> AuditRecord:
-    """The record of a refusal; the tenant must come from a verified signature, never from an unverified claim."""
+def reject_record(tenant_id: UUID, error: IdentityValidationError, *, provider: str, omitted: int = 0) -> AuditRecord:
+    """The record of a refusal; the tenant must come from a verified signature, never from an unverified claim.
+
+    Before it, `omitted` others were not recorded.
+    """
+    facts = {"provider": provider, "reason": error.reason.value, "code": error.code}
     return AuditRecord(
         tenant_id=tenant_id,
         user_id=None,
         actor_kind=ActorKind.SYSTEM,
         event_type=AuditEvent.IDENTITY_REJECT,
-        payload={"provider": provider, "reason": error.reason.value, "code": error.code},
+        payload={**facts, "omitted": omitted} if omitted else facts,
     )
 
 
@@ -121,7 +125,8 @@ class InMemoryAuditSink:
 class PostgresAuditSink:
     """Writes to ``audit_log``, and what has no tenant to ``audit_log_system``, as the application's login.
 
-    One transaction and one network round trip per record.
+    One transaction and one network round trip per record. At most half of the pool's connections write at once, so that
+    an audit log that is slow keeps nobody else from the database.
     """
 
     def __init__(
@@ -129,12 +134,13 @@ class PostgresAuditSink:
     ) -> None:
         self._pool = pool
         self._timeout = timeout_seconds
+        self._writing = asyncio.Semaphore(max(1, pool.max_size // 2))
 
     async def write(self, record: AuditRecord) -> None:
         """See `AuditSink.write`; waits at most `timeout_seconds`, connection and commit included."""
         with kept_cancel():
             try:
-                async with asyncio.timeout(self._timeout):
+                async with asyncio.timeout(self._timeout), self._writing:
                     await self._insert(record)
             except psycopg.errors.ForeignKeyViolation:
                 raise AuditTenantUnknown(

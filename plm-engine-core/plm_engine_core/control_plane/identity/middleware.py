@@ -7,13 +7,11 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Final
 
-from plm_engine_core.control_plane.identity.anonymous import AnonymousRefusals
 from plm_engine_core.control_plane.identity.audit import (
     AuditError,
     AuditSink,
     AuditTenantUnknown,
     bind_record,
-    reject_record,
 )
 from plm_engine_core.control_plane.identity.context import IdentityContext, identity_bound
 from plm_engine_core.control_plane.identity.errors import (
@@ -26,6 +24,7 @@ from plm_engine_core.control_plane.identity.errors import (
 from plm_engine_core.control_plane.identity.metrics import IdentityMetrics
 from plm_engine_core.control_plane.identity.problems import Problem, refuse
 from plm_engine_core.control_plane.identity.provider import IdentityProvider
+from plm_engine_core.control_plane.identity.refusals import Refusals
 from plm_engine_core.control_plane.identity.websockets import Receive, Send, closing_at
 
 Scope = MutableMapping[str, Any]
@@ -59,7 +58,7 @@ class IdentityMiddleware:
         self._provider = provider
         self._audit = audit
         self._audit_required = audit_required
-        self._anonymous = AnonymousRefusals(audit, provider=provider.name)
+        self._refusals = Refusals(audit, provider=provider.name)
         self._metrics = metrics or IdentityMetrics(provider.name)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,13 +107,8 @@ class IdentityMiddleware:
     async def _refused(self, error: IdentityValidationError, scope: Scope) -> Problem:
         """The refusal, recorded with the tenant that a signature proved: a forger must not write into anybody's log."""
         self._metrics.refused(error)
-        if error.tenant_id is not None:
-            try:
-                await self._audit.write(reject_record(error.tenant_id, error, provider=self._provider.name))
-            except AuditError:
-                _log.exception("identity.reject of tenant %s is not in the audit log", error.tenant_id)
-        elif not isinstance(error, IdentityMissingError):
-            await self._anonymous.record(error, client=str((scope.get("client") or ("",))[0]))
+        if not isinstance(error, IdentityMissingError):
+            await self._refusals.record(error, client=str((scope.get("client") or ("",))[0]))
         return Problem.unauthenticated(error)
 
 

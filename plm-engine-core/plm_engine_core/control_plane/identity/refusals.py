@@ -1,52 +1,94 @@
-"""Refusals that prove no tenant: recorded for the installation, and never more of them than it can bear."""
+"""Refused tokens: recorded for whom they name, and never more of them than an audit log can bear."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from uuid import UUID
 
-from plm_engine_core.control_plane.identity.audit import AuditError, AuditSink, anonymous_record
+from plm_engine_core.control_plane.identity.audit import (
+    AuditError,
+    AuditSink,
+    AuditTenantUnknown,
+    anonymous_record,
+    reject_record,
+)
 from plm_engine_core.control_plane.identity.errors import IdentityValidationError
 
 _BURST = 60.0
 _PER_SECOND = 1.0
+_MOST_ALLOWANCES = 1_000
 
 _log = logging.getLogger(__name__)
 
 
-class AnonymousRefusals:
-    """Writes them to the audit log of the installation.
+class _Allowance:
+    """How many records may still be written for one tenant, or for the installation."""
 
-    Anybody can cause them without a token of ours, so they are bounded: 60 at once and then one a second, in each
-    process. What is left out is counted, and the next record says how many there were.
+    def __init__(self, now: float) -> None:
+        self._left, self._filled_at = _BURST, now
+        self.omitted = 0
+
+    def fill(self, now: float) -> bool:
+        """Add what time has brought; answers whether nothing has been used that it did not bring back."""
+        self._left = min(_BURST, self._left + (now - self._filled_at) * _PER_SECOND)
+        self._filled_at = now
+        return self._left >= _BURST
+
+    def take(self, now: float) -> bool:
+        """Whether one more may be written."""
+        self.fill(now)
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
+
+
+class Refusals:
+    """Writes them to the audit log of the tenant that a signature proved, or else of the installation.
+
+    Whoever has a token that was good once can cause the first kind for ever, and anybody the second. So they are
+    bounded: 60 at once and then one a second, for each tenant and for the installation, in each process. What is left
+    out is counted, and the next record says how many there were.
     """
 
     def __init__(self, audit: AuditSink, *, provider: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._audit = audit
         self._provider = provider
         self._clock = clock
-        self._tokens = _BURST
-        self._filled_at = clock()
-        self._omitted = 0
+        self._allowances: dict[UUID | None, _Allowance] = {}
 
     async def record(self, error: IdentityValidationError, *, client: str) -> None:
         """Record one, or count it; a failure is logged, for the request is refused all the same."""
-        if not self._may_write():
-            self._omitted += 1
-            return
-        omitted, self._omitted = self._omitted, 0
+        tenant_id = error.tenant_id
         try:
-            await self._audit.write(anonymous_record(error, provider=self._provider, client=client, omitted=omitted))
-        except AuditError:
-            self._omitted += omitted + 1
-            _log.exception("identity.reject is not in the audit log of the installation")
+            await self._write(error, tenant_id, client)
+        except AuditTenantUnknown:  # a signature named it, and it does not exist
+            self._allowances.pop(tenant_id, None)
+            await self._write(error, None, client)
 
-    def _may_write(self) -> bool:
+    async def _write(self, error: IdentityValidationError, tenant_id: UUID | None, client: str) -> None:
+        allowance = self._allowance(tenant_id)
+        if not allowance.take(self._clock()):
+            allowance.omitted += 1
+            return
+        omitted, allowance.omitted = allowance.omitted, 0
+        if tenant_id is not None:
+            record = reject_record(tenant_id, error, provider=self._provider, omitted=omitted)
+        else:
+            record = anonymous_record(error, provider=self._provider, client=client, omitted=omitted)
+        try:
+            await self._audit.write(record)
+        except AuditError as failure:
+            if tenant_id is not None and isinstance(failure, AuditTenantUnknown):
+                raise
+            allowance.omitted += omitted + 1
+            _log.exception("identity.reject of %s is not in the audit log", tenant_id or "the installation")
+
+    def _allowance(self, tenant_id: UUID | None) -> _Allowance:
         now = self._clock()
-        self._tokens = min(_BURST, self._tokens + (now - self._filled_at) * _PER_SECOND)
-        self._filled_at = now
-        if self._tokens < 1:
-            return False
-        self._tokens -= 1
-        return True
+        if len(self._allowances) >= _MOST_ALLOWANCES:
+            used = {key: each for key, each in self._allowances.items() if not each.fill(now) or each.omitted}
+            self._allowances = used
+        return self._allowances.setdefault(tenant_id, _Allowance(now))
