@@ -457,6 +457,63 @@ class TestOutcomes:
         (run,) = runs(memory)
         assert run.state is RunState.OUTCOME_UNKNOWN
 
+    async def test_one_of_several_errors_that_leaves_it_open_is_enough(self, memory):
+        async def lost():
+            raise OutcomeUnknown("the line went dead")
+
+        @governed("shop.look", by=memory)
+        async def look():
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(lost())
+
+        with pytest.raises(ExceptionGroup):
+            await look()
+        (run,) = await asyncio.to_thread(runs, memory)
+        assert run.state is RunState.OUTCOME_UNKNOWN
+
+    def test_an_error_that_cannot_be_shown_is_recorded_all_the_same(self, memory):
+        class Shy(Exception):
+            def __str__(self):
+                raise RuntimeError("no words")
+
+        @governed("shop.look", by=memory)
+        def look():
+            raise Shy
+
+        with pytest.raises(Shy):
+            look()
+        (run,) = runs(memory)
+        assert only_step(memory, run).error == {"category": "Shy", "message": "it cannot be shown (RuntimeError)"}
+
+    def test_a_result_that_cannot_be_read_is_returned_and_not_recorded(self, memory):
+        class Shy(list):
+            def __iter__(self):
+                raise RuntimeError("not now")
+
+        thing = Shy([1])
+        assert governed("shop.look", by=memory)(lambda: thing)() is thing
+        (run,) = runs(memory)
+        assert (run.state, only_step(memory, run).output) == (RunState.SUCCEEDED, None)
+
+    async def test_a_result_is_recorded_as_it_was_returned_whatever_others_make_of_it(self, memory, monkeypatch):
+        storage = await asyncio.to_thread(memory.plane.call, the_storage)
+        settle, shared = storage.admission.settle, {"first": 1}
+
+        async def late(*args, **keywords):
+            shared["second"] = object()
+            return await settle(*args, **keywords)
+
+        monkeypatch.setattr(storage.admission, "settle", late)
+
+        @governed("shop.look", by=memory)
+        async def look():
+            return shared
+
+        assert await look() is shared
+        (run,) = await asyncio.to_thread(runs, memory)
+        step = await asyncio.to_thread(only_step, memory, run)
+        assert (run.state, step.output) == (RunState.SUCCEEDED, {"first": 1})
+
     async def test_a_cancelled_call_is_unknown_too(self, memory):
         look, begun = endless(memory)
         task = asyncio.create_task(look())
@@ -657,13 +714,24 @@ class TestMisuse:
             look()
         assert runs(memory) == []
 
-    def test_a_resource_that_names_no_argument(self, memory):
-        @governed("shop.look", by=memory, resource="shelf/{shelf}")
+    @pytest.mark.parametrize("resource", ["shelf/{shelf}", "shelf/{item:d}", "shelf/{item.name}", "shelf/{}"])
+    def test_a_resource_that_cannot_be_filled_in(self, memory, resource):
+        @governed("shop.look", by=memory, resource=resource)
         def look(item):
             raise AssertionError("it ran")
 
         with pytest.raises(InvalidRequest, match="cannot be filled in"):
-            look("bolt")
+            look(["bolt"])
+
+    @pytest.mark.parametrize("leave_out", ["item", ("items",), ("item", "client")])
+    def test_leaving_out_what_is_no_argument_by_name(self, memory, leave_out):
+        with pytest.raises(InvalidRequest, match="leave_out has to name arguments of") as caught:
+            governed("shop.look", by=memory, leave_out=leave_out)(lambda item: item)
+        assert caught.value.field == "leave_out"
+
+    def test_what_does_not_say_which_arguments_it_takes(self, memory):
+        with pytest.raises(InvalidRequest, match="does not say which arguments it takes"):
+            governed("shop.look", by=memory)(classmethod(lambda cls: cls))
 
     async def test_arguments_that_are_changed_while_they_are_decided_on_are_not_called_with(self, memory):
         @governed("shop.look", by=memory)

@@ -6,11 +6,12 @@ import asyncio
 import copy
 import functools
 import inspect
-from collections.abc import Awaitable, Callable
+import json
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
 
-from plm_shared.canonical_json import JsonRefused, check_storable
+from plm_shared.canonical_json import storable_json
 
 from plm_engine_core.agent_runtime.current_call import CallStopped, calling, stoppable
 from plm_engine_core.agent_runtime.governor import Governor, Opened
@@ -48,9 +49,9 @@ def governed(
     would be. A synchronous one cannot be ended from outside: it asks `current_call()` now and then.
 
     Raises:
-        InvalidRequest: from here, the capability is not registered, or the function yields and so would go on after
-            its call; from a call, an argument is no JSON value or was changed while it was decided on, or the result
-            has not run yet.
+        InvalidRequest: from here, the capability is not registered, `leave_out` names no argument, or the function
+            yields and so would go on after its call; from a call, an argument is no JSON value or was changed while it
+            was decided on, or the result has not run yet.
         CallRefused: from a call; it was denied or steered, or waits for a human. The function did not run.
         CallStopped: from a call; it was stopped in its middle.
         StorageUnavailable: from a call; what became of it could not be recorded.
@@ -62,7 +63,8 @@ def governed(
         name = getattr(function, "__qualname__", type(function).__qualname__)
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise _unfinished(name)
-        shape = _Shape(function, capability, resource or f"function/{name}", leave_out)
+        signature = _signature(function, name, leave_out)
+        shape = _Shape(signature, capability, resource or f"function/{name}", leave_out)
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
             return cast("Callable[P, T]", _asynchronous(by, shape, function))
         return _synchronous(by, shape, function)
@@ -74,19 +76,19 @@ def governed(
 class _Shape:
     """What is proposed when a function is called."""
 
-    function: Callable[..., Any]
+    signature: inspect.Signature
     capability: str
     resource: str
     leave_out: tuple[str, ...]
 
     def call(self, args: Any, kwargs: Any) -> tuple[str, dict[str, Any]]:
         """The resource and the arguments of one call, defaults included; TypeError as for the function itself."""
-        bound = inspect.signature(self.function).bind(*args, **kwargs)
+        bound = self.signature.bind(*args, **kwargs)
         bound.apply_defaults()
         arguments = {name: value for name, value in bound.arguments.items() if name not in self.leave_out}
         try:
             return self.resource.format(**bound.arguments), _apart(arguments)
-        except (LookupError, AttributeError, ValueError) as error:
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
             raise InvalidRequest(
                 f"resource {self.resource!r} cannot be filled in with the arguments: {error!r}", field="resource"
             ) from error
@@ -99,6 +101,18 @@ class _Shape:
                 f"the arguments of {self.resource} were changed while it was decided on them; it was not called",
                 field="arguments",
             )
+
+
+def _signature(function: Callable[..., Any], name: str, leave_out: Sequence[str]) -> inspect.Signature:
+    """What the function takes; InvalidRequest where nobody can tell, or where nothing of a name could be left out."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{name} does not say which arguments it takes: {error}", field="function") from error
+    if isinstance(leave_out, str) or (unknown := [each for each in leave_out if each not in signature.parameters]):
+        wrong = repr(leave_out) if isinstance(leave_out, str) else ", ".join(unknown)
+        raise InvalidRequest(f"leave_out has to name arguments of {name}, in a tuple, not {wrong}", field="leave_out")
+    return signature
 
 
 def _apart(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -187,19 +201,32 @@ def _closing(by: Governor, opened: Opened, outcome: Outcome) -> Callable[[Contro
 def reported(result: Any) -> Outcome:
     """What a function that returned says of itself; its cost is the whole reservation, as nobody measured it."""
     try:
-        check_storable(result, root="output")
-    except JsonRefused:
-        result = None
-    return Outcome(status=OutcomeStatus.SUCCEEDED, output=result, usage=None, evidence=Evidence.REPORTED)
+        output = json.loads(storable_json(result, root="output"))  # apart from what the caller, or others, now change
+    except Exception:  # noqa: BLE001  # it is no JSON; or an object of its own, or changed meanwhile
+        output = None
+    return Outcome(status=OutcomeStatus.SUCCEEDED, output=output, usage=None, evidence=Evidence.REPORTED)
 
 
 def failed(error: BaseException) -> Outcome:
     """What a function that raised says of itself; an interruption leaves open what it did."""
-    known = isinstance(error, Exception) and not isinstance(error, OutcomeUnknown | CallStopped)
-    words = str(error).encode(errors="backslashreplace").decode().replace("\0", "\\0")[:_LONGEST]
+    words = _words(error).encode(errors="backslashreplace").decode().replace("\0", "\\0")[:_LONGEST]
     return Outcome(
-        status=OutcomeStatus.FAILED if known else OutcomeStatus.OUTCOME_UNKNOWN,
+        status=OutcomeStatus.OUTCOME_UNKNOWN if _leaves_open(error) else OutcomeStatus.FAILED,
         error={"category": type(error).__name__, "message": words},
         usage=None,
         evidence=Evidence.REPORTED,
     )
+
+
+def _leaves_open(error: BaseException) -> bool:
+    """Whether nobody knows what was done; of several errors, one of which that is true is enough."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(_leaves_open(each) for each in error.exceptions)
+    return not isinstance(error, Exception) or isinstance(error, OutcomeUnknown | CallStopped)
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as problem:  # noqa: BLE001  # the function's own class
+        return f"it cannot be shown ({type(problem).__name__})"
