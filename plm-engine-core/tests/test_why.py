@@ -127,6 +127,21 @@ async def test_times_are_those_of_utc_whatever_the_time_zone_of_the_server(bench
     assert expired["deadline"].endswith("+00:00")
 
 
+@pytest.mark.parametrize("scope", ["run", "run_group", "agent", "tenant", "system"])
+async def test_a_queued_run_over_which_a_halt_stands_waits_for_no_run_worker(bench: Any, scope: str) -> None:
+    run = await bench.run(run_group_id=(group := uuid.uuid4()))
+    other = await bench.run()
+    named = {"run": run.id, "run_group": group}.get(scope)
+    halt = await bench.halt(HaltScope(scope), named, subject="test" if scope == "agent" else None, reason="look first")
+    answer = await asked(bench, run.id)
+    assert (answer.state, answer.reason) == ("queued", "halted")
+    assert answer.message == f"a {scope} halt stands: look first"
+    assert answer.unblocked_by == UNBLOCKED_BY[Reason.HALTED]
+    assert ((await asked(bench, other.id)).reason == "halted") is (scope not in ("run", "run_group"))
+    await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
+    assert "run worker" in (await asked(bench, run.id)).unblocked_by
+
+
 async def test_a_halt_is_where_it_stopped_and_lifting_it_the_way_on(bench: Any) -> None:
     lease = await bench.lease()
     await bench.halt(HaltScope.RUN, lease.run.id, reason="look first")
@@ -220,7 +235,6 @@ async def test_a_name_of_no_form_is_refused(bench: Any, name: str) -> None:
 
 
 @pytest.mark.postgres_only
-@pytest.mark.postgres_only
 @pytest.mark.parametrize("decision", ["[]", "1", '"deny"', "null", "{}", '{"stages": 5}', '{"stages": [1]}'])
 async def test_a_decision_that_cannot_be_read_hides_nothing_else(bench: Any, decision: str) -> None:
     lease, pending = await bench.ask()
@@ -240,6 +254,7 @@ async def test_a_run_whose_record_is_damaged_is_refused_in_one_sentence(bench: A
         await asked(bench, run.id)
 
 
+@pytest.mark.postgres_only
 async def test_the_terminal_says_it_in_words_and_in_json(bench: Any) -> None:
     lease, _ = await bench.ask()
 

@@ -15,12 +15,14 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.admission.grants import Begun
 from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
+from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl import ApprovalTicket
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.storage.ports import Storage
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
+    HaltScope,
     Period,
     Reason,
     RunKind,
@@ -201,7 +203,27 @@ async def _of_run_or_ticket(storage: Storage, tenant_id: UUID, identifier: UUID)
             raise NotFound("run or ticket", identifier) from None
     steps = await storage.runs.steps(tenant_id, identifier)
     last = await _of_step(storage, tenant_id, run.id, steps[-1]) if steps else None
-    return of_run(run, last)
+    halt = await _halt_over(storage, run) if run.state is RunState.QUEUED else None
+    return of_run(run, last, halt)
+
+
+async def _halt_over(storage: Storage, run: Run) -> Halt | None:
+    """What a run worker that takes the run would park it for."""
+    standing = await storage.halts.list(run.tenant_id, limit=_MOST_OF_ONE, before=None, standing=True)
+    return next((halt for halt in standing if _stands_over(halt, run)), None)
+
+
+def _stands_over(halt: Halt, run: Run) -> bool:
+    match halt.scope:
+        case HaltScope.SYSTEM | HaltScope.TENANT:
+            return True
+        case HaltScope.AGENT:
+            return halt.subject == run.subjects.agent_id
+        case HaltScope.RUN_GROUP:
+            return halt.scope_id == run.subjects.run_group_id
+        case HaltScope.RUN:
+            return halt.scope_id == run.id
+    return False  # which capability comes next is not known yet
 
 
 async def _of_step(storage: Storage, tenant_id: UUID, run_id: UUID, step: Step) -> Why:
@@ -223,8 +245,19 @@ def _name_of(budget: Budget | BudgetKey) -> str:
     return "/".join((budget.scope.value, str(budget.subject or budget.scope_id), budget.unit, *window))
 
 
-def of_run(run: Run, last: Why | None) -> Why:
-    """Why a run stands where it stands; `last` is about its last attempt."""
+def of_run(run: Run, last: Why | None, halt: Halt | None = None) -> Why:
+    """Why a run stands where it stands; `last` is about its last attempt, `halt` stands over a run that is queued."""
+    if halt is not None:
+        return Why(
+            kind="run",
+            id=str(run.id),
+            state=run.state.value,
+            reason=Reason.HALTED.value,
+            message=f"a {halt.scope.value} halt stands: {halt.reason}",
+            policy_digest=run.policy_digest,
+            unblocked_by=UNBLOCKED_BY[Reason.HALTED],
+            because=last,
+        )
     reason = run.reason or None
     blocked = run.state not in (RunState.SUCCEEDED, RunState.CANCELLED)
     by_state = _BY_EXTERNAL_RUN_STATE if run.kind is RunKind.EXTERNAL else _BY_RUN_STATE
