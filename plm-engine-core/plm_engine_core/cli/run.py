@@ -33,7 +33,8 @@ def reconcile(
     """Say what became of a step whose outcome is unknown; the run goes on from there.
 
     With --happened the step counts as done, with --did-not it is attempted again. It is recorded as reported by the
-    operator, never as measured. Status 0: the run goes on; 1: refused; 2: wrong arguments; 3: no address.
+    operator, never as measured. What the call had reserved stays spent either way, as it may have cost that; give it
+    back with `plm-cli budget correct`. Status 0: the run goes on; 1: refused; 2: wrong arguments; 3: no address.
     """
     if happened is None:
         fail(ExitCode.USAGE, "say --happened or --did-not; when nobody knows, leave the run as it is")

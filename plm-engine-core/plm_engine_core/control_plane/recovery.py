@@ -16,11 +16,13 @@ from plm_engine_core.control_plane.storage.leasing import RECOVERY
 from plm_engine_core.control_plane.storage.ports import Storage
 from plm_engine_core.control_plane.stray_artifacts import GRACE_SECONDS, StrayArtifacts
 from plm_engine_core.control_plane.sweeping import sweep_until_cancelled
+from plm_engine_core.control_plane.turns import Turns
 from plm_engine_core.control_plane.vocabulary import OutcomeStatus, RunKind, RunState, StepState
 
 logger = logging.getLogger(__name__)
 
 _BATCH = 200
+_LOOK = 10_000  # rows of which a batch is chosen; only their ids are read
 _LEASE_SECONDS = 30.0
 _NEVER_BEGAN = "its holder was lost before the call began"
 _MAY_HAVE_HAPPENED = "its holder was lost; it may have had its effect"
@@ -38,6 +40,8 @@ class Recovery:
     itself: a call that did not begin gives back what it had reserved, one that did is parked as `outcome_unknown`, and
     otherwise the run is queued for whoever made it. Queued and left alone for `forsaken_seconds`, it fails as
     `abandoned`.
+
+    Where more is due than one pass does, each tenant has its turn, and what failed before comes last.
 
     With an artifact store it also removes, once in `artifacts_every_seconds`, what stands there for
     `artifact_grace_seconds` without a record; see `StrayArtifacts` for how long that has to be.
@@ -58,6 +62,7 @@ class Recovery:
         self._every_seconds = every_seconds
         self._patience = patience_seconds
         self._orphans = _Orphans(storage, forsaken_seconds=forsaken_seconds)
+        self._turns = Turns(_BATCH)
         self._strays = (
             None if artifacts is None else StrayArtifacts(storage, artifacts, grace_seconds=artifact_grace_seconds)
         )
@@ -69,10 +74,12 @@ class Recovery:
         await self._orphans.close()
         revived = 0
         runs = self._storage.runs
-        for tenant_id, run_id in await runs.abandoned(_BATCH, patience_seconds=self._patience):
+        due = await runs.abandoned(_LOOK, patience_seconds=self._patience)
+        for tenant_id, run_id in self._turns.choose(due):
             try:
                 revived += await runs.revive(tenant_id, run_id, patience_seconds=self._patience)
             except Exception:
+                self._turns.failed(run_id)
                 logger.warning("a run could not be brought back yet", extra={"run_id": str(run_id)}, exc_info=True)
         return revived
 
@@ -107,15 +114,20 @@ class _Orphans:
     def __init__(self, storage: Storage, *, forsaken_seconds: float) -> None:
         self._storage = storage
         self._forsaken = forsaken_seconds
+        self._turns = Turns(_BATCH)
 
     async def close(self) -> None:
         """Close what is left; what another sweeper or the holder itself does meanwhile is its own."""
-        for orphan in await self._storage.runs.orphaned(_BATCH, forsaken_seconds=self._forsaken):
+        found = await self._storage.runs.orphaned(_LOOK, forsaken_seconds=self._forsaken)
+        orphans = {orphan.run_id: orphan for orphan in found}
+        for _, run_id in self._turns.choose((orphan.tenant_id, orphan.run_id) for orphan in found):
+            orphan = orphans[run_id]
             try:
                 await self._close(orphan)
             except FencingLost:
                 continue
             except Exception:  # a record of another release, or a damaged one
+                self._turns.failed(run_id)
                 logger.warning("a run could not be closed yet", extra={"run_id": str(orphan.run_id)}, exc_info=True)
 
     async def _close(self, orphan: Orphan) -> None:
