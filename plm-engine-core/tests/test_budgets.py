@@ -9,6 +9,7 @@ from decimal import Decimal
 
 import pytest
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted, Outcome
+from plm_engine_core.control_plane.events import rebuild
 from plm_engine_core.control_plane.limits import Subjects
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, CostBound
@@ -172,6 +173,31 @@ async def test_measured_usage_takes_the_place_of_the_bound(writing, usage, charg
     assert settlement.spent["tokens"] == str(charged)
     (budget,) = [each for each in await bench.storage.runs.budgets(bench.tenant, lease.run.id) if each.scope == "agent"]
     assert (budget.spent, budget.reserved, budget.subject) == (charged, 0, "test")
+
+
+async def test_no_overspend_is_lost_however_large_their_sum_is(writing):
+    most, calls = Decimal("99999999999.99999999"), 11
+    plenty = {"EUR": "100", "calls": "100"}
+    bench = writing(limit("tenant", 2000, per="day"), budgets={"run": plenty, "tenant": plenty})
+    lease = await bench.lease()
+    grants = [(await asked(bench, lease, index)).grant for index in range(calls)]
+    for grant in grants:
+        await bench.begin(grant, lease)
+        settled = await bench.control_plane.settle(
+            grant,
+            outcome(usage={"tokens": most}),
+            capability=WRITER,
+            fencing_token=lease.fencing_token,
+            trace_id=lease.run.trace_id,
+            actor="test",
+        )
+        assert settled.spent["tokens"] == str(most)
+    budgets = await bench.storage.runs.budgets(bench.tenant, lease.run.id)
+    (budget,) = [each for each in budgets if each.unit == "tokens"]
+    assert (budget.spent, budget.reserved) == (calls * most, 0)
+    denied = await asked(bench, lease, calls)
+    assert (denied.reason, denied.limit["spent"]) == (Reason.BUDGET_EXCEEDED, str(calls * most))
+    assert (await rebuild(bench.storage, bench.tenant))[1] == []
 
 
 async def test_what_never_started_comes_back_whole(writing):

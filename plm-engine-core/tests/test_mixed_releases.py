@@ -17,6 +17,7 @@ from itertools import product
 import pytest
 from plm_engine_core import migrations
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted
+from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.events import BEGINNING, rebuild, verify_tenant
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
@@ -257,3 +258,16 @@ async def test_a_crowd_of_mixed_nodes_is_granted_exactly_the_budget(bench, nodes
     assert ended == {"spent": LIMIT, "refused": 4 * crowd - LIMIT}
     assert await standing(bench) == (LIMIT, 0)
     await assert_whole(bench)
+
+
+async def test_who_prepared_a_statement_before_a_migration_is_told_to_send_it_again_and_then_answered(bench):
+    run = await bench.run()
+    bench.sql("ALTER TABLE budgets ALTER COLUMN spent TYPE numeric(20, 8)")
+    async with open_pool(bench.database.app, max_size=1) as pool:
+        runs = PostgresStorage(pool, None).runs
+        for _ in range(10):
+            before = await runs.budgets(bench.tenant, run.id)
+        bench.sql("ALTER TABLE budgets ALTER COLUMN spent TYPE numeric(28, 8)")
+        with pytest.raises(StorageUnavailable, match="was upgraded meanwhile"):
+            await runs.budgets(bench.tenant, run.id)
+        assert await runs.budgets(bench.tenant, run.id) == before

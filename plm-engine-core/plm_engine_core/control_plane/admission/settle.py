@@ -58,8 +58,8 @@ class Outcome:
     """What became of one granted call.
 
     `usage` is measured, in the plugin's units; None means it could not be, and the reservation is charged, as it is for
-    amounts that are negative or no numbers. `output` and `error` are JSON values; `error` has `category`, `message` and
-    whatever the executor knows beyond that.
+    amounts that are negative, no numbers, or 10^11 and more, which the books cannot hold. `output` and `error` are JSON
+    values; `error` has `category`, `message` and whatever the executor knows beyond that.
     """
 
     status: OutcomeStatus

@@ -12,7 +12,7 @@ from plm_engine_core.control_plane.events.event import TENANT_STREAM
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
 from plm_engine_core.control_plane.storage.memory.books import Books
 from plm_engine_core.control_plane.storage.memory.budgets import open_budget, window_start
-from plm_engine_core.control_plane.storage.memory.values import booked
+from plm_engine_core.control_plane.storage.memory.values import booked, booked_sum
 from plm_engine_core.control_plane.storage.ports import Correction
 from plm_engine_core.control_plane.storage.rows import budget_row, budget_told
 from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind
@@ -74,7 +74,7 @@ class MemoryBudgets:
                     f"only {row['spent'].normalize():f} {key.unit} were spent; no more can be given back",
                     field="amount",
                 )
-            row = books.budgets.change(tenant_id, name, spent=booked(row["spent"] + correction.amount))
+            row = books.budgets.change(tenant_id, name, spent=booked_sum(row["spent"] + correction.amount))
             told = {**budget_told(row), "amount": str(correction.amount), "reason": correction.reason}
             books.append(tenant_id, TENANT_STREAM, EventKind.BUDGET_CORRECTED, actor, told)
             return budget_row(row)

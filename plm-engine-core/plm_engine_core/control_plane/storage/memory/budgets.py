@@ -9,7 +9,13 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
-from plm_engine_core.control_plane.storage.memory.values import amount_text, booked, json_time, without_nulls
+from plm_engine_core.control_plane.storage.memory.values import (
+    amount_text,
+    booked,
+    booked_sum,
+    json_time,
+    without_nulls,
+)
 
 ALWAYS = datetime(1970, 1, 1, tzinfo=UTC)
 """When the window of a budget without a period began."""
@@ -113,7 +119,7 @@ def charge(books: Books, tenant_id: UUID, grant_id: UUID, charges: Mapping[str, 
         overrun = overrun or actual > amount
         budget = books.budgets.get(tenant_id, name)
         if budget is not None:
-            left, spent = booked(budget["reserved"] - amount), booked(budget["spent"] + actual)
+            left, spent = booked(budget["reserved"] - amount), booked_sum(budget["spent"] + actual)
             books.budgets.change(tenant_id, name, reserved=left, spent=spent)
         books.reservations.change(group, name, settled=booked(actual))
     return overrun

@@ -15,6 +15,7 @@ from plm_engine_core.control_plane.errors import InvalidRequest
 
 _PLACES = Decimal("0.00000001")
 _TOO_LARGE = Decimal(10) ** 12
+_TOO_LARGE_A_SUM = Decimal(10) ** 20
 
 
 def kept_json(value: Any, *, root: str) -> Any:
@@ -87,7 +88,20 @@ def booked(amount: Decimal) -> Decimal:
     Raises:
         InvalidRequest: it is too large for the books.
     """
-    if not amount.is_finite() or abs(amount) >= _TOO_LARGE:
+    return _booked(amount, _TOO_LARGE)
+
+
+def booked_sum(amount: Decimal) -> Decimal:
+    """What was spent as numeric(28, 8) holds it: more than any number of calls can cost.
+
+    Raises:
+        InvalidRequest: it is too large for the books.
+    """
+    return _booked(amount, _TOO_LARGE_A_SUM)
+
+
+def _booked(amount: Decimal, too_large: Decimal) -> Decimal:
+    if not amount.is_finite() or abs(amount) >= too_large:
         raise InvalidRequest("the database cannot hold a value of the request: numeric field overflow")
     return amount.quantize(_PLACES, rounding=ROUND_HALF_UP)
 

@@ -73,6 +73,8 @@ def _translate(error: psycopg.Error) -> ControlPlaneError | None:
             return NotFound("tenant", "of this request")
         case "23505":
             return Conflict(f"it exists already: {text}", reason="already_exists")
+        case "0A000" if error.diag.source_function == "RevalidateCachedQuery":  # prepared before a migration
+            return StorageUnavailable(f"the database was upgraded meanwhile: {text}")
         case state if (state or "").startswith("54"):  # the driver counts these among failures of operation
             return InvalidRequest(f"the database cannot hold a value of the request: {text}")
         case state if state in _BUSY or isinstance(error, psycopg.OperationalError | psycopg.InterfaceError):
