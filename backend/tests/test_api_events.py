@@ -68,17 +68,24 @@ def test_a_client_that_goes_away_does_not_cancel_the_run(client: Any, gate: Any)
 
 
 def test_the_feed_shows_every_event_of_every_run_in_pages_of_any_size(client: Any, finished_run: str) -> None:
+    before, cursor = _feed(client, None, limit=200)
     other = client.run("echo")["run_id"]
     client.finished(other)
-    for limit in (1, 200):
-        seen, cursor = [], None
-        while True:
-            page = client.get("/v1/events", params={"limit": limit, **({"cursor": cursor} if cursor else {})}).json()
-            cursor = page["next"]
-            seen += page["items"]
-            if not page["items"] and page["held_back"] is None:
-                break
-        for run_id in (finished_run, other):
-            fed = [(each["seq"], each["kind"], each["hash"]) for each in seen if each["stream"] == f"run/{run_id}"]
-            streamed = [json.loads(message.data) for message in client.events(run_id)]
-            assert fed == [(each["seq"], each["kind"], each["hash"]) for each in streamed]
+    one_by_one, _ = _feed(client, cursor, limit=1)
+    everything, _ = _feed(client, None, limit=200)
+    for run_id in (finished_run, other):
+        streamed = [json.loads(message.data) for message in client.events(run_id)]
+        for fed in (before + one_by_one, everything):
+            of_run = [(each["seq"], each["kind"], each["hash"]) for each in fed if each["stream"] == f"run/{run_id}"]
+            assert of_run == [(each["seq"], each["kind"], each["hash"]) for each in streamed]
+
+
+def _feed(client: Any, cursor: str | None, *, limit: int) -> tuple[list[dict[str, Any]], str]:
+    """What the feed has after a cursor, read to its end in pages of so many, and the cursor to go on with."""
+    seen: list[dict[str, Any]] = []
+    while True:
+        page = client.get("/v1/events", params={"limit": limit, **({"cursor": cursor} if cursor else {})}).json()
+        cursor = page["next"]
+        seen += page["items"]
+        if not page["items"] and page["held_back"] is None:
+            return seen, cursor
