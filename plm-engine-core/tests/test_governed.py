@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import signal
 import threading
 import time
 import uuid
@@ -513,6 +514,80 @@ class TestOutcomes:
         (run,) = await asyncio.to_thread(runs, memory)
         step = await asyncio.to_thread(only_step, memory, run)
         assert (run.state, step.output) == (RunState.SUCCEEDED, {"first": 1})
+
+    @pytest.mark.parametrize("told", [False, True])
+    async def test_who_is_cancelled_before_the_call_is_made_leaves_nothing_open(self, memory, monkeypatch, told):
+        """Whether the cancel comes while it is decided, or when the answer is on its way."""
+        open_call, asked, go_on, opened = memory.open_call, asyncio.Event(), threading.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        async def slow(*args):
+            loop.call_soon_threadsafe(asked.set)
+            await asyncio.to_thread(go_on.wait, 60)
+            answer = await open_call(*args)
+            opened.set()
+            return answer
+
+        monkeypatch.setattr(memory, "open_call", slow)
+
+        @governed("shop.pay", by=memory)
+        async def pay():
+            raise AssertionError("it ran")
+
+        task = asyncio.create_task(pay())
+        await asked.wait()
+        if told:
+            go_on.set()
+            assert opened.wait(60)  # this loop stands still, so the answer waits for it
+            memory.plane.thread.submit(lambda: memory.plane.on_core(the_storage)).result(60)
+        task.cancel()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        states = []
+        async with asyncio.timeout(60):
+            while states != [RunState.FAILED]:
+                await asyncio.sleep(0)
+                states = [run.state for run in await asyncio.to_thread(runs, memory)]
+        (run,) = await asyncio.to_thread(runs, memory)
+        assert (await asyncio.to_thread(only_step, memory, run)).state is StepState.NOT_STARTED
+
+    def test_who_is_interrupted_before_the_call_is_made_leaves_nothing_open(self, memory, monkeypatch):
+        open_call, main = memory.open_call, threading.get_ident()
+
+        async def slow(*args):
+            signal.pthread_kill(main, signal.SIGINT)
+            await asyncio.to_thread(interrupted.wait, 60)
+            return await open_call(*args)
+
+        monkeypatch.setattr(memory, "open_call", slow)
+        interrupted = threading.Event()
+        with pytest.raises(KeyboardInterrupt):
+            governed("shop.pay", by=memory)(lambda: pytest.fail("it ran"))()
+        interrupted.set()
+        give_up, states = time.monotonic() + 60, []
+        while states != [RunState.FAILED] and time.monotonic() < give_up:
+            states = [run.state for run in runs(memory)]
+        (run,) = runs(memory)
+        assert only_step(memory, run).state is StepState.NOT_STARTED
+
+    def test_who_is_interrupted_while_an_outcome_is_recorded_finds_it_recorded(self, memory, monkeypatch):
+        close_call, main = memory.close_call, threading.get_ident()
+
+        async def slow(*args):
+            signal.pthread_kill(main, signal.SIGINT)
+            await asyncio.to_thread(interrupted.wait, 60)
+            await close_call(*args)
+
+        monkeypatch.setattr(memory, "close_call", slow)
+        interrupted = threading.Event()
+        with pytest.raises(KeyboardInterrupt):
+            governed("shop.pay", by=memory)(lambda: 7)()
+        interrupted.set()
+        give_up, states = time.monotonic() + 60, []
+        while states != [RunState.SUCCEEDED] and time.monotonic() < give_up:
+            states = [run.state for run in runs(memory)]
+        assert states == [RunState.SUCCEEDED]
 
     async def test_a_cancelled_call_is_unknown_too(self, memory):
         look, begun = endless(memory)

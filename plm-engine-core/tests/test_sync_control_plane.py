@@ -287,6 +287,16 @@ def test_who_is_interrupted_takes_the_call_back_and_may_go_on(sync):
     assert sync.verify_events(uuid.uuid4()) == []
 
 
+def test_what_would_end_an_event_loop_is_told_and_ends_nothing(sync):
+    async def leaving(core):
+        raise SystemExit(3)
+
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            sync.call(leaving)
+    assert sync.verify_events(uuid.uuid4()) == []
+
+
 def test_an_interrupt_between_handing_over_and_waiting_takes_the_call_back_too():
     cancelled = threading.Event()
 

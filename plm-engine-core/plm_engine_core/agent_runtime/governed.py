@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import inspect
@@ -130,7 +129,8 @@ def _synchronous(by: Governor, shape: _Shape, function: Callable[P, T]) -> Calla
 
         def make(ticket: CallPending | None) -> T:
             try:
-                opened = by.wait(_opening(by, shape.capability, resource, arguments, ticket))
+                opening = _opening(by, shape.capability, resource, arguments, ticket)
+                opened = by.wait(opening, unheard=by.never_made)
             except CallPending as pending:
                 raise pending.resumed_by(make) from None
             try:
@@ -155,7 +155,8 @@ def _asynchronous(by: Governor, shape: _Shape, function: Callable[..., Any]) -> 
 
         async def make(ticket: CallPending | None) -> Any:
             try:
-                opened = await by.away(_opening(by, shape.capability, resource, arguments, ticket))
+                opening = _opening(by, shape.capability, resource, arguments, ticket)
+                opened = await by.away(opening, unheard=by.never_made)
             except CallPending as pending:
                 raise pending.resumed_by(make) from None
             try:
@@ -163,9 +164,9 @@ def _asynchronous(by: Governor, shape: _Shape, function: Callable[..., Any]) -> 
                 with stoppable(opened.call):
                     result = _finished(shape, await function(*args, **kwargs))
             except BaseException as error:
-                await asyncio.shield(by.away(_closing(by, opened, failed(error))))
+                await by.away(_closing(by, opened, failed(error)))
                 raise
-            await asyncio.shield(by.away(_closing(by, opened, reported(result))))
+            await by.away(_closing(by, opened, reported(result)))
             return result
 
         return await make(None)

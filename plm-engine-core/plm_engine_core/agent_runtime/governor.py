@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
@@ -31,7 +32,10 @@ from plm_engine_core.control_plane.storage.memory import MemoryStorage
 from plm_engine_core.control_plane.sync import SyncControlPlane
 from plm_engine_core.control_plane.vocabulary import ExecutorKind, OutcomeStatus, Reason, RunKind, RunState
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+Work = Callable[[ControlPlane], Coroutine[Any, Any, None]]
 
 _PAUSES = (0.05, 0.2, 1.0)  # seconds; asking and settling again are safe
 
@@ -118,13 +122,34 @@ class Governor:
 
         self.plane.thread.submit(lambda: self.plane.on_core(look)).result()
 
-    def wait(self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]]) -> T:
-        """Do `work` on the core, waiting."""
-        return self.plane.call(work)
+    def wait(
+        self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]], *, unheard: Callable[[T], Work] | None = None
+    ) -> T:
+        """Do `work` on the core, waiting. It is done whoever is interrupted, and `unheard` with what nobody is told."""
+        return self.plane.thread.run(lambda: self.plane.on_core(work), unheard=self._on_core(unheard))
 
-    async def away(self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]]) -> T:
-        """Do `work` on the core from another event loop."""
-        return await asyncio.wrap_future(self.plane.thread.submit(lambda: self.plane.on_core(work)))
+    async def away(
+        self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]], *, unheard: Callable[[T], Work] | None = None
+    ) -> T:
+        """The same from another event loop."""
+        return await self.plane.thread.away(lambda: self.plane.on_core(work), unheard=self._on_core(unheard))
+
+    def _on_core(self, unheard: Callable[[T], Work] | None) -> Callable[[T], Coroutine[Any, Any, None]]:
+        async def nothing(core: ControlPlane) -> None:
+            """Nobody needs to hear of it."""
+
+        return lambda result: self.plane.on_core(nothing if unheard is None else unheard(result))
+
+    def never_made(self, opened: Opened) -> Work:
+        """Close a call that nobody makes: who asked for it was interrupted before it was told that it may."""
+
+        async def close(core: ControlPlane) -> None:
+            try:
+                await self.close_call(core, opened, Outcome(status=OutcomeStatus.NOT_STARTED))
+            except ControlPlaneError:
+                logger.warning("recovery has to close a call that was never made", extra={"run_id": str(opened.run.id)})
+
+        return close
 
     async def open_call(
         self, core: ControlPlane, capability: str, resource: str, arguments: Mapping[str, Any]

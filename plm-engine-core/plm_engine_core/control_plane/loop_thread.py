@@ -7,6 +7,7 @@ import concurrent.futures
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
@@ -27,8 +28,15 @@ class LoopThread:
         self._closed = False
         self._under_way: set[asyncio.Task[Any]] = set()
 
-    def run(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def run(
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        unheard: Callable[[T], Coroutine[Any, Any, None]] | None = None,
+    ) -> T:
         """Do `work` in the thread and wait for it. Who is interrupted meanwhile takes the work back.
+
+        With `unheard` it is done all the same, and that is done with what it returned to nobody.
 
         Raises:
             RuntimeError: it is called where an event loop runs, which it would block; or as for `submit`; or the
@@ -36,16 +44,44 @@ class LoopThread:
         """
         if _inside_a_loop():
             raise RuntimeError(f"{self._name} waits, and would block the event loop that runs here; await instead")
-        handed = _HandedOver(work)
+        handed = _HandedOver(self, work, unheard)
         try:
-            return self.submit(handed).result()
+            self.submit(handed)
+            return self._told(handed.answer)
+        except BaseException:
+            handed.take_back()  # also where the interrupt came before there was anything to wait for
+            raise
+
+    async def away(
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        unheard: Callable[[T], Coroutine[Any, Any, None]] | None = None,
+    ) -> T:
+        """The same from another event loop; who is cancelled meanwhile takes the work back."""
+        loop, answered = asyncio.get_running_loop(), asyncio.Event()
+        handed = _HandedOver(self, work, unheard)
+
+        def tell(_: object) -> None:
+            with suppress(RuntimeError):  # the loop of who asked is closed
+                loop.call_soon_threadsafe(answered.set)
+
+        try:
+            self.submit(handed)
+            handed.answer.add_done_callback(tell)
+            await answered.wait()
+            return self._told(handed.answer)
+        except BaseException:
+            handed.take_back()
+            raise
+
+    def _told(self, answer: concurrent.futures.Future[T]) -> T:
+        try:
+            return answer.result()
         except concurrent.futures.CancelledError:
             raise RuntimeError(
                 f"{self._name} was closed while this call was under way; read what became of it"
             ) from None
-        except BaseException:
-            handed.take_back()  # also where the interrupt came before there was anything to wait for
-            raise
 
     def submit(self, work: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
         """Have `work` done in the thread, without waiting.
@@ -126,27 +162,51 @@ class LoopThread:
 
 
 class _HandedOver(Generic[T]):
-    """Work that its caller may take back at any moment, before it has begun too."""
+    """Work and its answer. Its caller may go away at any moment: before the work has begun, and after it has ended."""
 
-    def __init__(self, work: Callable[[], Coroutine[Any, Any, T]]) -> None:
+    def __init__(
+        self,
+        thread: LoopThread,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        unheard: Callable[[T], Coroutine[Any, Any, None]] | None,
+    ) -> None:
+        self.answer: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._thread = thread
         self._work = work
+        self._unheard = unheard
         self._lock = threading.Lock()
-        self._taken_back = False
         self._at: tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]] | None = None
 
-    async def __call__(self) -> T:
+    async def __call__(self) -> None:
         with self._lock:
-            if self._taken_back:
-                raise asyncio.CancelledError
+            if self.answer.cancelled() and self._unheard is None:
+                return
             self._at = asyncio.get_running_loop(), cast("asyncio.Task[Any]", asyncio.current_task())
-        return await self._work()
+        try:
+            result = await self._work()
+        except asyncio.CancelledError:
+            self.answer.cancel()
+            raise
+        except BaseException as error:  # noqa: BLE001  # it is the caller's, and must not end the thread
+            with suppress(concurrent.futures.InvalidStateError):  # taken back
+                self.answer.set_exception(error)
+        else:
+            try:
+                self.answer.set_result(result)
+            except concurrent.futures.InvalidStateError:
+                if self._unheard is not None:
+                    await self._unheard(result)
 
     def take_back(self) -> None:
         with self._lock:
-            self._taken_back = True
-            at = self._at
-        if at is not None and not at[0].is_closed():
-            at[0].call_soon_threadsafe(at[1].cancel)
+            in_time, at = self.answer.cancel(), self._at
+        unheard, answer = self._unheard, self.answer
+        if unheard is None:
+            if in_time and at is not None and not at[0].is_closed():
+                at[0].call_soon_threadsafe(at[1].cancel)
+        elif not in_time and answer.exception(0) is None:
+            with suppress(RuntimeError):  # the thread is closed
+                self._thread.submit(lambda: unheard(answer.result(0)))
 
 
 def _inside_a_loop() -> bool:
