@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from plm_engine_core.control_plane import ArtifactRecord, Denied
 from plm_engine_core.control_plane.errors import FencingLost, NotFound
-from plm_engine_core.control_plane.events import BEGINNING, FeedPage, Piece, run_stream
+from plm_engine_core.control_plane.events import BEGINNING, Piece, run_stream
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.events.signing import Signer
 from plm_engine_core.control_plane.events.standing import Standing
@@ -70,7 +70,7 @@ ABSENT = {
     "leases.list": [],
     "events.read": [],
     "events.heads": [],
-    "events.feed": FeedPage(events=[], cursor=replace(BEGINNING, pruned=0)),
+    "events.feed": ([], replace(BEGINNING, pruned=0), None),
     "events.misplaced": {},
     "events.fold": Standing(runs={}, tickets={}, budgets={}),
     "checkpoints.take": None,
@@ -218,7 +218,7 @@ async def foreign(bench):
         "leases.list": lambda: storage.leases.list(other, limit=9),
         "events.read": lambda: storage.events.read(other, run_stream(run.id)),
         "events.heads": lambda: storage.events.heads(other),
-        "events.feed": lambda: storage.events.feed(other),
+        "events.feed": lambda: fed(storage.events.feed(other)),
         "events.misplaced": lambda: storage.events.misplaced(other),
         "events.fold": lambda: storage.events.fold(other, pytest.fail),
         "checkpoints.take": lambda: checkpointer.take(other),
@@ -243,6 +243,12 @@ async def as_of_nobody(storage, tenant, artifact_id):
 
 async def collected(events):
     return list(events)
+
+
+async def fed(page):
+    """What a page holds, and where it ends whosever feed it is of."""
+    shown = await page
+    return shown.events, replace(shown.cursor, tenant=""), shown.held_back
 
 
 async def walked(batches):
