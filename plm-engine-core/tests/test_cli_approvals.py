@@ -71,6 +71,14 @@ async def test_without_a_token_an_address_or_a_policy_nothing_is_tried(terminal,
     assert (await terminal.run("approvals", "approve", "x", status=2)).exit_code == 2
 
 
+async def test_a_token_of_a_tenant_that_does_not_exist_is_refused_as_by_the_api(terminal):
+    nobodys = terminal.token(tenant_id=str(uuid.uuid4()))
+    said = await terminal.json("approvals", "list", status=3, token=nobodys)
+    assert (said["refused"], said["reason"]) == ("IDENTITY_MALFORMED", "unknown_tenant")
+    run = ("run", "reconcile", uuid.uuid4(), "--tenant-id", uuid.uuid4(), "--happened")
+    assert (await terminal.json(*run, status=1))["reason"] == "not_found"
+
+
 async def test_who_acts_is_in_the_audit_log(terminal, bench):
     user = uuid.uuid4()
     await terminal.run("approvals", "list", token=terminal.token(user))

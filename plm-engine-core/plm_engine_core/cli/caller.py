@@ -11,7 +11,7 @@ import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, NoReturn, TypeVar
 from uuid import UUID
 
 import typer
@@ -23,10 +23,13 @@ from plm_engine_core.cli.tokens import bare, configured_provider
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.errors import InvalidRequest, PolicyMissing
 from plm_engine_core.control_plane.identity import (
+    AuditTenantUnknown,
     IdentityContext,
+    IdentityMalformedError,
     IdentityProvider,
     IdentityProviderUnavailable,
     IdentityValidationError,
+    RejectReason,
     identity_bound,
 )
 from plm_engine_core.control_plane.identity.audit import bind_record
@@ -54,7 +57,11 @@ def as_caller(work: Callable[[Books, Caller], Awaitable[Answer]], *, as_json: bo
     identity = _identity(provider, as_json=as_json)
 
     async def acting(books: Books) -> Answer:
-        await books.audit.write(bind_record(identity, provider=provider.name))
+        try:
+            await books.audit.write(bind_record(identity, provider=provider.name))
+        except AuditTenantUnknown:
+            unknown = IdentityMalformedError("the token's tenant does not exist", reason=RejectReason.UNKNOWN_TENANT)
+            _refused(unknown, as_json=as_json)
         with identity_bound(identity):
             return await work(books, caller)
 
@@ -99,8 +106,12 @@ def _identity(provider: IdentityProvider, *, as_json: bool) -> IdentityContext:
     try:
         return asyncio.run(provider.identify(token))
     except IdentityValidationError as error:
-        show_refusal(error.code, error.reason, str(error), as_json=as_json)
-        fail(ExitCode.NOT_CONFIGURED, f"PLM_TOKEN is refused: {error} [{error.code}]")
+        _refused(error, as_json=as_json)
     except IdentityProviderUnavailable as error:
         show_refusal(error.code, error.code, str(error), as_json=as_json)
         fail(ExitCode.FAILED, f"PLM_TOKEN cannot be checked: {error} [{error.code}]")
+
+
+def _refused(error: IdentityValidationError, *, as_json: bool) -> NoReturn:
+    show_refusal(error.code, error.reason, str(error), as_json=as_json)
+    fail(ExitCode.NOT_CONFIGURED, f"PLM_TOKEN is refused: {error} [{error.code}]")

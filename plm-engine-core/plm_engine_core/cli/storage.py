@@ -19,7 +19,7 @@ from plm_engine_core.cli.db import driver_words
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import show_refusal
 from plm_engine_core.control_plane.errors import ControlPlaneError, FeedPruned, Forbidden, NotFound, StorageUnavailable
-from plm_engine_core.control_plane.identity import AuditError, PostgresAuditSink
+from plm_engine_core.control_plane.identity import AuditError, AuditTenantUnknown, PostgresAuditSink
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.storage.postgres.signals import PostgresSignals
@@ -68,6 +68,8 @@ def with_books(work: Callable[[Books], Awaitable[Answer]], *, of: UUID | None = 
 
 def refused(error: ControlPlaneError | AuditError, *, as_json: bool) -> NoReturn:
     """End the command with the sentence and the reason of a refusal."""
+    if isinstance(error, AuditTenantUnknown):  # nothing that could be tried again
+        error = NotFound("tenant", error.tenant_id)
     reason = getattr(error, "reason", error.code)
     more: dict[str, Any] = {}
     if isinstance(error, Forbidden):
