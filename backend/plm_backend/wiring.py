@@ -222,7 +222,7 @@ def _archive(settings: Settings) -> Archive | None:
         return None
     try:
         return open_archive(settings.events_archive)
-    except (InvalidRequest, OSError) as error:
+    except InvalidRequest as error:
         raise SetupError(f"PLM_EVENTS_ARCHIVE: {error}") from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -256,3 +257,29 @@ def test_a_reader_whom_pruning_overtook_is_refused_once_with_the_cursor_to_go_on
     rest = terminal.json("feed", *ours, "--after", refused["cursor"])
     assert [event["kind"] for event in rest["events"]] == ["events_pruned"]
     assert terminal.json("feed", *ours, "--after", rest["cursor"])["events"] == []
+
+
+def test_an_archive_that_cannot_be_reached_or_be_one_is_told_in_a_sentence(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("MAX_ATTEMPTS", "1")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        away = f"s3://events?endpoint=http://127.0.0.1:{nobody.getsockname()[1]}"
+        terminal.append("a")
+        ours = ("--tenant-id", str(terminal.tenant))
+        terminal.run("checkpoint", *ours)
+        keys = ("--public-key", terminal.public)
+        for command in (("archive", "write", *ours), ("archive", "verify", *ours, *keys), ("verify", *ours, *keys)):
+            said = terminal.run(*command, "--archive", away, status=1).stderr
+            assert "the artifact store failed: Could not connect" in said
+            for none in (terminal.public, terminal.public / "below"):
+                assert "there is no archive: " in terminal.run(*command, "--archive", none, status=2).stderr
+    assert "its address is empty" in terminal.run("archive", "write", *ours, "--archive", " ", status=2).stderr
+
+
+def test_a_tenant_that_is_not_there_keeps_nothing(terminal: Terminal) -> None:
+    nobody = ("archive", "keep", "--tenant-id", "00000000-0000-0000-0000-000000000000")
+    for much in (("--days", "1"), ("--forever",)):
+        assert "00000000-0000-0000-0000-000000000000 does not exist" in terminal.run(*nobody, *much, status=1).stderr

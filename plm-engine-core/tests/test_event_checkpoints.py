@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from dataclasses import replace
 from hashlib import sha256
@@ -25,6 +26,7 @@ from plm_engine_core.control_plane.events import (
 )
 from plm_engine_core.control_plane.events.checkpoint import Head, root_of
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
+from plm_engine_core.control_plane.events.export import lines_of
 from plm_engine_core.control_plane.events.merkle import tree_root
 from plm_engine_core.control_plane.events.signing import key_id, new_private_pem
 
@@ -222,6 +224,19 @@ def both_are_events(one, other):
     """Events of two streams have no order between them."""
     first, second = json.loads(one), json.loads(other)
     return isinstance(first, list) and isinstance(second, list) and first[0] != second[0]
+
+
+def test_a_line_without_an_end_is_refused_before_it_fills_the_memory():
+    class Endless(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            buffer[:] = bytes(len(buffer))
+            return len(buffer)
+
+    found = read_exports([lines_of(io.BufferedReader(Endless()))], BELIEVED)
+    assert found.problem == "file 1: a line is longer than any of an export"
 
 
 @given(st.lists(st.one_of(st.binary(max_size=40), st.sampled_from([b"[]\n", b"{}\n", b'{"format":1}\n'])), max_size=5))

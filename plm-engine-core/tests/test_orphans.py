@@ -199,3 +199,25 @@ async def test_a_process_that_is_killed_in_a_call_leaves_nothing_reserved(bench,
     assert await bench.state(run) is expected
     spent = Decimal(0 if moment == "admitted" else 1)
     assert await bench.budget(run, "tenant", BudgetUnit.CALLS) == (spent, 0)
+
+
+@pytest.mark.postgres_only
+async def test_an_operator_says_at_the_terminal_what_became_of_a_call(terminal, tmp_path):
+    bench = terminal.bench
+    lease = await taken(bench)
+    await bench.begun(lease)
+    run = await left(bench, lease)
+    output = tmp_path / "output.json"
+    reconcile = ("run", "reconcile", run.id, "--happened", "--output", output, "--tenant-id")
+    for wrong in ("[" * 100_000, "{", "\ufeff{}"):
+        output.write_text(wrong, encoding="utf-8")
+        assert "cannot be read as JSON" in (await terminal.run(*reconcile, bench.tenant, status=2)).stderr
+    output.write_text('{"n": NaN}', encoding="utf-8")
+    assert "output.n: is nan" in (await terminal.run(*reconcile, bench.tenant, status=1)).stderr
+    output.write_text('{"n": 1}', encoding="utf-8")
+    nobody = "00000000-0000-0000-0000-000000000000"
+    assert f"tenant {nobody} does not exist [not_found]" in (await terminal.run(*reconcile, nobody, status=1)).stderr
+    assert (await terminal.json(*reconcile, bench.tenant))["state"] == "queued"
+    (step,) = await bench.storage.runs.steps(bench.tenant, run.id)
+    assert (step.state, step.output) == (StepState.SUCCEEDED, {"n": 1})
+    assert await calls(bench, lease) == (1, 0)

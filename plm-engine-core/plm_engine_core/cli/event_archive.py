@@ -89,12 +89,14 @@ def keep(
 ) -> None:
     """Set how long a tenant's events stay in the database once they are archived; asked of the owner (PG_ADMIN_DSN).
 
-    Status 0: set, 1: the database refused; 2: wrong arguments; 3: no address.
+    Status 0: set, 1: there is no such tenant, or the database refused; 2: wrong arguments; 3: no address.
     """
     if (days is None) is not forever:
         fail(ExitCode.USAGE, "say --days N or --forever, one of the two")
     with database_errors(), psycopg.connect(driver_dsn(owner_dsn())) as connection:
         connection.execute("SELECT set_config('app.tenant_id', %s, true)", [str(tenant_id)])
+        if connection.execute("SELECT FROM tenants WHERE id = %s", [tenant_id]).fetchone() is None:
+            fail(ExitCode.FAILED, f"tenant {tenant_id} does not exist")
         if days is None:
             connection.execute("DELETE FROM event_retention WHERE tenant_id = %s", [tenant_id])
         else:

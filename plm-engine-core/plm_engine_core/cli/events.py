@@ -36,6 +36,7 @@ from plm_engine_core.control_plane.events import (
     verify_tenant,
 )
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
+from plm_engine_core.control_plane.events.export import lines_of
 from plm_engine_core.control_plane.events.signing import new_private_pem
 
 app = typer.Typer(help="Check, sign and export the record of what happened.", no_args_is_help=True)
@@ -268,7 +269,7 @@ def _new_file(path: Path) -> Iterator[BinaryIO]:
 def _read(files: list[Path], keys: PublicKeys) -> Exported:
     with ExitStack() as stack:
         try:
-            found = read_exports([stack.enter_context(path.open("rb")) for path in files], keys)
+            found = read_exports([lines_of(stack.enter_context(path.open("rb"))) for path in files], keys)
         except OSError as error:
             fail(ExitCode.USAGE, f"{error.filename} cannot be read: {error.strerror}")
     if found.problem:

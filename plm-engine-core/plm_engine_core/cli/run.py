@@ -42,7 +42,9 @@ def reconcile(
         fail(ExitCode.USAGE, "--output goes with --happened")
     document = _read(output) if output is not None else None
     run = with_books(
-        lambda books: _reconcile(books, tenant_id, run_id, happened=happened, output=document), as_json=as_json
+        lambda books: _reconcile(books, tenant_id, run_id, happened=happened, output=document),
+        of=tenant_id,
+        as_json=as_json,
     )
     show({"run_id": run.id, "state": run.state.value}, f"run {run.id} is {run.state.value}", as_json=as_json)
 
@@ -57,5 +59,5 @@ async def _reconcile(books: Books, tenant_id: UUID, run_id: UUID, *, happened: b
 def _read(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         fail(ExitCode.USAGE, f"--output {path} cannot be read as JSON: {error}")

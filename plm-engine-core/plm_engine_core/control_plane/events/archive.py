@@ -10,12 +10,13 @@ import asyncio
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 from uuid import UUID
 
-from plm_shared.artifact_store import ArtifactExists, ArtifactRef, ArtifactStorageBackend, open_store
+from plm_shared.artifact_store import ArtifactExists, ArtifactRef, ArtifactStorageBackend, StoredArtifact, open_store
 
 from plm_engine_core.control_plane.errors import InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.events.export import (
@@ -69,9 +70,7 @@ class Archive:
                 return None
             file.seek(0)
             try:
-                stored = await asyncio.to_thread(
-                    self._backend.store, _place(tenant_id, after), file, only_if_absent=True
-                )
+                stored = await asyncio.to_thread(self._store, _place(tenant_id, after), file)
             except ArtifactExists:
                 return await self._found(store, tenant_id, after)
         return Piece(after=after, number=number, uri=stored.uri, size_bytes=stored.size_bytes, sha256=stored.sha256)
@@ -79,7 +78,8 @@ class Archive:
     async def _found(self, store: CheckpointStore, tenant_id: UUID, after: int) -> Piece:
         """A piece that was stored and not recorded: its writer was ended in between, or another is recording it."""
         place = _place(tenant_id, after)
-        data = await asyncio.to_thread(self._backend.get, place)
+        with _as_os_error():
+            data = await asyncio.to_thread(self._backend.get, place)
         last = checkpoint_of_line(tenant_id, data.rstrip(b"\n").rpartition(b"\n")[2])
         ours = list(await store.read(tenant_id, after=last.number - 1, limit=1)) if last is not None else []
         if last is None or ours != [last]:
@@ -87,17 +87,27 @@ class Archive:
                 f"{place.relative_path} is in the archive and is no piece of this history; name another archive",
                 field="archive",
             )
-        uri = await asyncio.to_thread(self._backend.presign_url, place)
+        with _as_os_error():
+            uri = await asyncio.to_thread(self._backend.presign_url, place)
         digest = sha256(data).hexdigest()
         return Piece(after=after, number=last.number, uri=uri.partition("?")[0], size_bytes=len(data), sha256=digest)
 
+    def _store(self, place: ArtifactRef, file: BinaryIO) -> StoredArtifact:
+        with _as_os_error():
+            return self._backend.store(place, file, only_if_absent=True)
+
     def read(self, tenant_id: UUID, keys: PublicKeys) -> Exported:
-        """Check every piece of a tenant, in order, without a database; `problem` names what is wrong first."""
+        """Check every piece of a tenant, in order, without a database; `problem` names what is wrong first.
+
+        Raises:
+            OSError: the place cannot be read.
+        """
         reader = ExportReader(keys)
         while not reader.found.problem:
             after = reader.found.newest.number if reader.found.newest else 0
             try:
-                chunks = self._backend.open(_place(tenant_id, after))
+                with _as_os_error():
+                    chunks = self._backend.open(_place(tenant_id, after))
             except FileNotFoundError:
                 break
             try:
@@ -151,11 +161,13 @@ def open_archive(address: str) -> Archive:
     Credentials for S3 come from where boto3 looks for them, never from the address.
 
     Raises:
-        InvalidRequest: the address is of another kind, or what S3 needs is not installed.
+        InvalidRequest: the address is of another kind, its folder cannot be made, or what S3 needs is not installed.
     """
     try:
+        if not address.strip():
+            raise ValueError("its address is empty")  # noqa: TRY301  # said as all that is no place
         return Archive(open_store(address))
-    except (ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError) as error:
         raise InvalidRequest(f"there is no archive: {error}", field="archive") from error
 
 
@@ -166,10 +178,22 @@ def _place(tenant_id: UUID, after: int) -> ArtifactRef:
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     """The lines of what comes in chunks; one that is too long for an export comes unfinished, and is refused there."""
     rest = b""
-    for chunk in chunks:
-        *lines, rest = (rest + chunk).split(b"\n")
-        yield from (line + b"\n" for line in lines)
-        if len(rest) > MAX_LINE_BYTES:
-            break
+    with _as_os_error():
+        for chunk in chunks:
+            *lines, rest = (rest + chunk).split(b"\n")
+            yield from (line + b"\n" for line in lines)
+            if len(rest) > MAX_LINE_BYTES:
+                break
     if rest:
         yield rest
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """What a store's client raises of its own kinds is a failure of the place like any other."""
+    try:
+        yield
+    except (ArtifactExists, OSError, ValueError):
+        raise
+    except Exception as error:
+        raise OSError(f"the artifact store failed: {error}") from error

@@ -116,6 +116,11 @@ class _WrongError(Exception):  # control flow inside this module, never seen out
     pass
 
 
+def lines_of(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long for an export only its beginning, which is refused as such."""
+    return iter(lambda: file.readline(MAX_LINE_BYTES + 1), b"")
+
+
 class ExportReader:
     """Checks one export after the other; `found` is what was read so far."""
 

@@ -109,7 +109,7 @@ def _shown(amount: object) -> str:
 
 
 def _bookable(amount: object) -> TypeGuard[Decimal]:
-    if not isinstance(amount, Decimal) or not amount.is_finite() or abs(amount) >= _LARGEST:
+    if not isinstance(amount, Decimal) or not amount.is_finite() or amount.copy_abs() >= _LARGEST:
         return False
     return amount == amount.quantize(SMALLEST)
 
