@@ -10,12 +10,12 @@ from decimal import Decimal
 
 import pytest
 from plm_engine_core.control_plane import Principal
-from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
+from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, NotFound
 from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.limits import BudgetKey
 from plm_engine_core.control_plane.registry import Delegation
 from plm_engine_core.control_plane.storage.postgres.gateway import translated
-from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, TicketDecision
+from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, TicketDecision, TicketState
 
 pytestmark = pytest.mark.every_storage
 
@@ -146,6 +146,58 @@ async def test_a_comment_that_cannot_be_stored_is_refused_by_its_field(bench, te
         with pytest.raises(InvalidRequest) as caught:
             await attempt()
         assert caught.value.field == field
+
+
+async def test_a_word_of_no_vocabulary_is_refused_and_one_said_as_plain_text_is_taken_for_what_it_is(bench):
+    plane, tenant, approver = bench.control_plane, bench.tenant, bench.approver
+    human = replace(approver, scopes=frozenset({"plm.halt", "plm.policy.activate", "plm.hitl.resolve"}))
+    _, pending = await bench.ask()
+    before = bench.behind.rows("events")
+    put = {"previous": None, "reason": "x", "by": human}
+    tries = {
+        "scope": lambda word: plane.halt(tenant, word, reason="x", by=human),
+        "role": lambda word: plane.activate_policy(tenant, plane.policy, role=word, **put),
+        "decision": lambda word: plane.decide(tenant, pending.ticket_id, word, approver=human),
+        "status": lambda word: plane.set_agent_status(tenant, "test", word, reason="x", by=human),
+    }
+    for field, attempt in tries.items():
+        for word in ("king", "", None, 5, ["active"]):
+            with pytest.raises(InvalidRequest) as caught:
+                await attempt(word)
+            assert caught.value.field == field
+    with pytest.raises(Forbidden, match=r"plm\.halt\.system"):
+        await plane.halt(tenant, "system", reason="x", by=human)
+    with pytest.raises(InvalidRequest, match="nothing could be decided"):
+        await plane.activate_policy(tenant, None, role="active", **put)
+    assert bench.behind.rows("events") == before
+    assert (await plane.halt(tenant, "tenant", reason="x", by=human)).scope is HaltScope.TENANT
+    assert (await plane.decide(tenant, pending.ticket_id, "deny", approver=human)).state is TicketState.DENIED
+
+
+async def test_what_is_of_another_type_than_documented_is_refused_by_its_field(bench):
+    plane, tenant, by = bench.control_plane, bench.tenant, bench.approver
+    _, pending = await bench.ask()
+    ticket = pending.ticket_id
+    tries = {
+        "comment": lambda: plane.decide(tenant, ticket, TicketDecision.DENY, approver=by, comment=None),
+        "body": lambda: plane.approvals.comment(tenant, ticket, None, author=by),
+        "seconds": lambda: plane.approvals.wait(tenant, ticket, seconds=None),
+        "reason": lambda: plane.halt(tenant, HaltScope.TENANT, reason=None, by=by),
+        "limit": lambda: plane.feed(tenant, limit="5"),
+        "cursor": lambda: plane.feed(tenant, cursor=5),
+        "name": lambda: plane.acquire_lease(tenant, None, owner="a", seconds=1, by=by),
+        "id": lambda: plane.why(tenant, None),
+        "agent": lambda: bench.run(agent="test"),
+        "input": lambda: bench.run(input=None),
+        "trace_id": lambda: bench.run(trace_id=None),
+    }
+    for field, attempt in tries.items():
+        with pytest.raises(InvalidRequest) as caught:
+            await attempt()
+        assert caught.value.field == field
+    for seconds in (None, "1", True, 10**400):
+        with pytest.raises(InvalidRequest, match="at most 86400 seconds"):
+            await plane.acquire_lease(tenant, "a", owner="a", seconds=seconds, by=by)
 
 
 @pytest.mark.parametrize("limit", [0, -1])

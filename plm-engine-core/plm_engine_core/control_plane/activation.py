@@ -18,6 +18,7 @@ from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.policy.lint import require_known_names
 from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import PolicyStore
+from plm_engine_core.control_plane.texts import word_of
 from plm_engine_core.control_plane.vocabulary import EventKind, PolicyRole
 
 ACTIVATE_SCOPE = "plm.policy.activate"
@@ -98,7 +99,8 @@ class PolicyDesk:
             NotFound: the tenant does not exist.
         """
         _authorise(by)
-        if not reason.strip() or len(reason) > MAX_REASON:
+        role = word_of(PolicyRole, role, field="role")
+        if not isinstance(reason, str) or not reason.strip() or len(reason) > MAX_REASON:
             raise InvalidRequest(
                 f"an activation needs a reason of at most {MAX_REASON} characters, for whoever asks why", field="reason"
             )

@@ -15,6 +15,7 @@ from plm_engine_core.control_plane.errors import Conflict, InvalidRequest, NotFo
 from plm_engine_core.control_plane.halts import Halt, KillSwitch
 from plm_engine_core.control_plane.registry import AgentDescriptor, AgentRegistry
 from plm_engine_core.control_plane.storage.ports import HaltStore
+from plm_engine_core.control_plane.texts import word_of
 from plm_engine_core.control_plane.vocabulary import AgentStatus, HaltScope
 
 _MOST_HALTS = 10_000
@@ -62,6 +63,7 @@ class AgentDesk:
             NotFound: no such agent is registered.
             Conflict: `agent_inactive`: the register itself says that it may not work.
         """
+        status = word_of(AgentStatus, status, field="status")
         registered = self._agents.get(agent_id) if self._agents is not None else None
         if registered is None:
             raise NotFound("agent", agent_id)

@@ -161,8 +161,11 @@ class ControlPlane:
                 missing_scopes=(CREATE_SCOPE,),
             )
         for name, pattern in (("trace_id", _TRACE_ID), ("root_span_id", _SPAN_ID)):
-            if not pattern.fullmatch(getattr(request, name)):
+            if not pattern.fullmatch(str(getattr(request, name))):
                 raise InvalidRequest(f"{name} {getattr(request, name)!r} is no W3C trace context id", field=name)
+        for name in ("agent", "input"):
+            if not isinstance(getattr(request, name), Mapping):
+                raise InvalidRequest(f"{name} must be a mapping, not {getattr(request, name)!r:.80}", field=name)
         if agent_id := _agent_id(request.agent):
             check_text(agent_id, field="agent.name", longest=LONGEST_NAME)
         if request.idempotency_key is not None:
@@ -506,8 +509,8 @@ class ControlPlane:
             InvalidRequest: the cursor is none, or of another database or tenant; or the limit is less than 1.
             Conflict: the events are of another server, whose transactions had higher ids.
         """
-        if limit < 1:
-            raise InvalidRequest(f"a page of the feed has 1 event or more, not {limit}", field="limit")
+        if type(limit) is not int or limit < 1:
+            raise InvalidRequest(f"a page of the feed has 1 event or more, not {limit!r:.80}", field="limit")
         after = FeedCursor.decode(cursor) if cursor is not None else BEGINNING
         return await self.storage.events.feed(tenant_id, after=after, limit=limit)
 

@@ -13,7 +13,7 @@ from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, NotF
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import HaltStore
-from plm_engine_core.control_plane.texts import LONGEST_NAME, LONGEST_REASON, check_text
+from plm_engine_core.control_plane.texts import LONGEST_NAME, LONGEST_REASON, check_text, word_of
 from plm_engine_core.control_plane.vocabulary import HaltScope
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,9 @@ class KillSwitch:
             InvalidRequest: no reason; or the scope is not named as it must be.
             NotFound: nothing of that name in this tenant, so that a slip of the pen halts nothing unnoticed.
         """
+        scope = word_of(HaltScope, scope, field="scope")
         _authorise(scope, by)
-        if not reason.strip():
+        if isinstance(reason, str) and not reason.strip():
             raise InvalidRequest("a halt needs a reason, which everyone it stops will read", field="reason")
         check_text(reason, field="reason", longest=LONGEST_REASON)
         if (scope in BY_ID) != (scope_id is not None):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
+from enum import StrEnum
+from typing import Any, Final, TypeVar
 
 from plm_shared.canonical_json import encodable
 
@@ -11,6 +12,8 @@ from plm_engine_core.control_plane.errors import InvalidRequest
 LONGEST_REASON: Final = 2000
 LONGEST_NAME: Final = 200
 LONGEST_KEY: Final = 255
+
+Word = TypeVar("Word", bound=StrEnum)
 
 
 def check_text(text: str, *, field: str, longest: int) -> None:
@@ -32,3 +35,16 @@ def check_storable(text: str, *, field: str) -> None:
     """
     if "\0" in text or not encodable(text):
         raise InvalidRequest(f"'{field}' holds NUL or half a surrogate pair, which cannot be stored", field=field)
+
+
+def word_of(kind: type[Word], said: Any, *, field: str) -> Word:
+    """The word of a vocabulary that was said, be it as a plain text.
+
+    Raises:
+        InvalidRequest: it is none of them; names the field.
+    """
+    try:
+        return kind(said)
+    except ValueError:
+        words = ", ".join(repr(each.value) for each in kind)
+        raise InvalidRequest(f"'{field}' must be one of {words}, not {said!r:.80}", field=field) from None

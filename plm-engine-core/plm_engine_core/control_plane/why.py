@@ -153,7 +153,7 @@ async def why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
 
 
 async def _why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
-    first, *rest = asked.strip().split("/")
+    first, *rest = str(asked).strip().split("/")
     if first in _SCOPES:
         return await _of_budget(storage, tenant_id, _key(BudgetScope(first), rest))
     identifier = _uuid(first)

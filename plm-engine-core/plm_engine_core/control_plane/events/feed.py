@@ -66,7 +66,7 @@ class FeedCursor:
             position, stream, seq, *more = json.loads(base64.urlsafe_b64decode(text.encode("ascii")))
             said: list[Any] = [*more, *(0, "")[len(more) :]]  # an older release said less
             pruned, tenant = said
-        except (ValueError, TypeError, RecursionError, binascii.Error) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, binascii.Error) as error:
             raise _not_ours() from error
         numbers = (position, seq, pruned)
         if not all(type(each) is str and each.isprintable() for each in (stream, tenant)):

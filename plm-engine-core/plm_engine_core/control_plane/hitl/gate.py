@@ -12,7 +12,7 @@ from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTic
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.policy import Demand, PolicySnapshot
 from plm_engine_core.control_plane.storage.ports import ApprovalStore, VoteCommand
-from plm_engine_core.control_plane.texts import check_storable
+from plm_engine_core.control_plane.texts import check_storable, word_of
 from plm_engine_core.control_plane.vocabulary import ActionTier, RiskLevel, TicketDecision, TicketState
 
 MAX_COMMENT = 10_000
@@ -59,6 +59,7 @@ class ApprovalGate:
             NotFound: no such ticket in this tenant.
         """
         require_human(approver)
+        decision = word_of(TicketDecision, decision, field="decision")
         _check_comment(comment)
         ticket = await self._store.get(tenant_id, ticket_id)
         demand = self.demand(ticket)
@@ -118,7 +119,7 @@ class ApprovalGate:
             Forbidden: the author may do neither. InvalidRequest: the comment is empty or too long.
             NotFound: no such ticket in this tenant.
         """
-        if not body.strip():
+        if isinstance(body, str) and not body.strip():
             raise InvalidRequest("a comment needs some text", field="body")
         _check_comment(body, field="body")
         ticket = await self._store.get(tenant_id, ticket_id)
@@ -134,7 +135,7 @@ class ApprovalGate:
         Raises:
             InvalidRequest: `seconds` is not between 0 and an hour. NotFound: no such ticket in this tenant.
         """
-        if not 0 <= seconds <= MAX_WAIT_SECONDS:
+        if type(seconds) not in (int, float) or not 0 <= seconds <= MAX_WAIT_SECONDS:
             problem = f"the time to wait must be from 0 to {MAX_WAIT_SECONDS:g} s, not {seconds}"
             raise InvalidRequest(problem, field="seconds")
         until = time.monotonic() + seconds
@@ -177,6 +178,8 @@ def _require_scopes(principal: Principal, required: tuple[str, ...]) -> None:
 
 
 def _check_comment(comment: str, field: str = "comment") -> None:
+    if not isinstance(comment, str):
+        raise InvalidRequest(f"the comment must be a text, not {comment!r:.80}", field=field)
     if len(comment) > MAX_COMMENT:
         raise InvalidRequest(f"the comment has {len(comment)} characters, at most {MAX_COMMENT}", field=field)
     check_storable(comment, field=field)

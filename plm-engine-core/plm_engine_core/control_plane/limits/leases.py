@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
@@ -35,7 +34,7 @@ def check_terms(name: str, owner: str, seconds: float) -> None:
         InvalidRequest: names the field.
     """
     for field, text in (("name", name), ("owner", owner)):
-        if not (text.strip() and text.isprintable() and len(text) <= _LONGEST_NAME):
+        if not (isinstance(text, str) and text.strip() and text.isprintable() and len(text) <= _LONGEST_NAME):
             raise InvalidRequest(f"'{field}' must be 1 to {_LONGEST_NAME} printable characters", field=field)
     check_seconds(seconds)
 
@@ -46,9 +45,10 @@ def check_seconds(seconds: float) -> None:
     Raises:
         InvalidRequest: `seconds` is not more than 0 and at most a day.
     """
-    if not (math.isfinite(seconds) and 0 < seconds <= LONGEST_LEASE_SECONDS):
+    if not (type(seconds) in (int, float) and 0 < seconds <= LONGEST_LEASE_SECONDS):
         raise InvalidRequest(
-            f"a lease is for more than 0 and at most {LONGEST_LEASE_SECONDS:g} seconds, not {seconds}", field="seconds"
+            f"a lease is for more than 0 and at most {LONGEST_LEASE_SECONDS:g} seconds, not {seconds!r:.80}",
+            field="seconds",
         )
 
 
