@@ -260,7 +260,8 @@ async def test_without_an_audit_record_nobody_acts(caplog: pytest.LogCaptureFixt
     start, body = await door.call(f"Bearer {token()}")
     assert start["status"] == 503
     assert (b"retry-after", b"1") in start["headers"]
-    assert json.loads(body["body"])["code"] == "AUDIT_UNAVAILABLE"
+    document = json.loads(body["body"])
+    assert (document["code"], document["retry_after_ms"]) == ("AUDIT_UNAVAILABLE", 1000)
     assert door.app.seen == []
     assert "not in the audit log" in caplog.text
 

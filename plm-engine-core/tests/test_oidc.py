@@ -314,7 +314,8 @@ async def test_an_issuer_that_is_not_there_is_a_503_and_never_a_500(issuer: Loca
     await door({"type": "http", "path": "/v1/runs", "headers": headers}, receive, send)
     assert sent[0]["status"] == 503
     assert (b"retry-after", b"10") in sent[0]["headers"]
-    assert json.loads(sent[1]["body"])["code"] == "IDENTITY_PROVIDER_UNAVAILABLE"
+    document = json.loads(sent[1]["body"])
+    assert (document["code"], document["retry_after_ms"]) == ("IDENTITY_PROVIDER_UNAVAILABLE", 10_000)
     assert audit.records == []
 
 

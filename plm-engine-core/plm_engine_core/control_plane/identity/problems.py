@@ -21,7 +21,8 @@ class Problem:
     title: str
     code: str
     detail: str
-    headers: tuple[tuple[bytes, bytes], ...]
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    retry_after_seconds: int | None = None
 
     @classmethod
     def unauthenticated(cls, error: IdentityValidationError) -> Self:
@@ -42,7 +43,7 @@ class Problem:
             title="Identity provider unavailable",
             code=error.code,
             detail=f"{error}; try again",
-            headers=((b"retry-after", str(error.retry_after_seconds).encode()),),
+            retry_after_seconds=error.retry_after_seconds,
         )
 
     @classmethod
@@ -53,11 +54,12 @@ class Problem:
             title="Audit log unavailable",
             code=AuditError.code,
             detail="the request was refused because its audit record could not be written; try again",
-            headers=((b"retry-after", b"1"),),
+            retry_after_seconds=1,
         )
 
     def body(self) -> bytes:
-        """The JSON document; the last three members are the older form of the same."""
+        """The JSON document; its three members after `code` are the older form of the same."""
+        later = self.retry_after_seconds
         return json.dumps(
             {
                 "type": f"urn:plm:problem:{self.code.lower()}",
@@ -68,6 +70,7 @@ class Problem:
                 "error_code": self.code,
                 "message": self.detail,
                 "technical_detail": None,
+                **({"retry_after_ms": later * 1000} if later is not None else {}),
             }
         ).encode()
 
@@ -93,5 +96,7 @@ async def refuse(
         (b"cache-control", b"no-store"),
         *problem.headers,
     ]
+    if problem.retry_after_seconds is not None:
+        headers.append((b"retry-after", str(problem.retry_after_seconds).encode()))
     await send({"type": f"{prefix}.start", "status": problem.status, "headers": headers})
     await send({"type": f"{prefix}.body", "body": body})
