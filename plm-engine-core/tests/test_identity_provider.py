@@ -82,6 +82,9 @@ def test_an_issued_token_is_valid_and_a_bad_one_is_not_handed_out(provider: Hs25
     assert provider.validate(provider.issue_token(claims())).tenant_id == TENANT
     with pytest.raises(IdentityMalformedError):
         provider.issue_token(claims(scopes="plm.admin"))
+    for value in (USER, {"plm.admin"}, b"x", "\ud800", float("nan")):
+        with pytest.raises(IdentityMalformedError):
+            provider.issue_token(claims(sub=value))
 
 
 def test_an_expired_token_names_its_verified_tenant(provider: Hs256JwtIdentityProvider) -> None:

@@ -253,9 +253,11 @@ def checked_address(url: str, *, variable: str, development: bool) -> str:
         scheme, host, parts = "", None, urlsplit("")
     local = development and scheme == "http" and host in _LOOPBACK
     if not host or not (scheme == "https" or local) or parts.username or parts.query or parts.fragment:
+        secret = "@" in url or "?" in url
+        got = "one with a login or a query, which is not repeated here" if secret else f"{url!r:.100}"
         raise IdentityProviderConfigError(
             f"{variable} must be an https address without login, query and fragment (in development also http on this "
-            f"machine); got {url!r:.100}"
+            f"machine); got {got}"
         )
     return url
 

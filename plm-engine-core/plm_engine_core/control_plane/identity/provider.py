@@ -10,7 +10,12 @@ import jwt
 
 from plm_engine_core.control_plane.identity.claims import read_claims
 from plm_engine_core.control_plane.identity.context import IdentityContext
-from plm_engine_core.control_plane.identity.errors import IdentityInvalidSignatureError, IdentityProviderConfigError
+from plm_engine_core.control_plane.identity.errors import (
+    IdentityInvalidSignatureError,
+    IdentityMalformedError,
+    IdentityProviderConfigError,
+    RejectReason,
+)
 from plm_engine_core.control_plane.identity.secret_strength import MIN_SECRET_BYTES, weakness
 from plm_engine_core.control_plane.identity.tokens import (
     check_standing,
@@ -143,7 +148,12 @@ class Hs256JwtIdentityProvider:
         """
         own = {"iss": self._issuer, "aud": self._audience}
         payload = {name: value for name, value in own.items() if value is not None} | dict(claims)
-        token = jwt.encode(payload, self._secrets[0], _ALGORITHM)
+        try:
+            token = jwt.encode(payload, self._secrets[0], _ALGORITHM)
+        except (TypeError, ValueError):
+            raise IdentityMalformedError(
+                "a claim is no value that JSON has", reason=RejectReason.INVALID_CLAIM
+            ) from None
         self.validate(token)
         return token
 
