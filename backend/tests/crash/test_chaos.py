@@ -21,7 +21,7 @@ import pytest
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
 SECONDS = max(15.0, 120 * SOAK)
-RUNS = 60
+RUNS = max(30, min(60, round(120 * SOAK)))
 AT_ONCE = 30
 ENDED = ("succeeded", "failed", "cancelled")
 
@@ -63,7 +63,7 @@ class Errand:
         return self.document is not None
 
 
-@pytest.mark.timeout(180 + 4 * SECONDS)
+@pytest.mark.timeout(420 + 4 * SECONDS)
 def test_killed_at_random_they_leave_what_one_process_leaves(open_cluster: Callable[..., Any], journal: Any) -> None:
     with open_cluster("serve", PLM_RUN_CONCURRENCY="1") as cluster:
         serial = [Errand(cluster=cluster, journal=journal(f"serial{n}"), number=n, seconds=0) for n in range(RUNS)]
@@ -88,11 +88,11 @@ def _under_fire(cluster: Any, errands: list[Errand]) -> int:
     """See to the errands, spread over the time, while processes are killed; answers how many were."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")  # noqa: T201  # shown when the test fails
-    dice, over, kills = random.Random(seed), threading.Event(), 0
+    dice, over, kills, started = random.Random(seed), threading.Event(), 0, time.monotonic()
 
     def fire() -> None:
         nonlocal kills
-        while not over.wait(dice.uniform(0.2, 1.8)):
+        while not over.wait(dice.uniform(0.2, 1.8)) and time.monotonic() - started < SECONDS:
             alive = [node for node in cluster.nodes if node.alive]
             if alive:
                 dice.choice(alive).process.kill()
@@ -102,7 +102,6 @@ def _under_fire(cluster: Any, errands: list[Errand]) -> int:
         while not over.wait(0.05):
             cluster.repair()
 
-    started = time.monotonic()
     threads = [threading.Thread(target=each) for each in (fire, mend)]
     for thread in threads:
         thread.start()
@@ -113,8 +112,6 @@ def _under_fire(cluster: Any, errands: list[Errand]) -> int:
             while waiting and len(working) < AT_ONCE and 1 - len(waiting) / RUNS <= share:
                 working.append(waiting.pop(0))
             working = [errand for errand in working if not errand.advance()]
-            if share > 1:
-                over.set()
             assert share < 1 + 300 / SECONDS, [errand.run_id for errand in working]
         cluster.until(lambda: time.monotonic() - started > SECONDS, "the time is over")
     finally:
