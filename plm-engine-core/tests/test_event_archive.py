@@ -23,6 +23,7 @@ from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.events.export import export
 from plm_engine_core.control_plane.limits import BudgetKey
 from plm_engine_core.control_plane.limits.desk import OPERATOR_SCOPE, BudgetDesk
+from plm_engine_core.control_plane.storage.postgres import gateway
 from plm_engine_core.control_plane.vocabulary import BudgetScope, RunState
 from plm_shared.artifact_store import ObjectStoreBackend
 from plm_shared.testing.databases import create_tenants
@@ -275,6 +276,15 @@ async def test_what_is_pruned_while_it_is_exported_is_not_missing_from_a_file_th
     monkeypatch.setattr(prunable.storage.checkpoints, "read", read_late)
     with pytest.raises(InvalidRequest, match="up to checkpoint 2 were exported and pruned; go on after 2"):
         await export(prunable.storage.checkpoints, prunable.tenant, io.BytesIO())
+
+
+async def test_a_pruning_that_takes_longer_than_any_answer_may_is_made(prunable, monkeypatch):
+    prunable.sql(
+        "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1); RETURN NEW; END $$"
+    )
+    prunable.sql("CREATE TRIGGER slowly BEFORE INSERT ON event_stubs FOR EACH ROW EXECUTE FUNCTION slowly()")
+    monkeypatch.setattr(gateway, "LONGEST_ANSWER_SECONDS", 0.5)
+    assert (await prune(prunable))["status"] == "pruned"
 
 
 async def test_a_correction_that_was_pruned_is_no_difference_between_events_and_tables(bench, local):

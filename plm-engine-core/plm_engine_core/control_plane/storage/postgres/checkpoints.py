@@ -17,7 +17,7 @@ from plm_engine_core.control_plane.events.archive import Piece
 from plm_engine_core.control_plane.events.chain import Link
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.storage.postgres.calls import answered, checked
-from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
+from plm_engine_core.control_plane.storage.postgres.gateway import LONGEST_WALK_SECONDS, Gateway, Session
 
 Make = Callable[[Checkpoint | None, Sequence[Head], Sequence[Head], datetime], Checkpoint]
 
@@ -140,7 +140,7 @@ class PostgresCheckpoints:
 
     async def prune(self, tenant_id: UUID, *, actor: str) -> Mapping[str, Any]:
         """Prune what the tenant's retention no longer asks for."""
-        async with self._gateway.transaction(tenant_id) as connection:
+        async with self._gateway.transaction(tenant_id, longest=LONGEST_WALK_SECONDS) as connection:
             cursor = await connection.execute("SELECT engine_prune_events_v2(%s, %s) AS answer", [tenant_id, actor])
             row: Any = await cursor.fetchone()
             answer: Mapping[str, Any] = row["answer"]

@@ -15,7 +15,7 @@ from plm_engine_core.control_plane.events.event import Event
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage, HeldBack
 from plm_engine_core.control_plane.events.standing import Standing, ticket_standing
 from plm_engine_core.control_plane.events.verify import StreamHead, Stub
-from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
+from plm_engine_core.control_plane.storage.postgres.gateway import LONGEST_WALK_SECONDS, Gateway, Session
 from plm_engine_core.control_plane.storage.rows import budget_standing, event_row, run_standing, ticket_row
 
 _COLUMNS = "tenant_id, stream, seq, prev_hash, hash, kind, actor, occurred_at, payload"
@@ -133,7 +133,7 @@ class PostgresEvents:
 
     async def misplaced(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Mapping[str, int]:
         """By stream, the first event whose place in the feed is not where its stream has it."""
-        async with self._gateway.transaction(tenant_id) as connection:
+        async with self._gateway.transaction(tenant_id, longest=LONGEST_WALK_SECONDS) as connection:
             query = _MISPLACED_SINCE if after else _MISPLACED_ANYWHERE
             values = {"tenant": tenant_id, "stream": stream, "after": after}
             cursor = await connection.execute(query.encode(), values)

@@ -32,6 +32,7 @@ _BUSY = {"25006", "25P03", "55P03", "57014", "40P01", "40001", "53300", "53100",
 _BOUND = "SELECT set_config('app.tenant_id', %s, true), set_config('lock_timeout', %s, true)"
 _LONGEST_WAIT = "5s"
 LONGEST_ANSWER_SECONDS = 15.0  # a server that is frozen closes no connection and ends no wait
+LONGEST_WALK_SECONDS = 1800.0  # the same for what goes over all events of a tenant, of which there may be many millions
 
 
 def json_parameter(value: Any, *, root: str) -> str:
@@ -86,8 +87,11 @@ def _translate(error: psycopg.Error) -> ControlPlaneError | None:
 
 
 @contextmanager
-def translated() -> Iterator[None]:
-    """Raise the control plane's errors in place of the driver's; what has none is a defect and passes."""
+def translated(longest: float | None = None) -> Iterator[None]:
+    """Raise the control plane's errors in place of the driver's; what has none is a defect and passes.
+
+    `longest` is how many seconds were waited for an answer, where it is another number than usual.
+    """
     try:
         yield
     except psycopg.Error as error:
@@ -100,7 +104,7 @@ def translated() -> Iterator[None]:
     except (PoolTimeout, PoolClosed) as error:
         raise StorageUnavailable("no database connection became free in time") from error
     except TimeoutError as error:
-        raise StorageUnavailable(f"the database gave no answer in {LONGEST_ANSWER_SECONDS:g} s") from error
+        raise StorageUnavailable(f"the database gave no answer in {longest or LONGEST_ANSWER_SECONDS:g} s") from error
 
 
 class Gateway:
@@ -110,10 +114,10 @@ class Gateway:
         self._pool = pool
 
     @asynccontextmanager
-    async def connection(self) -> AsyncIterator[Session]:
-        """One pooled connection in autocommit mode."""
-        with translated(), kept_cancel():
-            async with asyncio.timeout(LONGEST_ANSWER_SECONDS), self._pool.connection() as connection:
+    async def connection(self, *, longest: float | None = None) -> AsyncIterator[Session]:
+        """One pooled connection in autocommit mode, for `LONGEST_ANSWER_SECONDS` or for `longest` seconds."""
+        with translated(longest), kept_cancel():
+            async with asyncio.timeout(longest or LONGEST_ANSWER_SECONDS), self._pool.connection() as connection:
                 yield connection
 
     async def borrow(self) -> Session:
@@ -137,9 +141,9 @@ class Gateway:
         await self._pool.putconn(connection)
 
     @asynccontextmanager
-    async def transaction(self, tenant_id: UUID) -> AsyncIterator[Session]:
+    async def transaction(self, tenant_id: UUID, *, longest: float | None = None) -> AsyncIterator[Session]:
         """A transaction bound to `tenant_id`: committed on a clean exit, rolled back on any exception."""
-        async with self.connection() as connection, connection.transaction():
+        async with self.connection(longest=longest) as connection, connection.transaction():
             await connection.execute(_BOUND, [str(tenant_id), _LONGEST_WAIT])
             yield connection
 
