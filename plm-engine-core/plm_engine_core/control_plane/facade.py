@@ -43,6 +43,8 @@ from plm_engine_core.control_plane.registry import (
 )
 from plm_engine_core.control_plane.runs.request import RunRequest
 from plm_engine_core.control_plane.runs.run import NewRun, Run
+from plm_engine_core.control_plane.storage.commands import held_token
+from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS
 from plm_engine_core.control_plane.storage.ports import Connection, Storage
 from plm_engine_core.control_plane.texts import LONGEST_KEY, LONGEST_NAME, check_text
 from plm_engine_core.control_plane.vocabulary import (
@@ -314,7 +316,8 @@ class ControlPlane:
         """
         if lease is not None:
             await self.storage.leases.require(lease)
-        answer = await self.storage.admission.begin(grant, fencing_token=fencing_token, actor=actor)
+        token = held_token(grant.run_id, fencing_token)
+        answer = await self.storage.admission.begin(grant, fencing_token=token, actor=actor)
         if answer["status"] != "begun":
             return not_begun(Reason(answer["reason"]), answer["message"])
         await self.signals.changed(grant.tenant_id, grant.run_id)
@@ -364,11 +367,15 @@ class ControlPlane:
         Raises:
             FencingLost: another run worker holds the run.
             Conflict: the run is to end, and a call of it is not settled.
+            InvalidRequest: no run is given back in this state.
         """
+        if state not in FINISH_KINDS:
+            named = ", ".join(FINISH_KINDS)
+            raise InvalidRequest(f"a run is given back as {named}, not as {state}", field="state")
         left = await self.storage.runs.finish(
             run.tenant_id,
             run.id,
-            fencing_token=fencing_token,
+            fencing_token=held_token(run.id, fencing_token),
             state=state,
             actor=actor,
             reason=reason,

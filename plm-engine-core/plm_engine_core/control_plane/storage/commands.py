@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 from plm_shared.ledger import uuid_text
 
+from plm_engine_core.control_plane.errors import FencingLost
 from plm_engine_core.control_plane.storage.ports import AdmitCommand, SettleCommand, VoteCommand
+
+_LAST_TOKEN = 2**63 - 1
+
+
+def held_token(run_id: UUID, token: object) -> int:
+    """A token that a holder may have. In SQL none at all is unlike no other, and would pass for everybody's.
+
+    Raises:
+        FencingLost: nobody can have it.
+    """
+    if type(token) is not int or not 0 < token <= _LAST_TOKEN:
+        raise FencingLost(f"the lease of run {run_id} is no longer held with fencing token {token!r}")
+    return token
 
 
 def admit_json(command: AdmitCommand) -> dict[str, Any]:
@@ -14,7 +29,7 @@ def admit_json(command: AdmitCommand) -> dict[str, Any]:
     return {
         "tenant_id": uuid_text(command.tenant_id),
         "run_id": uuid_text(command.run_id),
-        "fencing_token": command.fencing_token,
+        "fencing_token": held_token(command.run_id, command.fencing_token),
         "command_id": command.command_id,
         "command_digest": command.command_digest,
         "step_index": command.step_index,
@@ -50,7 +65,7 @@ def settle_json(command: SettleCommand) -> dict[str, Any]:
         "step_index": command.step_index,
         "attempt": command.attempt,
         "grant_id": str(command.grant_id),
-        "fencing_token": command.fencing_token,
+        "fencing_token": held_token(command.run_id, command.fencing_token),
         "status": str(command.status),
         "outcome_digest": command.outcome_digest,
         "evidence": str(command.evidence),
