@@ -54,6 +54,16 @@ def test_everyone_denies(shop):
         pending.resume()
 
 
+@pytest.mark.parametrize("people", [approve_all, deny_all])
+def test_what_nobody_can_decide_any_more_is_left_and_the_rest_decided(shop, fake_clock, people):
+    governor, order = shop
+    late = asked(order)
+    fake_clock.move(7200)
+    waiting = asked(order)
+    decided = governor.plane.call(lambda core: people(core, governor.tenant_id))
+    assert [ticket.id for ticket in decided] == [waiting.ticket_id] != [late.ticket_id]
+
+
 def test_a_deadline_passes_when_the_clock_is_moved(shop, fake_clock):
     _, order = shop
     pending = asked(order)

@@ -30,7 +30,10 @@ async def deny_all(plane: ControlPlane, tenant_id: UUID, *, comment: str = "") -
 
 
 async def _pending(plane: ControlPlane, tenant_id: UUID) -> Sequence[ApprovalTicket]:
-    return await plane.storage.approvals.list(tenant_id, limit=_MOST, after=None, state=TicketState.PENDING)
+    """What still waits: a ticket whose deadline has passed counts as denied, whether that was written down or not."""
+    now = await plane.storage.runs.now()
+    pending = await plane.storage.approvals.list(tenant_id, limit=_MOST, after=None, state=TicketState.PENDING)
+    return [ticket for ticket in pending if ticket.deadline > now]
 
 
 async def _decide(
