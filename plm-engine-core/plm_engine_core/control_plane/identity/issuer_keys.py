@@ -77,7 +77,7 @@ class IssuerKeys:
         self._jwks_uri = jwks_uri
         self._client = client or _client
         self._clock = clock
-        self._early, self._fresh, self._stale = early_seconds, fresh_seconds, stale_seconds
+        self._early, self._fresh, self._stale = min(early_seconds, fresh_seconds), fresh_seconds, stale_seconds
         self._cooldown = cooldown_seconds
         self._keys: Mapping[str, SigningKey] = {}
         self._fetched_at: float | None = None
