@@ -165,6 +165,13 @@ async def test_forgers_cannot_fill_the_audit_log_and_are_counted() -> None:
     assert (len(audit.records), last["omitted"], last["client"]) == (61, 940, "192.0.2.2")
 
 
+async def test_what_a_proxy_calls_an_address_fills_no_audit_log() -> None:
+    door = Door()
+    assert await door.status("Bearer nonsense", client=("x" * 60_000, 0)) == 401
+    (record,) = door.audit.records
+    assert record.payload["client"] == "x" * 64
+
+
 async def test_an_old_token_cannot_fill_its_tenants_audit_log_nor_hide_what_concerns_others() -> None:
     audit, moment = InMemoryAuditSink(), [0.0]
     refusals = Refusals(audit, provider="hs256", clock=lambda: moment[0])

@@ -19,6 +19,7 @@ from plm_engine_core.control_plane.identity.errors import IdentityValidationErro
 _BURST = 60.0
 _PER_SECOND = 1.0
 _MOST_ALLOWANCES = 1_000
+_LONGEST_CLIENT = 64  # an address has fewer; what a proxy hands on as one may be anything
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class Refusals:
         if tenant_id is not None:
             record = reject_record(tenant_id, error, provider=self._provider, omitted=omitted)
         else:
-            record = anonymous_record(error, provider=self._provider, client=client, omitted=omitted)
+            shown = client[:_LONGEST_CLIENT]
+            record = anonymous_record(error, provider=self._provider, client=shown, omitted=omitted)
         try:
             await self._audit.write(record)
         except AuditError as failure:
