@@ -765,6 +765,13 @@ class TestMisuse:
         with pytest.raises(InvalidRequest, match=r"shop\.burn is not registered"):
             governed("shop.burn", by=memory)
 
+    def test_where_the_control_plane_would_wait_for_itself(self, memory):
+        async def decorating(core):
+            return governed("shop.look", by=memory)(lambda: 0)
+
+        with pytest.raises(RuntimeError, match="would wait for itself"):
+            memory.plane.call(decorating)
+
     def test_arguments_that_are_no_json_by_path_unless_left_out(self, memory):
         @governed("shop.look", by=memory)
         def look(client, item):

@@ -120,7 +120,7 @@ class Governor:
         async def look(core: ControlPlane) -> None:
             core.capability(capability)
 
-        self.plane.thread.submit(lambda: self.plane.on_core(look)).result()
+        self.plane.thread.block(lambda: self.plane.on_core(look))
 
     def wait(
         self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]], *, unheard: Callable[[T], Work] | None = None

@@ -44,6 +44,21 @@ class LoopThread:
         """
         if _inside_a_loop():
             raise RuntimeError(f"{self._name} waits, and would block the event loop that runs here; await instead")
+        return self.block(work, unheard=unheard)
+
+    def block(
+        self,
+        work: Callable[[], Coroutine[Any, Any, T]],
+        *,
+        unheard: Callable[[T], Coroutine[Any, Any, None]] | None = None,
+    ) -> T:
+        """As `run`, also where an event loop runs, which stands still meanwhile: for what is short and comes once.
+
+        Raises:
+            RuntimeError: it is called in the thread itself, which would wait for ever; or as for `run`.
+        """
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(f"{self._name} would wait for itself here; do this in another thread")
         handed = _HandedOver(self, work, unheard)
         try:
             self.submit(handed)
