@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import uuid
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
 from plm_engine_core.control_plane import Granted, Pending
 from plm_engine_core.control_plane.errors import ControlPlaneError
-from plm_engine_core.control_plane.events import Projections, rebuild, run_stream
+from plm_engine_core.control_plane.events import Event, Projections, rebuild, run_stream
 from plm_engine_core.control_plane.events.projections import CHANGES_NOTHING
 from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
@@ -95,6 +97,16 @@ async def test_an_event_that_cannot_be_read_is_named_and_hides_no_other(bench, p
     assert found[0].events.startswith("it cannot be read: ")
     assert {each.what.split()[0] for each in found[1:]} == {"budget"}
     assert folded.runs[other.run.id].state is RunState.RUNNING
+
+
+def test_of_very_many_events_that_cannot_be_read_the_first_are_told():
+    folded, hashed = Projections(), bytes(32)
+    where = {"tenant_id": uuid.uuid4(), "stream": run_stream(uuid.uuid4()), "prev_hash": hashed, "hash": hashed}
+    what = {"kind": EventKind.RUN_CREATED, "actor": "x", "occurred_at": datetime.now(UTC), "payload": "[]"}
+    for seq in range(1, 1_003):
+        folded.apply(Event(**where, **what, seq=seq))
+    assert len(folded.unreadable) == 1_001
+    assert folded.unreadable["further events"] == "some cannot be read either; the first 1000 are told"
 
 
 class Walk:

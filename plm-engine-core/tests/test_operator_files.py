@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from plm_engine_core.control_plane.documents import parse_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy, read_policy
+from plm_engine_core.control_plane.policy.lint import require_known_names
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, load_capabilities
 
 POLICY = """
@@ -83,8 +84,20 @@ def test_an_oauth_scope_that_no_token_can_carry_is_refused(tmp_path):
         written = CAPABILITIES.replace("plugin: things", f"plugin: things, required_scopes: [{scope!r}]")
         with pytest.raises(InvalidRequest, match=r"required_scopes.*an OAuth scope is"):
             load_capabilities(write(tmp_path, written))
-        with pytest.raises(InvalidRequest, match=r"approval\.required_scope: an OAuth scope is"):
-            load_policy(write(tmp_path, POLICY + f"\napproval: {{required_scope: {scope!r}}}\n"))
+
+
+def test_a_policy_that_asks_for_such_a_scope_is_refused_before_it_is_activated_and_still_read(tmp_path):
+    for approval, place in (
+        ("{required_scope: two words}", "approval.required_scope"),
+        ("{by_tier: {always_approve: {required_scope: two words}}}", "approval.by_tier.always_approve.required_scope"),
+        ("{by_risk: {high: {required_scope: two words}}}", "approval.by_risk.high.required_scope"),
+        ("{escalation: {required_scope: two words}}", "approval.escalation.required_scope"),
+    ):
+        policy = load_policy(write(tmp_path, POLICY + f"\napproval: {approval}\n"))
+        assert read_policy(policy.content, source="the active policy") == policy
+        with pytest.raises(InvalidRequest, match="no token carries another") as refused:
+            require_known_names(policy, load_capabilities(write(tmp_path, CAPABILITIES)), source="policy")
+        assert refused.value.field == place
 
 
 def test_a_policy_that_stands_in_no_file_is_refused_by_its_entry_and_names_no_place(tmp_path):

@@ -247,11 +247,15 @@ async def test_a_decision_that_cannot_be_read_hides_nothing_else(bench: Any, dec
 
 @pytest.mark.postgres_only
 @pytest.mark.parametrize("change", ["principal = '[]'", 'principal = \'{"user_id": "x"}\''])
-async def test_a_run_whose_record_is_damaged_is_refused_in_one_sentence(bench: Any, change: str) -> None:
+async def test_a_run_whose_record_is_damaged_is_refused_in_one_sentence(
+    bench: Any, change: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     run = await bench.run()
     bench.sql(f"UPDATE run_states SET {change}")  # noqa: S608  # one of the literals above
     with pytest.raises(InvalidRequest, match=f"the record of {run.id} cannot be read: "):
         await asked(bench, run.id)
+    assert [record.exc_info is not None for record in caplog.records if record.message == "a record cannot be read"]
 
 
 @pytest.mark.postgres_only

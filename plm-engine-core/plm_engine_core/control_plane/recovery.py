@@ -41,7 +41,8 @@ class Recovery:
     otherwise the run is queued for whoever made it. Queued and left alone for `forsaken_seconds`, it fails as
     `abandoned`.
 
-    Where more is due than one pass does, each tenant has its turn, and what failed before comes last.
+    Where more is due than one pass does, each tenant has its turn among the ten thousand runs that have waited longest,
+    and what failed before comes last.
 
     With an artifact store it also removes, once in `artifacts_every_seconds`, what stands there for
     `artifact_grace_seconds` without a record; see `StrayArtifacts` for how long that has to be.

@@ -11,7 +11,7 @@ from uuid import UUID
 class Turns:
     """Each tenant has its turn, and what failed comes after all else, the one that failed longest ago first.
 
-    So neither a tenant with very many rows nor any number of damaged ones keeps the others waiting for ever.
+    So among what is due neither a tenant with very many rows nor damaged ones keep the others waiting for ever.
     """
 
     def __init__(self, batch: int) -> None:

@@ -7,6 +7,7 @@ What the record says of itself (the rule, the limit, what would unblock it) coun
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
@@ -31,6 +32,8 @@ from plm_engine_core.control_plane.vocabulary import (
     StepState,
     TicketState,
 )
+
+logger = logging.getLogger(__name__)
 
 UNBLOCKED_BY: Mapping[str, str] = {
     Reason.RATE_LIMIT_EXCEEDED: "time: it is tried again by itself",
@@ -145,15 +148,17 @@ async def why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
         InvalidRequest: it has none of these forms, or its record is damaged.
         NotFound: nothing of that name exists in the tenant.
     """
+    asked = str(asked).strip()
     try:
         return await _why(storage, tenant_id, asked)
     except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+        logger.info("a record cannot be read", extra={"asked": asked[:80]}, exc_info=True)
         words = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InvalidRequest(f"the record of {asked.strip():.80} cannot be read: {words:.200}", field="id") from error
+        raise InvalidRequest(f"the record of {asked:.80} cannot be read: {words:.200}", field="id") from error
 
 
 async def _why(storage: Storage, tenant_id: UUID, asked: str) -> Why:
-    first, *rest = str(asked).strip().split("/")
+    first, *rest = asked.split("/")
     if first in _SCOPES:
         return await _of_budget(storage, tenant_id, _key(BudgetScope(first), rest))
     identifier = _uuid(first)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _RUN = "run/"
 _LONGEST_ERROR = 300
+_MOST_UNREADABLE = 1_000
 
 CHANGES_NOTHING = frozenset(
     {
@@ -52,7 +53,7 @@ CHANGES_NOTHING = frozenset(
 class Projections:
     """The fold. Events of one stream come in order; streams may come in any.
 
-    `unreadable` says by event why it is none that this release could have written.
+    `unreadable` says by event why it is none that this release could have written, of the first thousand.
     """
 
     runs: dict[UUID, RunStanding] = field(default_factory=dict)
@@ -92,7 +93,10 @@ class Projections:
             self._apply(event)
         except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             words = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
-            self.unreadable[f"event {event.seq} of {event.stream}"] = f"it cannot be read: {words}"
+            if len(self.unreadable) < _MOST_UNREADABLE:
+                self.unreadable[f"event {event.seq} of {event.stream}"] = f"it cannot be read: {words}"
+            else:
+                self.unreadable["further events"] = f"some cannot be read either; the first {_MOST_UNREADABLE} are told"
 
     def _apply(self, event: Event) -> None:
         if event.kind == EventKind.BUDGET_CORRECTED:

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from plm_engine_core.control_plane.oauth_scopes import OAuthScope
 from plm_engine_core.control_plane.policy.frozen import Table
 from plm_engine_core.control_plane.vocabulary import ActionTier, RiskLevel
 
 _MONTH = 30 * 86400
 Seconds = Annotated[float, Field(gt=0, le=_MONTH, allow_inf_nan=False)]
+OAuthScope = Annotated[str, Field(min_length=1, max_length=200)]  # its form is looked at before a policy is activated
 
 ADDED = ("quorum", "by_tier", "by_risk", "escalation", "standing")
 """Members that the first form did not have: while they say nothing a policy's digest leaves them out."""
@@ -61,7 +61,7 @@ class ApprovalRule(_Frozen):
     """Who may approve, and how long there is to do it. Of all that applies to a call the strictest counts."""
 
     timeout_seconds: Seconds = 3600.0
-    required_scope: OAuthScope = "plm.hitl.resolve"
+    required_scope: str = Field(default="plm.hitl.resolve", min_length=1)
     quorum: int = Field(default=1, ge=1, le=20)
     by_tier: Table[ActionTier, ApprovalDemand] = Field(default_factory=lambda: MappingProxyType({}))
     by_risk: Table[RiskLevel, ApprovalDemand] = Field(default_factory=lambda: MappingProxyType({}))
@@ -82,6 +82,18 @@ class ApprovalRule(_Frozen):
                 [self.timeout_seconds, *(each.timeout_seconds for each in demands if each.timeout_seconds)]
             ),
         )
+
+    @property
+    def scopes(self) -> dict[str, str]:
+        """Every OAuth scope that is asked for, by its place in the rule."""
+        demands = {f"by_tier.{tier.value}": each for tier, each in self.by_tier.items()}
+        demands |= {f"by_risk.{risk.value}": each for risk, each in self.by_risk.items()}
+        asked = {
+            f"{place}.required_scope": each.required_scope for place, each in demands.items() if each.required_scope
+        }
+        if self.escalation is not None:
+            asked["escalation.required_scope"] = self.escalation.required_scope
+        return {"required_scope": self.required_scope, **asked}
 
     @property
     def escalate_seconds(self) -> float | None:

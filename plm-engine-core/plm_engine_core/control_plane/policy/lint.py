@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.matching import Match, any_of
+from plm_engine_core.control_plane.oauth_scopes import FORM_IN_WORDS, is_oauth_scope
 from plm_engine_core.control_plane.policy.conditions import TimeOfDay, leaves
 from plm_engine_core.control_plane.policy.rules import Effect, Rule
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot, evaluators_in
@@ -39,6 +40,7 @@ def lint(policy: PolicySnapshot, capabilities: Iterable[CapabilityDescriptor]) -
     known = tuple(capabilities)
     remarks = [
         *_unknown(policy, known),
+        *_held_by_nobody(policy),
         *_matching_nothing(policy, known),
         *_doubled(policy.rules),
         *_unreachable(policy, known),
@@ -83,6 +85,13 @@ def _unknown(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> I
             if name not in ids:
                 words = f"{name} is not registered, so this says nothing; correct the name or register it"
                 yield _error("unknown-capability", f"{member}.{name}", words)
+
+
+def _held_by_nobody(policy: PolicySnapshot) -> Iterator[Remark]:
+    """OAuth scopes without which nobody may approve, and which nobody can have."""
+    for place, scope in policy.approval.scopes.items():
+        if not is_oauth_scope(scope):
+            yield _error("impossible-scope", f"approval.{place}", f"{scope!r:.80} is asked for: {FORM_IN_WORDS}")
 
 
 def _matching_nothing(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> Iterator[Remark]:
