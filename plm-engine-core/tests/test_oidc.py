@@ -93,6 +93,8 @@ async def test_a_subject_keeps_its_user_id_and_another_issuers_subject_is_somebo
     assert (await Side(steady).provider.identify(steady.token(key, sub=str(named)))).user_id == named
     for alike in (f"{{{named}}}", named.urn, named.hex, str(named).upper()):  # subjects are told apart by every letter
         assert (await Side(steady).provider.identify(steady.token(key, sub=alike))).user_id != named
+    for word in ("None", "null", "0"):
+        assert (await Side(steady).provider.identify(steady.token(key, sub=word))).user_id != first.user_id
     other = OidcIdentityProvider(issuer="https://other.example", audience="a", keys=IssuerKeys("https://other.example"))
     assert other._subject("auth0|8f2c") != str(first.user_id)
 

@@ -184,6 +184,7 @@ class OidcIdentityProvider:
         """A UUID for whatever an issuer calls its users; another issuer's user of the same name is somebody else."""
         if not isinstance(subject, str) or not subject or not encodable(subject):
             return subject  # which is refused
-        if str(verified_tenant({"tenant_id": subject})) == subject:  # in capitals it is another subject
+        same = verified_tenant({"tenant_id": subject})
+        if same is not None and str(same) == subject:  # in capitals it is another subject
             return subject
         return str(uuid5(_SUBJECTS, f"{self._issuer} {subject}"))
