@@ -245,6 +245,22 @@ async def test_a_withdrawn_key_is_not_good_again_after_a_quiet_time(issuer: Loca
     assert issuer.requests.count("/jwks.json") == 2
 
 
+async def test_after_a_failed_fetch_a_withdrawn_key_ends_soon_all_the_same(issuer: LocalIssuer) -> None:
+    old, new = issuer.make_key(), issuer.make_key()
+    issuer.publish(old)
+    side = Side(issuer)
+    await side.provider.identify(issuer.token(old))
+    issuer.write("jwks.json", "<html>")
+    side.clock.now += module.FRESH_SECONDS
+    for _ in range(3):  # the issuer is asked once, and known keys count meanwhile
+        await side.provider.identify(issuer.token(old))
+    assert (issuer.requests.count("/jwks.json"), side.keys.overdue) == (2, False)
+    issuer.publish(new)
+    side.clock.now += module.FAILED_SECONDS
+    assert await side.reason(issuer.token(old)) == "unknown_key"
+    assert issuer.requests.count("/jwks.json") == 3
+
+
 async def test_whoever_is_cancelled_ends_the_fetch_for_nobody_else(issuer: LocalIssuer) -> None:
     key = issuer.make_key()
     issuer.publish(key)

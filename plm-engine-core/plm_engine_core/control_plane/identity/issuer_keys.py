@@ -28,6 +28,8 @@ EARLY_SECONDS: Final = 240.0
 """Keys this old are fetched anew beside those who use them."""
 FRESH_SECONDS: Final = 300.0
 """Keys this old are fetched anew before they are used: so long may a key that was withdrawn still count."""
+FAILED_SECONDS: Final = 30.0
+"""Nobody waits for a fetch so soon after one that failed: longer than two tries are apart while requests come."""
 STALE_SECONDS: Final = 3_600.0
 """While the issuer cannot be reached, keys of up to this age still count; then nobody is let in."""
 COOLDOWN_SECONDS: Final = 10.0
@@ -78,6 +80,7 @@ class IssuerKeys:
         self._client = client or _client
         self._clock = clock
         self._early, self._fresh, self._stale = min(early_seconds, fresh_seconds), fresh_seconds, stale_seconds
+        self._patience = min(FAILED_SECONDS, fresh_seconds)
         self._cooldown = cooldown_seconds
         self._keys: Mapping[str, SigningKey] = {}
         self._fetched_at: float | None = None
@@ -93,8 +96,8 @@ class IssuerKeys:
 
     @property
     def overdue(self) -> bool:
-        """Whether the keys should be fetched before they are used: they are old, and no issuer is known to be gone."""
-        return min(self._since(self._fetched_at), self._since(self._failed_at)) >= self._fresh
+        """Whether the keys should be fetched before they are used: they are old, and no fetch failed a moment ago."""
+        return self._since(self._fetched_at) >= self._fresh and self._since(self._failed_at) >= self._patience
 
     @property
     def reachable(self) -> bool:
