@@ -186,7 +186,7 @@ async def test_an_old_token_cannot_fill_its_tenants_audit_log_nor_hide_what_conc
     assert (audit.records[-1].tenant_id, audit.records[-1].payload["omitted"]) == (TENANT, 940)
 
 
-async def test_however_many_tenants_are_named_only_those_are_remembered_of_which_something_was_left_out() -> None:
+async def test_however_many_tenants_are_named_a_thousand_are_remembered_and_all_that_was_left_out_is_counted() -> None:
     audit, moment = InMemoryAuditSink(), [0.0]
     refusals = Refusals(audit, provider="hs256", clock=lambda: moment[0])
     for _ in range(61):
@@ -195,17 +195,45 @@ async def test_however_many_tenants_are_named_only_those_are_remembered_of_which
         moment[0] += 1.0
         await refusals.record(IdentityExpiredError(tenant_id=uuid.UUID(int=number + 100)), client="")
     assert len(refusals._allowances) <= 1_000
-    await refusals.record(IdentityExpiredError(tenant_id=TENANT), client="")
+    await refusals.record(IdentityInvalidSignatureError(), client="")
     assert audit.records[-1].payload["omitted"] == 1
 
 
-async def test_a_refusal_of_a_tenant_that_does_not_exist_is_recorded_for_the_installation() -> None:
-    class Nobodys(InMemoryAuditSink):
-        async def write(self, record: AuditRecord) -> None:
-            if record.tenant_id is not None:
-                raise AuditTenantUnknown("no such tenant", tenant_id=record.tenant_id)
-            await super().write(record)
+async def test_whoever_is_refused_over_and_over_is_not_forgotten_for_others() -> None:
+    audit = InMemoryAuditSink()
+    refusals = Refusals(audit, provider="hs256", clock=lambda: 0.0)
+    for number in range(3_000):
+        await refusals.record(IdentityExpiredError(tenant_id=TENANT), client="")
+        await refusals.record(IdentityExpiredError(tenant_id=uuid.UUID(int=number + 100)), client="")
+    assert sum(record.tenant_id == TENANT for record in audit.records) == 60
 
+
+class Nobodys(InMemoryAuditSink):
+    """Of an installation without tenants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tried = 0
+
+    async def write(self, record: AuditRecord) -> None:
+        if record.tenant_id is not None:
+            self.tried += 1
+            raise AuditTenantUnknown("no such tenant", tenant_id=record.tenant_id)
+        await super().write(record)
+
+
+async def test_refusals_of_a_tenant_that_does_not_exist_keep_the_database_busy_no_more_than_those_of_others() -> None:
+    audit, moment = Nobodys(), [0.0]
+    refusals = Refusals(audit, provider="hs256", clock=lambda: moment[0])
+    for _ in range(1000):
+        await refusals.record(IdentityExpiredError(tenant_id=TENANT), client="192.0.2.1")
+    assert (audit.tried, len(audit.records)) == (60, 60)
+    moment[0] = 1.0
+    await refusals.record(IdentityInvalidSignatureError(), client="192.0.2.1")
+    assert audit.records[-1].payload["omitted"] == 940
+
+
+async def test_a_refusal_of_a_tenant_that_does_not_exist_is_recorded_for_the_installation() -> None:
     door = Door(audit=Nobodys())
     assert await door.status(f"Bearer {token(iat=1_000_000, exp=1_000_600)}") == 401
     assert [record.payload["reason"] for record in door.audit.records] == ["expired"]

@@ -30,16 +30,12 @@ class _Allowance:
     def __init__(self, now: float) -> None:
         self._left, self._filled_at = _BURST, now
         self.omitted = 0
-
-    def fill(self, now: float) -> bool:
-        """Add what time has brought; answers whether nothing has been used that it did not bring back."""
-        self._left = min(_BURST, self._left + (now - self._filled_at) * _PER_SECOND)
-        self._filled_at = now
-        return self._left >= _BURST
+        self.of_nobody = False  # the last record said that there is no such tenant
 
     def take(self, now: float) -> bool:
         """Whether one more may be written."""
-        self.fill(now)
+        self._left = min(_BURST, self._left + (now - self._filled_at) * _PER_SECOND)
+        self._filled_at = now
         if self._left < 1:
             return False
         self._left -= 1
@@ -51,14 +47,16 @@ class Refusals:
 
     Whoever has a token that was good once can cause the first kind for ever, and anybody the second. So they are
     bounded: 60 at once and then one a second, for each tenant and for the installation, in each process. What is left
-    out is counted, and the next record says how many there were.
+    out is counted, and the next record says how many there were; for a tenant that does not exist, or was forgotten for
+    others, the installation's next one.
     """
 
     def __init__(self, audit: AuditSink, *, provider: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._audit = audit
         self._provider = provider
         self._clock = clock
-        self._allowances: dict[UUID | None, _Allowance] = {}
+        self._installation = _Allowance(clock())
+        self._allowances: dict[UUID, _Allowance] = {}  # the last that was asked for is the last
 
     async def record(self, error: IdentityValidationError, *, client: str) -> None:
         """Record one, or count it; a failure is logged, for the request is refused all the same."""
@@ -66,13 +64,12 @@ class Refusals:
         try:
             await self._write(error, tenant_id, client)
         except AuditTenantUnknown:  # a signature named it, and it does not exist
-            self._allowances.pop(tenant_id, None)
             await self._write(error, None, client)
 
     async def _write(self, error: IdentityValidationError, tenant_id: UUID | None, client: str) -> None:
-        allowance = self._allowance(tenant_id)
+        allowance = self._installation if tenant_id is None else self._allowance(tenant_id)
         if not allowance.take(self._clock()):
-            allowance.omitted += 1
+            (self._installation if allowance.of_nobody else allowance).omitted += 1
             return
         omitted, allowance.omitted = allowance.omitted, 0
         if tenant_id is not None:
@@ -84,13 +81,18 @@ class Refusals:
             await self._audit.write(record)
         except AuditError as failure:
             if tenant_id is not None and isinstance(failure, AuditTenantUnknown):
+                self._installation.omitted += omitted + allowance.omitted
+                allowance.omitted, allowance.of_nobody = 0, True
                 raise
             allowance.omitted += omitted + 1
             _log.exception("identity.reject of %s is not in the audit log", tenant_id or "the installation")
+        else:
+            allowance.of_nobody = False
 
-    def _allowance(self, tenant_id: UUID | None) -> _Allowance:
-        now = self._clock()
+    def _allowance(self, tenant_id: UUID) -> _Allowance:
+        allowance = self._allowances.pop(tenant_id, None) or _Allowance(self._clock())
         if len(self._allowances) >= _MOST_ALLOWANCES:
-            used = {key: each for key, each in self._allowances.items() if not each.fill(now) or each.omitted}
-            self._allowances = used
-        return self._allowances.setdefault(tenant_id, _Allowance(now))
+            forgotten = self._allowances.pop(next(iter(self._allowances)))
+            self._installation.omitted += forgotten.omitted
+        self._allowances[tenant_id] = allowance
+        return allowance
