@@ -16,7 +16,6 @@ from plm_engine_core.control_plane.identity.choice import identity_mode, provide
 from plm_engine_core.control_plane.identity.context import (
     ActorKind,
     IdentityContext,
-    current_identity,
     get_current_identity,
     identity_bound,
     make_test_identity,
@@ -65,7 +64,6 @@ __all__ = [
     "OidcIdentityProvider",
     "PostgresAuditSink",
     "RejectReason",
-    "current_identity",
     "get_current_identity",
     "identity_bound",
     "identity_mode",

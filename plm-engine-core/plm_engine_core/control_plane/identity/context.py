@@ -37,17 +37,17 @@ class IdentityContext(BaseModel):
 class _Block:
     """The block for which an identity is bound; tasks and threads that were started in it may outlive it."""
 
-    over = False
+    def __init__(self, identity: IdentityContext) -> None:
+        self.identity: IdentityContext | None = identity
 
 
-current_identity: ContextVar[IdentityContext | None] = ContextVar("plm_current_identity", default=None)
 _block: ContextVar[_Block | None] = ContextVar("plm_identity_block", default=None)
 
 
 def get_current_identity() -> IdentityContext | None:
     """The identity of the running task, or None outside any, and in what outlives the block that it was bound for."""
     block = _block.get()
-    return None if block is not None and block.over else current_identity.get()
+    return None if block is None else block.identity
 
 
 def require_identity() -> IdentityContext:
@@ -65,14 +65,13 @@ def require_identity() -> IdentityContext:
 @contextmanager
 def identity_bound(identity: IdentityContext) -> Iterator[IdentityContext]:
     """Bind an identity for the length of a block, and put back what was bound before."""
-    block = _Block()
-    bound, entered = current_identity.set(identity), _block.set(block)
+    block = _Block(identity)
+    entered = _block.set(block)
     try:
         yield identity
     finally:
-        block.over = True
+        block.identity = None
         _block.reset(entered)
-        current_identity.reset(bound)
 
 
 def new_identity(
