@@ -103,7 +103,10 @@ class Governor:
         return cls(SyncControlPlane(core), tenant_id=tenant_id, principal=principal)
 
     def close(self) -> None:
-        """Close the control plane."""
+        """Close the control plane, once the calls under way are opened and recorded; after ten seconds in any case.
+
+        A call that was being opened is not made, and who waits for one is told that the control plane was closed.
+        """
         self.plane.close()
 
     def __enter__(self) -> Self:

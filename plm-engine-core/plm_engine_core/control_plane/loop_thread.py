@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Generic, TypeVar, cast
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+_TIME_TO_FINISH = 10.0  # seconds that closing leaves to work which is done whoever goes away
 
 
 class LoopThread:
@@ -25,8 +30,10 @@ class LoopThread:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._closed = False
-        self._under_way: set[asyncio.Task[Any]] = set()
+        self._closed = False  # for who asks for something
+        self._ended = False  # for everybody
+        self._under_way: dict[asyncio.Task[Any], Callable[[], Coroutine[Any, Any, Any]]] = {}
+        self._late: list[concurrent.futures.Future[None]] = []
 
     def run(
         self,
@@ -108,14 +115,28 @@ class LoopThread:
         with self._lock:
             if self._closed:
                 raise RuntimeError(f"{self._name} is closed; make a new one")
-            if self._loop is None:
-                self._start()
-            loop = self._loop
-            assert loop is not None  # noqa: S101  # started above
-            return asyncio.run_coroutine_threadsafe(self._tracked(work), loop)
+            return self._begin(work)
+
+    def finish(self, unheard: _HandedOver[None]) -> None:
+        """As `submit`, also while the thread is being closed: what is left to do with an answer that nobody heard.
+
+        Raises:
+            RuntimeError: as for `submit`, once closing waits for nothing more.
+        """
+        self._refuse_fork()
+        with self._lock:
+            if self._ended:
+                raise RuntimeError(f"{self._name} is closed; make a new one")
+            begun = self._begin(unheard)
+            if self._closed:
+                self._late.append(begun)
 
     def close(self, last: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
-        """Cancel what is under way, do `last`, end the thread. Closing twice, or in a forked process, does nothing."""
+        """Cancel what is under way, do `last`, end the thread. Closing twice, or in a forked process, does nothing.
+
+        Work that is done whoever goes away is finished first, in ten seconds at most; who waits for it is told that the
+        thread was closed.
+        """
         if os.getpid() != self._pid:
             return
         if _inside_a_loop():
@@ -135,30 +156,55 @@ class LoopThread:
         """End the thread without waiting for it, when nobody can use it any more; whether it still ran."""
         if os.getpid() != self._pid or self._closed:
             return False
-        self._closed = True
+        self._closed = self._ended = True
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._loop.stop)
         return self._loop is not None
 
     async def _tracked(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         task = cast("asyncio.Task[Any]", asyncio.current_task())
-        self._under_way.add(task)
+        self._under_way[task] = work
         try:
             return await work()
         finally:
-            self._under_way.discard(task)
+            del self._under_way[task]
 
     async def _wind_up(self, last: Callable[[], Coroutine[Any, Any, None]] | None) -> None:
-        under_way = list(self._under_way)
-        for task in under_way:
+        for task, work in self._under_way.items():
+            if not (isinstance(work, _HandedOver) and work.finishes_unheard()):
+                task.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_TIME_TO_FINISH):
+                while waited_for := self._unfinished():
+                    await asyncio.wait(waited_for)
+        with self._lock:
+            self._ended = True
+        if left := list(self._under_way):
+            logger.warning("%s is closed; calls of it that were not finished: %d", self._name, len(left))
+        for task in left:
             task.cancel()
-        await asyncio.gather(*under_way, return_exceptions=True)
+        await asyncio.gather(*left, return_exceptions=True)
         if last is not None:
             await last()
+
+    def _unfinished(self) -> set[asyncio.Future[Any]]:
+        """What closing still waits for; when there is nothing, nothing more can come."""
+        with self._lock:
+            late = {asyncio.wrap_future(begun) for begun in self._late if not begun.done()}
+            unfinished = late | set(self._under_way)
+            self._ended = not unfinished
+            return unfinished
 
     def _refuse_fork(self) -> None:
         if os.getpid() != self._pid:
             raise RuntimeError(f"{self._name} was made before this process was forked; make a new one here")
+
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, T]]) -> concurrent.futures.Future[T]:
+        if self._loop is None:
+            self._start()
+        loop = self._loop
+        assert loop is not None  # noqa: S101  # started above
+        return asyncio.run_coroutine_threadsafe(self._tracked(work), loop)
 
     def _start(self) -> None:
         loop = asyncio.new_event_loop()
@@ -212,6 +258,12 @@ class _HandedOver(Generic[T]):
                 if self._unheard is not None:
                     await self._unheard(result)
 
+    def finishes_unheard(self) -> bool:
+        """Whether this is done whoever goes away; then its caller is told no more of it."""
+        if self._unheard is not None:
+            self.answer.cancel()
+        return self._unheard is not None
+
     def take_back(self) -> None:
         with self._lock:
             in_time, at = self.answer.cancel(), self._at
@@ -220,8 +272,14 @@ class _HandedOver(Generic[T]):
             if in_time and at is not None and not at[0].is_closed():
                 at[0].call_soon_threadsafe(at[1].cancel)
         elif not in_time and answer.exception(0) is None:
+            after = _HandedOver(self._thread, lambda: unheard(answer.result(0)), _nothing)
+            after.answer.cancel()  # nobody waits for it
             with suppress(RuntimeError):  # the thread is closed
-                self._thread.submit(lambda: unheard(answer.result(0)))
+                self._thread.finish(after)
+
+
+async def _nothing(_: None) -> None:
+    """What was left to do is done."""
 
 
 def _inside_a_loop() -> bool:
