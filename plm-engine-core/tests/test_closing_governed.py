@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from plm_engine_core import Governor, governed
 from plm_engine_core.control_plane import loop_thread
+from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.loop_thread import LoopThread
 from plm_engine_core.control_plane.storage.memory import MemoryStorage
 from plm_engine_core.control_plane.vocabulary import RunState, StepState
@@ -130,6 +131,34 @@ def test_what_an_answer_leaves_to_do_is_done_while_it_is_closed_too():
         go_on.set()
         closing[0].result(WAIT)
     assert left_to_do == [7]
+
+
+@pytest.mark.parametrize("error", [StorageUnavailable("no database"), SystemExit(3)])
+@pytest.mark.parametrize("fails", ["work", "unheard"])
+def test_a_failure_that_nobody_is_told_is_logged_and_ends_nothing(fails, error, caplog):
+    main, interrupted = threading.get_ident(), threading.Event()
+
+    async def work():
+        signal.pthread_kill(main, signal.SIGINT)
+        await asyncio.to_thread(interrupted.wait, WAIT)
+        if fails == "work":
+            raise error
+
+    async def unheard(result):
+        raise error
+
+    async def nothing():
+        """The thread still runs."""
+
+    thread = LoopThread("a thread")
+    with pytest.raises(KeyboardInterrupt):
+        thread.run(work, unheard=unheard)
+    interrupted.set()
+    thread.run(nothing)
+    thread.close()
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert record.exc_info[1] is error
 
 
 def test_what_does_not_end_is_cancelled_in_the_end_and_said(monkeypatch, caplog):

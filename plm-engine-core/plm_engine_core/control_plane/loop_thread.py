@@ -249,14 +249,24 @@ class _HandedOver(Generic[T]):
             self.answer.cancel()
             raise
         except BaseException as error:  # noqa: BLE001  # it is the caller's, and must not end the thread
-            with suppress(concurrent.futures.InvalidStateError):  # taken back
+            try:
                 self.answer.set_exception(error)
+            except concurrent.futures.InvalidStateError:  # taken back
+                logger.warning("a call that was taken back failed, and nobody is told", exc_info=error)
         else:
             try:
                 self.answer.set_result(result)
             except concurrent.futures.InvalidStateError:
                 if self._unheard is not None:
-                    await self._unheard(result)
+                    await self._do_unheard(self._unheard, result)
+
+    async def _do_unheard(self, unheard: Callable[[T], Coroutine[Any, Any, None]], result: T) -> None:
+        try:
+            await unheard(result)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:  # nobody hears it, and it must not end the thread
+            logger.warning("what a call that was taken back left to do failed", exc_info=error)
 
     def finishes_unheard(self) -> bool:
         """Whether this is done whoever goes away; then its caller is told no more of it."""
