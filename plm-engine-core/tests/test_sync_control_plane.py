@@ -211,6 +211,20 @@ def test_one_that_could_not_be_opened_says_why_as_often_as_it_is_asked():
                 plane.verify_events(uuid.uuid4())
 
 
+def test_what_would_end_an_event_loop_while_it_opens_is_told_and_it_can_be_closed():
+    @asynccontextmanager
+    async def opened():
+        raise SystemExit("PG_DSN is not set")
+        yield
+
+    with SyncControlPlane(opened()) as plane:
+        with pytest.raises(RuntimeError, match=r"was left with SystemExit\('PG_DSN is not set'") as told:
+            plane.verify_events(uuid.uuid4())
+        assert isinstance(told.value.__cause__, SystemExit)
+        with pytest.raises(RuntimeError, match=r"could not be opened; make a new one: .*PG_DSN is not set"):
+            plane.verify_events(uuid.uuid4())
+
+
 def test_who_is_interrupted_while_it_opens_leaves_it_to_the_next(make_policy, registry):
     main, going_on = threading.get_ident(), threading.Event()
 

@@ -86,10 +86,18 @@ class SyncControlPlane:
         if isinstance(self._opened, ControlPlane):
             return self._opened
         if self._opening is None:  # in a task of its own: whoever comes first may be interrupted meanwhile
-            self._opening = asyncio.create_task(self._exits.enter_async_context(self._opened))
+            self._opening = asyncio.create_task(self._enter(self._opened))
         elif self._opening.done() and (error := self._opening.exception()) is not None:
             raise RuntimeError(f"SyncControlPlane could not be opened; make a new one: {error}") from error
         return await asyncio.shield(self._opening)
+
+    async def _enter(self, opened: AbstractAsyncContextManager[ControlPlane]) -> ControlPlane:
+        try:
+            return await self._exits.enter_async_context(opened)
+        except (Exception, asyncio.CancelledError):
+            raise
+        except BaseException as error:  # out of a task it would end the loop, and with it every caller
+            raise RuntimeError(f"opening the control plane was left with {error!r}") from error
 
     async def _leave(self) -> None:
         if self._opening is not None:
