@@ -122,7 +122,7 @@ def create_tenants(database: DatabaseUrls, *names: str) -> tuple[uuid.UUID, ...]
 
 
 def _place() -> Path:
-    """Where a new cluster goes: a disk spends ten times as long on the thousand files of a database, and longer."""
+    """Where a new cluster goes: a disk takes many times as long for the several hundred files of a database."""
     roomy = os.access(_IN_MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(_IN_MEMORY).free >= _ROOM
     return _IN_MEMORY if roomy else Path(tempfile.gettempdir())
 
