@@ -54,6 +54,7 @@ from plm_engine_core.control_plane.vocabulary import (
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import create_tenants
 from psycopg.rows import dict_row
+from psycopg.types.json import Jsonb
 from typer.testing import CliRunner
 
 # A shell makes its background jobs, and all that they start, deaf to SIGINT; what the tests interrupt must hear it.
@@ -144,7 +145,8 @@ class PostgresBehind:
 
     def set_rows(self, table: str, where: dict[str, Any], **values: Any) -> None:
         columns = ", ".join(f"{name} = %s" for name in values)
-        self.sql(f"UPDATE {table} SET {columns} WHERE {self._where(where)}", *values.values(), *where.values())  # noqa: S608  # names from these tests
+        put = [Jsonb(value) if isinstance(value, dict) else value for value in values.values()]
+        self.sql(f"UPDATE {table} SET {columns} WHERE {self._where(where)}", *put, *where.values())  # noqa: S608  # names from these tests
 
     def set_time(self, table: str, column: str, seconds: float, where: dict[str, Any]) -> None:
         change = f"{column} = clock_timestamp() + make_interval(secs => %s)"

@@ -266,6 +266,40 @@ class TestCrashes:
         assert await acts.drive() is RunState.SUCCEEDED
         assert [capability for _, capability, _ in acts.executor.calls] == [FIRE, *[FIRE] * (not happened), READ]
 
+    @pytest.mark.parametrize("record", [{}, {"facts": []}, {"facts": {"capability": {"id": "?"}}}], ids=str)
+    async def test_a_call_of_which_nobody_can_read_what_was_decided_waits_until_somebody_knows(
+        self, scene, bench, record
+    ):
+        acts = await scene(plan(READ, READ), thing_read=["hang"])
+        task = acts.start()
+        await acts.executor.entered.wait()
+        await acts.kill(task)
+        bench.behind.set_rows("run_steps", {"run_id": acts.run.id}, decision=record)
+        assert await acts.drive() is RunState.OUTCOME_UNKNOWN
+        assert await bench.budget(acts.run, "tenant", BudgetUnit.CALLS) == (1, 0)
+        await bench.storage.runs.reconcile(
+            bench.tenant, acts.run.id, happened=True, output={"seen": 1}, actor="human:x"
+        )
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert len(acts.executor.calls) == 2
+        assert await acts.consistent()
+
+    async def test_one_that_never_began_ends_its_run_when_nobody_can_read_what_was_decided(self, scene, bench):
+        acts = await scene(plan(READ), thing_read=["hang before begin"])
+        task = acts.start()
+        await acts.executor.entered.wait()
+        await acts.kill(task)
+        bench.behind.set_rows("run_steps", {"run_id": acts.run.id}, decision={})
+        assert await acts.drive() is RunState.FAILED
+        run = await acts.fresh()
+        assert (run.reason, run.message) == (
+            "record_damaged",
+            "what was decided of attempt 1 of step s0 cannot be read any more",
+        )
+        assert acts.executor.calls == []
+        assert await bench.budget(run, "tenant", BudgetUnit.CALLS) == (0, 0)
+        assert "record_damaged" in str(await bench.control_plane.why(bench.tenant, str(run.id)))
+
     async def test_during_a_call_that_is_not_registered_any_more_the_run_waits_until_somebody_knows(
         self, scene, bench, monkeypatch
     ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import signal
+import sys
 import threading
 import time
 import uuid
@@ -346,7 +347,7 @@ class TestLostReplies:
         assert (run.state, only_step(governor, run).state) == (RunState.RUNNING, StepState.RUNNING)
 
         async def swept(core):
-            await core.storage.runs.renew(run.tenant_id, run.id, fencing_token=1, seconds=0)
+            await core.storage.runs.renew(run.tenant_id, run.id, fencing_token=1, seconds=1e-6)
             await Recovery(core.storage).sweep()
 
         governor.plane.call(swept)
@@ -814,6 +815,14 @@ class TestMisuse:
     def test_what_does_not_say_which_arguments_it_takes(self, memory):
         with pytest.raises(InvalidRequest, match="does not say which arguments it takes"):
             governed("shop.look", by=memory)(classmethod(lambda cls: cls))
+
+    def test_annotations_may_name_what_is_defined_later(self, memory):
+        """From Python 3.14 on they are read only when somebody asks for them; before that, where the module says so."""
+        lazily = 0 if sys.version_info >= (3, 14) else annotations.compiler_flag
+        namespace = {}
+        text = "def look(number: Later) -> Later:\n    return number"
+        exec(compile(text, "a module", "exec", flags=lazily, dont_inherit=True), namespace)  # noqa: S102  # as above
+        assert governed("shop.look", by=memory)(namespace["look"])(5) == 5
 
     async def test_arguments_that_are_changed_while_they_are_decided_on_are_not_called_with(self, memory):
         @governed("shop.look", by=memory)

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 
 import pytest
+from plm_engine_core.agent_runtime import Driver, Selector
 from plm_engine_core.control_plane import Principal
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, NotFound
 from plm_engine_core.control_plane.hitl import ScopeTerms
@@ -198,6 +199,51 @@ async def test_what_is_of_another_type_than_documented_is_refused_by_its_field(b
     for seconds in (None, "1", True, 10**400):
         with pytest.raises(InvalidRequest, match="at most 86400 seconds"):
             await plane.acquire_lease(tenant, "a", owner="a", seconds=seconds, by=by)
+
+
+async def test_an_act_of_nobody_is_refused_by_its_field(bench):
+    plane, tenant = bench.control_plane, bench.tenant
+    lease, pending = await bench.ask()
+    halt = await plane.halt(tenant, HaltScope.AGENT, subject="test", reason="x", by=OPERATOR)
+    held = await plane.acquire_lease(tenant, "a", owner="a", seconds=9, by=OPERATOR)
+    budget, one = BudgetKey(scope=BudgetScope.TENANT, scope_id=tenant, unit="calls"), Decimal(1)
+    ticket, gate = pending.ticket_id, plane.approvals
+    put = {"previous": None, "reason": "x"}
+    before = bench.behind.rows("events")
+    for nobody in (None, "human:1", uuid.uuid4()):
+        tries = [
+            ("approver", lambda who: plane.decide(tenant, ticket, TicketDecision.DENY, approver=who)),
+            ("author", lambda who: gate.comment(tenant, ticket, "x", author=who)),
+            ("by", lambda who: gate.revoke_scope(tenant, uuid.uuid4(), by=who)),
+            ("by", lambda who: plane.halt(tenant, HaltScope.TENANT, reason="x", by=who)),
+            ("by", lambda who: plane.lift(tenant, halt.id, by=who)),
+            ("by", lambda who: plane.set_agent_status(tenant, "test", "suspended", reason="x", by=who)),
+            ("by", lambda who: plane.activate_policy(tenant, plane.policy, **put, by=who)),
+            ("by", lambda who: plane.set_budget(tenant, budget, one, by=who)),
+            ("by", lambda who: plane.correct_budget(tenant, budget, one, reason="x", command_id="x", by=who)),
+            ("by", lambda who: plane.cancel(tenant, lease.run.id, by=who)),
+            ("by", lambda who: plane.acquire_lease(tenant, "b", owner="a", seconds=9, by=who)),
+            ("by", lambda who: plane.release_lease(held, by=who)),
+            ("principal", lambda who: plane.create_run(bench.request(), principal=who)),
+        ]
+        for field, attempt in tries:
+            with pytest.raises(InvalidRequest, match="must be the Principal whose act it is") as caught:
+                await attempt(nobody)
+            assert caught.value.field == field
+    assert bench.behind.rows("events") == before
+
+
+@pytest.mark.parametrize("seconds", [0, -1, math.nan, math.inf, None, "9", 86_401])
+async def test_a_lease_that_has_no_end_or_no_time_is_not_given(bench, seconds):
+    run = await bench.run()
+    with pytest.raises(InvalidRequest, match="a lease is for more than 0") as caught:
+        await bench.storage.runs.take(bench.tenant, run.id, owner="w", seconds=seconds)
+    assert caught.value.field == "seconds"
+    lease = await bench.lease(run)
+    with pytest.raises(InvalidRequest, match="a lease is for more than 0"):
+        await bench.storage.runs.renew(bench.tenant, run.id, fencing_token=lease.fencing_token, seconds=seconds)
+    with pytest.raises(InvalidRequest, match="a lease is for more than 0"):
+        Driver(control_plane=bench.control_plane, agents=None, selector=Selector([]), owner="w", lease_seconds=seconds)
 
 
 @pytest.mark.parametrize("limit", [0, -1])

@@ -158,10 +158,20 @@ async def test_a_damaged_record_of_one_run_holds_up_no_other(bench, caplog):
     hosted = await bench.run()
     bench.touched(hosted.id, 3600)
     bench.touched(leases[0].run.id, 3600)
-    bench.sql("UPDATE run_steps SET decision = '{}' WHERE run_id = %s", leases[0].run.id)
+    bench.sql("UPDATE run_states SET principal = '[]' WHERE run_id = %s", leases[0].run.id)
     assert await Recovery(bench.storage).sweep() == 1
     assert [await bench.state(lease.run) for lease in leases[1:]] == [RunState.QUEUED, RunState.QUEUED]
     assert "a run could not be closed yet" in caplog.text
+
+
+@pytest.mark.postgres_only
+@pytest.mark.parametrize(("begun", "state"), [(False, RunState.QUEUED), (True, RunState.OUTCOME_UNKNOWN)])
+async def test_a_call_of_which_nobody_can_read_what_was_decided_is_closed_all_the_same(bench, begun, state):
+    lease = await taken(bench)
+    await (bench.begun(lease) if begun else bench.grant(lease))
+    bench.sql("UPDATE run_steps SET decision = '{}' WHERE run_id = %s", lease.run.id)
+    assert (await left(bench, lease)).state is state
+    assert await calls(bench, lease) == (int(begun), 0)
 
 
 async def test_a_run_does_not_end_before_its_calls_are_settled(bench):

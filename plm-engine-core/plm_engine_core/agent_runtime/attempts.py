@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from plm_engine_core.agent_runtime.agent import is_deferred, is_open, refusal
@@ -22,6 +23,13 @@ class Place:
     step_index: int
     attempt: int
     ticket_id: UUID | None = None
+
+
+def claims_of(step: Step) -> Mapping[str, Any] | None:
+    """What the agent said of a recorded proposal, for proposing the same again; None where nobody can tell."""
+    facts = step.decision.get("facts") if isinstance(step.decision, Mapping) else None
+    claims = facts.get("claims", {}) if isinstance(facts, Mapping) else None
+    return claims if isinstance(claims, Mapping) else None
 
 
 def next_place(last: Step | None) -> Place:

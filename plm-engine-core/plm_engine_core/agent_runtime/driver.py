@@ -13,7 +13,7 @@ from dataclasses import replace
 from uuid import UUID
 
 from plm_engine_core.agent_runtime.agent import Agent, Finish, History, Propose, is_open
-from plm_engine_core.agent_runtime.attempts import exhausted, next_place
+from plm_engine_core.agent_runtime.attempts import claims_of, exhausted, next_place
 from plm_engine_core.agent_runtime.dispatcher import Dispatcher
 from plm_engine_core.agent_runtime.executor import Executor
 from plm_engine_core.agent_runtime.hold import Hold, held, moment
@@ -27,6 +27,7 @@ from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.events.signals import Interrupts, NoSignals
 from plm_engine_core.control_plane.facade import ControlPlane
+from plm_engine_core.control_plane.limits.leases import check_seconds
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import OutcomeStatus, Reason, RunState, StepState
@@ -41,7 +42,11 @@ _NOT_NOW = (Reason.STORAGE_BUSY, Reason.POLICY_MISSING, Reason.POLICY_CHANGED)  
 
 
 class Driver:
-    """Drives runs of this node, one call of `drive` each; any number may work at once."""
+    """Drives runs of this node, one call of `drive` each; any number may work at once.
+
+    Raises:
+        InvalidRequest: `lease_seconds` is no time that a lease can last.
+    """
 
     def __init__(
         self,
@@ -53,6 +58,7 @@ class Driver:
         lease_seconds: float = 30.0,
         interrupts: Interrupts | None = None,
     ) -> None:
+        check_seconds(lease_seconds)
         self._interrupts: Interrupts = interrupts or NoSignals()
         self._control_plane = control_plane
         self._agents = agents
@@ -122,12 +128,17 @@ class Driver:
         """What is open is repeated exactly as it was recorded; else the agent says what comes next."""
         last = history.steps[-1] if history.steps else None
         if last is not None and is_open(last):
+            claims = claims_of(last)
+            if claims is None:
+                problem = f"what was decided of attempt {last.attempt} of step {last.step_id} cannot be read any more"
+                logger.error("a record cannot be read", extra={"run_id": str(history.run.id)})
+                return Finish(succeeded=False, reason="record_damaged", message=problem)
             return Propose(
                 step_id=last.step_id,
                 capability=last.capability,
                 resource=last.resource,
                 arguments=last.arguments,
-                claims=last.decision["facts"].get("claims", {}),
+                claims=claims,
             )
         try:
             move = self._agents(history.run).next(history)

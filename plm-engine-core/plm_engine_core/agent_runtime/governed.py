@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import json
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ParamSpec, TypeVar, cast
@@ -102,10 +103,21 @@ class _Shape:
             )
 
 
+if sys.version_info >= (3, 14):
+    from annotationlib import Format
+
+    def _signature_of(function: Callable[..., Any]) -> inspect.Signature:
+        """Annotations stay as they are written: what they name may be defined only after the function is."""
+        return inspect.signature(function, annotation_format=Format.FORWARDREF)
+
+else:
+    _signature_of = inspect.signature
+
+
 def _signature(function: Callable[..., Any], name: str, leave_out: Sequence[str]) -> inspect.Signature:
     """What the function takes; InvalidRequest where nobody can tell, or where nothing of a name could be left out."""
     try:
-        signature = inspect.signature(function)
+        signature = _signature_of(function)
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{name} does not say which arguments it takes: {error}", field="function") from error
     if isinstance(leave_out, str) or (unknown := [each for each in leave_out if each not in signature.parameters]):

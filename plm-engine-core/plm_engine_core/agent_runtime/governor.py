@@ -17,11 +17,12 @@ from plm_engine_core.agent_runtime.hold import Hold, held, moment
 from plm_engine_core.agent_runtime.refusals import CallDenied, CallPending, CallSteered
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, Granted, Pending, Steered
 from plm_engine_core.control_plane.admission.grants import Grant
-from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
+from plm_engine_core.control_plane.admission.proposal import Principal, Proposal, check_principal
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.errors import Conflict, ControlPlaneError, StorageUnavailable
 from plm_engine_core.control_plane.facade import CREATE_SCOPE, ControlPlane
 from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.limits.leases import check_seconds
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.policy.starter import policy_of
 from plm_engine_core.control_plane.registry import CapabilityRegistry
@@ -60,6 +61,9 @@ class Governor:
     Any number of threads and event loops may use a governor; the control plane runs in a thread of its own, which
     renews each call's lease of `lease_seconds` while it runs, and hears of halts and cancels when it does so: three
     times in that time, and every ten seconds at least. When this process is gone, recovery closes its calls.
+
+    Raises:
+        InvalidRequest: `principal` is nobody, or `lease_seconds` no time that a lease can last.
     """
 
     def __init__(
@@ -71,6 +75,8 @@ class Governor:
         agent: str = "governed",
         lease_seconds: float = 60.0,
     ) -> None:
+        check_principal(principal, field="principal")
+        check_seconds(lease_seconds)
         self.plane = plane
         self.tenant_id = tenant_id
         self.principal = principal

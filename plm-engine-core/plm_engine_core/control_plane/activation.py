@@ -12,7 +12,7 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
-from plm_engine_core.control_plane.admission.proposal import Principal
+from plm_engine_core.control_plane.admission.proposal import Principal, check_principal
 from plm_engine_core.control_plane.errors import Conflict, Forbidden, InvalidRequest
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.policy.lint import require_known_names
@@ -137,6 +137,7 @@ def require_policy_operator(by: Principal) -> None:
 
 
 def _authorise(by: Principal) -> None:
+    check_principal(by, field="by")
     if by.actor_kind != "human":
         raise Forbidden("only a human may put a policy in force", reason="not_human")
     require_policy_operator(by)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
-from plm_engine_core.control_plane.admission.proposal import Principal
+from plm_engine_core.control_plane.admission.proposal import Principal, check_principal
 from plm_engine_core.control_plane.errors import Conflict, InvalidRequest, NotFound
 from plm_engine_core.control_plane.halts import Halt, KillSwitch
 from plm_engine_core.control_plane.registry import AgentDescriptor, AgentRegistry
@@ -63,6 +63,7 @@ class AgentDesk:
             NotFound: no such agent is registered.
             Conflict: `agent_inactive`: the register itself says that it may not work.
         """
+        check_principal(by, field="by")
         status = word_of(AgentStatus, status, field="status")
         registered = self._agents.get(agent_id) if self._agents is not None else None
         if registered is None:

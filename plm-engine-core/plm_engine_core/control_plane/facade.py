@@ -19,7 +19,7 @@ from plm_engine_core.control_plane.admission.admit import Admission, Denied, adm
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.admission.expected import Expectations
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
-from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
+from plm_engine_core.control_plane.admission.proposal import Principal, Proposal, check_principal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
 from plm_engine_core.control_plane.agents import AgentDesk, StandingAgent
 from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden, InvalidRequest, PolicyMissing
@@ -156,6 +156,7 @@ class ControlPlane:
             IdempotencyConflict: the key was used for another request.
             NotFound: the tenant does not exist.
         """
+        check_principal(principal, field="principal")
         if CREATE_SCOPE not in principal.scopes:
             raise Forbidden(
                 f"creating runs needs the OAuth scope {CREATE_SCOPE}",
@@ -392,6 +393,7 @@ class ControlPlane:
             NotFound: no such run in this tenant.
             Conflict: it already ended otherwise, or the outcome of a step is unknown.
         """
+        check_principal(by, field="by")
         run = await self.storage.runs.request_cancel(tenant_id, run_id, actor=by.actor)
         await self.signals.interrupt(tenant_id, run_id)
         await self.signals.changed(tenant_id, run_id)
@@ -426,6 +428,7 @@ class ControlPlane:
             InvalidRequest: name, owner or seconds cannot be those of a lease.
             NotFound: the tenant does not exist.
         """
+        check_principal(by, field="by")
         check_terms(name, owner, seconds)
         return await self.storage.leases.acquire(tenant_id, name, owner=owner, seconds=seconds, actor=by.actor)
 
@@ -445,6 +448,7 @@ class ControlPlane:
         Raises:
             FencingLost: somebody took it since.
         """
+        check_principal(by, field="by")
         await self.storage.leases.release(lease, actor=by.actor)
 
     async def require_lease(self, lease: ResourceLease, *, connection: Connection | None = None) -> None:

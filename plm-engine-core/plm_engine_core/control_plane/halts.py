@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.admission.proposal import Principal
+from plm_engine_core.control_plane.admission.proposal import Principal, check_principal
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, NotFound
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
@@ -205,6 +205,7 @@ class KillSwitch:
 
 
 def _authorise(scope: HaltScope, by: Principal) -> None:
+    check_principal(by, field="by")
     required = SYSTEM_OPERATOR_SCOPE if scope is HaltScope.SYSTEM else OPERATOR_SCOPE
     if required not in by.scopes:
         raise Forbidden(

@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Final
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.settle import Outcome
-from plm_engine_core.control_plane.policy import Facts
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.runs.run import Run, Step
-from plm_engine_core.control_plane.vocabulary import Evidence, OutcomeStatus, StepState
+from plm_engine_core.control_plane.vocabulary import CapabilityMode, Evidence, OutcomeStatus, StepState
+
+logger = logging.getLogger(__name__)
 
 ABANDONED: Final = "abandoned"
 """The category of the error of a step that somebody else closed, because its holder was lost."""
+
+_UNREADABLE: Final = "unreadable"
 
 OPEN = frozenset({StepState.GRANTED, StepState.RUNNING})
 """The states of a step whose grant is not settled."""
 
 
 def capability_of(step: Step) -> CapabilityDescriptor:
-    """The capability of a granted step as it was decided on; it may not be registered any more."""
-    capability = Facts.from_json(step.decision["facts"]).capability
-    if capability is None:
-        raise ValueError(f"attempt {step.attempt} of step {step.step_index} was granted without a capability")
-    return capability
+    """The capability of a granted step as it was decided on; it may not be registered any more.
+
+    Where the record cannot be read, one that may not be repeated and of whose costs nothing is known: what its call did
+    is then for somebody to say, and what it had reserved beside EUR and calls stays spent.
+    """
+    try:
+        return CapabilityDescriptor.model_validate(step.decision["facts"]["capability"])
+    except (LookupError, TypeError, ValueError):
+        logger.exception("what was decided of a call cannot be read", extra={"grant_id": str(step.grant_id)})
+    return CapabilityDescriptor(
+        id=step.capability, description=_UNREADABLE, mode=CapabilityMode.EXECUTE_WRITE, plugin=_UNREADABLE
+    )
 
 
 def grant_of(run: Run, step: Step) -> Grant:

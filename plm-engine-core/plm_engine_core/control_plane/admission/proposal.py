@@ -67,6 +67,16 @@ class Principal:
         )
 
 
+def check_principal(who: Principal, *, field: str) -> None:
+    """Refuse an act of nobody: whether somebody may do it, and who did it, could not be told.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if not isinstance(who, Principal):
+        raise InvalidRequest(f"'{field}' must be the Principal whose act it is, not {who!r:.80}", field=field)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
     """One use of one capability, as an agent would like it.

@@ -6,7 +6,7 @@ import asyncio
 import time
 from uuid import UUID
 
-from plm_engine_core.control_plane.admission.proposal import Principal
+from plm_engine_core.control_plane.admission.proposal import Principal, check_principal
 from plm_engine_core.control_plane.errors import Conflict, Forbidden, InvalidRequest
 from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms
 from plm_engine_core.control_plane.ids import new_id
@@ -58,6 +58,7 @@ class ApprovalGate:
             InvalidRequest: the comment is too long, or the terms of the scope are no positive numbers.
             NotFound: no such ticket in this tenant.
         """
+        check_principal(approver, field="approver")
         require_human(approver)
         decision = word_of(TicketDecision, decision, field="decision")
         _check_comment(comment)
@@ -119,6 +120,7 @@ class ApprovalGate:
             Forbidden: the author may do neither. InvalidRequest: the comment is empty or too long.
             NotFound: no such ticket in this tenant.
         """
+        check_principal(author, field="author")
         if isinstance(body, str) and not body.strip():
             raise InvalidRequest("a comment needs some text", field="body")
         _check_comment(body, field="body")
@@ -152,6 +154,7 @@ class ApprovalGate:
         Raises:
             Forbidden: the caller lacks the OAuth scope of approvers. NotFound: no such approval scope in this tenant.
         """
+        check_principal(by, field="by")
         require_human(by)
         _require_scopes(by, (self._policy.approval.required_scope,))
         return await self._store.revoke_scope(tenant_id, scope_id, by=by.user_id, actor=by.actor)

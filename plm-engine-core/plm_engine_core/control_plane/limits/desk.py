@@ -7,7 +7,7 @@ from decimal import Decimal
 from typing import TypeGuard
 from uuid import UUID
 
-from plm_engine_core.control_plane.admission.proposal import Principal, content_hash
+from plm_engine_core.control_plane.admission.proposal import Principal, check_principal, content_hash
 from plm_engine_core.control_plane.amounts import SMALLEST, plain
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, BudgetPlan
@@ -115,6 +115,7 @@ def _bookable(amount: object) -> TypeGuard[Decimal]:
 
 
 def _authorise(by: Principal) -> None:
+    check_principal(by, field="by")
     if OPERATOR_SCOPE not in by.scopes:
         raise Forbidden(
             f"changing a budget needs the OAuth scope {OPERATOR_SCOPE}",

@@ -206,11 +206,18 @@ class RunStore(Protocol):
         """Take the lease of a run that is queued, or whose holder let it run out; None when there is none.
 
         Run workers take hosted runs; a run of kind `external` is for whoever made it, and never delivered.
+
+        Raises:
+            InvalidRequest: `seconds` is not more than 0 and at most a day.
         """
         ...
 
     async def renew(self, tenant_id: UUID, run_id: UUID, *, fencing_token: int, seconds: float) -> Heartbeat:
-        """Renew a lease by the database's clock, and learn of cancels and halts."""
+        """Renew a lease by the database's clock, and learn of cancels and halts.
+
+        Raises:
+            InvalidRequest: `seconds` is not more than 0 and at most a day.
+        """
         ...
 
     async def finish(

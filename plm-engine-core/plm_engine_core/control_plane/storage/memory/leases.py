@@ -10,6 +10,7 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.errors import FencingLost
 from plm_engine_core.control_plane.events.event import run_stream
+from plm_engine_core.control_plane.limits.leases import check_seconds
 from plm_engine_core.control_plane.runs.run import Heartbeat, Lease, Orphan
 from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY, open_call
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
@@ -31,6 +32,7 @@ class MemoryLeases:
         self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float, kind: RunKind = RunKind.HOSTED
     ) -> Lease | None:
         """Take the lease; the fencing token grows with every holder. A queued run under a halt is parked instead."""
+        check_seconds(seconds)
         async with self._books.turn() as books:
             time_out_tickets(books, tenant_id, run_id, RECOVERY)
             run, now = books.run_states.get(tenant_id, run_id), books.now()
@@ -55,6 +57,7 @@ class MemoryLeases:
 
     async def renew(self, tenant_id: UUID, run_id: UUID, *, fencing_token: int, seconds: float) -> Heartbeat:
         """Renew while nobody else took the run."""
+        check_seconds(seconds)
         async with self._books.turn() as books:
             run = books.run_states.get(tenant_id, run_id)
             if run is None or run["fencing_token"] != fencing_token or run["state"] != "running":

@@ -8,6 +8,7 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.errors import FencingLost
 from plm_engine_core.control_plane.events.event import run_stream
+from plm_engine_core.control_plane.limits.leases import check_seconds
 from plm_engine_core.control_plane.runs.run import Heartbeat, Lease, Orphan
 from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY, open_call
 from plm_engine_core.control_plane.storage.ports import Delivery
@@ -55,6 +56,7 @@ class PostgresLeases:
         self, tenant_id: UUID, run_id: UUID, *, owner: str, seconds: float, kind: RunKind = RunKind.HOSTED
     ) -> Lease | None:
         """Take the lease; the fencing token grows with every holder. A queued run under a halt is parked instead."""
+        check_seconds(seconds)
         async with self._gateway.transaction(tenant_id) as connection:
             halt = await _standing_halt(connection, tenant_id, run_id)
             await self._time_out_tickets(connection, tenant_id, run_id)
@@ -84,6 +86,7 @@ class PostgresLeases:
 
     async def renew(self, tenant_id: UUID, run_id: UUID, *, fencing_token: int, seconds: float) -> Heartbeat:
         """Renew while nobody else took the run."""
+        check_seconds(seconds)
         async with self._gateway.connection() as connection:
             cursor = await connection.execute(
                 "SELECT engine_renew_lease_v1(%s, %s, %s::bigint, %s) AS beat",
