@@ -6,16 +6,21 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from plm_shared.canonical_json import encodable
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Strict, ValidationError
 
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.yaml_values import JsonValues, RefusedValue
 
 Model = TypeVar("Model", bound=BaseModel)
+
+# What is written is taken for what it is: "1" and true are no numbers, and "no" is not false.
+Flag = Annotated[bool, Strict()]
+Number = Annotated[float, Strict()]
+Whole = Annotated[int, Strict()]
 
 _SHOWN = 120
 _SCALARS = (str, int, float)

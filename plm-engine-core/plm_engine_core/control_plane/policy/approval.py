@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from plm_engine_core.control_plane.documents import Flag, Number, Whole
 from plm_engine_core.control_plane.policy.frozen import Table
 from plm_engine_core.control_plane.vocabulary import ActionTier, RiskLevel
 
 _MONTH = 30 * 86400
-Seconds = Annotated[float, Field(gt=0, le=_MONTH, allow_inf_nan=False)]
+Seconds = Annotated[Number, Field(gt=0, le=_MONTH, allow_inf_nan=False)]
 OAuthScope = Annotated[str, Field(min_length=1, max_length=200)]  # its form is looked at before a policy is activated
 
 ADDED = ("quorum", "by_tier", "by_risk", "escalation", "standing")
@@ -28,7 +29,7 @@ class ApprovalDemand(_Frozen):
     """What calls of one tier or one risk demand on top of the rest."""
 
     required_scope: OAuthScope | None = None
-    quorum: int = Field(default=1, ge=1, le=20)
+    quorum: Whole = Field(default=1, ge=1, le=20)
     timeout_seconds: Seconds | None = None
 
 
@@ -42,10 +43,10 @@ class Escalation(_Frozen):
 class StandingApproval(_Frozen):
     """The widest approval scope that approvers may leave behind."""
 
-    max_uses: int = Field(ge=1, le=10_000)
+    max_uses: Whole = Field(ge=1, le=10_000)
     max_seconds: Seconds
     max_risk: RiskLevel = RiskLevel.LOW
-    any_resource: bool = False
+    any_resource: Flag = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ class ApprovalRule(_Frozen):
 
     timeout_seconds: Seconds = 3600.0
     required_scope: str = Field(default="plm.hitl.resolve", min_length=1)
-    quorum: int = Field(default=1, ge=1, le=20)
+    quorum: Whole = Field(default=1, ge=1, le=20)
     by_tier: Table[ActionTier, ApprovalDemand] = Field(default_factory=lambda: MappingProxyType({}))
     by_risk: Table[RiskLevel, ApprovalDemand] = Field(default_factory=lambda: MappingProxyType({}))
     escalation: Escalation | None = None

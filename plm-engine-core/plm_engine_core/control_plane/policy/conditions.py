@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from plm_engine_core.control_plane.documents import Number
 from plm_engine_core.control_plane.matching import Match, matcher
 from plm_engine_core.control_plane.policy.fields import FieldPath, check_path
 from plm_engine_core.control_plane.vocabulary import RiskLevel
@@ -43,14 +44,14 @@ class WeightAtMost(_Node):
     """The weight that the agent claims is at most `max_weight`; undecided when it claims none."""
 
     type: Literal["weight"] = "weight"
-    max_weight: float = Field(allow_inf_nan=False)
+    max_weight: Number = Field(allow_inf_nan=False)
 
 
 class ScoreAtLeast(_Node):
     """The score that the agent claims is at least `min_score`; undecided when it claims none."""
 
     type: Literal["score"] = "score"
-    min_score: float = Field(allow_inf_nan=False)
+    min_score: Number = Field(allow_inf_nan=False)
 
 
 class ActionIs(_Node):

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from plm_engine_core.control_plane.documents import Flag, Whole
 from plm_engine_core.control_plane.policy.conditions import ConditionTree, EvaluatorSays, RiskLevelIs, leaves
 from plm_engine_core.control_plane.policy.frozen import Table
 from plm_engine_core.control_plane.vocabulary import RiskLevel
@@ -63,5 +64,5 @@ class EvaluatorSpec(BaseModel):
     kind: Name
     config: Table[str, Any] = Field(default_factory=lambda: MappingProxyType({}))
     capabilities: Globs = ("*",)
-    gate: bool = True
-    timeout_ms: int = Field(default=1000, gt=0, le=60_000)
+    gate: Flag = True
+    timeout_ms: Whole = Field(default=1000, gt=0, le=60_000)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from plm_engine_core.control_plane.documents import Whole
 from plm_engine_core.control_plane.matching import Match, Matcher, any_of
 from plm_engine_core.control_plane.policy.frozen import Table
 from plm_engine_core.control_plane.policy.rules import Name
@@ -19,7 +20,7 @@ from plm_engine_core.control_plane.vocabulary import RiskLevel
 MOST_STEPS = 1000
 """How many earlier steps of a run count, the newest."""
 
-_Points = Annotated[int, Field(ge=0, le=1_000_000)]
+_Points = Annotated[Whole, Field(ge=0, le=1_000_000)]
 _DEFAULT = MappingProxyType({RiskLevel.LOW: 1, RiskLevel.MEDIUM: 3, RiskLevel.HIGH: 5})
 
 
@@ -30,7 +31,7 @@ class RiskPattern(BaseModel):
 
     id: Name
     sequence: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=2, max_length=10)]
-    gap: int = Field(default=5, ge=0, le=50)
+    gap: Whole = Field(default=5, ge=0, le=50)
     risk: RiskLevel
 
     @cached_property

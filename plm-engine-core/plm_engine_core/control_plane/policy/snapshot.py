@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from plm_engine_core.control_plane.amounts import Amount
-from plm_engine_core.control_plane.documents import load_document, parse_document
+from plm_engine_core.control_plane.documents import Number, load_document, parse_document
 from plm_engine_core.control_plane.limits.budgets import BudgetPlan, Limit, Unit
 from plm_engine_core.control_plane.limits.rate_limit import Bucket, Dimension
 from plm_engine_core.control_plane.policy.approval import ApprovalRule
@@ -69,8 +69,8 @@ class _Frozen(BaseModel):
 class RateLimit(_Frozen):
     """A token bucket: `per_second` tokens are added each second, up to `burst`."""
 
-    per_second: float = Field(default=30.0, gt=0, allow_inf_nan=False)
-    burst: float = Field(default=30.0, ge=1, allow_inf_nan=False)
+    per_second: Number = Field(default=30.0, gt=0, allow_inf_nan=False)
+    burst: Number = Field(default=30.0, ge=1, allow_inf_nan=False)
 
 
 class BudgetDefaults(_Frozen):
@@ -156,7 +156,7 @@ class PolicySnapshot(_Frozen):
     teams: Table[str, tuple[UUID, ...]] = Field(default_factory=lambda: MappingProxyType({}))
     models: ModelRule | None = None
     max_eur_per_call: Amount | None = None
-    grant_seconds: float = Field(default=300.0, gt=0, le=86400)
+    grant_seconds: Number = Field(default=300.0, gt=0, le=86400)
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

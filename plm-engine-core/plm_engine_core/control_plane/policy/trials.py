@@ -10,6 +10,7 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from plm_engine_core.control_plane.documents import Whole
 from plm_engine_core.control_plane.policy.decision import Decision, Verdict
 from plm_engine_core.control_plane.policy.facts import Evaluation, Facts
 from plm_engine_core.control_plane.policy.run_risk import RunSoFar
@@ -27,7 +28,7 @@ class _Written(BaseModel):
 class EarlierSteps(_Written):
     """What the run did before: the points of its steps, and the capabilities of the last ones, oldest first."""
 
-    points: int = Field(default=0, ge=0)
+    points: Whole = Field(default=0, ge=0)
     recent: tuple[str, ...] = ()
 
 

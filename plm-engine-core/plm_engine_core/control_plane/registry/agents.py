@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from plm_engine_core.control_plane.amounts import Amount
-from plm_engine_core.control_plane.documents import load_document
+from plm_engine_core.control_plane.documents import Whole, load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Unit
 from plm_engine_core.control_plane.vocabulary import ActionTier, AgentStatus, AutonomyLevel
@@ -32,7 +32,7 @@ class AgentDescriptor(BaseModel):
     tiers: frozenset[ActionTier] = frozenset(ActionTier)
     budget: Mapping[Unit, Amount] = Field(default_factory=dict)
     capabilities: frozenset[str] | None = None
-    delegations: int = Field(default=0, ge=0, le=16)
+    delegations: Whole = Field(default=0, ge=0, le=16)
 
     @property
     def inactive(self) -> str:

@@ -10,7 +10,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from plm_engine_core.control_plane.amounts import Amount
-from plm_engine_core.control_plane.documents import load_document
+from plm_engine_core.control_plane.documents import Flag, Number, load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Unit
 from plm_engine_core.control_plane.oauth_scopes import OAuthScope
@@ -58,17 +58,17 @@ class CapabilityDescriptor(BaseModel):
     status: CapabilityStatus = CapabilityStatus.ACTIVE
     description: str = Field(min_length=1)
     mode: CapabilityMode
-    certified: bool = False
-    idempotent: bool = False
-    stateless: bool = False
-    network: bool = False
-    approval: bool = False
+    certified: Flag = False
+    idempotent: Flag = False
+    stateless: Flag = False
+    network: Flag = False
+    approval: Flag = False
     plugin: str = Field(min_length=1)
     required_scopes: frozenset[OAuthScope] = frozenset()
     security_relevant: tuple[str, ...] = ()
     model_argument: str = ""
     cost: CostBound = CostBound()
-    timeout_seconds: float = Field(default=300.0, gt=0, le=86400)
+    timeout_seconds: Number = Field(default=300.0, gt=0, le=86400)
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:

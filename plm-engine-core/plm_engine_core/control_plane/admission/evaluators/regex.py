@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult
 from plm_engine_core.control_plane.admission.evaluators.values import TooLarge, seen_by_paths, texts_in
+from plm_engine_core.control_plane.documents import Flag
 from plm_engine_core.control_plane.matching import Match, matcher
 from plm_engine_core.control_plane.policy import Facts, Proposed
 from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath, check_path, lookup, shown
@@ -23,7 +24,7 @@ class RegexConfig(BaseModel):
 
     patterns: Annotated[tuple[str, ...], Field(min_length=1)]
     field: FieldPath = "resource"
-    deny_on_match: bool = True
+    deny_on_match: Flag = True
 
     _path_known = field_validator("field")(check_path)
 
