@@ -67,7 +67,7 @@ class BudgetDesk:
     ) -> Budget:
         """Book `amount` on what the budget's present window has spent: less than 0 gives back. Nothing is overwritten.
 
-        The same command again books nothing more, and answers how the budget stands.
+        The same command again books nothing more, and answers how the budget of that window stands.
 
         Raises:
             Forbidden: the caller lacks `plm.budgets`.

@@ -9,6 +9,8 @@ from uuid import UUID
 from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest
 
 LONGEST_LEASE_SECONDS = 86_400.0
+SURELY_OVER_SECONDS = 2 * LONGEST_LEASE_SECONDS
+"""A lease of a resource that goes on for longer was given by a clock that was ahead, and holds nobody up."""
 _LONGEST_NAME = 200
 
 

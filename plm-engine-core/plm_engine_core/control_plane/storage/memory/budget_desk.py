@@ -63,11 +63,11 @@ class MemoryBudgets:
         async with self._books.turn() as books:
             books.require_tenant(tenant_id)
             key, name = correction.key, _name(books, correction.key)
-            replayed = _claim(books, tenant_id, correction)
-            row = books.budgets.get(tenant_id, name)
+            before = _claim(books, tenant_id, correction, name)
+            row = books.budgets.get(tenant_id, before or name)
             if row is None:
                 raise NotFound("budget", f"{key.scope.value}/{key.scope_id}/{key.unit}")
-            if replayed:
+            if before is not None:
                 return budget_row(row)
             if row["spent"] + correction.amount < 0:
                 raise InvalidRequest(
@@ -80,15 +80,17 @@ class MemoryBudgets:
             return budget_row(row)
 
 
-def _claim(books: Books, tenant_id: UUID, correction: Correction) -> bool:
+def _claim(books: Books, tenant_id: UUID, correction: Correction, budget: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """Take the command id for this budget; when the same correction took it before, for which one that did."""
     name = (_CORRECT, correction.command_id)
     record = books.idempotency_records.get(tenant_id, name)
     if record is None:
-        books.idempotency_records.put(tenant_id, name, {"digest": correction.digest, "result": None})
-        return False
+        books.idempotency_records.put(tenant_id, name, {"digest": correction.digest, "result": budget})
+        return None
     if record["digest"] != correction.digest:
         raise IdempotencyConflict(f"command {correction.command_id} was already used for another correction")
-    return True
+    booked_on: tuple[Any, ...] = record["result"]
+    return booked_on
 
 
 def _name(books: Books, key: BudgetKey) -> tuple[Any, ...]:

@@ -8,12 +8,14 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.events.event import TENANT_STREAM
-from plm_engine_core.control_plane.limits.leases import ResourceLease, lease_lost
+from plm_engine_core.control_plane.limits.leases import SURELY_OVER_SECONDS, ResourceLease, lease_lost
 from plm_engine_core.control_plane.storage.memory.books import Books, Row, refuse_connection
 from plm_engine_core.control_plane.storage.memory.values import storable_text
 from plm_engine_core.control_plane.storage.ports import Connection
 from plm_engine_core.control_plane.storage.rows import lease_told, resource_lease_row
 from plm_engine_core.control_plane.vocabulary import EventKind
+
+_SURELY_OVER = timedelta(seconds=SURELY_OVER_SECONDS)
 
 
 class MemoryResourceLeases:
@@ -29,7 +31,7 @@ class MemoryResourceLeases:
         async with self._books.turn() as books:
             books.require_tenant(tenant_id)
             row, now = books.resource_leases.get(tenant_id, name), books.now()
-            if row is not None and row["expires_at"] is not None and row["expires_at"] > now:
+            if row is not None and row["expires_at"] is not None and now < row["expires_at"] <= now + _SURELY_OVER:
                 return None
             token = row["fencing_token"] + 1 if row is not None else 1
             taken: dict[str, Any] = {"tenant_id": tenant_id, "name": storable_text(name), "owner": storable_text(owner)}

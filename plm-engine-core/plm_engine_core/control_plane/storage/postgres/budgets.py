@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -11,14 +12,14 @@ from plm_engine_core.control_plane.errors import IdempotencyConflict, InvalidReq
 from plm_engine_core.control_plane.events.event import TENANT_STREAM
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
 from plm_engine_core.control_plane.storage.ports import Correction
-from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, jsonb
 from plm_engine_core.control_plane.storage.rows import budget_row, budget_told
 from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind
 
 _CORRECT = "budgets.correct"
 _NAMED = (
     "tenant_id = %(tenant)s AND scope_kind = %(scope)s AND scope_id = %(scope_id)s AND unit = %(unit)s "
-    "AND period = %(period)s AND starts_at = engine_window_v2(%(period)s)"
+    "AND period = %(period)s AND starts_at = %(starts_at)s"
 )
 
 _PLACE = (  # as `BudgetKey.place` has it
@@ -92,7 +93,10 @@ class PostgresBudgets:
         key = correction.key
         async with self._gateway.transaction(tenant_id) as connection:
             named = _names(tenant_id, key)
-            replayed = await self._claim(connection, tenant_id, correction)
+            cursor = await connection.execute("SELECT engine_window_v2(%s) AS starts_at", [key.period.value])
+            named |= await cursor.fetchone() or {}
+            before = await self._claim(connection, tenant_id, correction, named["starts_at"])
+            replayed, named["starts_at"] = before is not None, before or named["starts_at"]
             change = (
                 "SELECT * FROM budgets WHERE " if replayed else "UPDATE budgets SET spent = spent + %(amount)s WHERE "
             )
@@ -114,25 +118,32 @@ class PostgresBudgets:
                 )
             return budget_row(row)
 
-    async def _claim(self, connection: Session, tenant_id: UUID, correction: Correction) -> bool:
-        """Take the command id; true when it was taken by the same correction before."""
+    async def _claim(
+        self, connection: Session, tenant_id: UUID, correction: Correction, starts_at: datetime
+    ) -> datetime | None:
+        """Take the command id for this window; when the same correction took it before, for which one that did."""
         named = {"tenant": tenant_id, "operation": _CORRECT, "command": correction.command_id}
         claimed = await connection.execute(
-            "INSERT INTO idempotency_records (tenant_id, operation, command_id, digest) "
-            "VALUES (%(tenant)s, %(operation)s, %(command)s, %(digest)s) ON CONFLICT DO NOTHING",
-            {**named, "digest": correction.digest},
+            "INSERT INTO idempotency_records (tenant_id, operation, command_id, digest, result) "
+            "VALUES (%(tenant)s, %(operation)s, %(command)s, %(digest)s, %(result)s) ON CONFLICT DO NOTHING",
+            {
+                **named,
+                "digest": correction.digest,
+                "result": jsonb({"starts_at": starts_at.isoformat()}, root="result"),
+            },
         )
         if claimed.rowcount:
-            return False
+            return None
         cursor = await connection.execute(
-            "SELECT digest FROM idempotency_records WHERE tenant_id = %(tenant)s AND operation = %(operation)s "
+            "SELECT digest, result FROM idempotency_records WHERE tenant_id = %(tenant)s AND operation = %(operation)s "
             "AND command_id = %(command)s",
             named,
         )
         record = await cursor.fetchone()
         if record is None or record["digest"] != correction.digest:
             raise IdempotencyConflict(f"command {correction.command_id} was already used for another correction")
-        return True
+        # Releases that did not keep the window answered by the present one.
+        return datetime.fromisoformat(record["result"]["starts_at"]) if record["result"] else starts_at
 
     async def _refusal(self, connection: Session, named: dict[str, Any]) -> Exception:
         cursor = await connection.execute(f"SELECT spent FROM budgets WHERE {_NAMED}".encode(), named)  # noqa: S608  # a literal

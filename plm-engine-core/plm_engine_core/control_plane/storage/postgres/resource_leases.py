@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.events.event import TENANT_STREAM
-from plm_engine_core.control_plane.limits.leases import ResourceLease, lease_lost
+from plm_engine_core.control_plane.limits.leases import SURELY_OVER_SECONDS, ResourceLease, lease_lost
 from plm_engine_core.control_plane.storage.ports import Connection
 from plm_engine_core.control_plane.storage.postgres.callers import fetched
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, translated
@@ -20,6 +20,7 @@ VALUES (%(tenant)s, %(name)s, %(owner)s, 1, clock_timestamp() + make_interval(se
 ON CONFLICT (tenant_id, name) DO UPDATE SET owner = EXCLUDED.owner, fencing_token = l.fencing_token + 1,
     taken_at = clock_timestamp(), expires_at = clock_timestamp() + make_interval(secs => %(seconds)s)
 WHERE l.expires_at IS NULL OR l.expires_at <= clock_timestamp()
+    OR l.expires_at > clock_timestamp() + make_interval(secs => %(surely_over)s)
 RETURNING *
 """
 _NAMED = "WHERE tenant_id = %(tenant)s AND name = %(name)s AND fencing_token = %(token)s "
@@ -36,6 +37,7 @@ class PostgresResourceLeases:
     ) -> ResourceLease | None:
         """Take the lease of a name that nobody holds."""
         values = {"tenant": tenant_id, "name": name, "owner": owner, "seconds": seconds}
+        values["surely_over"] = SURELY_OVER_SECONDS
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(_ACQUIRE, values)
             if (row := await cursor.fetchone()) is None:
