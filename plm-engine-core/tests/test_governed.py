@@ -390,7 +390,7 @@ class TestLostReplies:
             return answer
 
         monkeypatch.setattr(storage.admission, "admit", stopped)
-        monkeypatch.setattr(hold, "beat_of", lambda _: 600.0)  # it does not hear of it before
+        monkeypatch.setattr(hold, "beat_of", lambda *_: 600.0)  # it does not hear of it before
         made = []
         with pytest.raises(CallDenied) as caught:
             governed("shop.look", by=governor)(lambda: made.append(0))()
@@ -410,7 +410,7 @@ class TestLostReplies:
             await asyncio.wait_for(renewed.wait(), 60)
             return await admit(*args, **keywords)
 
-        monkeypatch.setattr(hold, "beat_of", lambda _: 0.01)
+        monkeypatch.setattr(hold, "beat_of", lambda *_: 0.01)
         monkeypatch.setattr(storage.runs, "renew", renewing)
         monkeypatch.setattr(storage.admission, "admit", slow)
         assert governed("shop.look", by=governor)(lambda: 7)() == 7
@@ -631,6 +631,17 @@ def brief():
         yield Governor(patient.plane, tenant_id=patient.tenant_id, principal=patient.principal, lease_seconds=0.3)
 
 
+@pytest.fixture
+def hasty():
+    """A governor with long leases, whose control plane promises that calls end three seconds after a halt."""
+    storage = MemoryStorage()
+    tenant = storage.add_tenant(uuid.uuid4())
+    core = ControlPlane(policy=policy_of(None), registry=registry_of(CAPABILITIES), storage=storage, cancel_seconds=3)
+    agent = Principal(user_id=uuid.uuid4(), actor_kind="agent", scopes=frozenset({"plm.runs.create"}))
+    with SyncControlPlane(core) as plane:
+        yield Governor(plane, tenant_id=tenant, principal=agent, lease_seconds=600)
+
+
 def smoke(governor):
     return governor.plane.halt(governor.tenant_id, HaltScope.TENANT, None, reason="smoke", by=BOSS)
 
@@ -659,6 +670,17 @@ class TestStopping:
         assert (run.id, run.state, undone) == (caught.value.run_id, RunState.OUTCOME_UNKNOWN, [1])
         told = await asyncio.to_thread(brief.plane.call, lambda core: core.storage.halts.get(brief.tenant_id, halt.id))
         assert (told.calls.in_flight, told.calls.open) == (1, 0), "its record says that the call has ended"
+
+    async def test_it_ends_within_what_the_record_of_the_halt_promises_however_short_that_is(self, hasty):
+        look, begun = endless(hasty)
+        task = asyncio.create_task(look())
+        await begun.wait()
+        halt = await asyncio.to_thread(smoke, hasty)
+        with pytest.raises(CallStopped):
+            await task
+        told = await asyncio.to_thread(hasty.plane.call, lambda core: core.storage.halts.get(hasty.tenant_id, halt.id))
+        assert (told.cancel_seconds, told.calls.open) == (3, 0)
+        assert (told.calls.last_ended_at - told.triggered_at).total_seconds() <= told.cancel_seconds
 
     async def test_a_cancel_of_its_run_does_so_too(self, brief):
         look, begun = endless(brief)

@@ -47,6 +47,8 @@ async def test_a_renewal_that_came_through_although_it_was_cancelled_is_the_last
     assert await _renewals_after(bench, Leases(Heartbeat(held=True))) == 1
 
 
+@pytest.mark.parametrize("cancel_seconds", [0.5, CANCEL_SECONDS, 86_400])
 @pytest.mark.parametrize("lease_seconds", [0.5, 30, 90, 3600, 86_400])
-def test_a_halt_is_heard_of_within_what_its_record_promises_however_long_the_lease(lease_seconds):
-    assert 0 < beat_of(lease_seconds) <= min(lease_seconds / 3, CANCEL_SECONDS / 3)
+def test_a_halt_is_heard_of_within_what_its_record_promises_however_long_the_lease(lease_seconds, cancel_seconds):
+    beat = beat_of(lease_seconds, cancel_seconds)
+    assert 0 < beat <= min(lease_seconds / 3, cancel_seconds / 3, CANCEL_SECONDS / 3)

@@ -83,7 +83,15 @@ class Driver:
             return None
         try:
             with self._interrupts.interrupts(tenant_id, run_id) as wake:
-                async with held(runs, lease, seconds=self._lease_seconds, asked_at=asked_at, wake=wake) as hold:
+                holding = held(
+                    runs,
+                    lease,
+                    seconds=self._lease_seconds,
+                    asked_at=asked_at,
+                    wake=wake,
+                    cancel_seconds=self._control_plane.cancel_seconds,
+                )
+                async with holding as hold:
                     await self._close_abandoned(hold)
                     return await self._advance(hold)
         except FencingLost:

@@ -60,7 +60,8 @@ class Governor:
     is who proposes; it needs `plm.runs.create` and what the capabilities require, and can never approve what it asked.
     Any number of threads and event loops may use a governor; the control plane runs in a thread of its own, which
     renews each call's lease of `lease_seconds` while it runs, and hears of halts and cancels when it does so: three
-    times in that time, and every ten seconds at least. When this process is gone, recovery closes its calls.
+    times in that time, every ten seconds at least, and in time to end the call within the bound that the control plane
+    promises. When this process is gone, recovery closes its calls.
 
     Raises:
         InvalidRequest: `principal` is nobody, or `lease_seconds` no time that a lease can last.
@@ -214,7 +215,14 @@ class Governor:
         )
         async with AsyncExitStack() as keeping:
             hold = await keeping.enter_async_context(
-                held(core.storage.runs, lease, seconds=self._lease_seconds, asked_at=asked_at, wake=asyncio.Event())
+                held(
+                    core.storage.runs,
+                    lease,
+                    seconds=self._lease_seconds,
+                    asked_at=asked_at,
+                    wake=asyncio.Event(),
+                    cancel_seconds=core.cancel_seconds,
+                )
             )
             admission = await self._admitted(core, lease, proposal)
             if isinstance(admission, Granted):

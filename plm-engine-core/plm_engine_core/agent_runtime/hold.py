@@ -21,9 +21,12 @@ _BEATS_PER_LEASE = 3
 _LONGEST_BEAT = CANCEL_SECONDS / 3  # however long the lease: a halt is heard of in time to end the call
 
 
-def beat_of(lease_seconds: float) -> float:
-    """Seconds between two renewals of a lease, in which a halt or a cancel is heard of at the latest."""
-    return min(lease_seconds / _BEATS_PER_LEASE, _LONGEST_BEAT)
+def beat_of(lease_seconds: float, cancel_seconds: float = CANCEL_SECONDS) -> float:
+    """Seconds between two renewals of a lease, in which a halt or a cancel is heard of at the latest.
+
+    A third of `cancel_seconds` at the most: what a halt's record promises leaves time to end the call.
+    """
+    return min(lease_seconds / _BEATS_PER_LEASE, cancel_seconds / 3, _LONGEST_BEAT)
 
 
 def moment() -> float:
@@ -85,14 +88,22 @@ class Hold:
 
 @asynccontextmanager
 async def held(
-    runs: RunStore, lease: Lease, *, seconds: float, asked_at: float, wake: asyncio.Event
+    runs: RunStore,
+    lease: Lease,
+    *,
+    seconds: float,
+    asked_at: float,
+    wake: asyncio.Event,
+    cancel_seconds: float = CANCEL_SECONDS,
 ) -> AsyncIterator[Hold]:
     """Keep a lease of `seconds` alive until the block ends; `wake` makes the next heartbeat due at once.
 
-    `asked_at` is the moment in which the lease was asked for: the database's count began later.
+    `asked_at` is the moment in which the lease was asked for: the database's count began later. Halts and cancels are
+    heard of in time to end a call within `cancel_seconds`.
     """
     hold = Hold(lease=lease, valid_until=asked_at + seconds)
-    task = asyncio.create_task(_heartbeat(runs, hold, seconds, wake), name=f"lease of {lease.run.id}")
+    beating = _heartbeat(runs, hold, seconds, wake, beat_of(seconds, cancel_seconds))
+    task = asyncio.create_task(beating, name=f"lease of {lease.run.id}")
     try:
         yield hold
     finally:
@@ -101,10 +112,10 @@ async def held(
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _heartbeat(runs: RunStore, hold: Hold, seconds: float, wake: asyncio.Event) -> None:
+async def _heartbeat(runs: RunStore, hold: Hold, seconds: float, wake: asyncio.Event, beat: float) -> None:
     while not (hold.lost or hold.given_back):
         with suppress(TimeoutError):  # the usual case: nothing interrupts, and the heartbeat is due
-            async with asyncio.timeout(beat_of(seconds)):
+            async with asyncio.timeout(beat):
                 await wake.wait()
         wake.clear()
         asked_at = moment()

@@ -101,6 +101,7 @@ class ControlPlane:
         self.agents = agents
         self.storage = storage
         self.signals: Signals = signals or NoSignals()
+        self.cancel_seconds = cancel_seconds
         self._expectations = Expectations()
         self._desk = PolicyDesk(storage.policies, registry=registry, evaluators=evaluators)
         self._kill_switch = KillSwitch(
