@@ -46,6 +46,7 @@ READ_BY_NO_OPERATION = {
     "event_checkpoint_heads",
     "event_exports",
     "event_retention",
+    "event_prunings",
     "event_stubs",
 }
 TENANT_TABLES = """

@@ -16,7 +16,16 @@ import psycopg
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from plm_engine_core.control_plane.errors import FeedPruned, InvalidRequest, StorageUnavailable
-from plm_engine_core.control_plane.events import PublicKeys, Signer, open_archive, rebuild, run_stream, verify_tenant
+from plm_engine_core.control_plane.events import (
+    Pruned,
+    PublicKeys,
+    Signer,
+    open_archive,
+    prune_events,
+    rebuild,
+    run_stream,
+    verify_tenant,
+)
 from plm_engine_core.control_plane.events import archive as archive_module
 from plm_engine_core.control_plane.events.archive import Archivist
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
@@ -225,7 +234,7 @@ def age(bench, days=2):
 
 
 async def prune(bench):
-    return await bench.storage.checkpoints.prune(bench.tenant, actor="system:test")
+    return await prune_events(bench.storage.checkpoints, bench.tenant, actor="system:test")
 
 
 async def finished_run(bench):
@@ -238,16 +247,15 @@ async def finished_run(bench):
 
 async def test_nothing_is_pruned_without_a_retention_an_age_and_a_recorded_export(bench, local):
     stream = await finished_run(bench)
-    nothing = {"status": "nothing", "streams": 0, "events": 0}
     await sign(bench)
     age(bench)
-    assert nothing.items() <= (await prune(bench)).items(), "no retention is set"
+    assert await prune(bench) == Pruned(checkpoint=None, streams=0, events=0), "no retention is set"
     keep(bench, days=5)
-    assert nothing.items() <= (await prune(bench)).items(), "not old enough"
+    assert await prune(bench) == Pruned(checkpoint=None, streams=0, events=0), "not old enough"
     age(bench, days=9)
-    assert nothing.items() <= (await prune(bench)).items(), "not exported"
+    assert await prune(bench) == Pruned(checkpoint=None, streams=0, events=0), "not exported"
     await Archivist(bench.storage, local).archive(bench.tenant)
-    assert (await prune(bench))["status"] == "pruned"
+    assert await prune(bench) == Pruned(checkpoint=1, streams=1, events=3)
     assert await bench.storage.events.read(bench.tenant, stream) == []
 
 
@@ -280,11 +288,11 @@ async def test_what_is_pruned_while_it_is_exported_is_not_missing_from_a_file_th
 
 async def test_a_pruning_that_takes_longer_than_any_answer_may_is_made(prunable, monkeypatch):
     prunable.sql(
-        "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(1); RETURN NEW; END $$"
+        "CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(3); RETURN NEW; END $$"
     )
     prunable.sql("CREATE TRIGGER slowly BEFORE INSERT ON event_stubs FOR EACH ROW EXECUTE FUNCTION slowly()")
-    monkeypatch.setattr(gateway, "LONGEST_ANSWER_SECONDS", 0.5)
-    assert (await prune(prunable))["status"] == "pruned"
+    monkeypatch.setattr(gateway, "LONGEST_ANSWER_SECONDS", 5)
+    assert await prune(prunable) == Pruned(checkpoint=2, streams=2, events=6)
 
 
 async def test_a_correction_that_was_pruned_is_no_difference_between_events_and_tables(bench, local):
@@ -299,7 +307,7 @@ async def test_a_correction_that_was_pruned_is_no_difference_between_events_and_
     await Archivist(bench.storage, local).archive(bench.tenant)
     keep(bench)
     age(bench)
-    assert (await prune(bench))["streams"] == 1  # the tenant's; the run goes on
+    assert (await prune(bench)).streams == 1  # the tenant's; the run goes on
     assert (await rebuild(bench.storage, bench.tenant))[1] == []
     bench.sql("UPDATE budgets SET reserved = 1 WHERE scope_kind = 'run' AND unit = 'calls'")
     (found,) = (await rebuild(bench.storage, bench.tenant))[1]
@@ -334,9 +342,9 @@ async def test_what_is_left_after_pruning_verifies_on_from_the_stubs(bench, loca
     copy = local.read(bench.tenant, BELIEVED)
     bench.sql("ALTER TABLE event_checkpoints DISABLE TRIGGER ALL")
     bench.sql("UPDATE event_checkpoints SET taken_at = taken_at - interval '2 days' WHERE number = 1")
-    assert await prune(bench) == {"status": "pruned", "checkpoint": 1, "streams": 2, "events": 5}
+    assert await prune(bench) == Pruned(checkpoint=1, streams=2, events=5)
     bench.sql("UPDATE event_checkpoints SET taken_at = taken_at + interval '2 days' WHERE number = 1")
-    assert await prune(bench) == {"status": "nothing", "checkpoint": None, "streams": 0, "events": 0}
+    assert await prune(bench) == Pruned(checkpoint=None, streams=0, events=0)
 
     kinds = [(event.seq, event.kind) for event in await bench.storage.events.read(bench.tenant, "tenant")]
     assert kinds == [(3, "test"), (4, "events_pruned")]
@@ -441,7 +449,7 @@ async def test_a_reader_of_the_feed_whom_pruning_overtook_is_told_once_and_misse
     ahead = (await read_all(bench, behind))[1]
     keep(bench, days=5)
     age(bench, days=9)
-    assert (await prune(bench))["status"] == "pruned"
+    assert (await prune(bench)).events
     with pytest.raises(FeedPruned) as told:
         await bench.control_plane.feed(bench.tenant, cursor=behind)
     assert (told.value.reason, told.value.streams) == ("feed_pruned", 1)
@@ -462,4 +470,4 @@ async def test_the_record_says_what_was_pruned_and_by_whom(bench, local):
     await prune(bench)
     (event,) = await bench.storage.events.read(bench.tenant, "tenant")
     assert (event.kind, event.actor) == ("events_pruned", "system:test")
-    assert json.loads(event.payload) == {"checkpoint": 1, "streams": 1, "events": 3, "keep": "30 days"}
+    assert json.loads(event.payload) == {"checkpoint": 1, "streams": 1, "events": 3, "keep": "30 days", "more": False}

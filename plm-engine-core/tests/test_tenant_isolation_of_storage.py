@@ -13,6 +13,7 @@ from plm_engine_core.control_plane import ArtifactRecord, Denied
 from plm_engine_core.control_plane.errors import FencingLost, NotFound
 from plm_engine_core.control_plane.events import BEGINNING, Piece, run_stream
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
+from plm_engine_core.control_plane.events.pruning import PrunedBatch
 from plm_engine_core.control_plane.events.signing import Signer
 from plm_engine_core.control_plane.events.standing import Standing
 from plm_engine_core.control_plane.hitl import ScopeTerms
@@ -80,7 +81,7 @@ ABSENT = {
     "checkpoints.archived": 0,
     "checkpoints.record_piece": NotFound,
     "checkpoints.pruned": 0,
-    "checkpoints.prune": {"status": "nothing", "checkpoint": None, "streams": 0, "events": 0},
+    "checkpoints.prune": PrunedBatch(checkpoint=None),
     "checkpoints.covered": [],
     "checkpoints.links": [],
 }
@@ -228,9 +229,9 @@ async def foreign(bench):
         "checkpoints.archived": lambda: storage.checkpoints.archived(other),
         "checkpoints.record_piece": lambda: storage.checkpoints.record_piece(other, piece),
         "checkpoints.pruned": lambda: storage.checkpoints.pruned(other),
-        "checkpoints.prune": lambda: storage.checkpoints.prune(other, actor="system:test"),
+        "checkpoints.prune": lambda: storage.checkpoints.prune(other, actor="system:test", limit=10),
         "checkpoints.covered": lambda: collected(storage.checkpoints.covered(other, checkpoint.number)),
-        "checkpoints.links": lambda: collected(storage.checkpoints.links(other, stream=run_stream(run.id))),
+        "checkpoints.links": lambda: collected(storage.checkpoints.links(other, streams=[run_stream(run.id)])),
     }
     return bench, calls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
@@ -23,6 +24,7 @@ from plm_engine_core.control_plane.events import (
     PublicKeys,
     load_public_keys,
     open_archive,
+    prune_events,
 )
 
 app = typer.Typer(help="Keep exports in an artifact store, and prune what they hold.", no_args_is_help=True)
@@ -113,17 +115,20 @@ def keep(
 def prune(tenant_id: TenantId, as_json: AsJson = False) -> None:
     """Remove what is older than the tenant's `keep` and archived, of streams whose run has ended; the rest verifies on.
 
+    It does so in short transactions. Interrupt it at any point, and call it again: it goes on with what is left.
+
     Status 0: done, or there was nothing to remove; 1: the database refused; 3: no address.
     """
-    answer = with_books(
-        lambda books: books.storage.checkpoints.prune(tenant_id, actor="system:cli"), of=tenant_id, as_json=as_json
+    pruned = with_books(
+        lambda books: prune_events(books.storage.checkpoints, tenant_id, actor="system:cli"),
+        of=tenant_id,
+        as_json=as_json,
     )
-    text = "nothing to prune"
-    if answer["status"] == "pruned":
-        text = (
-            f"{answer['events']} events of {answer['streams']} streams up to checkpoint {answer['checkpoint']} are gone"
-        )
-    show({"tenant_id": tenant_id, **answer}, text, as_json=as_json)
+    status, text = "nothing", "nothing to prune"
+    if pruned.events:
+        status = "pruned"
+        text = f"{pruned.events} events of {pruned.streams} streams up to checkpoint {pruned.checkpoint} are gone"
+    show({"tenant_id": tenant_id, "status": status, **asdict(pruned)}, text, as_json=as_json)
 
 
 def read_archive(address: str, tenant_id: UUID, keys: PublicKeys) -> Exported:

@@ -6,6 +6,7 @@ from plm_engine_core.control_plane.events.event import TENANT_STREAM, Event, eve
 from plm_engine_core.control_plane.events.export import Exported, export, read_exports
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage, HeldBack
 from plm_engine_core.control_plane.events.projections import Difference, Projections, rebuild
+from plm_engine_core.control_plane.events.pruning import Pruned, prune_events
 from plm_engine_core.control_plane.events.signing import PublicKeys, Signer, load_public_keys, load_signer
 from plm_engine_core.control_plane.events.verify import StreamHead, Stub, Verification, verify_streams, verify_tenant
 
@@ -24,6 +25,7 @@ __all__ = [
     "HeldBack",
     "Piece",
     "Projections",
+    "Pruned",
     "PublicKeys",
     "Signer",
     "StreamHead",
@@ -34,6 +36,7 @@ __all__ = [
     "load_public_keys",
     "load_signer",
     "open_archive",
+    "prune_events",
     "read_exports",
     "rebuild",
     "run_stream",

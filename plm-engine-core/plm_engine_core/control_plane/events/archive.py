@@ -26,6 +26,7 @@ from plm_engine_core.control_plane.events.export import (
     checkpoint_of_line,
     export,
 )
+from plm_engine_core.control_plane.events.pruning import prune_events
 from plm_engine_core.control_plane.events.signing import PublicKeys
 from plm_engine_core.control_plane.sweeping import sweep_until_cancelled
 
@@ -136,16 +137,18 @@ class Archivist:
         return pieces
 
     async def sweep(self) -> int:
-        """One pass over all tenants; answers how many pieces were stored."""
-        stored = 0
+        """One pass over all tenants; answers how many pieces were stored.
+
+        All archives come first: however long a pruning takes, none is behind for it.
+        """
+        stored, archived = 0, []
         for tenant_id in await self._checkpoints.tenants():
-            try:
+            with _others_go_on(tenant_id, "archive"):
                 stored += len(await self.archive(tenant_id))
-                await self._checkpoints.prune(tenant_id, actor=_ACTOR)
-            except StorageUnavailable as error:
-                logger.warning("the archive of tenant %s has to wait: %s", tenant_id, error)
-            except Exception:  # whatever the store's client raises
-                logger.exception("the archive of tenant %s could not be brought up; the others go on", tenant_id)
+                archived.append(tenant_id)
+        for tenant_id in archived:
+            with _others_go_on(tenant_id, "retention"):
+                await prune_events(self._checkpoints, tenant_id, actor=_ACTOR)
         return stored
 
     async def run(self) -> None:
@@ -186,6 +189,17 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
                 break
     if rest:
         yield rest
+
+
+@contextmanager
+def _others_go_on(tenant_id: UUID, what: str) -> Iterator[None]:
+    """A failure is logged, as one of a tenant's archive or retention."""
+    try:
+        yield
+    except StorageUnavailable as error:
+        logger.warning("the %s of tenant %s has to wait: %s", what, tenant_id, error)
+    except Exception:  # whatever the store's client raises
+        logger.exception("the %s of tenant %s could not be brought up; the others go on", what, tenant_id)
 
 
 @contextmanager

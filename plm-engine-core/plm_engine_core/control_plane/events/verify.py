@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import InvalidRequest
@@ -16,6 +16,8 @@ from plm_engine_core.control_plane.events.signing import PublicKeys
 
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.storage.ports import CheckpointStore, Storage
+
+_Value = TypeVar("_Value")
 
 CHECKPOINTS = "checkpoints"
 """Stands for the chain of checkpoints among the results for streams; no stream has this name."""
@@ -187,24 +189,47 @@ async def verify_tenant(
     """
     since, number = await _signed_heads(storage.checkpoints, tenant_id, trusted) if trusted else ({}, 0)
     copied = exported.heads if exported is not None else {}
-    if stream is not None:
-        since = {name: head for name, head in since.items() if name == stream}
-        copied = {name: head for name, head in copied.items() if name == stream}
-    while True:
-        heads = [head for head in await storage.events.heads(tenant_id) if stream in (None, head.stream)]
-        links = storage.checkpoints.links(tenant_id, stream=stream, after=number)
-        results, misplaced = await asyncio.gather(
-            asyncio.to_thread(verify_streams, tenant_id, heads, links, since=since, exported=copied),
-            storage.events.misplaced(tenant_id, stream=stream, after=number),
-        )
-        bad = {each.stream for each in results if not each.consistent}
-        stubs = {head.stream: head.stub for head in await storage.events.heads(tenant_id)} if bad else {}
-        if all(stubs.get(head.stream) == head.stub for head in heads if head.stream in bad):
-            break  # else what is missing was pruned meanwhile, and the rest is walked from the stubs
-    begun = bad & stubs.keys() - {head.stream for head in heads} - since.keys() - copied.keys()
-    results = [_placed(each, misplaced) for each in results if each.stream not in begun]
+    walked, misplaced = await asyncio.gather(
+        _walked(storage, tenant_id, stream, since=since, exported=copied, after=number),
+        storage.events.misplaced(tenant_id, stream=stream, after=number),
+    )
+    results = [_placed(each, misplaced) for each in walked]
     changed = await _changed_checkpoint(storage.checkpoints, tenant_id, exported.newest) if exported else None
     return [changed, *results] if changed is not None else results
+
+
+async def _walked(
+    storage: Storage,
+    tenant_id: UUID,
+    stream: str | None,
+    *,
+    since: Mapping[str, Head],
+    exported: Mapping[str, Head],
+    after: int,
+) -> Iterable[Verification]:
+    """The results of `verify_streams` over the streams of a tenant, or over one, whatever is pruned meanwhile.
+
+    Of a stream whose stub is another after the walk than before it, what is missing was pruned in between: only such
+    streams are walked again, from their stubs, so that it ends however long pruning goes on.
+    """
+    results: dict[str, Verification] = {}
+    names = None if stream is None else {stream}
+    while True:
+        heads = _only(names, {head.stream: head for head in await storage.events.heads(tenant_id)})
+        links = storage.checkpoints.links(tenant_id, streams=names, after=after)
+        known = {"since": _only(names, since), "exported": _only(names, exported)}
+        found = await asyncio.to_thread(verify_streams, tenant_id, heads.values(), links, **known)
+        bad = {each.stream for each in found if not each.consistent}
+        stubs = {head.stream: head.stub for head in await storage.events.heads(tenant_id)} if bad else {}
+        begun = bad & stubs.keys() - heads.keys() - since.keys() - exported.keys()
+        results.update({each.stream: each for each in found if each.stream not in begun})
+        names = {name for name in bad & heads.keys() if stubs.get(name) != heads[name].stub}
+        if not names:
+            return results.values()
+
+
+def _only(names: Collection[str] | None, values: Mapping[str, _Value]) -> Mapping[str, _Value]:
+    return values if names is None else {name: value for name, value in values.items() if name in names}
 
 
 def _placed(result: Verification, misplaced: Mapping[str, int]) -> Verification:

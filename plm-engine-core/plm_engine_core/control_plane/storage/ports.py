@@ -6,7 +6,7 @@ it is long: whoever writes a storage needs all of it, and most of it is what the
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from decimal import Decimal
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.events.archive import Piece
     from plm_engine_core.control_plane.events.chain import Link
     from plm_engine_core.control_plane.events.feed import FeedCursor, FeedPage
+    from plm_engine_core.control_plane.events.pruning import PrunedBatch
     from plm_engine_core.control_plane.events.standing import Standing
     from plm_engine_core.control_plane.halts import Halt
     from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
@@ -523,10 +524,11 @@ class CheckpointStore(Protocol):
         """The newest checkpoint of which events were pruned; 0 where none were."""
         ...
 
-    async def prune(self, tenant_id: UUID, *, actor: str) -> Mapping[str, Any]:
-        """Prune what is older than the tenant's retention and recorded as archived, leaving stubs and an event.
+    async def prune(self, tenant_id: UUID, *, actor: str, limit: int) -> PrunedBatch:
+        """Prune at most `limit` events that are older than the tenant's retention and recorded as archived.
 
-        Answers `status` (pruned or nothing), `checkpoint`, `streams` and `events`.
+        It leaves stubs, and is told of as `events.pruning` says; ask again while there is more. One process at a time
+        does this for a tenant.
         """
         ...
 
@@ -537,8 +539,8 @@ class CheckpointStore(Protocol):
         """
         ...
 
-    def links(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Iterator[Link]:
-        """Every event, of one stream or of all, that checkpoint `after` does not cover, by stream and sequence."""
+    def links(self, tenant_id: UUID, *, streams: Collection[str] | None = None, after: int = 0) -> Iterator[Link]:
+        """Every event, of these streams or of all, that checkpoint `after` does not cover, by stream and sequence."""
         ...
 
 

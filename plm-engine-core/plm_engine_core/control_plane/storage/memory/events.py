@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
-from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
@@ -14,6 +13,7 @@ from plm_engine_core.control_plane.events.chain import Link
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.events.event import Event, link_of
 from plm_engine_core.control_plane.events.feed import BEGINNING, FeedCursor, FeedPage
+from plm_engine_core.control_plane.events.pruning import PrunedBatch
 from plm_engine_core.control_plane.events.standing import Standing, ticket_standing
 from plm_engine_core.control_plane.events.verify import StreamHead
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
@@ -148,9 +148,9 @@ class MemoryCheckpoints:
         """The newest checkpoint of which events were pruned: none, for nothing is ever dropped here."""
         return 0
 
-    async def prune(self, tenant_id: UUID, *, actor: str) -> Mapping[str, Any]:  # noqa: ARG002  # as above
+    async def prune(self, tenant_id: UUID, *, actor: str, limit: int) -> PrunedBatch:  # noqa: ARG002  # as above
         """Prune nothing: there is no owner here who could have set a retention."""
-        return {"status": "nothing", "checkpoint": None, "streams": 0, "events": 0}
+        return PrunedBatch(checkpoint=None)
 
     def covered(self, tenant_id: UUID, number: int) -> Iterator[Link]:
         """The events that checkpoint `number` covers and the one before it does not, by stream and sequence."""
@@ -165,14 +165,14 @@ class MemoryCheckpoints:
             ]
         return iter(links)
 
-    def links(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Iterator[Link]:
-        """Every event, of one stream or of all, that checkpoint `after` does not cover, by stream and sequence."""
+    def links(self, tenant_id: UUID, *, streams: Collection[str] | None = None, after: int = 0) -> Iterator[Link]:
+        """Every event, of these streams or of all, that checkpoint `after` does not cover, by stream and sequence."""
         with self._books.transaction() as books:
             before = _covered_heads(books, tenant_id, after)
             links = [
                 link_of(event)
                 for head in _heads(books, tenant_id)
-                if stream in (None, head.stream)
+                if streams is None or head.stream in streams
                 for event in _since(books, tenant_id, head.stream, before)
             ]
         return iter(links)

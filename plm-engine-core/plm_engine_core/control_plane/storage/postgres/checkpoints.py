@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -16,8 +16,9 @@ from psycopg.waiting import Wait
 from plm_engine_core.control_plane.events.archive import Piece
 from plm_engine_core.control_plane.events.chain import Link
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
+from plm_engine_core.control_plane.events.pruning import PrunedBatch
 from plm_engine_core.control_plane.storage.postgres.calls import answered, checked
-from plm_engine_core.control_plane.storage.postgres.gateway import LONGEST_WALK_SECONDS, Gateway, Session
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
 
 Make = Callable[[Checkpoint | None, Sequence[Head], Sequence[Head], datetime], Checkpoint]
 
@@ -51,7 +52,7 @@ _NEWER = (
     f"SELECT {_LINK} FROM events AS e "  # noqa: S608  # literal
     "LEFT JOIN LATERAL (SELECT h.last_seq FROM event_checkpoint_heads AS h WHERE h.tenant_id = e.tenant_id "
     "AND h.stream = e.stream AND h.number <= %(after)s ORDER BY h.number DESC LIMIT 1) AS c ON true "
-    "WHERE e.tenant_id = %(tenant)s AND (%(stream)s::text IS NULL OR e.stream = %(stream)s) "
+    "WHERE e.tenant_id = %(tenant)s AND (%(streams)s::text[] IS NULL OR e.stream = ANY(%(streams)s)) "
     'AND e.seq > COALESCE(c.last_seq, 0) ORDER BY e.stream COLLATE "C", e.seq'
 )
 
@@ -138,13 +139,15 @@ class PostgresCheckpoints:
         """The newest checkpoint of which events were pruned; 0 where none were."""
         return await self._newest_number(tenant_id, "event_stubs")
 
-    async def prune(self, tenant_id: UUID, *, actor: str) -> Mapping[str, Any]:
-        """Prune what the tenant's retention no longer asks for."""
-        async with self._gateway.transaction(tenant_id, longest=LONGEST_WALK_SECONDS) as connection:
-            cursor = await connection.execute("SELECT engine_prune_events_v2(%s, %s) AS answer", [tenant_id, actor])
+    async def prune(self, tenant_id: UUID, *, actor: str, limit: int) -> PrunedBatch:
+        """Prune one batch of what the tenant's retention no longer asks for, in a transaction of its own."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(
+                "SELECT engine_prune_events_v3(%s, %s, %s) AS answer", [tenant_id, actor, limit]
+            )
             row: Any = await cursor.fetchone()
-            answer: Mapping[str, Any] = row["answer"]
-            return answer
+            answer = row["answer"]
+            return PrunedBatch(**{name: answer[name] for name in ("checkpoint", "streams", "events", "more")})
 
     async def _newest_number(self, tenant_id: UUID, table: str) -> int:
         async with self._gateway.transaction(tenant_id) as connection:
@@ -159,10 +162,11 @@ class PostgresCheckpoints:
         """The events that checkpoint `number` covers and the one before it does not, by stream and sequence."""
         return self._links(tenant_id, _COVERED, {"tenant": tenant_id, "number": number})
 
-    def links(self, tenant_id: UUID, *, stream: str | None = None, after: int = 0) -> Iterator[Link]:
-        """Every event, of one stream or of all, that checkpoint `after` does not cover, by stream and sequence."""
-        query = _NEWER if after or stream else _WHOLE
-        return self._links(tenant_id, query, {"tenant": tenant_id, "stream": stream, "after": after})
+    def links(self, tenant_id: UUID, *, streams: Collection[str] | None = None, after: int = 0) -> Iterator[Link]:
+        """Every event, of these streams or of all, that checkpoint `after` does not cover, by stream and sequence."""
+        query = _NEWER if after or streams is not None else _WHOLE
+        names = sorted(streams) if streams is not None else None
+        return self._links(tenant_id, query, {"tenant": tenant_id, "streams": names, "after": after})
 
     def _links(self, tenant_id: UUID, query: str, parameters: Mapping[str, Any]) -> Iterator[Link]:
         with self._gateway.reading(tenant_id) as connection:
