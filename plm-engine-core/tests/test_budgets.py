@@ -10,10 +10,10 @@ from decimal import Decimal
 import pytest
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted, Outcome
 from plm_engine_core.control_plane.events import rebuild
-from plm_engine_core.control_plane.limits import Subjects
+from plm_engine_core.control_plane.limits import BudgetKey, Subjects
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, CostBound
-from plm_engine_core.control_plane.vocabulary import CapabilityMode, OutcomeStatus, Reason
+from plm_engine_core.control_plane.vocabulary import BudgetScope, CapabilityMode, OutcomeStatus, Reason
 
 pytestmark = pytest.mark.every_storage
 
@@ -149,6 +149,68 @@ async def test_a_call_is_charged_to_the_window_in_which_it_was_granted(writing):
 
 def outcome(**changes):
     return Outcome(status=OutcomeStatus.SUCCEEDED, **changes)
+
+
+@pytest.mark.parametrize(
+    ("scope", "per"), [("run_group", "total"), ("agent", "day"), ("user", "total"), ("tenant", "day")]
+)
+async def test_a_limit_of_the_policy_in_force_binds_what_an_earlier_one_opened(writing, scope, per):
+    """Lowered it denies at once, whatever was reserved under the higher one; raised it lets go on."""
+    granted: list[int] = []
+    bench = writing(limit(scope, 1000, per=per))
+    lease = await bench.lease(await bench.run(run_group_id=uuid.uuid4()))
+    for amount, step in ((300, 0), (300, 1), (100, 2), (200, 3), (300, 4), (300, 5)):
+        bench = writing(limit(scope, amount, per=per))
+        answer = await asked(bench, lease, step)
+        if isinstance(answer, Granted):
+            granted.append(step)
+        else:
+            assert (answer.reason, answer.limit["limit"]) == (Reason.BUDGET_EXCEEDED, str(amount))
+    assert granted == [0, 1, 4]
+    assert (await rebuild(bench.storage, bench.tenant))[1] == []
+
+
+async def test_a_run_brings_the_limits_of_its_policy_to_its_tenant_unless_an_operator_set_them(writing):
+    def under(calls):
+        return writing(budgets={"run": {"EUR": "9", "calls": "9"}, "tenant": {"EUR": "9", "calls": calls}})
+
+    answers = []
+    for calls in (3, 1, 2):
+        bench = under(calls)
+        answers.append(await asked(bench, await bench.lease(), 0))
+    assert [isinstance(each, Granted) for each in answers] == [True, False, True]
+    assert answers[1].limit["limit"] == "1"
+    key, by = BudgetKey(scope=BudgetScope.TENANT, scope_id=bench.tenant, unit="calls"), bench.requester
+    by = replace(by, scopes=frozenset({"plm.budgets"}))
+    await bench.control_plane.set_budget(bench.tenant, key, Decimal(2), by=by)
+    bench = under(9)
+    denied = await asked(bench, await bench.lease(), 0)
+    assert (denied.reason, denied.limit["limit"]) == (Reason.BUDGET_EXCEEDED, "2")
+
+
+async def test_a_limit_that_an_operator_set_stays_whatever_policy_comes(writing):
+    bench = writing(limit("agent", 1000))
+    lease = await bench.lease()
+    assert isinstance(await asked(bench, lease, 0), Granted)
+    key, by = (
+        BudgetKey.of(BudgetScope.AGENT, "test", "tokens"),
+        replace(bench.requester, scopes=frozenset({"plm.budgets"})),
+    )
+    await bench.control_plane.set_budget(bench.tenant, key, Decimal(200), by=by)
+    answers = [await asked(writing(limit("agent", amount)), lease, step) for step, amount in ((1, 50), (2, 5000))]
+    assert [isinstance(each, Granted) for each in answers] == [True, False]
+    assert answers[1].limit["limit"] == "200"
+
+
+async def test_many_calls_under_two_policies_at_once_pass_neither_limit(writing):
+    """As while nodes get a new policy one after another."""
+    benches = [writing(limit("agent", amount)) for amount in (300, 900)]
+    leases = [await benches[0].lease() for _ in range(12)]
+    answers = await asyncio.gather(*(asked(benches[at % 2], lease, 0) for at, lease in enumerate(leases)))
+    granted = [isinstance(each, Granted) for each in answers]
+    assert sum(granted[::2]) <= 3
+    assert 6 <= sum(granted) <= 9
+    assert (await rebuild(benches[0].storage, benches[0].tenant))[1] == []
 
 
 @pytest.mark.parametrize(

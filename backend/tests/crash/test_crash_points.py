@@ -134,6 +134,23 @@ def a_dead_worker(cluster: Any, journal: Any, trap: Any) -> None:
     assert journal.effects() == EFFECTS
 
 
+def a_clock_set_back(cluster: Any, journal: Any, trap: Any) -> None:
+    """A worker dies while the database's clock is twelve years ahead, which is then set back."""
+    journal.close("act")
+    run_id = cluster.create("repeatable", key=str(journal.folder), journal=str(journal.folder))
+    cluster.until(lambda: journal.entered("act"), "the run is at work")
+    cluster.kill(cluster.holder(run_id))
+    cluster.query(
+        "UPDATE run_states SET updated_at = updated_at + interval '12 years', "
+        "lease_expires_at = lease_expires_at + interval '12 years' WHERE run_id = %s RETURNING run_id",
+        run_id,
+    )
+    journal.open("act")
+    run, _ = cluster.finish(run_id, journal)
+    assert run["state"] == "succeeded", run
+    assert journal.effects() == EFFECTS
+
+
 STORIES: dict[str, Story] = {
     "approvals.comment": a_standing_approval,
     "approvals.revoke_scope": a_standing_approval,
@@ -145,6 +162,7 @@ STORIES: dict[str, Story] = {
     "runs.reconcile": an_unknown_outcome,
     "runs.request_cancel": a_cancel,
     "runs.revive": a_dead_worker,
+    "runs.set_back": a_clock_set_back,
     "signals.interrupt": a_halt,
     **dict.fromkeys(
         (

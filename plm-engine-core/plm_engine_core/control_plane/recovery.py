@@ -41,6 +41,9 @@ class Recovery:
     otherwise the run is queued for whoever made it. Queued and left alone for `forsaken_seconds`, it fails as
     `abandoned`.
 
+    Times of a run that the database's clock wrote while it was ahead count from when they are found, so that nobody
+    waits until then. Whoever holds such a run keeps it by renewing its lease.
+
     Where more is due than one pass does, each tenant has its turn among the ten thousand runs that have waited longest,
     and what failed before comes last.
 
@@ -64,6 +67,7 @@ class Recovery:
         self._patience = patience_seconds
         self._orphans = _Orphans(storage, forsaken_seconds=forsaken_seconds)
         self._turns = Turns(_BATCH)
+        self._ahead = Turns(_BATCH)
         self._strays = (
             None if artifacts is None else StrayArtifacts(storage, artifacts, grace_seconds=artifact_grace_seconds)
         )
@@ -72,6 +76,7 @@ class Recovery:
     async def sweep(self) -> int:
         """One pass; answers how many runs were enqueued. What fails for one row or tenant is left to the next pass."""
         await self._end_halted()
+        await self._set_back()
         await self._orphans.close()
         revived = 0
         runs = self._storage.runs
@@ -92,6 +97,21 @@ class Recovery:
                 await halts.end_halted(tenant_id)
             except Exception:
                 logger.warning("a halt is not finished yet", extra={"tenant_id": str(tenant_id)}, exc_info=True)
+
+    async def _set_back(self) -> None:
+        """Let times that lie ahead count from now on."""
+        runs = self._storage.runs
+        found = await runs.ahead(_LOOK, patience_seconds=self._patience)
+        for tenant_id, run_id in self._ahead.choose(found):
+            try:
+                if await runs.set_back(tenant_id, run_id, patience_seconds=self._patience):
+                    logger.warning(
+                        "a run has times that lie ahead: the database's clock was set back, and they count from now on",
+                        extra={"run_id": str(run_id)},
+                    )
+            except Exception:
+                self._ahead.failed(run_id)
+                logger.warning("a run's times lie ahead still", extra={"run_id": str(run_id)}, exc_info=True)
 
     async def sweep_artifacts(self) -> int:
         """One pass over the artifact store, if there is one; answers how many stray files were removed."""

@@ -267,6 +267,20 @@ class RunStore(Protocol):
         """Enqueue a drive job for a run found by `abandoned`; false when somebody else has seen to it by now."""
         ...
 
+    async def ahead(self, limit: int, *, patience_seconds: float) -> Sequence[tuple[UUID, UUID]]:
+        """Tenant and id of queued and running runs, over all tenants, whose times a clock wrote that was ahead.
+
+        They were changed later than in `patience_seconds` from now, or their lease goes on for longer than any may.
+        """
+        ...
+
+    async def set_back(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:
+        """Count the times of a run found by `ahead` from now on; false when somebody else has done so by now.
+
+        Its lease goes on for as long as it was given, a day at most, so whoever holds it keeps it by renewing it.
+        """
+        ...
+
     async def mcrc(self, tenant_id: UUID, run_id: UUID) -> Mapping[str, Any]:
         """The run's row in `mcrc_v1_view`."""
         ...

@@ -38,16 +38,20 @@ def _window_end(period: str, starts_at: datetime) -> datetime:
 
 
 def open_budget(books: Books, tenant_id: UUID, name: tuple[Any, ...], limit: Decimal, subject: str | None) -> None:
-    """Open a budget, with the limit an operator set for an earlier window where there is one; a known one stays."""
-    if books.budgets.get(tenant_id, name) is not None:
+    """Open a budget, with the limit an operator set for an earlier window, else for a later one.
+
+    One that is there is given its limit anew, unless that is the same or an operator's.
+    """
+    known = books.budgets.get(tenant_id, name)
+    if known is not None and (known["pinned"] or known["limit_amount"] == booked(limit)):
         return
     scope, scope_id, unit, period, starts_at = name
     same = [row for row in books.budgets.rows(tenant_id) if row["pinned"] and row["name"][:4] == name[:4]]
-    pinned = max(same, key=lambda row: row["starts_at"], default=None)
+    pinned = max(same, key=lambda row: (row["starts_at"] < starts_at, row["starts_at"]), default=None)
     row: dict[str, Any] = {"name": name, "scope_kind": scope, "scope_id": scope_id, "unit": unit, "period": period}
     row |= {"starts_at": starts_at, "subject": subject, "pinned": pinned is not None}
     row |= {"limit_amount": pinned["limit_amount"] if pinned else booked(limit)}
-    books.budgets.put(tenant_id, name, {**row, "spent": Decimal(0), "reserved": Decimal(0)})
+    books.budgets.put(tenant_id, name, {"spent": Decimal(0), "reserved": Decimal(0), **(known or {}), **row})
 
 
 def reserve(books: Books, tenant_id: UUID, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

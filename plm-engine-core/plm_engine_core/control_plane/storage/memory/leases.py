@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import FencingLost
 from plm_engine_core.control_plane.events.event import run_stream
-from plm_engine_core.control_plane.limits.leases import check_seconds
+from plm_engine_core.control_plane.limits.leases import LONGEST_LEASE_SECONDS, check_seconds
 from plm_engine_core.control_plane.runs.run import Heartbeat, Lease, Orphan
 from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY, open_call
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
@@ -19,6 +20,7 @@ from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json
 from plm_engine_core.control_plane.storage.rows import run_row
 from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, RunKind, RunState
 
+_LONGEST = timedelta(seconds=LONGEST_LEASE_SECONDS)
 _UNSETTLED = ("granted", "running", "outcome_unknown")
 
 
@@ -140,6 +142,25 @@ class MemoryLeases:
             books.deliver(tenant_id, run_id)
             return True
 
+    async def ahead(self, limit: int, *, patience_seconds: float) -> Sequence[tuple[UUID, UUID]]:
+        """Runs, over all tenants, whose times a clock wrote that was ahead."""
+        async with self._books.turn() as books:
+            found = (run for run in books.run_states.everything() if _is_ahead(run, books.now(), patience_seconds))
+            return [(run["tenant_id"], run["run_id"]) for run in islice(found, limit)]
+
+    async def set_back(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:
+        """Count the times of a run from now on, if they still lie ahead."""
+        async with self._books.turn() as books:
+            run, now = books.run_states.get(tenant_id, run_id), books.now()
+            if run is None or not _is_ahead(run, now, patience_seconds):
+                return False
+            updated, ends = run["updated_at"], run["lease_expires_at"]
+            if ends is not None:
+                given = min(_LONGEST, ends - updated) if ends > updated > now else _LONGEST
+                ends = min(ends, now + given)
+            books.run_states.change(tenant_id, run_id, updated_at=min(updated, now), lease_expires_at=ends)
+            return True
+
 
 def _park(books: Books, run: Row, halt: dict[str, Any], owner: str) -> None:
     """Park a queued run under a halt."""
@@ -156,6 +177,12 @@ def _takeable(run: Row, now: datetime) -> bool:
     if run["state"] == "running":
         return run["lease_expires_at"] is not None and run["lease_expires_at"] <= now
     return bool(run["state"] == "queued")
+
+
+def _is_ahead(run: Row, now: datetime, patience_seconds: float) -> bool:
+    latest, ends = now + timedelta(seconds=patience_seconds), run["lease_expires_at"]
+    too_long = ends is not None and ends > latest + _LONGEST
+    return run["state"] in ("queued", "running") and (run["updated_at"] > latest or too_long)
 
 
 def _is_orphaned(books: Books, run: Row, forsaken: datetime) -> bool:

@@ -34,12 +34,15 @@ def _name(bucket: Bucket, run_id: UUID, run: Row | None) -> str:
 
 
 def _take(books: Books, tenant_id: UUID, name: str, bucket: Bucket) -> int:
-    """0, or in how many milliseconds there will be a token; a clock that steps back refills nothing."""
+    """0, or in how many milliseconds there will be a token; a clock that steps back refills nothing.
+
+    Who is refused brings a time that lies ahead back to now, so that the bucket fills again from then on.
+    """
     books.require_tenant(tenant_id)
     now = books.now()
     row = books.rate_buckets.get(tenant_id, name) or {"tokens": bucket.burst, "updated_at": now}
     passed = max(0.0, (now - row["updated_at"]).total_seconds())
     left = min(bucket.burst, row["tokens"] + bucket.per_second * passed) - 1
-    updated_at = max(now, row["updated_at"])
+    updated_at = max(now, row["updated_at"]) if left >= 0 else now
     books.rate_buckets.put(tenant_id, name, {"tokens": left if left >= 0 else left + 1, "updated_at": updated_at})
     return 0 if left >= 0 else max(1, math.ceil(-left / bucket.per_second * 1000))

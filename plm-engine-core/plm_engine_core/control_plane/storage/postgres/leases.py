@@ -8,7 +8,7 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.errors import FencingLost
 from plm_engine_core.control_plane.events.event import run_stream
-from plm_engine_core.control_plane.limits.leases import check_seconds
+from plm_engine_core.control_plane.limits.leases import LONGEST_LEASE_SECONDS, check_seconds
 from plm_engine_core.control_plane.runs.run import Heartbeat, Lease, Orphan
 from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY, open_call
 from plm_engine_core.control_plane.storage.ports import Delivery
@@ -42,6 +42,15 @@ FROM (
     WHERE s.tenant_id = %(tenant)s AND s.run_id = %(run)s
 ) AS facts
 WHERE runs.tenant_id = %(tenant)s AND runs.id = %(run)s AND runs.quality_level = 'pending'
+"""
+
+# How long a lease was given for is known where it was not renewed since the run last changed; an unknown one is none.
+_SET_BACK = """
+UPDATE run_states SET updated_at = LEAST(updated_at, clock_timestamp()),
+    lease_expires_at = CASE WHEN lease_expires_at IS NOT NULL THEN LEAST(lease_expires_at, clock_timestamp() + LEAST(
+        make_interval(secs => %s), CASE WHEN updated_at > clock_timestamp() AND lease_expires_at > updated_at
+                                        THEN lease_expires_at - updated_at END)) END
+WHERE tenant_id = %s AND run_id = %s AND engine_is_ahead_v1(run_states, %s)
 """
 
 
@@ -186,6 +195,20 @@ class PostgresLeases:
                 )
             await self._delivery.enqueue(connection, tenant_id, run_id)
             return True
+
+    async def ahead(self, limit: int, *, patience_seconds: float) -> Sequence[tuple[UUID, UUID]]:
+        """Runs, over all tenants, whose times a clock wrote that was ahead."""
+        async with self._gateway.connection() as connection:
+            cursor = await connection.execute(
+                "SELECT tenant_id, run_id FROM engine_runs_ahead_v1(%s, %s)", [limit, patience_seconds]
+            )
+            return [(row["tenant_id"], row["run_id"]) for row in await cursor.fetchall()]
+
+    async def set_back(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:
+        """Count the times of a run from now on, if they still lie ahead."""
+        async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute(_SET_BACK, [LONGEST_LEASE_SECONDS, tenant_id, run_id, patience_seconds])
+            return bool(cursor.rowcount)
 
     async def _park(
         self, connection: Session, tenant_id: UUID, run_id: UUID, halt: Mapping[str, Any], owner: str
