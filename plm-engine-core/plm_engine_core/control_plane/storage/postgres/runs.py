@@ -20,6 +20,15 @@ from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, Run
 
 _ATTEMPTS = 1000  # in one batch
 _CREATE_OPERATION = "runs.create"
+# The tenant's row is what all its admissions wait for: it is locked only where its limit is not that of the policy.
+_SET_LIMIT = """
+WITH changed AS (
+    UPDATE budgets SET limit_amount = %(limit)s
+    WHERE tenant_id = %(tenant)s AND scope_kind = %(scope)s AND scope_id = %(scope_id)s AND unit = %(unit)s
+      AND period = 'total' AND starts_at = to_timestamp(0) AND NOT pinned AND limit_amount <> %(limit)s)
+INSERT INTO budgets (tenant_id, scope_kind, scope_id, unit, limit_amount)
+VALUES (%(tenant)s, %(scope)s, %(scope_id)s, %(unit)s, %(limit)s) ON CONFLICT DO NOTHING
+"""
 _GET = "SELECT * FROM run_states WHERE tenant_id = %s AND run_id = %s"
 _GET_LOCKED = "SELECT * FROM run_states WHERE tenant_id = %s AND run_id = %s FOR UPDATE"
 
@@ -108,11 +117,8 @@ class PostgresRuns(PostgresLeases):
             (BudgetScope.TENANT, new.tenant_id, new.tenant_budget),
         ):
             for unit, limit in limits.items():
-                await connection.execute(
-                    "INSERT INTO budgets (tenant_id, scope_kind, scope_id, unit, limit_amount) "
-                    "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
-                    [new.tenant_id, scope.value, scope_id, str(unit), limit],
-                )
+                named = {"tenant": new.tenant_id, "scope": scope.value, "scope_id": scope_id, "unit": str(unit)}
+                await connection.execute(_SET_LIMIT, {**named, "limit": limit})
         for artifact in new.artifacts:
             await connection.execute(
                 "INSERT INTO artifacts (id, tenant_id, trace_id, run_id, mime_type, size_bytes, backend, storage_uri) "
