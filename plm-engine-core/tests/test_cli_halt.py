@@ -36,6 +36,24 @@ async def test_a_halt_is_triggered_listed_and_lifted(terminal, bench, scope):
     assert len((await terminal.json("halt", "list", "--all"))["items"]) == 1
 
 
+async def test_a_drill_tells_what_a_halt_would_stop(terminal, bench):
+    lease = await bench.lease()
+    await bench.begun(lease)
+    told = await terminal.json("halt", "drill", "agent", "--agent", "test")
+    assert (told["scope"], told["subject"], told["runs"], told["grants"], told["calls"]) == (
+        "agent",
+        "test",
+        {"running": 1},
+        0,
+        1,
+    )
+    said = (await terminal.run("halt", "drill", "tenant")).stdout
+    assert said == "tenant: runs 1 running; 0 unused grants to revoke, 1 calls in flight to cancel\n"
+    await terminal.run("halt", "drill", "run", status=2)
+    assert "[not_found]" in (await terminal.run("halt", "drill", "agent", "--agent", "tset", status=1)).stderr
+    assert "no halt stands" in (await terminal.run("halt", "list")).stdout
+
+
 async def test_what_is_not_there_or_not_allowed_is_refused_with_its_reason(terminal, bench):
     await bench.run()
     tenant = ("halt", "trigger", "tenant", "--reason", "x")

@@ -530,3 +530,46 @@ async def test_halts_are_events_of_the_tenant(bench):
     events = await bench.storage.events.read(bench.tenant, "tenant")
     assert [event.kind for event in events] == ["halt_triggered", "halt_lifted"]
     assert events[0].data["reason"] == "smoke"
+
+
+@pytest.mark.parametrize("scope", HaltScope)
+async def test_a_drill_says_what_the_halt_then_meets_and_stops_nothing(bench, scope):
+    lease, elsewhere = await bench.lease(), await bench.lease(await bench.run(agent={"name": "another"}))
+    await bench.grant(lease)
+    begun = await bench.begun(lease, step_index=1)
+    await bench.grant(elsewhere, capability="thing.fire")
+    await bench.run(agent={"name": "another"})
+    await bench.ask(await bench.lease(await bench.run(agent={"name": "another"})))
+    ended = await bench.lease()
+    await bench.control_plane.finish(ended.run, fencing_token=ended.fencing_token, state=RunState.FAILED, actor="x")
+    group = uuid.uuid4()
+    bench.behind.set_rows("run_states", {"run_id": lease.run.id}, run_group_id=group)
+    scope_id = {HaltScope.RUN: lease.run.id, HaltScope.RUN_GROUP: group}.get(scope)
+    subject = {HaltScope.AGENT: "test", HaltScope.CAPABILITY: "thing.read"}.get(scope)
+    before = bench.behind.rows("events")
+    told = await bench.control_plane.drill(bench.tenant, scope, scope_id, subject=subject, by=bench.approver)
+    wide = {RunState.RUNNING: 2, RunState.QUEUED: 1, RunState.AWAITING_APPROVAL: 1}
+    everything = scope in (HaltScope.SYSTEM, HaltScope.TENANT)
+    assert told.runs == (wide if everything else {RunState.RUNNING: 1})
+    assert (told.grants, told.calls) == (2 if everything else 1, 1)
+    assert bench.behind.rows("events") == before
+    assert (await bench.begin(await bench.grant(lease, step_index=2), lease)).accepted
+    await bench.settle(begun, lease)
+    halt = await bench.halt(scope, scope_id, subject=subject)
+    assert (halt.calls.revoked, halt.calls.in_flight) == (told.grants, told.calls)
+
+
+async def test_a_drill_is_refused_as_its_halt_would_be(bench):
+    plane, tenant = bench.control_plane, bench.tenant
+    weak = replace(bench.approver, scopes=frozenset({"plm.halt"}))
+    with pytest.raises(Forbidden, match=r"plm\.halt\.system"):
+        await plane.drill(tenant, HaltScope.SYSTEM, by=weak)
+    for scope, named in (
+        (HaltScope.AGENT, {"subject": "tset"}),
+        (HaltScope.CAPABILITY, {"subject": "thing.raed"}),
+        (HaltScope.RUN, {"scope_id": uuid.uuid4()}),
+    ):
+        with pytest.raises(NotFound):
+            await plane.drill(tenant, scope, **named, by=bench.approver)
+    with pytest.raises(InvalidRequest):
+        await plane.drill(tenant, HaltScope.RUN, by=bench.approver)

@@ -101,6 +101,7 @@ operations = st.one_of(
     st.tuples(st.just("halt"), st.sampled_from([HaltScope.TENANT, HaltScope.RUN]), run_at),
     st.tuples(st.just("halt_by_name"), st.sampled_from([HaltScope.AGENT, HaltScope.CAPABILITY])),
     st.tuples(st.just("end_halted")),
+    st.tuples(st.just("drill"), st.sampled_from([HaltScope.TENANT, HaltScope.AGENT, HaltScope.CAPABILITY])),
     st.tuples(st.just("set_budget"), st.sampled_from(BUDGETS), st.integers(0, 9)),
     st.tuples(st.just("correct_budget"), st.sampled_from(BUDGETS), st.integers(-2, 2), st.sampled_from("ab")),
     st.tuples(st.just("lift"), st.integers(0, 2)),
@@ -244,6 +245,11 @@ class World:
         )
         self.halts.append(halt)
         return halt
+
+    async def drill(self, scope):
+        subject = {HaltScope.AGENT: "test", HaltScope.CAPABILITY: "thing.read"}.get(scope)
+        told = await self.plane.drill(self.bench.tenant, scope, subject=subject, by=self.bench.approver)
+        return sorted(told.runs.items()), told.grants, told.calls
 
     async def end_halted(self):
         return await self.bench.storage.halts.end_halted(self.bench.tenant)

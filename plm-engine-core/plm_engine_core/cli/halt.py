@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,28 +14,37 @@ from plm_engine_core.cli.caller import Caller, as_caller
 from plm_engine_core.cli.exits import ExitCode, fail, loaded
 from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import Books
-from plm_engine_core.control_plane.halts import CANCEL_SECONDS, LONGEST_CANCEL_SECONDS, Halt, KillSwitch
+from plm_engine_core.control_plane.halts import CANCEL_SECONDS, LONGEST_CANCEL_SECONDS, Halt, HaltDrill, KillSwitch
 from plm_engine_core.control_plane.registry import CapabilityRegistry, load_agents, load_capabilities
 from plm_engine_core.control_plane.vocabulary import HaltScope
 
 app = typer.Typer(help="Stop what must not go on, as the bearer of PLM_TOKEN.", no_args_is_help=True)
 
 
+Scope = Annotated[HaltScope, typer.Argument(help="What to stop.", show_default=False)]
+Run = Annotated[UUID | None, typer.Option(help="The run of a run halt.")]
+RunGroup = Annotated[UUID | None, typer.Option(help="The run group of its halt.")]
+Agent = Annotated[str | None, typer.Option(help="The agent of its halt.")]
+Capability = Annotated[str | None, typer.Option(help="The capability of its halt.")]
+Capabilities = Annotated[
+    Path | None, typer.Option(help="The capability file, for a capability halt.", envvar="PLM_CAPABILITIES")
+]
+Register = Annotated[
+    Path | None,
+    typer.Option(help="The register of agents, for the halt of one that never ran.", envvar="PLM_AGENT_REGISTER"),
+]
+
+
 @app.command("trigger")
 def trigger(
-    scope: Annotated[HaltScope, typer.Argument(help="What to stop.", show_default=False)],
+    scope: Scope,
     reason: Annotated[str, typer.Option(help="Why; everyone it stops will read it.")],
-    run: Annotated[UUID | None, typer.Option(help="The run of a run halt.")] = None,
-    run_group: Annotated[UUID | None, typer.Option(help="The run group of its halt.")] = None,
-    agent: Annotated[str | None, typer.Option(help="The agent of its halt.")] = None,
-    capability: Annotated[str | None, typer.Option(help="The capability of its halt.")] = None,
-    capabilities: Annotated[
-        Path | None, typer.Option(help="The capability file, for a capability halt.", envvar="PLM_CAPABILITIES")
-    ] = None,
-    register: Annotated[
-        Path | None,
-        typer.Option(help="The register of agents, for the halt of one that never ran.", envvar="PLM_AGENT_REGISTER"),
-    ] = None,
+    run: Run = None,
+    run_group: RunGroup = None,
+    agent: Agent = None,
+    capability: Capability = None,
+    capabilities: Capabilities = None,
+    register: Register = None,
     cancel_seconds: Annotated[
         float,
         typer.Option(
@@ -50,6 +60,57 @@ def trigger(
     Status 0: it stands; 1: refused, and the sentence ends with the reason in brackets; 2: wrong arguments; 3: no
     address, no capability file, no readable register, or no usable token.
     """
+    switch_of = _switch(scope, run, run_group, agent, capability, capabilities, register, cancel_seconds)
+
+    async def work(books: Books, caller: Caller) -> Halt:
+        return await switch_of(books).trigger(
+            caller.tenant_id, scope, run or run_group, subject=agent or capability, reason=reason, by=caller.principal
+        )
+
+    halt = as_caller(work, as_json=as_json)
+    show(asdict(halt), f"halt {halt.id} stands ({_scope(halt)})", as_json=as_json)
+
+
+@app.command("drill")
+def drill(
+    scope: Scope,
+    run: Run = None,
+    run_group: RunGroup = None,
+    agent: Agent = None,
+    capability: Capability = None,
+    capabilities: Capabilities = None,
+    register: Register = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a halt would stop in the tenant now, and stop nothing. Needs what the halt itself needs.
+
+    Status 0: told; 1: refused, as the halt would be; 2: wrong arguments; 3: no address, no capability file, no readable
+    register, or no usable token.
+    """
+    switch_of = _switch(scope, run, run_group, agent, capability, capabilities, register, CANCEL_SECONDS)
+
+    async def work(books: Books, caller: Caller) -> HaltDrill:
+        return await switch_of(books).drill(
+            caller.tenant_id, scope, run or run_group, subject=agent or capability, by=caller.principal
+        )
+
+    told = as_caller(work, as_json=as_json)
+    runs = ", ".join(f"{number} {state.value}" for state, number in sorted(told.runs.items())) or "none"
+    calls = f"{told.grants} unused grants to revoke, {told.calls} calls in flight to cancel"
+    show(asdict(told), one_line(f"{_scope(told)}: runs {runs}; {calls}"), as_json=as_json)
+
+
+def _switch(
+    scope: HaltScope,
+    run: UUID | None,
+    run_group: UUID | None,
+    agent: str | None,
+    capability: str | None,
+    capabilities: Path | None,
+    register: Path | None,
+    cancel_seconds: float,
+) -> Callable[[Books], KillSwitch]:
+    """What makes the kill switch of some books; ends the command where the scope is not named as it must be."""
     named = {
         HaltScope.RUN: run,
         HaltScope.RUN_GROUP: run_group,
@@ -64,21 +125,9 @@ def trigger(
             )
     registry = _registry(capabilities) if scope is HaltScope.CAPABILITY else None
     agents = loaded(load_agents, register) if scope is HaltScope.AGENT and register is not None else None
-
-    async def work(books: Books, caller: Caller) -> Halt:
-        switch = KillSwitch(
-            books.storage.halts,
-            registry=registry,
-            agents=agents,
-            signals=books.signals,
-            cancel_seconds=cancel_seconds,
-        )
-        return await switch.trigger(
-            caller.tenant_id, scope, run or run_group, subject=agent or capability, reason=reason, by=caller.principal
-        )
-
-    halt = as_caller(work, as_json=as_json)
-    show(asdict(halt), f"halt {halt.id} stands ({_scope(halt)})", as_json=as_json)
+    return lambda books: KillSwitch(
+        books.storage.halts, registry=registry, agents=agents, signals=books.signals, cancel_seconds=cancel_seconds
+    )
 
 
 @app.command("list")
@@ -122,7 +171,7 @@ def _registry(path: Path | None) -> CapabilityRegistry:
     return loaded(load_capabilities, path)
 
 
-def _scope(halt: Halt) -> str:
+def _scope(halt: Halt | HaltDrill) -> str:
     return " ".join(str(each) for each in (halt.scope.value, halt.subject or halt.scope_id) if each)
 
 

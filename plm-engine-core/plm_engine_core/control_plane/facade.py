@@ -25,7 +25,7 @@ from plm_engine_core.control_plane.agents import AgentDesk, StandingAgent
 from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden, InvalidRequest, PolicyMissing
 from plm_engine_core.control_plane.events import BEGINNING, FeedCursor, FeedPage, Verification, verify_tenant
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
-from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, KillSwitch
+from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, HaltDrill, KillSwitch
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
 from plm_engine_core.control_plane.in_force import PolicyInForce, PolicyKeeper
 from plm_engine_core.control_plane.limits import Budget, BudgetKey, Subjects
@@ -492,6 +492,18 @@ class ControlPlane:
     ) -> Halt:
         """Halt a run, run group, agent, capability, tenant or the system; see `KillSwitch.trigger`."""
         return await self._kill_switch.trigger(tenant_id, scope, scope_id, subject=subject, reason=reason, by=by)
+
+    async def drill(
+        self,
+        tenant_id: UUID,
+        scope: HaltScope,
+        scope_id: UUID | None = None,
+        *,
+        by: Principal,
+        subject: str | None = None,
+    ) -> HaltDrill:
+        """Say what a halt would stop now, and stop nothing; see `KillSwitch.drill`."""
+        return await self._kill_switch.drill(tenant_id, scope, scope_id, subject=subject, by=by)
 
     async def lift(self, tenant_id: UUID, halt_id: UUID, *, by: Principal) -> Halt:
         """Lift a halt; see `KillSwitch.lift`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -14,7 +15,7 @@ from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import HaltStore
 from plm_engine_core.control_plane.texts import LONGEST_NAME, LONGEST_REASON, check_text, word_of
-from plm_engine_core.control_plane.vocabulary import HaltScope
+from plm_engine_core.control_plane.vocabulary import HaltScope, RunState
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +82,21 @@ class Halt:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class HaltDrill:
+    """What a halt would meet now in the tenant that asks: runs that have not ended, unused grants, calls in flight.
+
+    Of a capability, the runs whose newest attempt still wants to use it.
+    """
+
+    scope: HaltScope
+    scope_id: UUID | None
+    subject: str | None
+    runs: Mapping[RunState, int]
+    grants: int
+    calls: int
+
+
 class KillSwitch:
     """Triggers and lifts halts. A committed halt is followed by no grant and no begin in its scope.
 
@@ -136,18 +152,7 @@ class KillSwitch:
         if isinstance(reason, str) and not reason.strip():
             raise InvalidRequest("a halt needs a reason, which everyone it stops will read", field="reason")
         check_text(reason, field="reason", longest=LONGEST_REASON)
-        if (scope in BY_ID) != (scope_id is not None):
-            raise InvalidRequest(
-                "'scope_id' names the run or run group of its halt, and nothing else", field="scope_id"
-            )
-        if (scope in BY_NAME) != bool(subject):
-            raise InvalidRequest(
-                "'subject' names the agent or capability of its halt, and nothing else", field="subject"
-            )
-        if scope is HaltScope.CAPABILITY and self._registry is not None and self._registry.get(subject or "") is None:
-            raise NotFound("capability", subject)
-        if subject is not None:
-            check_text(subject, field="subject", longest=LONGEST_NAME)
+        self._check_named(scope, scope_id, subject)
         halt = await self._store.trigger(
             tenant_id,
             scope,
@@ -167,6 +172,35 @@ class KillSwitch:
         # Only now: a call in flight has to be in the halt's record before it is stopped.
         await self._tell(tenant_id, halt)
         return halt
+
+    async def drill(
+        self, tenant_id: UUID, scope: HaltScope, scope_id: UUID | None, *, by: Principal, subject: str | None = None
+    ) -> HaltDrill:
+        """Say what a halt would stop in this tenant now. Nothing is stopped, nothing waits for it, nothing is recorded.
+
+        Raises:
+            Forbidden, InvalidRequest, NotFound: as for `trigger`, so that a drill finds what would refuse the halt.
+        """
+        scope = word_of(HaltScope, scope, field="scope")
+        _authorise(scope, by)
+        self._check_named(scope, scope_id, subject)
+        registered = scope is HaltScope.AGENT and self._is_registered(subject or "")
+        return await self._store.met(tenant_id, scope, scope_id, subject=subject, registered=registered)
+
+    def _check_named(self, scope: HaltScope, scope_id: UUID | None, subject: str | None) -> None:
+        """Refuse what is not named as its scope must be."""
+        if (scope in BY_ID) != (scope_id is not None):
+            raise InvalidRequest(
+                "'scope_id' names the run or run group of its halt, and nothing else", field="scope_id"
+            )
+        if (scope in BY_NAME) != bool(subject):
+            raise InvalidRequest(
+                "'subject' names the agent or capability of its halt, and nothing else", field="subject"
+            )
+        if scope is HaltScope.CAPABILITY and self._registry is not None and self._registry.get(subject or "") is None:
+            raise NotFound("capability", subject)
+        if subject is not None:
+            check_text(subject, field="subject", longest=LONGEST_NAME)
 
     def _is_registered(self, agent_id: str) -> bool:
         return self._agents is not None and self._agents.get(agent_id) is not None

@@ -62,6 +62,7 @@ class SyncControlPlane:
     set_budget = _waiting(ControlPlane.set_budget)
     correct_budget = _waiting(ControlPlane.correct_budget)
     halt = _waiting(ControlPlane.halt)
+    drill = _waiting(ControlPlane.drill)
     lift = _waiting(ControlPlane.lift)
     registered_agents = _waiting(ControlPlane.registered_agents)
     set_agent_status = _waiting(ControlPlane.set_agent_status)

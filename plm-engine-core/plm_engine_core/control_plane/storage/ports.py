@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.events.feed import FeedCursor, FeedPage
     from plm_engine_core.control_plane.events.pruning import PrunedBatch
     from plm_engine_core.control_plane.events.standing import Standing
-    from plm_engine_core.control_plane.halts import Halt
+    from plm_engine_core.control_plane.halts import Halt, HaltDrill
     from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
     from plm_engine_core.control_plane.policy import PolicySnapshot
     from plm_engine_core.control_plane.policy.replay import Attempt
@@ -394,6 +394,18 @@ class HaltStore(Protocol):
 
         What it names must have run in the tenant, unless it is `registered`.
         """
+        ...
+
+    async def met(
+        self,
+        tenant_id: UUID,
+        scope: HaltScope,
+        scope_id: UUID | None,
+        *,
+        subject: str | None,
+        registered: bool = False,
+    ) -> HaltDrill:
+        """What a halt of this scope would meet in the tenant now; what it names is known as for `trigger`."""
         ...
 
     async def get(self, tenant_id: UUID, halt_id: UUID) -> Halt:

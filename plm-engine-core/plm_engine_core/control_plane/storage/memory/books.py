@@ -190,11 +190,14 @@ class Books:
 
     def run_halt(self, tenant_id: UUID, run_id: UUID) -> dict[str, Any] | None:
         """The widest standing halt over a run as it is now; see `engine_run_halt_v2`."""
+        return self.standing_halt(tenant_id, run_id, capability=self.wanted(tenant_id, run_id))
+
+    def wanted(self, tenant_id: UUID, run_id: UUID) -> str | None:
+        """The capability that the newest attempt of a run still wants to use."""
         steps = self.run_steps.rows((tenant_id, run_id))
         last = max(steps, key=lambda step: (step["step_index"], step["attempt"]), default=None)
         wanted = last is not None and (last["state"] in _OPEN or (last["error"] or {}).get("reason") == "halted")
-        capability = last["capability"] if last is not None and wanted else None
-        return self.standing_halt(tenant_id, run_id, capability=capability)
+        return last["capability"] if last is not None and wanted else None
 
     def queue_again(self, tenant_id: UUID, run_id: UUID, *, was: RunState) -> None:
         """Queue a parked run; the caller delivers it and records why."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from datetime import datetime
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import NotFound
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, run_stream
-from plm_engine_core.control_plane.halts import Halt
+from plm_engine_core.control_plane.halts import Halt, HaltDrill
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
 from plm_engine_core.control_plane.storage.memory.values import storable_text
 from plm_engine_core.control_plane.storage.rows import halt_row
-from plm_engine_core.control_plane.vocabulary import EventKind, HaltScope, RunState
+from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, HaltScope, RunState
 
 
 class MemoryHalts:
@@ -55,6 +56,32 @@ class MemoryHalts:
             halt = _halt(books, tenant_id, row)
             books.append(tenant_id, TENANT_STREAM, EventKind.HALT_TRIGGERED, actor, halt.to_json())
             return halt
+
+    async def met(
+        self,
+        tenant_id: UUID,
+        scope: HaltScope,
+        scope_id: UUID | None,
+        *,
+        subject: str | None,
+        registered: bool = False,
+    ) -> HaltDrill:
+        """What a halt of this scope would meet in the tenant now."""
+        halt: Row = {"scope": scope.value, "scope_id": scope_id, "subject": subject}
+        async with self._books.turn() as books:
+            if not (registered or _known(books, tenant_id, scope, scope_id, subject)):
+                raise NotFound(scope.value.replace("_", " "), subject or scope_id)
+            states = (RunState(run["state"]) for run in books.run_states.rows(tenant_id) if _stops(books, halt, run))
+            runs = Counter(state for state in states if state not in TERMINAL_RUN_STATES)
+            calls = Counter(grant["state"] for grant in books.grants.rows(tenant_id) if _is_over(books, halt, grant))
+        return HaltDrill(
+            scope=scope,
+            scope_id=scope_id,
+            subject=subject,
+            runs=dict(runs),
+            grants=calls["issued"],
+            calls=calls["begun"],
+        )
 
     async def get(self, tenant_id: UUID, halt_id: UUID) -> Halt:
         """One halt of the tenant, or of the system."""
@@ -152,6 +179,13 @@ def _open_calls(books: Books, tenant_id: UUID) -> Iterator[tuple[Row, Row]]:
             noted = books.halt_calls.get((tenant_id, halt["id"]), grant["id"])
             if noted is None or grant["state"] == "issued":
                 yield halt, grant
+
+
+def _stops(books: Books, halt: Row, run: Row) -> bool:
+    """Whether a halt is over a run as it stands now."""
+    named = {"agent": run["agent_id"], "run_group": run["run_group_id"], "run": run["run_id"]}
+    named["capability"] = books.wanted(run["tenant_id"], run["run_id"])
+    return halt["scope"] in ("system", "tenant") or named[halt["scope"]] == (halt["subject"] or halt["scope_id"])
 
 
 def _is_over(books: Books, halt: Row, grant: Row) -> bool:

@@ -11,12 +11,12 @@ import psycopg
 
 from plm_engine_core.control_plane.errors import NotFound
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, run_stream
-from plm_engine_core.control_plane.halts import Halt
+from plm_engine_core.control_plane.halts import Halt, HaltDrill
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
 from plm_engine_core.control_plane.storage.rows import halt_row
-from plm_engine_core.control_plane.vocabulary import EventKind, HaltScope, RunState
+from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, HaltScope, RunState
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,32 @@ _KNOWN = {
     HaltScope.RUN_GROUP: "SELECT FROM run_states WHERE tenant_id = %(tenant)s AND run_group_id = %(scope_id)s LIMIT 1",
     HaltScope.AGENT: "SELECT FROM run_states WHERE tenant_id = %(tenant)s AND agent_id = %(subject)s LIMIT 1",
 }
+
+_OVER = """
+(%(scope)s IN ('system', 'tenant') OR (%(scope)s = 'agent' AND r.agent_id = %(subject)s)
+    OR (%(scope)s = 'run_group' AND r.run_group_id = %(scope_id)s::uuid)
+    OR (%(scope)s = 'run' AND r.run_id = %(scope_id)s::uuid)
+    OR (%(scope)s = 'capability' AND {capability} = %(subject)s))
+"""
+# What a run's newest attempt still wants to use, as `engine_run_halt_v2` has it.
+_WANTED = """
+(SELECT CASE WHEN s.state IN ('awaiting_approval', 'granted', 'running', 'not_started', 'cancelled', 'superseded')
+                  OR s.error ->> 'reason' = 'halted' THEN s.capability END
+    FROM run_steps AS s WHERE s.tenant_id = %(tenant)s AND s.run_id = r.run_id
+    ORDER BY s.step_index DESC, s.attempt DESC LIMIT 1)
+"""
+_RUNS_MET = f"""
+SELECT r.state, count(*) AS number FROM run_states AS r
+WHERE r.tenant_id = %(tenant)s AND r.state <> ALL(%(ended)s) AND {_OVER.format(capability=_WANTED)} GROUP BY r.state
+"""  # noqa: S608  # from the two above
+_CALLS_MET = f"""
+SELECT count(*) FILTER (WHERE g.state = 'issued') AS grants, count(*) FILTER (WHERE g.state = 'begun') AS calls
+FROM run_states AS r JOIN grants AS g ON g.tenant_id = %(tenant)s AND g.run_id = r.run_id
+    AND g.state IN ('issued', 'begun')
+JOIN run_steps AS s ON s.tenant_id = %(tenant)s AND s.run_id = g.run_id AND s.step_index = g.step_index
+    AND s.attempt = g.attempt
+WHERE r.tenant_id = %(tenant)s AND r.state = 'running' AND {_OVER.format(capability="s.capability")}
+"""  # noqa: S608  # from the one above
 
 
 class PostgresHalts:
@@ -85,14 +111,38 @@ class PostgresHalts:
             standing = await self._standing(connection, scope, values)
             if standing is not None:
                 return await self._read(connection, tenant_id, standing)
-            if scope in _KNOWN and not registered:
-                cursor = await connection.execute(_KNOWN[scope].encode(), values)
-                if not cursor.rowcount:
-                    raise NotFound(scope.value.replace("_", " "), subject or scope_id)
+            if not registered:
+                await _require_known(connection, scope, values)
             await self._insert(connection, scope, values)
             halt = await self._read(connection, tenant_id, values["id"])
             await self._record(connection, tenant_id, EventKind.HALT_TRIGGERED, actor, halt)
             return halt
+
+    async def met(
+        self,
+        tenant_id: UUID,
+        scope: HaltScope,
+        scope_id: UUID | None,
+        *,
+        subject: str | None,
+        registered: bool = False,
+    ) -> HaltDrill:
+        """What a halt of this scope would meet in the tenant now."""
+        values = {
+            "tenant": tenant_id,
+            "scope": scope.value,
+            "scope_id": scope_id,
+            "subject": subject,
+            "ended": [state.value for state in TERMINAL_RUN_STATES],
+        }
+        async with self._gateway.transaction(tenant_id) as connection:
+            if not registered:
+                await _require_known(connection, scope, values)
+            cursor = await connection.execute(_RUNS_MET.encode(), values)
+            runs = {RunState(row["state"]): int(row["number"]) for row in await cursor.fetchall()}
+            cursor = await connection.execute(_CALLS_MET.encode(), values)
+            open_now = await cursor.fetchone() or {}
+        return HaltDrill(scope=scope, scope_id=scope_id, subject=subject, runs=runs, **open_now)
 
     async def _insert(self, connection: Session, scope: HaltScope, values: Mapping[str, object]) -> None:
         if scope is HaltScope.SYSTEM:
@@ -205,6 +255,14 @@ class PostgresHalts:
         if row is None:
             raise NotFound("halt", halt_id)
         return halt_row(row)
+
+
+async def _require_known(connection: Session, scope: HaltScope, values: Mapping[str, object]) -> None:
+    """Refuse a name under which nothing has run in the tenant."""
+    if scope in _KNOWN:
+        cursor = await connection.execute(_KNOWN[scope].encode(), values)
+        if not cursor.rowcount:
+            raise NotFound(scope.value.replace("_", " "), values["subject"] or values["scope_id"])
 
 
 def _lock_name(tenant_id: UUID, scope: HaltScope, scope_id: UUID | None, subject: str | None) -> str:
