@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import plm_engine_core
+import plm_engine_core.agent_runtime
 import plm_engine_core.control_plane
 import pytest
 from plm_engine_core.control_plane import ControlPlane
@@ -60,6 +61,7 @@ def test_the_page_has_an_example_of_every_public_function_of_a_part(page):
     code = "\n".join(examples(page))
     root = plm_engine_core.control_plane
     parts = [found.name for found in pkgutil.walk_packages(root.__path__, f"{root.__name__}.") if found.ispkg]
+    parts.append(plm_engine_core.agent_runtime.__name__)
     functions = {
         name
         for part in map(importlib.import_module, parts)
