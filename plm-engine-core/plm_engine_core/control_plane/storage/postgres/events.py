@@ -46,16 +46,17 @@ _HELD_BACK = (
     "SELECT count(*) AS events, min(h.occurred_at) AS since FROM (SELECT occurred_at FROM events "
     "WHERE tenant_id = %s AND feed_position >= %s::xid8 ORDER BY feed_position LIMIT %s) AS h"
 )
-# Prunings that the reader does not know of, of events after its cursor.
+# Prunings that the reader does not know of, of events after its cursor; stubs stay for ever, so no others are read.
 _PRUNED = """
-SELECT COALESCE(max(p.pruned_in::text::bigint), 0) AS newest, count(*) FILTER (
-    WHERE p.pruned_in > %(known)s::xid8 AND (p.place > %(after)s::xid8
-        OR (p.place = %(after)s::xid8 AND (p.stream COLLATE "C", p.last_seq) > (%(stream)s COLLATE "C", %(seq)s)))
-) AS missed
+SELECT COALESCE((SELECT n.pruned_in::text::bigint FROM event_stubs AS n WHERE n.tenant_id = %(tenant)s
+                 ORDER BY n.pruned_in DESC LIMIT 1), 0) AS newest, count(*) AS missed
 FROM (
-    SELECT s.stream, s.last_seq, s.pruned_in, COALESCE(s.last_position, e.last_position) AS place FROM event_stubs AS s
-    JOIN event_streams AS e ON e.tenant_id = s.tenant_id AND e.stream = s.stream WHERE s.tenant_id = %(tenant)s
+    SELECT s.stream, s.last_seq, COALESCE(s.last_position, (SELECT e.last_position FROM event_streams AS e
+        WHERE e.tenant_id = s.tenant_id AND e.stream = s.stream)) AS place
+    FROM event_stubs AS s WHERE s.tenant_id = %(tenant)s AND s.pruned_in > %(known)s::xid8
 ) AS p
+WHERE p.place > %(after)s::xid8
+   OR (p.place = %(after)s::xid8 AND (p.stream COLLATE "C", p.last_seq) > (%(stream)s COLLATE "C", %(seq)s))
 """
 _MISPLACED = """
 SELECT p.stream, min(p.seq) AS seq
