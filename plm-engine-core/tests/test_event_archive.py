@@ -156,6 +156,24 @@ async def test_one_tenant_that_cannot_be_archived_does_not_hold_up_the_others(be
     assert str(bench.tenant) in caplog.text
 
 
+async def test_a_sweep_prunes_when_the_archive_of_every_tenant_is_brought_up(bench, local, monkeypatch):
+    """However long a pruning takes, no archive is behind for it; and one that fails holds no other one up."""
+    tenants = (bench.tenant, *create_tenants(bench.database, "other", "third"))
+    for tenant in tenants:
+        await append(bench.in_tenant(tenant), "a", 1)
+        await sign(bench.in_tenant(tenant))
+    pruned = []
+
+    async def failing(tenant_id, *, actor, limit):
+        assert all([await bench.storage.checkpoints.archived(each) == 1 for each in tenants])
+        pruned.append(tenant_id)
+        raise StorageUnavailable("somebody else prunes")
+
+    monkeypatch.setattr(bench.storage.checkpoints, "prune", failing)
+    assert await Archivist(bench.storage, local).sweep() == 3
+    assert sorted(pruned) == sorted(tenants)
+
+
 async def test_many_at_once_store_each_piece_once(bench, local):
     for number in range(3):
         await append(bench, "a", number)
