@@ -6,7 +6,7 @@ import asyncio
 
 import psycopg
 import pytest
-from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.errors import InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.storage.postgres import open_pool
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway
@@ -181,3 +181,23 @@ async def test_one_cancel_ends_the_loop_even_where_the_database_was_just_given_u
     task.cancel()
     await asyncio.wait([task], timeout=10)
     assert task.cancelled()
+
+
+@pytest.mark.parametrize(("port", "look"), [("halts", "unfinished"), ("runs", "ahead"), ("runs", "orphaned")])
+async def test_a_look_that_cannot_be_had_does_not_hold_up_what_the_others_find(bench, monkeypatch, caplog, port, look):
+    async def failing(*_, **__):
+        raise RuntimeError("no such look")
+
+    run = await bench.run()
+    bench.touched(run.id, 3600)
+    monkeypatch.setattr(getattr(bench.storage, port), look, failing)
+    assert await Recovery(bench.storage).sweep() == 1
+    assert "a part of a recovery pass failed" in caplog.text
+
+
+@pytest.mark.parametrize("field", ["every_seconds", "patience_seconds", "forsaken_seconds"])
+@pytest.mark.parametrize("seconds", [float("inf"), float("nan"), -1, 1e12, "60", None])
+async def test_a_time_that_nothing_could_be_found_by_is_refused_before_the_first_pass(bench, field, seconds):
+    """PostgreSQL has no such time: each pass would fail at its first look, and bring nothing back."""
+    with pytest.raises(InvalidRequest, match=field):
+        Recovery(bench.storage, **{field: seconds})

@@ -10,7 +10,7 @@ from plm_shared.artifact_store import ArtifactStorageBackend
 
 from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
 from plm_engine_core.control_plane.admission.settle import settle
-from plm_engine_core.control_plane.errors import FencingLost
+from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.runs.run import Lease, Orphan, Step
 from plm_engine_core.control_plane.storage.leasing import RECOVERY
 from plm_engine_core.control_plane.storage.ports import Storage
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _BATCH = 200
 _LOOK = 10_000  # rows of which a batch is chosen; only their ids are read
 _LEASE_SECONDS = 30.0
+_LONGEST = 100 * 365 * 86_400.0
 _NEVER_BEGAN = "its holder was lost before the call began"
 _MAY_HAVE_HAPPENED = "its holder was lost; it may have had its effect"
 
@@ -49,6 +50,9 @@ class Recovery:
 
     With an artifact store it also removes, once in `artifacts_every_seconds`, what stands there for
     `artifact_grace_seconds` without a record; see `StrayArtifacts` for how long that has to be.
+
+    Raises:
+        InvalidRequest: a number of seconds is none from 0 to a hundred years; nothing would ever be found by it.
     """
 
     def __init__(
@@ -62,6 +66,9 @@ class Recovery:
         artifacts_every_seconds: float = 3600.0,
         artifact_grace_seconds: float = GRACE_SECONDS,
     ) -> None:
+        _check_seconds(every_seconds, "every_seconds")
+        _check_seconds(patience_seconds, "patience_seconds")
+        _check_seconds(forsaken_seconds, "forsaken_seconds")
         self._storage = storage
         self._every_seconds = every_seconds
         self._patience = patience_seconds
@@ -75,9 +82,13 @@ class Recovery:
 
     async def sweep(self) -> int:
         """One pass; answers how many runs were enqueued. What fails for one row or tenant is left to the next pass."""
-        await self._end_halted()
-        await self._set_back()
-        await self._orphans.close()
+        for part in (self._end_halted, self._set_back, self._orphans.close):
+            try:
+                await part()
+            except StorageUnavailable:
+                raise
+            except Exception:  # a function of another release, or one that may not be called
+                logger.exception("a part of a recovery pass failed; the others go on")
         revived = 0
         runs = self._storage.runs
         due = await runs.abandoned(_LOOK, patience_seconds=self._patience)
@@ -192,6 +203,11 @@ class _Orphans:
             reason=reason,
             message=message,
         )
+
+
+def _check_seconds(seconds: float, field: str) -> None:
+    if not (type(seconds) in (int, float) and 0 <= seconds <= _LONGEST):
+        raise InvalidRequest(f"'{field}' must be from 0 to {_LONGEST:g} seconds, not {seconds!r:.80}", field=field)
 
 
 def _ended(step: Step) -> tuple[OutcomeStatus, str]:
