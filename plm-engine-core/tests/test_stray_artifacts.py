@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from datetime import timedelta
 
 import pytest
 from plm_engine_core.control_plane import ArtifactRecord
@@ -59,6 +60,22 @@ async def test_a_file_without_a_record_goes_when_its_grace_is_over(bench, store)
     old, young = kept(store, bench.tenant), kept(store, bench.tenant, age=GRACE / 2)
     assert [await recovery(bench, store).sweep_artifacts() for _ in range(2)] == [1, 0]
     assert [stands(store, ref) for ref in (old, young)] == [False, True]
+
+
+async def test_a_machine_whose_clock_is_ahead_removes_nothing_that_may_be_recorded_still(
+    bench, store, monkeypatch, caplog
+):
+    """Its clock makes each file look as much older as it is ahead of the database's."""
+    young, old = kept(store, bench.tenant, age=1.5 * GRACE), kept(store, bench.tenant, age=3 * GRACE)
+    now = bench.storage.runs.now
+
+    async def behind():
+        return await now() - timedelta(seconds=GRACE)
+
+    monkeypatch.setattr(bench.storage.runs, "now", behind)
+    assert await recovery(bench, store).sweep_artifacts() == 1
+    assert (stands(store, young), stands(store, old)) == (True, False)
+    assert "s ahead of the database's; set it right" in caplog.text
 
 
 async def test_what_a_run_was_given_or_left_behind_stays_however_old_it_is(bench, store):
