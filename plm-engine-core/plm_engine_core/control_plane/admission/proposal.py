@@ -17,6 +17,15 @@ from plm_engine_core.control_plane.registry.capabilities import CapabilityDescri
 from plm_engine_core.control_plane.vocabulary import ExecutorKind
 
 _LAST: Final = 2**31 - 1
+_ACTORS: Final = ("human", "agent", "system")
+
+
+def _is_set_of_texts(value: object) -> bool:
+    return isinstance(value, frozenset | set) and all(isinstance(each, str) for each in value)
+
+
+def _are_ids(values: tuple[object, ...]) -> bool:
+    return all(isinstance(each, UUID) for each in values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +34,9 @@ class Principal:
 
     `delegated_by` are those who had this principal ask, the first of them first: they decide none of its approvals.
     Under a delegation, `expires_at` is when it ends and `delegations_left` how often it may be handed on.
+
+    Raises:
+        InvalidRequest: a member is not what it should be. A text is no set of scopes, though its parts are in it.
     """
 
     user_id: UUID
@@ -33,6 +45,21 @@ class Principal:
     delegated_by: tuple[UUID, ...] = ()
     expires_at: datetime | None = None
     delegations_left: int | None = None
+
+    def __post_init__(self) -> None:
+        """See above."""
+        until, left = self.expires_at, self.delegations_left
+        for name, good, form in (
+            ("user_id", isinstance(self.user_id, UUID), "a UUID"),
+            ("actor_kind", self.actor_kind in _ACTORS, " or ".join(map(repr, _ACTORS))),
+            ("scopes", _is_set_of_texts(self.scopes), "a set of texts"),
+            ("delegated_by", type(self.delegated_by) is tuple and _are_ids(self.delegated_by), "a tuple of UUIDs"),
+            ("expires_at", until is None or isinstance(until, datetime), "a datetime"),
+            ("delegations_left", left is None or type(left) is int, "a whole number"),
+        ):
+            if not good:
+                problem = f"'{name}' of a principal must be {form}, not {getattr(self, name)!r:.80}"
+                raise InvalidRequest(problem, field=f"principal.{name}")
 
     @property
     def actor(self) -> str:

@@ -37,6 +37,13 @@ def narrowed(delegator: Principal, delegation: Delegation, *, depth: int, now: d
         Forbidden: it would be wider than the delegator in any way, or come back to one who is in it already.
         InvalidRequest: the time has no zone, or the number of further hands is none.
     """
+    for name, good, form in (
+        ("to", isinstance(delegation.to, UUID), "the UUID of whom it is for"),
+        ("scopes", isinstance(delegation.scopes, frozenset | set), "a set of OAuth scopes"),
+        ("expires_at", isinstance(delegation.expires_at, datetime), "the datetime of its end"),
+    ):
+        if not good:
+            raise InvalidRequest(f"'{name}' must be {form}, not {getattr(delegation, name)!r:.80}", field=name)
     if type(delegation.delegations) is not int or delegation.delegations < 0:
         words = f"'delegations' must be a whole number from 0 up, not {delegation.delegations!r}"
         raise InvalidRequest(words, field="delegations")
