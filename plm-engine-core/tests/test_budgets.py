@@ -7,6 +7,7 @@ import uuid
 from dataclasses import replace
 from decimal import Decimal
 
+import psycopg
 import pytest
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted, Outcome
 from plm_engine_core.control_plane.events import rebuild
@@ -123,6 +124,20 @@ async def test_a_window_that_is_over_holds_nothing_back_and_says_when_the_next_o
     bench.sql("UPDATE budgets SET starts_at = starts_at - interval '1 day' WHERE period = 'day'")
     bench.sql(YESTERDAY)
     assert isinstance(await asked(bench, lease, 2), Granted)
+
+
+@pytest.mark.postgres_only
+@pytest.mark.parametrize("operators", [False, True])
+async def test_a_call_that_a_full_budget_refuses_waits_for_nobody_who_holds_it(writing, operators):
+    bench = writing(limit("agent", 100))
+    lease = await bench.lease()
+    assert isinstance(await asked(bench, lease, 0), Granted)
+    if operators:
+        bench.sql("UPDATE budgets SET pinned = true WHERE scope_kind = 'agent'")
+    with psycopg.connect(bench.database.admin) as other:
+        other.execute("SELECT FROM budgets WHERE scope_kind = 'agent' FOR UPDATE")
+        denied = await asked(bench, lease, 1)
+    assert denied.reason == Reason.BUDGET_EXCEEDED
 
 
 @pytest.mark.postgres_only
