@@ -203,6 +203,22 @@ async def test_a_run_brings_the_limits_of_its_policy_to_its_tenant_unless_an_ope
     assert (denied.reason, denied.limit["limit"]) == (Reason.BUDGET_EXCEEDED, "2")
 
 
+@pytest.mark.postgres_only
+async def test_a_run_takes_the_budgets_of_its_tenant_in_the_order_in_which_calls_do(writing):
+    """However the policy lists them; else the two wait for each other."""
+    await writing(budgets={"run": {"EUR": "1", "calls": "1"}, "tenant": {"calls": "9", "EUR": "9"}}).run()
+    bench = writing(budgets={"run": {"EUR": "1", "calls": "1"}, "tenant": {"calls": "5", "EUR": "5"}})
+    lock = "SELECT FROM budgets WHERE tenant_id = %s AND scope_kind = 'tenant' AND unit = %s FOR UPDATE NOWAIT"
+    with psycopg.connect(bench.database.admin) as call:
+        call.execute(lock, [bench.tenant, "EUR"])
+        creating = asyncio.create_task(bench.run())
+        while not bench.sql("SELECT pid FROM pg_locks WHERE NOT granted"):
+            assert not creating.done()
+            await asyncio.sleep(0.01)
+        call.execute(lock, [bench.tenant, "calls"])
+    await creating
+
+
 async def test_a_limit_that_an_operator_set_stays_whatever_policy_comes(writing):
     bench = writing(limit("agent", 1000))
     lease = await bench.lease()

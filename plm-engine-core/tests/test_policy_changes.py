@@ -9,7 +9,7 @@ import psycopg
 import pytest
 from plm_engine_core.control_plane import Denied, Granted, Principal
 from plm_engine_core.control_plane.activation import ACTIVATE_SCOPE
-from plm_engine_core.control_plane.vocabulary import BudgetUnit, Reason
+from plm_engine_core.control_plane.vocabulary import BudgetScope, BudgetUnit, Reason
 
 pytestmark = pytest.mark.every_storage
 
@@ -67,6 +67,20 @@ async def test_a_control_plane_whose_keeper_is_entered_decides_by_what_is_active
             await asyncio.sleep(0.01)
         assert plane.policy.digest == again.digest
     assert [task for task in asyncio.all_tasks() if task.get_name() == "policy keeper"] == []
+
+
+async def test_a_run_that_an_earlier_policy_creates_leaves_its_tenant_the_limit_of_the_active_one(
+    bench, make_policy, activate
+):
+    """As on a node that has not heard of the new policy yet."""
+    await bench.run()
+    changes = {"version": "newer", "budgets": {"run": {"EUR": "1", "calls": "1"}, "tenant": {"EUR": "5", "calls": "5"}}}
+    made, newer = await activate(make_policy(**changes)), bench.with_policy(**changes)
+    assert newer.control_plane.policy.digest == made.digest
+    for each in (newer, bench):
+        run = await each.run()
+        budgets = await bench.storage.runs.budgets(bench.tenant, run.id)
+        assert {budget.limit for budget in budgets if budget.scope is BudgetScope.TENANT} == {5}
 
 
 async def test_what_was_answered_before_is_answered_again_whatever_is_active_now(bench, make_policy, activate):

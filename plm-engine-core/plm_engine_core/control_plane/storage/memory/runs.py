@@ -236,11 +236,13 @@ def _insert(books: Books, new: NewRun) -> None:
 
 
 def _set_limits(books: Books, new: NewRun) -> None:
+    decides = books.active_policy() in (None, new.policy_digest)
     scopes = ((BudgetScope.RUN, new.run_id, new.budget), (BudgetScope.TENANT, new.tenant_id, new.tenant_budget))
     for scope, scope_id, limits in scopes:
         for unit, limit in limits.items():
             name = (scope.value, scope_id, str(unit), "total", ALWAYS)
-            open_budget(books, new.tenant_id, name, limit, None)
+            if decides or books.budgets.get(new.tenant_id, name) is None:
+                open_budget(books, new.tenant_id, name, limit, None)
 
 
 def _cancel_parked(books: Books, tenant_id: UUID, run_id: UUID) -> None:

@@ -20,12 +20,15 @@ from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, Run
 
 _ATTEMPTS = 1000  # in one batch
 _CREATE_OPERATION = "runs.create"
-# The tenant's row is what all its admissions wait for: it is locked only where its limit is not that of the policy.
+# The tenant's row is what all its admissions wait for: it is locked only where its limit is not that of the policy, and
+# left alone by a node that has not heard of the active one.
 _SET_LIMIT = """
 WITH changed AS (
     UPDATE budgets SET limit_amount = %(limit)s
     WHERE tenant_id = %(tenant)s AND scope_kind = %(scope)s AND scope_id = %(scope_id)s AND unit = %(unit)s
-      AND period = 'total' AND starts_at = to_timestamp(0) AND NOT pinned AND limit_amount <> %(limit)s)
+      AND period = 'total' AND starts_at = to_timestamp(0) AND NOT pinned AND limit_amount <> %(limit)s
+      AND COALESCE((SELECT digest FROM policy_activations WHERE role = 'active' ORDER BY number DESC LIMIT 1)
+                   = %(policy)s, true))
 INSERT INTO budgets (tenant_id, scope_kind, scope_id, unit, limit_amount)
 VALUES (%(tenant)s, %(scope)s, %(scope_id)s, %(unit)s, %(limit)s) ON CONFLICT DO NOTHING
 """
@@ -116,9 +119,9 @@ class PostgresRuns(PostgresLeases):
             (BudgetScope.RUN, new.run_id, new.budget),
             (BudgetScope.TENANT, new.tenant_id, new.tenant_budget),
         ):
-            for unit, limit in limits.items():
+            for unit, limit in sorted(limits.items()):  # the order of locks that `BudgetPlan` has
                 named = {"tenant": new.tenant_id, "scope": scope.value, "scope_id": scope_id, "unit": str(unit)}
-                await connection.execute(_SET_LIMIT, {**named, "limit": limit})
+                await connection.execute(_SET_LIMIT, {**named, "limit": limit, "policy": new.policy_digest})
         for artifact in new.artifacts:
             await connection.execute(
                 "INSERT INTO artifacts (id, tenant_id, trace_id, run_id, mime_type, size_bytes, backend, storage_uri) "
