@@ -8,7 +8,7 @@ from dataclasses import replace
 from decimal import Decimal
 
 import pytest
-from plm_engine_core.control_plane import Denied, Granted, Proposal
+from plm_engine_core.control_plane import Denied, Granted, Principal, Proposal
 from plm_engine_core.control_plane.admission.proposal import proposal_digest
 from plm_engine_core.control_plane.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
@@ -280,7 +280,7 @@ def test_a_digest_binds_capability_resource_and_marked_arguments_only():
             capability=capability,
             resource=resource,
             arguments=arguments,
-            principal=None,
+            principal=Principal(user_id=uuid.UUID(int=3), actor_kind="human", scopes=frozenset()),
         )
         return proposal_digest(proposal, described)
 

@@ -10,13 +10,13 @@ from decimal import Decimal
 
 import pytest
 from plm_engine_core.agent_runtime import Driver, Selector
-from plm_engine_core.control_plane import Principal
+from plm_engine_core.control_plane import Outcome, Principal
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest, NotFound
 from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.limits import BudgetKey
 from plm_engine_core.control_plane.registry import Delegation
 from plm_engine_core.control_plane.storage.postgres.gateway import translated
-from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, TicketDecision, TicketState
+from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, OutcomeStatus, TicketDecision, TicketState
 
 pytestmark = pytest.mark.every_storage
 
@@ -311,6 +311,42 @@ async def test_a_step_or_attempt_of_no_number_is_not_proposed(bench, index, atte
     with pytest.raises(InvalidRequest) as caught:
         bench.proposal(lease, step_index=index, attempt=attempt)
     assert caught.value.field == "step_index"
+
+
+NO_MEMBERS = [
+    ("tenant_id", "x"),
+    ("run_id", None),
+    ("step_id", None),
+    ("capability", None),
+    ("resource", 5),
+    ("arguments", [1]),
+    ("arguments", "x"),
+    ("principal", None),
+    ("executor_kind", "x"),
+    ("ticket_id", "x"),
+    ("agent", None),
+    ("step_index", "1"),
+    ("step_index", True),
+]
+
+
+@pytest.mark.parametrize(("member", "value"), NO_MEMBERS, ids=str)
+async def test_a_proposal_of_other_types_is_not_made_and_names_them(bench, member, value):
+    lease = await bench.lease()
+    with pytest.raises(InvalidRequest, match="another type") as caught:
+        bench.proposal(lease, **{member: value})
+    assert caught.value.field == member
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [("status", "x"), ("evidence", None), ("error", "x"), ("usage", [1]), ("artifacts", None), ("layers", "x")],
+    ids=str,
+)
+def test_an_outcome_of_other_types_is_not_made_and_names_them(member, value):
+    with pytest.raises(InvalidRequest, match="another type") as caught:
+        Outcome(**{"status": OutcomeStatus.SUCCEEDED, member: value})
+    assert caught.value.field == member
 
 
 @pytest.mark.parametrize("number", ["9" * 5000, "9" * 11])

@@ -13,7 +13,7 @@ from dataclasses import replace
 from uuid import UUID
 
 from plm_engine_core.agent_runtime.agent import Agent, Finish, History, Propose, is_open
-from plm_engine_core.agent_runtime.attempts import claims_of, exhausted, next_place
+from plm_engine_core.agent_runtime.attempts import Place, claims_of, exhausted, next_place
 from plm_engine_core.agent_runtime.dispatcher import Dispatcher
 from plm_engine_core.agent_runtime.executor import Executor
 from plm_engine_core.agent_runtime.hold import Hold, held, moment
@@ -163,26 +163,13 @@ class Driver:
         problem = exhausted(history.steps, place)
         if problem:
             return await self._fail(hold, "attempts_exhausted", f"step {move.step_id}: {problem}")
-        capability = self._control_plane.registry.get(move.capability)
-        executor = self._selector.select(capability) if capability is not None else None
-        if capability is not None and executor is None:
-            return await self._fail(hold, "capability_unavailable", f"no plugin of this node offers {move.capability}")
-        proposal = Proposal(
-            tenant_id=hold.run.tenant_id,
-            run_id=hold.run.id,
-            fencing_token=hold.fencing_token,
-            step_index=place.step_index,
-            attempt=place.attempt,
-            ticket_id=place.ticket_id,
-            step_id=move.step_id,
-            capability=move.capability,
-            resource=move.resource,
-            arguments=move.arguments,
-            principal=hold.run.principal,
-            agent=str(hold.run.agent.get("name", "")),
-            claims=move.claims,
-        )
         try:
+            proposal = _proposal(hold, place, move)
+            capability = self._control_plane.registry.get(proposal.capability)
+            executor = self._selector.select(capability) if capability is not None else None
+            if capability is not None and executor is None:
+                problem = f"no plugin of this node offers {proposal.capability}"
+                return await self._fail(hold, "capability_unavailable", problem)
             admission = await self._admit(proposal)
         except InvalidRequest as error:
             return await self._fail(hold, "invalid_proposal", f"step {move.step_id}: {error}")
@@ -267,6 +254,25 @@ class Driver:
                 result=end.result,
             )
         )
+
+
+def _proposal(hold: Hold, place: Place, move: Propose) -> Proposal:
+    """What the agent would like, at its place in the run and on behalf of the run's principal."""
+    return Proposal(
+        tenant_id=hold.run.tenant_id,
+        run_id=hold.run.id,
+        fencing_token=hold.fencing_token,
+        step_index=place.step_index,
+        attempt=place.attempt,
+        ticket_id=place.ticket_id,
+        step_id=move.step_id,
+        capability=move.capability,
+        resource=move.resource,
+        arguments=move.arguments,
+        principal=hold.run.principal,
+        agent=str(hold.run.agent.get("name", "")),
+        claims=move.claims,
+    )
 
 
 def _printable(text: str | None) -> str | None:

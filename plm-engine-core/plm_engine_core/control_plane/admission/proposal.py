@@ -114,7 +114,7 @@ class Proposal:
     of the same attempt asked for.
 
     Raises:
-        InvalidRequest: the step or the attempt has a number that none can have.
+        InvalidRequest: the step or the attempt has a number that none can have, or a member is of another type.
     """
 
     tenant_id: UUID
@@ -133,11 +133,46 @@ class Proposal:
     claims: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        sound = (
+            type(self.step_index) is int
+            and type(self.attempt) is int
+            and isinstance(self.step_id, str)
+            and isinstance(self.capability, str)
+            and isinstance(self.resource, str)
+            and isinstance(self.agent, str)
+            and isinstance(self.arguments, (dict, Mapping))  # nearly always a dict, which is seen at once
+            and isinstance(self.principal, Principal)
+            and isinstance(self.tenant_id, UUID)
+            and isinstance(self.run_id, UUID)
+            and isinstance(self.executor_kind, ExecutorKind)
+            and (self.ticket_id is None or isinstance(self.ticket_id, UUID))
+        )
+        if not sound:
+            raise self._unsound()
         if not (0 <= self.step_index <= _LAST and 1 <= self.attempt <= _LAST):
             raise InvalidRequest(
                 f"a step has an index from 0 and attempts from 1 up, not {self.step_index!s:.20}/{self.attempt!s:.20}",
                 field="step_index",
             )
+
+    def _unsound(self) -> InvalidRequest:
+        """Names the first member that is of another type than it is annotated with."""
+        kinds = {
+            "tenant_id": UUID,
+            "run_id": UUID,
+            "step_id": str,
+            "capability": str,
+            "resource": str,
+            "arguments": Mapping,
+            "principal": Principal,
+            "executor_kind": ExecutorKind,
+            "ticket_id": UUID | None,
+            "agent": str,
+        }
+        wrong = (name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind))
+        name = next(wrong, "step_index")
+        problem = f"'{name}' of a proposal is of another type than it can be: {getattr(self, name)!r:.80}"
+        return InvalidRequest(problem, field=name)
 
     @property
     def step_key(self) -> str:

@@ -60,6 +60,9 @@ class Outcome:
     `usage` is measured, in the plugin's units; None means it could not be, and the reservation is charged, as it is for
     amounts that are negative, no numbers, or 10^11 and more, which the books cannot hold. `output` and `error` are JSON
     values; `error` has `category`, `message` and whatever the executor knows beyond that.
+
+    Raises:
+        InvalidRequest: a member is of another type; names it.
     """
 
     status: OutcomeStatus
@@ -69,6 +72,33 @@ class Outcome:
     artifacts: Sequence[ArtifactRecord] = ()
     evidence: Evidence = Evidence.MEASURED
     layers: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        """See above."""
+        sound = (
+            isinstance(self.status, OutcomeStatus)
+            and isinstance(self.evidence, Evidence)
+            and (self.error is None or isinstance(self.error, (dict, Mapping)))  # nearly always a dict, seen at once
+            and (self.usage is None or isinstance(self.usage, (dict, Mapping)))
+            and isinstance(self.artifacts, (tuple, list))
+            and isinstance(self.layers, (tuple, list))
+        )
+        if not sound:
+            raise self._unsound()
+
+    def _unsound(self) -> InvalidRequest:
+        """Names the first member that is of another type than it is annotated with."""
+        kinds = {
+            "status": OutcomeStatus,
+            "evidence": Evidence,
+            "error": Mapping | None,
+            "usage": Mapping | None,
+            "artifacts": tuple | list,
+            "layers": tuple | list,
+        }
+        name = next(name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind))
+        problem = f"'{name}' of an outcome is of another type than it can be: {getattr(self, name)!r:.80}"
+        return InvalidRequest(problem, field=name)
 
     @property
     def digest(self) -> str:
