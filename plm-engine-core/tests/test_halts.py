@@ -573,3 +573,6 @@ async def test_a_drill_is_refused_as_its_halt_would_be(bench):
             await plane.drill(tenant, scope, **named, by=bench.approver)
     with pytest.raises(InvalidRequest):
         await plane.drill(tenant, HaltScope.RUN, by=bench.approver)
+    for scope in (HaltScope.TENANT, HaltScope.SYSTEM):
+        with pytest.raises(NotFound, match="tenant"):
+            await plane.drill(uuid.uuid4(), scope, by=bench.approver)

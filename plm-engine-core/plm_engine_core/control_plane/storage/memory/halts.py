@@ -69,6 +69,7 @@ class MemoryHalts:
         """What a halt of this scope would meet in the tenant now."""
         halt: Row = {"scope": scope.value, "scope_id": scope_id, "subject": subject}
         async with self._books.turn() as books:
+            books.require_tenant(tenant_id)
             if not (registered or _known(books, tenant_id, scope, scope_id, subject)):
                 raise NotFound(scope.value.replace("_", " "), subject or scope_id)
             states = (RunState(run["state"]) for run in books.run_states.rows(tenant_id) if _stops(books, halt, run))

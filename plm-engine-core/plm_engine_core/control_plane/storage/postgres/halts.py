@@ -136,6 +136,9 @@ class PostgresHalts:
             "ended": [state.value for state in TERMINAL_RUN_STATES],
         }
         async with self._gateway.transaction(tenant_id) as connection:
+            cursor = await connection.execute("SELECT FROM tenants WHERE id = %s", [tenant_id])
+            if not cursor.rowcount:
+                raise NotFound("tenant", "of this request")
             if not registered:
                 await _require_known(connection, scope, values)
             cursor = await connection.execute(_RUNS_MET.encode(), values)
