@@ -111,6 +111,26 @@ async def test_a_tenant_beyond_its_rate_is_told_when_to_come_back(bench):
     assert 900_000 < denied.retry_after_ms <= 1_000_000
 
 
+async def test_of_the_rates_of_agent_and_tenant_a_token_is_taken_of_both_or_of_none(bench):
+    once = {"per_second": 0.001, "burst": 1}
+    narrow = bench.with_policy(rate_limit={"per_second": 0.001, "burst": 2}, rate_limit_per_agent=once)
+    wide = bench.with_policy(rate_limit={"per_second": 1e6, "burst": 1e6}, rate_limit_per_agent=once)
+    first, second, third = [await bench.lease(await bench.run(agent={"name": name})) for name in "abc"]
+    answers = [
+        await under.control_plane.admit(bench.proposal(lease, step_index=step, step_id=f"s{step}"))
+        for under, lease, step in (
+            (narrow, first, 0),
+            (narrow, first, 1),  # no token of the agent is left, so none of the tenant's may go
+            (narrow, second, 0),
+            (narrow, third, 0),  # and the other way round
+            (wide, third, 1),
+            (wide, third, 2),
+        )
+    ]
+    refused = [each.rule if isinstance(each, Denied) else "" for each in answers]
+    assert refused == ["", "rate_limit_per_agent", "", "rate_limit", "", "rate_limit_per_agent"]
+
+
 @pytest.mark.parametrize("scope", ["run", "tenant"])
 @pytest.mark.parametrize("unit", [EUR, CALLS])
 async def test_a_budget_that_is_too_small_is_named_with_its_figures_and_nothing_stays_reserved(bench, scope, unit):

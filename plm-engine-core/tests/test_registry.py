@@ -222,6 +222,41 @@ def test_whatever_is_handed_on_again_and_again_only_narrows(hops):
     assert len(holder.delegated_by) <= depth
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"scopes": frozenset({"a", "d"})}, "the delegator lacks d"),
+        ({"expires_at": NOW + timedelta(minutes=11)}, "the delegator's own delegation ends at"),
+        ({"expires_at": NOW}, "it has ended already"),
+        ({"delegations": 2}, "it may be handed on 1 more times at most"),
+        ({"to": uuid.UUID(int=1)}, "delegated this itself"),
+        ({"to": uuid.UUID(int=9)}, "delegated this itself"),
+    ],
+    ids=str,
+)
+def test_handing_on_more_in_any_one_way_is_refused(more, words):
+    holder = principal(
+        scopes=frozenset({"a", "b"}),
+        delegated_by=(uuid.UUID(int=9),),
+        expires_at=NOW + timedelta(minutes=10),
+        delegations_left=2,
+    )
+    terms = Delegation(
+        to=uuid.UUID(int=2),
+        scopes=frozenset({"a"}),
+        share=Decimal(1),
+        expires_at=NOW + timedelta(minutes=10),
+        delegations=1,
+    )
+    assert narrowed(holder, terms, depth=4, now=NOW).scopes == {"a"}
+    with pytest.raises(Forbidden, match=words):
+        narrowed(holder, replace(terms, **more), depth=4, now=NOW)
+    with pytest.raises(Forbidden, match="may not delegate further"):
+        narrowed(replace(holder, delegations_left=0), replace(terms, delegations=0), depth=4, now=NOW)
+    with pytest.raises(Forbidden, match="may not delegate further"):
+        narrowed(holder, replace(terms, delegations=0), depth=0, now=NOW)
+
+
 @pytest.mark.parametrize("share", ["0", "-1", "1.01", "NaN", "Infinity"])
 def test_a_share_is_part_of_a_whole(share):
     terms = Delegation(to=uuid.UUID(int=2), scopes=frozenset(), share=Decimal(share), expires_at=NOW)
