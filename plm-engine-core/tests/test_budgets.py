@@ -15,6 +15,7 @@ from plm_engine_core.control_plane.limits import BudgetKey, Subjects
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, CostBound
 from plm_engine_core.control_plane.vocabulary import BudgetScope, CapabilityMode, OutcomeStatus, Reason
+from psycopg.types.json import Jsonb
 
 pytestmark = pytest.mark.every_storage
 
@@ -138,6 +139,19 @@ async def test_a_call_that_a_full_budget_refuses_waits_for_nobody_who_holds_it(w
         other.execute("SELECT FROM budgets WHERE scope_kind = 'agent' FOR UPDATE")
         denied = await asked(bench, lease, 1)
     assert denied.reason == Reason.BUDGET_EXCEEDED
+
+
+@pytest.mark.postgres_only
+async def test_no_other_limit_comes_between_that_of_a_policy_and_the_reservation_under_it(writing):
+    """As where calls under two policies meet in one budget: who has room is not refused for the other's limit."""
+    bench = writing(limit("agent", 200))
+    assert isinstance(await asked(bench, await bench.lease(), 0), Granted)
+    key = BudgetKey.of(BudgetScope.AGENT, "test", "tokens")
+    entry = {"scope_kind": "agent", "scope_id": str(key.scope_id), "unit": "tokens", "amount": "100", "limit": "200"}
+    with psycopg.connect(bench.database.admin) as call, psycopg.connect(bench.database.admin) as other:
+        call.execute("SELECT engine_open_budget_v2(%s, %s, to_timestamp(0))", [bench.tenant, Jsonb(entry)])
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            other.execute("SELECT FROM budgets WHERE scope_kind = 'agent' FOR UPDATE NOWAIT")
 
 
 @pytest.mark.postgres_only
