@@ -218,7 +218,7 @@ async def test_what_is_of_another_type_than_documented_is_refused_by_its_field(b
         ("expires_at", "tomorrow"),
         ("delegations_left", "1"),
     ],
-    ids=str,
+    ids=range(13),
 )
 def test_a_principal_that_is_none_is_refused_when_it_is_made(member, value):
     """Above all a text in the place of scopes: each part of it would be one that it holds."""

@@ -232,7 +232,7 @@ def test_whatever_is_handed_on_again_and_again_only_narrows(hops):
         ({"to": uuid.UUID(int=1)}, "delegated this itself"),
         ({"to": uuid.UUID(int=9)}, "delegated this itself"),
     ],
-    ids=str,
+    ids=range(6),
 )
 def test_handing_on_more_in_any_one_way_is_refused(more, words):
     holder = principal(
