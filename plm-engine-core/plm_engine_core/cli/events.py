@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 from uuid import UUID
@@ -16,7 +17,7 @@ import typer
 from plm_engine_core.cli.event_archive import app as archive_app
 from plm_engine_core.cli.event_archive import read_archive
 from plm_engine_core.cli.exits import ExitCode, fail
-from plm_engine_core.cli.output import AsJson, show
+from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import Books, with_books
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events import (
@@ -26,8 +27,10 @@ from plm_engine_core.control_plane.events import (
     FeedCursor,
     FeedPage,
     PublicKeys,
+    RunAsOf,
     Signer,
     Verification,
+    as_of,
     export,
     load_public_keys,
     load_signer,
@@ -216,6 +219,26 @@ def rebuild_command(tenant_id: TenantId, as_json: AsJson = False) -> None:
         raise typer.Exit(int(ExitCode.FAILED))
 
 
+@app.command("as-of")
+def as_of_command(
+    run_id: Annotated[UUID, typer.Argument(help="A run.")],
+    moment: Annotated[
+        str,
+        typer.Argument(help="A time with its zone, as 2030-01-31T12:00:00Z, or the sequence of an event of the run."),
+    ],
+    tenant_id: Annotated[UUID, typer.Option(help="Whose run.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show a run, its tickets and its own budgets as they were at a moment, from its events alone.
+
+    Status 0: shown, 1: no such run or moment, what would tell it was pruned, or the database refused; 2: wrong
+    arguments; 3: no address.
+    """
+    when = _moment(moment)
+    found = with_books(lambda books: as_of(books.storage, tenant_id, run_id, when), of=tenant_id, as_json=as_json)
+    show(_run_document(found), "\n".join(map(one_line, _run_lines(found))), as_json=as_json)
+
+
 @app.command("checkpoint")
 def checkpoint(tenant_id: TenantId, key: Key, as_json: AsJson = False) -> None:
     """Sign the heads of a tenant's streams now, as `serve` and `worker` do every minute.
@@ -248,6 +271,39 @@ def new_key(to: Annotated[Path, typer.Option(help="The file for the private key;
 def public_key_of(key: Key) -> None:
     """Print the public half of a key. Status 0: done, 3: the key cannot be used."""
     typer.echo(_signer(key).public_pem, nl=False)
+
+
+def _moment(text: str) -> datetime | int:
+    try:
+        return int(text) if text.isdecimal() else datetime.fromisoformat(text)
+    except ValueError:
+        fail(ExitCode.USAGE, f"{text!r:.80} is neither a time nor the sequence of an event")
+
+
+def _run_document(found: RunAsOf) -> dict[str, Any]:
+    return {
+        "run_id": found.run_id,
+        "seq": found.seq,
+        "at": found.at.isoformat(),
+        "run": vars(found.run),
+        "tickets": [{"id": ticket_id, **vars(ticket)} for ticket_id, ticket in found.tickets.items()],
+        "budgets": [
+            {"unit": key.unit, "period": key.period, "starts_at": key.starts_at.isoformat(), **vars(budget)}
+            for key, budget in found.budgets.items()
+        ],
+    }
+
+
+def _run_lines(found: RunAsOf) -> Iterator[str]:
+    reason = f" ({found.run.reason})" if found.run.reason else ""
+    yield f"run {found.run_id} at event {found.seq}, {found.at.isoformat()}: {found.run.state}{reason}"
+    if found.run.message:
+        yield f"  {found.run.message}"
+    for ticket_id, ticket in found.tickets.items():
+        state = "used" if ticket.consumed else ticket.state
+        yield f"  ticket {ticket_id}: {state}, {ticket.capability} on {ticket.resource}"
+    for key, budget in found.budgets.items():
+        yield f"  budget in {key.unit}: {budget.spent.normalize():f} spent, {budget.reserved.normalize():f} reserved"
 
 
 @contextmanager

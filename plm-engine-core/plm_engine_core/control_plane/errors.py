@@ -6,6 +6,7 @@
     ├── Forbidden             the caller lacks a scope or may not decide this
     ├── Conflict              the state does not allow it (any more): read it again
     │   ├── IdempotencyConflict   the same key was used for other content
+    │   ├── EventsPruned          events that would tell it are gone: ask the archive
     │   └── FeedPruned            events this reader has not seen are gone: go on with `cursor`
     ├── FencingLost           another run worker took the run over: drop everything
     └── StorageUnavailable    send the same again: whatever was booked already is not booked twice
@@ -72,6 +73,25 @@ class IdempotencyConflict(Conflict):
 
     def __init__(self, message: str) -> None:
         super().__init__(message, reason="idempotency_conflict")
+
+
+class EventsPruned(Conflict):
+    """The past cannot be told from the events: those of `stream` before sequence `before` were pruned, None means all.
+
+    They are in the archive, if one is kept.
+    """
+
+    code = "events_pruned"
+
+    def __init__(self, *, stream: str, before: int | None) -> None:
+        gone = "all events" if before is None else f"the events before {before}"
+        super().__init__(
+            f"{gone} of the stream {stream} were pruned, and without them nobody can say how it was then; they are in "
+            "the archive, if one is kept",
+            reason="events_pruned",
+        )
+        self.stream = stream
+        self.before = before
 
 
 class FeedPruned(Conflict):

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -23,7 +24,15 @@ from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
 from plm_engine_core.control_plane.agents import AgentDesk, StandingAgent
 from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden, InvalidRequest, PolicyMissing
-from plm_engine_core.control_plane.events import BEGINNING, FeedCursor, FeedPage, Verification, verify_tenant
+from plm_engine_core.control_plane.events import (
+    BEGINNING,
+    FeedCursor,
+    FeedPage,
+    RunAsOf,
+    Verification,
+    as_of,
+    verify_tenant,
+)
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, HaltDrill, KillSwitch
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
@@ -537,6 +546,10 @@ class ControlPlane:
             raise InvalidRequest(f"a page of the feed has 1 event or more, not {limit!r:.80}", field="limit")
         after = FeedCursor.decode(cursor) if cursor is not None else BEGINNING
         return await self.storage.events.feed(tenant_id, after=after, limit=limit)
+
+    async def as_of(self, tenant_id: UUID, run_id: UUID, moment: datetime | int) -> RunAsOf:
+        """A run with its tickets and budgets as of a time, or of a sequence of its stream; see `events.as_of`."""
+        return await as_of(self.storage, tenant_id, run_id, moment)
 
     async def verify_events(self, tenant_id: UUID) -> list[Verification]:
         """Check every stream of a tenant from its first event to its head."""

@@ -68,6 +68,7 @@ class SyncControlPlane:
     set_agent_status = _waiting(ControlPlane.set_agent_status)
     why = _waiting(ControlPlane.why)
     feed = _waiting(ControlPlane.feed)
+    as_of = _waiting(ControlPlane.as_of)
     verify_events = _waiting(ControlPlane.verify_events)
 
     def call(self, work: Callable[[ControlPlane], Coroutine[Any, Any, T]]) -> T:

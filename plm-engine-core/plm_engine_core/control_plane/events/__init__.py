@@ -1,6 +1,7 @@
 """Events: the authority on what happened, one dense hash chain per stream."""
 
 from plm_engine_core.control_plane.events.archive import Archive, Archivist, Piece, open_archive
+from plm_engine_core.control_plane.events.as_of import RunAsOf, as_of
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, Event, event_hash, run_stream
 from plm_engine_core.control_plane.events.export import Exported, export, read_exports
@@ -27,10 +28,12 @@ __all__ = [
     "Projections",
     "Pruned",
     "PublicKeys",
+    "RunAsOf",
     "Signer",
     "StreamHead",
     "Stub",
     "Verification",
+    "as_of",
     "event_hash",
     "export",
     "load_public_keys",
