@@ -41,7 +41,7 @@ def named(name, unit="calls"):
 @pytest.mark.parametrize("text", NO_TEXTS.values(), ids=NO_TEXTS)
 async def test_what_is_no_text_is_refused_wherever_people_write_one(bench, text):
     plane, tenant = bench.control_plane, bench.tenant
-    await bench.run()
+    run = await bench.run()
     limit, one = BudgetKey(scope=BudgetScope.TENANT, scope_id=tenant, unit="calls"), Decimal(1)
     correct = {"reason": "x", "command_id": "x", "by": OPERATOR}
     tries = {
@@ -49,6 +49,7 @@ async def test_what_is_no_text_is_refused_wherever_people_write_one(bench, text)
         "unit": lambda: plane.set_budget(tenant, named("a", unit=text), one, by=OPERATOR),
         "reason": lambda: plane.correct_budget(tenant, limit, one, **{**correct, "reason": text}),
         "command_id": lambda: plane.correct_budget(tenant, limit, one, **{**correct, "command_id": text}),
+        "name": lambda: plane.mark(tenant, run.id, text, command_id="x", by=bench.requester),
         "agent.name": lambda: bench.run(agent={"name": text, "plan": {}}),
         "idempotency_key": lambda: bench.run(idempotency_key=text, request_digest="d"),
     }
@@ -265,6 +266,7 @@ async def test_an_act_of_nobody_is_refused_by_its_field(bench):
             ("by", lambda who: plane.activate_policy(tenant, plane.policy, **put, by=who)),
             ("by", lambda who: plane.set_budget(tenant, budget, one, by=who)),
             ("by", lambda who: plane.correct_budget(tenant, budget, one, reason="x", command_id="x", by=who)),
+            ("by", lambda who: plane.mark(tenant, lease.run.id, "x", command_id="x", by=who)),
             ("by", lambda who: plane.cancel(tenant, lease.run.id, by=who)),
             ("by", lambda who: plane.acquire_lease(tenant, "b", owner="a", seconds=9, by=who)),
             ("by", lambda who: plane.release_lease(held, by=who)),

@@ -104,6 +104,7 @@ operations = st.one_of(
     st.tuples(st.just("drill"), st.sampled_from([HaltScope.TENANT, HaltScope.AGENT, HaltScope.CAPABILITY])),
     st.tuples(st.just("set_budget"), st.sampled_from(BUDGETS), st.integers(0, 9)),
     st.tuples(st.just("correct_budget"), st.sampled_from(BUDGETS), st.integers(-2, 2), st.sampled_from("ab")),
+    st.tuples(st.just("mark"), run_at, texts, st.sampled_from("ab"), values),
     st.tuples(st.just("lift"), st.integers(0, 2)),
     st.tuples(st.just("reconcile"), run_at, st.booleans(), values),
     st.tuples(st.just("revive"), run_at, st.sampled_from([0, 60])),
@@ -265,6 +266,11 @@ class World:
     async def correct_budget(self, budget, amount, command):
         return await self.plane.correct_budget(
             self.bench.tenant, self.key(budget), Decimal(amount), reason="x", command_id=command, by=self.treasurer
+        )
+
+    async def mark(self, at, name, command, details):
+        return await self.plane.mark(
+            self.bench.tenant, self.runs[at].id, name, command_id=command, details=details, by=self.bench.requester
         )
 
     async def lift(self, back):

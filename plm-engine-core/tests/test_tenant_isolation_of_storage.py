@@ -26,6 +26,7 @@ from plm_engine_core.control_plane.storage.ports import (
     Correction,
     EventStore,
     HaltStore,
+    MarkCommand,
     PolicyStore,
     ResourceLeaseStore,
     RunStore,
@@ -45,6 +46,7 @@ ABSENT = {
     "runs.renew": False,
     "runs.finish": FencingLost,
     "runs.request_cancel": NotFound,
+    "runs.mark": NotFound,
     "runs.reconcile": NotFound,
     "runs.revive": False,
     "runs.set_back": False,
@@ -159,6 +161,17 @@ async def foreign(bench):
             other, holder.run.id, state=RunState.FAILED, actor="worker:w", **held
         ),
         "runs.request_cancel": lambda: storage.runs.request_cancel(other, run.id, actor="human:x"),
+        "runs.mark": lambda: storage.runs.mark(
+            MarkCommand(
+                tenant_id=other,
+                run_id=run.id,
+                name="x",
+                details={},
+                command_id="x",
+                digest="x",
+                actor=by.actor,
+            )
+        ),
         "runs.reconcile": lambda: storage.runs.reconcile(other, run.id, happened=True, output=None, actor="human:x"),
         "runs.revive": lambda: storage.runs.revive(other, run.id, patience_seconds=0),
         "runs.set_back": lambda: storage.runs.set_back(other, run.id, patience_seconds=-3600),

@@ -40,6 +40,7 @@ from plm_engine_core.control_plane.in_force import PolicyInForce, PolicyKeeper
 from plm_engine_core.control_plane.limits import Budget, BudgetKey, Subjects
 from plm_engine_core.control_plane.limits.desk import BudgetDesk, check_amount
 from plm_engine_core.control_plane.limits.leases import ResourceLease, check_seconds, check_terms
+from plm_engine_core.control_plane.markers import Marker, mark
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.registry import (
     AgentDescriptor,
@@ -408,6 +409,21 @@ class ControlPlane:
         await self.signals.interrupt(tenant_id, run_id)
         await self.signals.changed(tenant_id, run_id)
         return run
+
+    async def mark(
+        self,
+        tenant_id: UUID,
+        run_id: UUID,
+        name: str,
+        *,
+        command_id: str,
+        by: Principal,
+        details: Mapping[str, Any] | None = None,
+    ) -> Marker:
+        """Put a named marker into the stream of a run; see `markers.mark`."""
+        marker = await mark(self.storage.runs, tenant_id, run_id, name, command_id=command_id, by=by, details=details)
+        await self.signals.changed(tenant_id, run_id)
+        return marker
 
     async def decide(
         self,

@@ -54,6 +54,7 @@ class SyncControlPlane:
     settle = _waiting(ControlPlane.settle)
     finish = _waiting(ControlPlane.finish)
     cancel = _waiting(ControlPlane.cancel)
+    mark = _waiting(ControlPlane.mark)
     decide = _waiting(ControlPlane.decide)
     acquire_lease = _waiting(ControlPlane.acquire_lease)
     renew_lease = _waiting(ControlPlane.renew_lease)

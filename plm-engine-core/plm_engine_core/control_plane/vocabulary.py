@@ -305,6 +305,7 @@ class EventKind(StrEnum):
     BUDGET_CORRECTED = "budget_corrected"
     LEASE_TAKEN = "lease_taken"
     LEASE_RELEASED = "lease_released"
+    MARKER = "marker"
 
 
 TERMINAL_RUN_STATES = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED})

@@ -44,6 +44,7 @@ CHANGES_NOTHING = frozenset(
         EventKind.EVENTS_PRUNED,
         EventKind.LEASE_TAKEN,
         EventKind.LEASE_RELEASED,
+        EventKind.MARKER,
     }
 )
 """Kinds of event that change neither a run nor a ticket nor a budget."""

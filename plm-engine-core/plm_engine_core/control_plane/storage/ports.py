@@ -247,6 +247,10 @@ class RunStore(Protocol):
         """Say what became of the step whose outcome is unknown; the run continues in the same commit."""
         ...
 
+    async def mark(self, command: MarkCommand) -> int:
+        """Append a marker to the stream of a run that has not ended, once for each command id; answers its sequence."""
+        ...
+
     async def abandoned(self, limit: int, *, patience_seconds: float) -> Sequence[tuple[UUID, UUID]]:
         """Tenant and id of runs, over all tenants, that nobody drives although somebody should.
 
@@ -334,6 +338,19 @@ class ApprovalStore(Protocol):
     async def revoke_scope(self, tenant_id: UUID, scope_id: UUID, *, by: UUID, actor: str) -> ApprovalScope:
         """End an approval scope; it then covers nothing more."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarkCommand:
+    """A marker, ready to be booked."""
+
+    tenant_id: UUID
+    run_id: UUID
+    name: str
+    details: Mapping[str, Any]
+    command_id: str
+    digest: str
+    actor: str
 
 
 @dataclass(frozen=True, kw_only=True)

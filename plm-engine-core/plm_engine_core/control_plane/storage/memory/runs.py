@@ -19,10 +19,12 @@ from plm_engine_core.control_plane.storage.memory.budgets import ALWAYS, open_bu
 from plm_engine_core.control_plane.storage.memory.leases import MemoryLeases, close_books
 from plm_engine_core.control_plane.storage.memory.settlement import already_exists, write_artifact
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, storable_text
+from plm_engine_core.control_plane.storage.ports import MarkCommand
 from plm_engine_core.control_plane.storage.rows import budget_row, run_row, step_row
 from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunKind, RunState, StepState
 
 _CREATE_OPERATION = "runs.create"
+_MARK_OPERATION = "runs.mark"
 _OWN = {
     "run": "run_id",
     "run_group": "run_group_id",
@@ -136,6 +138,24 @@ class MemoryRuns(MemoryLeases):
                 # A dead worker's run is taken over and then finds the request.
                 books.deliver(tenant_id, run_id)
             return _read(books.run(tenant_id, run_id))
+
+    async def mark(self, command: MarkCommand) -> int:
+        """Append a marker to the stream of a run that has not ended, once for each command id; answers its sequence."""
+        tenant_id, name = command.tenant_id, (_MARK_OPERATION, storable_text(command.command_id))
+        async with self._books.turn() as books:
+            books.require_tenant(tenant_id)
+            record = books.idempotency_records.get(tenant_id, name)
+            if record is not None and record["digest"] != command.digest:
+                raise IdempotencyConflict(f"command {command.command_id} was already used for another marker")
+            if record is not None:
+                return int(record["result"]["seq"])
+            run = _read(books.run(tenant_id, command.run_id))
+            if run.finished:
+                raise Conflict(f"run {run.id} is already {run.state.value}", reason="impossible_transition")
+            told = {"name": command.name, "details": dict(command.details)}
+            seq = books.append(tenant_id, run_stream(run.id), EventKind.MARKER, command.actor, told)
+            books.idempotency_records.put(tenant_id, name, {"digest": command.digest, "result": {"seq": seq}})
+            return seq
 
     async def reconcile(self, tenant_id: UUID, run_id: UUID, *, happened: bool, output: Any, actor: str) -> Run:
         """Record what became of an unknown effect, and queue the run again."""

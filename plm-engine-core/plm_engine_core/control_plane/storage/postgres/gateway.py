@@ -162,9 +162,11 @@ class Gateway:
 
     async def append(
         self, connection: Session, tenant_id: UUID, stream: str, kind: str, actor: str, payload: dict[str, Any]
-    ) -> None:
-        """Append one event, as the last write of the transaction."""
-        await connection.execute(
-            "SELECT engine_append_event_v1(%s, %s, %s, %s, %s)",
+    ) -> int:
+        """Append one event, under the last lock that the transaction takes, and answer its sequence."""
+        cursor = await connection.execute(
+            "SELECT engine_append_event_v1(%s, %s, %s, %s, %s) AS seq",
             [tenant_id, stream, kind, actor, jsonb(payload, root="event")],
         )
+        row: Any = await cursor.fetchone()
+        return int(row["seq"])

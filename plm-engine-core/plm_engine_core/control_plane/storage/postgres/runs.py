@@ -13,8 +13,10 @@ from plm_engine_core.control_plane.limits.budgets import Budget
 from plm_engine_core.control_plane.policy.replay import Attempt
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Step
 from plm_engine_core.control_plane.runs.states import sources_of
+from plm_engine_core.control_plane.storage.ports import MarkCommand
 from plm_engine_core.control_plane.storage.postgres.gateway import Session, jsonb
 from plm_engine_core.control_plane.storage.postgres.leases import PostgresLeases, close_books, queue_again
+from plm_engine_core.control_plane.storage.postgres.markers import earlier_marker, put_marker
 from plm_engine_core.control_plane.storage.rows import budget_row, run_row, step_row
 from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunKind, RunState, StepState
 
@@ -254,6 +256,17 @@ class PostgresRuns(PostgresLeases):
             [tenant_id, run_id],
         )
         await close_books(connection, tenant_id, run_id)
+
+    async def mark(self, command: MarkCommand) -> int:
+        """Append a marker to the stream of a run that has not ended, once for each command id; answers its sequence."""
+        async with self._gateway.transaction(command.tenant_id) as connection:
+            earlier = await earlier_marker(connection, command)
+            if earlier is not None:
+                return earlier
+            run = await _get(connection, command.tenant_id, command.run_id, lock=True)
+            if run.finished:
+                raise Conflict(f"run {run.id} is already {run.state.value}", reason="impossible_transition")
+            return await put_marker(connection, self._gateway, command)
 
     async def reconcile(self, tenant_id: UUID, run_id: UUID, *, happened: bool, output: Any, actor: str) -> Run:
         """Record what became of an unknown effect, and queue the run again."""
