@@ -94,6 +94,7 @@ async def test_at_each_event_a_run_was_as_it_was_when_that_was_the_last(bench):
         found = await as_of(bench, run, seq)
         assert (found.run, found.tickets, booked(found.budgets, run)) == then
         assert (found.seq, found.at) == (seq, events[seq - 1].occurred_at)
+        assert (await as_of(bench, run, found.at)).seq >= seq, "what happened at that very time is in it"
     assert (await as_of(bench, run, 1)).run.state is RunState.QUEUED
     assert {each.state for each in (await as_of(bench, run, 3)).tickets.values()} == {TicketState.PENDING}
 
