@@ -276,7 +276,7 @@ class AgentList(BaseModel):
 
 
 class CapabilityList(BaseModel):
-    """Every registered version of every capability."""
+    """Every registered version of every capability that the caller's tenant may use."""
 
     items: list[CapabilityDescriptor]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ AGENTS = [
     {"id": "echo", "owner": "the tests", "autonomy": "L2", "budget": {"calls": "5"}},
     {"id": "echo", "version": "0", "owner": "the tests", "status": "retired"},
 ]
+
+POLICY = {
+    "version": "1",
+    "tier_by_mode": {"read": "auto_approve", "plan-write": "auto_approve", "execute-write": "always_approve"},
+    "risk_by_mode": {"read": "low", "plan-write": "low", "execute-write": "high"},
+    "budgets": {"run": {"EUR": 1, "calls": 1}, "tenant": {"EUR": 1, "calls": 1}},
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +43,39 @@ def test_what_is_registered_is_shown_with_versions_owner_and_ceilings(registerin
     assert client.get("/v1/agents").json() == {"registered": False, "items": []}
     capabilities = {each["id"]: each for each in client.get("/v1/capabilities").json()["items"]}
     assert capabilities["probe.write"]["mode"] == "execute-write"
+
+
+def test_each_tenant_is_shown_what_is_for_it_and_no_name_of_another(
+    registering: Any, launch: Any, tmp_path: Path
+) -> None:
+    one, other = str(registering.tenant), str(registering.other_tenant)
+    base = {"description": "x", "mode": "read", "plugin": "probe"}
+    written = [
+        {**base, "id": "probe.all"},
+        {**base, "id": "probe.both", "allowed_tenants": [one, other]},
+        {**base, "id": "probe.mine", "allowed_tenants": [one]},
+        {**base, "id": "probe.theirs", "denied_tenants": [one]},
+    ]
+    plans = tmp_path / "agents"
+    plans.mkdir()
+    for name, document in (("capabilities", {"capabilities": written}), ("policy", POLICY)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    settings = {
+        "PLM_CAPABILITIES": str(tmp_path / "capabilities.yaml"),
+        "PLM_POLICY": str(tmp_path / "policy.yaml"),
+        "PLM_AGENTS": str(plans),
+        "PLM_RUN_CONCURRENCY": "0",
+    }
+    with launch(like=registering, **settings) as server:
+        shown = {
+            tenant: server.client(tenant=tenant).get("/v1/capabilities")
+            for tenant in (registering.tenant, registering.other_tenant)
+        }
+    for tenant, ids in ((one, ["all", "both", "mine"]), (other, ["all", "both", "theirs"])):
+        answer = shown[uuid.UUID(tenant)]
+        assert [each["id"] for each in answer.json()["items"]] == [f"probe.{each}" for each in ids]
+        assert answer.json()["items"][1]["allowed_tenants"] == [tenant]
+        assert (other if tenant == one else one) not in answer.text
 
 
 def test_an_agent_is_suspended_in_one_tenant_and_works_again(registering: Any) -> None:

@@ -23,9 +23,11 @@ from plm_engine_core.control_plane.vocabulary import (
     AutonomyLevel,
     BudgetUnit,
     CapabilityMode,
+    CapabilityStatus,
     Reason,
     RiskLevel,
     Stage,
+    TenantAccess,
 )
 from pydantic import ValidationError
 
@@ -250,6 +252,8 @@ capabilities = st.builds(
     security_relevant=st.lists(st.text(max_size=4), max_size=2).map(tuple),
     network=st.booleans(),
     cost=st.builds(CostBound, max_eur=amounts),
+    status=st.just(CapabilityStatus.ACTIVE) | st.sampled_from(CapabilityStatus),
+    allowed_tenants=st.none() | st.frozensets(st.uuids(), min_size=1, max_size=3),
 )
 all_facts = st.builds(
     Facts,
@@ -259,6 +263,7 @@ all_facts = st.builds(
     autonomy=st.sampled_from(AutonomyLevel),
     rate_allowed=st.booleans(),
     retry_after_ms=st.integers(0, 10**6),
+    tenant_access=st.none() | st.sampled_from(TenantAccess),
 )
 
 
@@ -309,6 +314,8 @@ def test_of_a_capability_only_what_is_its_own_is_recorded_and_what_is_left_out_n
         "model_argument": "",
         "cost": {"max_eur": "0", "max_usage": {}, "eur_per_unit": {}},
         "timeout_seconds": 300.0,
+        "allowed_tenants": None,
+        "denied_tenants": None,
     }
     free = CapabilityDescriptor(**plain, network=True, cost=CostBound(max_eur=Decimal(0)))
     assert CapabilityDescriptor.model_validate(stored_capability(free)) == free

@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 from typing import get_args
+from uuid import UUID
 
 import pytest
 from plm_engine_core.cli import build_app
@@ -26,6 +27,7 @@ from plm_engine_core.control_plane.policy.fields import ROOTS
 from plm_engine_core.control_plane.policy.models import ModelRule, UserModels
 from plm_engine_core.control_plane.policy.run_risk import RiskPattern, RunRisk
 from plm_engine_core.control_plane.policy.snapshot import BudgetDefaults, RateLimit
+from plm_engine_core.control_plane.registry import load_capabilities
 from plm_engine_core.control_plane.vocabulary import ActionTier, Stage
 from typer.testing import CliRunner
 
@@ -55,6 +57,16 @@ def test_lint_has_no_error_to_name_in_the_policy_of_the_page(examples):
     result = run(examples, "lint", "policy.yaml", "--json")
     assert result.exit_code == 0, result.stdout
     assert [each["check"] for each in json.loads(result.stdout)["remarks"]] == []
+
+
+def test_the_page_says_for_which_tenants_a_capability_is(examples):
+    registry = load_capabilities(examples / "for-some-tenants.yaml")
+    first, second = (UUID(f"018f0000-0000-7000-8000-00000000000{number}") for number in (1, 2))
+    access = {each.id: (each.access_of(first), each.access_of(second)) for each in registry}
+    assert access == {
+        "mail.read": ("denied_tenant", "not_denied_tenant"),
+        "mail.summarise": ("not_allowed_tenant", "allowed_tenant"),
+    }
 
 
 CONDITIONS = get_args(get_args(Condition)[0])

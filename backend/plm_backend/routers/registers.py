@@ -23,9 +23,13 @@ router = APIRouter(prefix="/v1", tags=["registers"], route_class=JsonRoute)
 @router.get(
     "/capabilities", operation_id="listCapabilities", response_model=CapabilityList, responses=documented(*DOORS)
 )
-async def list_capabilities(platform: ThePlatform, _: TheCaller) -> Any:
-    """Every version of every capability: life, OAuth scopes, approval, marks, and the most that a call may cost."""
-    return CapabilityList(items=list(platform.control_plane.registry.versions))
+async def list_capabilities(platform: ThePlatform, caller: TheCaller) -> Any:
+    """Every version of every capability: life, OAuth scopes, approval, marks, and the most that a call may cost.
+
+    What is not for the caller's tenant is left out, and of the tenants that a capability names no other is shown.
+    """
+    seen = (each.seen_by(caller.tenant_id) for each in platform.control_plane.registry.versions)
+    return CapabilityList(items=[each for each in seen if each is not None])
 
 
 @router.get("/agents", operation_id="listAgents", response_model=AgentList, responses=documented(*DOORS))

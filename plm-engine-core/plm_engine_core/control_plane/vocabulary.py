@@ -52,10 +52,19 @@ class CapabilityMode(StrEnum):
 class CapabilityStatus(StrEnum):
     """Life of one version of a capability."""
 
-    DRAFT = "draft"  # may not be proposed yet
+    DRAFT = "draft"  # may not be proposed yet, but by tenants that its allowed_tenants names
     ACTIVE = "active"
     DEPRECATED = "deprecated"  # may still be proposed
     RETIRED = "retired"  # may no longer be proposed
+
+
+class TenantAccess(StrEnum):
+    """How a capability that names tenants stands to one tenant; the refusals are called as their `Reason`."""
+
+    ALLOWED = "allowed_tenant"  # its allowed_tenants names the tenant
+    NOT_ALLOWED = "not_allowed_tenant"  # its allowed_tenants names others only
+    DENIED = "denied_tenant"  # its denied_tenants names the tenant
+    NOT_DENIED = "not_denied_tenant"  # its denied_tenants names others only
 
 
 class AgentStatus(StrEnum):
@@ -238,6 +247,8 @@ class Reason(StrEnum):
     RATE_LIMIT_EXCEEDED = "rate_limit_exceeded"
     CAPABILITY_UNKNOWN = "capability_unknown"
     CAPABILITY_INACTIVE = "capability_inactive"
+    DENIED_TENANT = "denied_tenant"
+    NOT_ALLOWED_TENANT = "not_allowed_tenant"
     AGENT_INACTIVE = "agent_inactive"
     AGENT_CEILING = "agent_ceiling"
     DELEGATION_EXPIRED = "delegation_expired"

@@ -39,6 +39,8 @@ UNBLOCKED_BY: Mapping[str, str] = {
     Reason.RATE_LIMIT_EXCEEDED: "time: it is tried again by itself",
     Reason.CAPABILITY_UNKNOWN: "registering the capability and starting a new run",
     Reason.CAPABILITY_INACTIVE: "an active version of the capability, and a new run",
+    Reason.DENIED_TENANT: "taking the tenant off the capability's denied_tenants, and a new run",
+    Reason.NOT_ALLOWED_TENANT: "putting the tenant on the capability's allowed_tenants, and a new run",
     Reason.AGENT_INACTIVE: "an active registration of the agent, and a new run",
     Reason.AGENT_CEILING: "a wider registration of the agent, by its owner, and a new run",
     Reason.DELEGATION_EXPIRED: "a new delegation, and a new run",

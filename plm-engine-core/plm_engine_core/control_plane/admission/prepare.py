@@ -38,7 +38,7 @@ async def gathered(
     storage: AdmissionStore,
     agents: AgentRegistry | None = None,
 ) -> Facts:
-    """The facts, from what the books said: the rate, the capability, the principal, the agent and the run so far.
+    """The facts, from what the books said: the rate, the capability, tenant, principal, agent and the run so far.
 
     Without `agents` no agent has a ceiling of its own.
 
@@ -46,8 +46,9 @@ async def gathered(
         StorageUnavailable: a fact could not be had; nothing was decided.
     """
     agent = agents.get(proposal.agent) if agents is not None else None
+    capability = registry.get(proposal.capability)
     return Facts(
-        capability=registry.get(proposal.capability),
+        capability=capability,
         principal_scopes=proposal.principal.scopes,
         requester=proposal.principal.user_id,
         autonomy=agent.autonomy if agent is not None else AutonomyLevel.L3,
@@ -61,6 +62,9 @@ async def gathered(
         registration=agent,
         unregistered=agents is not None and agent is None,
         principal_until=proposal.principal.expires_at,
+        tenant_access=capability.access_of(proposal.tenant_id)
+        if registry.names_tenants and capability is not None
+        else None,
         run=await _run_so_far(proposal, policy.run_risk, policy=policy, registry=registry, storage=storage)
         if policy.run_risk is not None
         else None,

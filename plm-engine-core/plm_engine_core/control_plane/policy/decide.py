@@ -10,7 +10,14 @@ from plm_engine_core.control_plane.policy.routing import claimed_risk, routed, v
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot
 from plm_engine_core.control_plane.registry.agents import AgentDescriptor
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
-from plm_engine_core.control_plane.vocabulary import ActionTier, Reason, RoutingResolutionStep, Stage
+from plm_engine_core.control_plane.vocabulary import (
+    ActionTier,
+    CapabilityStatus,
+    Reason,
+    RoutingResolutionStep,
+    Stage,
+    TenantAccess,
+)
 
 _RATE_OK = StageResult(stage=Stage.RATE_LIMIT, passed=True)
 _AUTHORIZED = StageResult(stage=Stage.AUTHORIZATION, passed=True)
@@ -82,7 +89,15 @@ def _model_refused(
 
 def _unauthorized(capability: CapabilityDescriptor, facts: Facts) -> Decision | None:
     """Why this principal and this agent may not propose this capability at all; None when they may."""
-    if capability.inactive:
+    if (
+        facts.tenant_access is not None
+        or capability.allowed_tenants is not None
+        or capability.denied_tenants is not None
+    ):
+        refusal = _not_for_tenant(capability, facts.access)
+        if refusal is not None:
+            return refusal
+    if capability.inactive and not _draft_for_tenant(capability, facts.access):
         return _unauthorized_as(
             Reason.CAPABILITY_INACTIVE, capability.inactive, "an active version of the capability", "capability.status"
         )
@@ -104,6 +119,22 @@ def _unauthorized(capability: CapabilityDescriptor, facts: Facts) -> Decision | 
     if agent.capabilities is not None and capability.id not in agent.capabilities:
         return _beyond_agent(agent, f"use {capability.id}")
     return None
+
+
+def _not_for_tenant(capability: CapabilityDescriptor, access: TenantAccess | None) -> Decision | None:
+    """Why the tenant of the call may not use it, which does not say who else may; None when it may."""
+    if access in (TenantAccess.ALLOWED, TenantAccess.NOT_DENIED):
+        return None
+    words = f"capability {capability.id} is not for this tenant"
+    if access is TenantAccess.DENIED:
+        unblock = "taking the tenant off the capability's denied_tenants"
+        return _unauthorized_as(Reason.DENIED_TENANT, words, unblock, "capability.denied_tenants")
+    unblock = "putting the tenant on the capability's allowed_tenants"
+    return _unauthorized_as(Reason.NOT_ALLOWED_TENANT, words, unblock, "capability.allowed_tenants")
+
+
+def _draft_for_tenant(capability: CapabilityDescriptor, access: TenantAccess | None) -> bool:
+    return access is TenantAccess.ALLOWED and capability.status is CapabilityStatus.DRAFT
 
 
 def _unregistered() -> Decision:

@@ -13,7 +13,7 @@ from plm_shared.ledger import uuid_text
 from plm_engine_core.control_plane.policy.run_risk import RunSoFar
 from plm_engine_core.control_plane.registry.agents import AgentDescriptor
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
-from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus
+from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus, TenantAccess
 
 
 class Proposed(Protocol):
@@ -73,9 +73,10 @@ def described(capability: CapabilityDescriptor) -> dict[str, Any]:
 def stored_capability(capability: CapabilityDescriptor) -> dict[str, Any]:
     """The stored form of a capability, which stands in the record of every call: what is as by default is left out.
 
-    Sets have no order of their own, and it has to be the same each time.
+    Sets have no order of their own, and it has to be the same each time. Which tenants it names is left out too: a
+    tenant's record names no others, and `Facts.tenant_access` says what came of it.
     """
-    record = capability.model_dump(mode="json", exclude_defaults=True)
+    record = capability.model_dump(mode="json", exclude_defaults=True, exclude={"allowed_tenants", "denied_tenants"})
     if capability.required_scopes:
         record["required_scopes"] = sorted(capability.required_scopes)
     if capability.network:  # it has to say what it costs, be that nothing
@@ -107,7 +108,8 @@ class Facts:
     `claims` is what the agent says of its proposal (`risk`, `weight`, `score`); it never lowers a risk. `at` is when
     the facts were gathered, in UTC. `evaluations` is None until the evaluators were asked; `run` is what the policy's
     `run_risk` needs of the run's earlier steps. `registration` is the agent's, where agents are registered at all, and
-    `unregistered` says that this one is not. `principal_until` is when a delegation ends.
+    `unregistered` says that this one is not. `principal_until` is when a delegation ends. `tenant_access` is how a
+    capability that names tenants stands to the one of the call.
     """
 
     capability: CapabilityDescriptor | None
@@ -126,11 +128,20 @@ class Facts:
     registration: AgentDescriptor | None = None
     unregistered: bool = False
     principal_until: datetime | None = None
+    tenant_access: TenantAccess | None = None
+
+    @property
+    def access(self) -> TenantAccess | None:
+        """`tenant_access`; where the capability names tenants and nobody said of which one the call is, a refusal."""
+        if self.tenant_access is None and self.capability is not None and self.capability.names_tenants:
+            return TenantAccess.NOT_ALLOWED
+        return self.tenant_access
 
     def to_json(self, *, capability: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The stored form, from which to decide again; `capability` is its own in that form, where at hand."""
+        access = self.tenant_access
         if capability is None and self.capability is not None:
-            capability = stored_capability(self.capability)
+            capability, access = stored_capability(self.capability), self.access
         record: dict[str, Any] = {
             "capability": capability,
             "principal_scopes": sorted(self.principal_scopes),
@@ -159,6 +170,8 @@ class Facts:
             record["unregistered"] = True
         if self.principal_until is not None:
             record["principal_until"] = self.principal_until.isoformat()
+        if access is not None:
+            record["tenant_access"] = access.value
         return record
 
     @classmethod
@@ -185,6 +198,7 @@ class Facts:
             registration=AgentDescriptor.model_validate(stored["registration"]) if "registration" in stored else None,
             unregistered=stored.get("unregistered", False),
             principal_until=datetime.fromisoformat(stored["principal_until"]) if "principal_until" in stored else None,
+            tenant_access=TenantAccess(stored["tenant_access"]) if "tenant_access" in stored else None,
         )
 
 

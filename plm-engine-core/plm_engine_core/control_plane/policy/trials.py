@@ -15,7 +15,7 @@ from plm_engine_core.control_plane.policy.decision import Decision, Verdict
 from plm_engine_core.control_plane.policy.facts import Evaluation, Facts
 from plm_engine_core.control_plane.policy.run_risk import RunSoFar
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
-from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus, Reason, RiskLevel
+from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus, Reason, RiskLevel, TenantAccess
 
 _NOBODY = UUID(int=0)
 _A_MONDAY = datetime(2024, 1, 1, 12, tzinfo=UTC)
@@ -36,7 +36,8 @@ class Trial(_Written):
     """A proposal with the facts that a real one would be given.
 
     Without `scopes` the principal holds what the capability needs. `evaluations` says what each evaluator answers;
-    without it the policy's evaluators are asked. Without `at` it is noon of a Monday.
+    without it the policy's evaluators are asked. Without `at` it is noon of a Monday. Without `tenant_id` the tenant is
+    one that may use the capability.
     """
 
     capability: str
@@ -47,6 +48,7 @@ class Trial(_Written):
     scopes: frozenset[str] | None = None
     actor_kind: str = "human"
     user_id: UUID = _NOBODY
+    tenant_id: UUID | None = None
     at: datetime = _A_MONDAY
     claims: Mapping[str, Any] = Field(default_factory=dict)
     evaluations: Mapping[str, EvaluationStatus] | None = None
@@ -65,11 +67,20 @@ class Trial(_Written):
             agent=self.agent,
             claims=self.claims,
             at=self.at if self.at.tzinfo is None else self.at.astimezone(UTC),
+            tenant_access=_access(capability, self.tenant_id) if capability is not None else None,
             evaluations=None
             if self.evaluations is None
             else tuple(Evaluation(name=name, status=status) for name, status in self.evaluations.items()),
             run=None if self.run is None else RunSoFar(points=self.run.points, recent=self.run.recent),
         )
+
+
+def _access(capability: CapabilityDescriptor, tenant_id: UUID | None) -> TenantAccess | None:
+    if tenant_id is not None:
+        return capability.access_of(tenant_id)
+    if not capability.names_tenants:
+        return None
+    return TenantAccess.ALLOWED if capability.allowed_tenants is not None else TenantAccess.NOT_DENIED
 
 
 class Expected(_Written):

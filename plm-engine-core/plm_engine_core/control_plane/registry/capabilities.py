@@ -5,16 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Any, Self
+from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import Flag, Number, load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Unit
 from plm_engine_core.control_plane.oauth_scopes import OAuthScope
-from plm_engine_core.control_plane.vocabulary import BudgetUnit, CapabilityMode, CapabilityStatus
+from plm_engine_core.control_plane.vocabulary import BudgetUnit, CapabilityMode, CapabilityStatus, TenantAccess
+
+Tenants = Annotated[frozenset[UUID], Field(min_length=1)]
 
 
 class CostBound(BaseModel):
@@ -48,7 +59,8 @@ class CapabilityDescriptor(BaseModel):
     `security_relevant` lists the arguments an approval is bound to; empty means all of them. `model_argument` names the
     argument that says which language model the call uses. `approval` has a human approve every use, whatever tier the
     policy gives it. `stateless` says that one plugin worker may serve several tenants. One whose plugin reaches a
-    `network` has to declare its cost bound: what it calls may cost anything.
+    `network` has to declare its cost bound: what it calls may cost anything. Only `allowed_tenants` may use it, or all
+    but `denied_tenants`, where one of the two is given; a draft only its `allowed_tenants`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -69,6 +81,15 @@ class CapabilityDescriptor(BaseModel):
     model_argument: str = ""
     cost: CostBound = CostBound()
     timeout_seconds: Number = Field(default=300.0, gt=0, le=86400)
+    allowed_tenants: Tenants | None = None
+    denied_tenants: Tenants | None = None
+
+    @field_validator("denied_tenants")
+    @classmethod
+    def _one_list(cls, denied: frozenset[UUID] | None, info: ValidationInfo) -> frozenset[UUID] | None:
+        if denied is not None and info.data.get("allowed_tenants") is not None:
+            raise ValueError("allowed_tenants says already that all others are denied; keep one of the two")
+        return denied
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -83,6 +104,29 @@ class CapabilityDescriptor(BaseModel):
             return ""
         return f"version {self.version} of capability {self.id} is {self.status.value}"
 
+    @property
+    def names_tenants(self) -> bool:
+        """Whether it is not for every tenant."""
+        return self.allowed_tenants is not None or self.denied_tenants is not None
+
+    def access_of(self, tenant_id: UUID) -> TenantAccess | None:
+        """How it stands to this tenant; None when it names no tenants."""
+        if self.allowed_tenants is not None:
+            return TenantAccess.ALLOWED if tenant_id in self.allowed_tenants else TenantAccess.NOT_ALLOWED
+        if self.denied_tenants is not None:
+            return TenantAccess.DENIED if tenant_id in self.denied_tenants else TenantAccess.NOT_DENIED
+        return None
+
+    def seen_by(self, tenant_id: UUID) -> CapabilityDescriptor | None:
+        """As this tenant may see it, without the names of others; None when it is not for this tenant."""
+        access = self.access_of(tenant_id)
+        if access is None:
+            return self
+        if access in (TenantAccess.DENIED, TenantAccess.NOT_ALLOWED):
+            return None
+        allowed = frozenset({tenant_id}) if access is TenantAccess.ALLOWED else None
+        return self.model_copy(update={"allowed_tenants": allowed, "denied_tenants": None})
+
 
 _PRECEDENCE = (
     CapabilityStatus.ACTIVE,
@@ -95,11 +139,13 @@ _PRECEDENCE = (
 class CapabilityRegistry:
     """An immutable set of capabilities; whoever needs it is handed it.
 
-    Several versions of one capability may stand in it. What may be proposed is the active one, else the deprecated one.
+    Several versions of one capability may stand in it. What may be proposed is the active one, else the deprecated one,
+    else by the tenants that it names a draft.
     """
 
     def __init__(self, capabilities: Iterable[CapabilityDescriptor]) -> None:
         self.versions = tuple(capabilities)
+        self.names_tenants = any(each.names_tenants for each in self.versions)
         self._by_id: dict[str, CapabilityDescriptor] = {}
         by_place: dict[tuple[str, CapabilityStatus], CapabilityDescriptor] = {}
         versions: set[tuple[str, str]] = set()
@@ -110,13 +156,14 @@ class CapabilityRegistry:
                 )
             versions.add((capability.id, capability.version))
             other = by_place.get((capability.id, capability.status))
-            if other is not None and not capability.inactive:
+            if other is not None and _usable(capability) and _usable(other):
                 raise InvalidRequest(
                     f"versions {other.version} and {capability.version} of capability {capability.id} are both "
                     f"{capability.status.value}; which one is meant?",
                     field="capabilities",
                 )
-            by_place[capability.id, capability.status] = capability
+            if other is None or _usable(capability) or not _usable(other):
+                by_place[capability.id, capability.status] = capability
         for status in reversed(_PRECEDENCE):
             self._by_id |= {name: each for (name, stands), each in by_place.items() if stands is status}
 
@@ -128,10 +175,29 @@ class CapabilityRegistry:
         return self._by_id.get(capability_id)
 
 
+def _usable(capability: CapabilityDescriptor) -> bool:
+    """Whether any tenant may propose it."""
+    return not capability.inactive or (
+        capability.status is CapabilityStatus.DRAFT and capability.allowed_tenants is not None
+    )
+
+
+def _not_left_empty(entry: Any) -> Any:
+    """An empty line would open to all tenants what was meant for some.
+
+    Raises:
+        ValueError: naming the line.
+    """
+    for name in ("allowed_tenants", "denied_tenants"):
+        if isinstance(entry, Mapping) and entry.get(name, ()) is None:
+            raise ValueError(f"{name} is empty; name at least one tenant, or leave the line out")
+    return entry
+
+
 class _CapabilityFile(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    capabilities: tuple[CapabilityDescriptor, ...]
+    capabilities: tuple[Annotated[CapabilityDescriptor, BeforeValidator(_not_left_empty)], ...]
 
 
 def load_capabilities(path: Path) -> CapabilityRegistry:
