@@ -58,6 +58,9 @@ class Settings(BaseSettings):
     artifact_grace_seconds: float = Field(default=86_400.0, ge=3600)
     """How long a stored file may be without its record before it is removed as a stray; longer than any upload."""
 
+    idempotency_seconds: float = Field(default=30 * 86_400.0, ge=86_400)
+    """How long after the end of a run its Idempotency-Key still answers with it; later the key makes a new run."""
+
     patience_seconds: float = Field(default=30.0, ge=0.5, le=3600)
     """An enqueued run that no run worker took for so long is enqueued once more: its job may be lost."""
 

@@ -180,6 +180,7 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
             patience_seconds=settings.patience_seconds,
             artifacts=platform.artifact_store,
             artifact_grace_seconds=settings.artifact_grace_seconds,
+            idempotency_seconds=settings.idempotency_seconds,
         )
         delivery = partial(deliver, platform.dsn, driver.drive, concurrency=settings.run_concurrency)
         await stack.enter_async_context(background(delivery, "delivery"))

@@ -16,7 +16,7 @@ from plm_shared.sqlalchemy_kernel_emitter import ledger_function, quick_ledger_f
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = tuple(f"{number:04}" for number in range(13, 46))
+REVISIONS = tuple(f"{number:04}" for number in range(13, 47))
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -94,7 +94,7 @@ def test_functions_are_callable_through_the_engines_writer_role_only(engine_data
         connection.execute("GRANT plm_engine_writer TO plm_app")
 
 
-def test_only_the_look_for_abandoned_runs_goes_across_tenants_and_only_pruning_has_the_owners_rights(
+def test_only_the_look_for_abandoned_runs_goes_across_tenants_and_only_what_forgets_has_the_owners_rights(
     engine_database: DatabaseUrls,
 ) -> None:
     functions = query(engine_database.admin, FUNCTIONS)
@@ -105,8 +105,12 @@ def test_only_the_look_for_abandoned_runs_goes_across_tenants_and_only_pruning_h
         ("engine_abandoned_runs_v2(integer,double precision)", "plm_migrator"),
         ("engine_abandoned_runs_v3(integer,double precision)", "plm_migrator"),
         ("engine_abandoned_runs_v4(integer,double precision)", "plm_migrator"),
+        (
+            "engine_expire_records_v1(uuid,double precision,integer)",
+            "plm_owner",
+        ),  # under row-level security, like everyone
         ("engine_orphaned_runs_v1(integer,double precision)", "plm_migrator"),
-        ("engine_prune_events_v1(uuid,text)", "plm_owner"),  # under row-level security, like everyone
+        ("engine_prune_events_v1(uuid,text)", "plm_owner"),
         ("engine_prune_events_v2(uuid,text)", "plm_owner"),
         ("engine_prune_events_v3(uuid,text,integer)", "plm_owner"),
         ("engine_runs_ahead_v1(integer,double precision)", "plm_migrator"),

@@ -19,6 +19,7 @@ from plm_engine_core.control_plane.events.standing import Standing
 from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits import BudgetKey
+from plm_engine_core.control_plane.record_expiry import ExpiredBatch
 from plm_engine_core.control_plane.storage.ports import (
     ApprovalStore,
     BudgetStore,
@@ -26,6 +27,7 @@ from plm_engine_core.control_plane.storage.ports import (
     Correction,
     EventStore,
     HaltStore,
+    IdempotencyStore,
     MarkCommand,
     PolicyStore,
     ResourceLeaseStore,
@@ -53,6 +55,7 @@ ABSENT = {
     "runs.mcrc": NotFound,
     "runs.artifact": NotFound,
     "runs.unrecorded": "the same as of an id that nobody has",
+    "idempotency.expire": ExpiredBatch(records=0, more=False),
     "approvals.get": NotFound,
     "approvals.list": [],
     "approvals.votes": [],
@@ -109,6 +112,7 @@ def test_every_operation_of_every_port_is_tried():
         "approvals": ApprovalStore,
         "budgets": BudgetStore,
         "halts": HaltStore,
+        "idempotency": IdempotencyStore,
         "leases": ResourceLeaseStore,
         "events": EventStore,
         "checkpoints": CheckpointStore,
@@ -178,6 +182,7 @@ async def foreign(bench):
         "runs.mcrc": lambda: storage.runs.mcrc(other, run.id),
         "runs.artifact": lambda: storage.runs.artifact(other, record.id),
         "runs.unrecorded": lambda: as_of_nobody(storage, other, record.id),
+        "idempotency.expire": lambda: storage.idempotency.expire(other, keep_seconds=86_400, limit=9),
         "approvals.get": lambda: storage.approvals.get(other, pending.ticket_id),
         "approvals.list": lambda: storage.approvals.list(other, limit=9, after=None, state=None),
         "approvals.votes": lambda: storage.approvals.votes(other, approved.ticket_id),

@@ -11,6 +11,7 @@ from plm_shared.artifact_store import ArtifactStorageBackend
 from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
 from plm_engine_core.control_plane.admission.settle import settle
 from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, StorageUnavailable
+from plm_engine_core.control_plane.record_expiry import KEEP_SECONDS, SHORTEST_SECONDS, RecordExpiry
 from plm_engine_core.control_plane.runs.run import Lease, Orphan, Step
 from plm_engine_core.control_plane.storage.leasing import RECOVERY
 from plm_engine_core.control_plane.storage.ports import Storage
@@ -51,8 +52,12 @@ class Recovery:
     With an artifact store it also removes, once in `artifacts_every_seconds`, what stands there for
     `artifact_grace_seconds` without a record; see `StrayArtifacts` for how long that has to be.
 
+    Once in `records_every_seconds` it removes the idempotency records of runs that ended `idempotency_seconds` ago; see
+    `RecordExpiry` for what becomes of their commands then.
+
     Raises:
-        InvalidRequest: a number of seconds is none from 0 to a hundred years; nothing would ever be found by it.
+        InvalidRequest: a number of seconds is none from 0 to a hundred years; nothing would ever be found by it. Or
+            `idempotency_seconds` is less than a day.
     """
 
     def __init__(
@@ -65,10 +70,14 @@ class Recovery:
         artifacts: ArtifactStorageBackend | None = None,
         artifacts_every_seconds: float = 3600.0,
         artifact_grace_seconds: float = GRACE_SECONDS,
+        idempotency_seconds: float = KEEP_SECONDS,
+        records_every_seconds: float = 3600.0,
     ) -> None:
         _check_seconds(every_seconds, "every_seconds")
         _check_seconds(patience_seconds, "patience_seconds")
         _check_seconds(forsaken_seconds, "forsaken_seconds")
+        _check_seconds(idempotency_seconds, "idempotency_seconds", least=SHORTEST_SECONDS)
+        _check_seconds(records_every_seconds, "records_every_seconds")
         self._storage = storage
         self._every_seconds = every_seconds
         self._patience = patience_seconds
@@ -79,6 +88,8 @@ class Recovery:
             None if artifacts is None else StrayArtifacts(storage, artifacts, grace_seconds=artifact_grace_seconds)
         )
         self._artifacts_every_seconds = artifacts_every_seconds
+        self._records = RecordExpiry(storage, keep_seconds=idempotency_seconds)
+        self._records_every_seconds = records_every_seconds
 
     async def sweep(self) -> int:
         """One pass; answers how many runs were enqueued. What fails for one row or tenant is left to the next pass."""
@@ -128,16 +139,21 @@ class Recovery:
         """One pass over the artifact store, if there is one; answers how many stray files were removed."""
         return await self._strays.sweep() if self._strays is not None else 0
 
+    async def sweep_records(self) -> int:
+        """One pass over the idempotency records; answers how many were removed."""
+        return await self._records.sweep()
+
     async def run(self) -> None:
         """Sweep until cancelled; a failed pass is logged and the next one tries again.
 
-        A store that is slow to answer does not hold up what runs wait for.
+        Neither a store that is slow to answer nor much that has expired holds up what runs wait for.
         """
         sweep = partial(sweep_until_cancelled, name="a recovery pass", logger=logger)
-        async with asyncio.TaskGroup() as both:
-            both.create_task(sweep(self.sweep, every_seconds=self._every_seconds))
+        async with asyncio.TaskGroup() as parts:
+            parts.create_task(sweep(self.sweep, every_seconds=self._every_seconds))
+            parts.create_task(sweep(self._records.sweep, every_seconds=self._records_every_seconds))
             if self._strays is not None:
-                both.create_task(sweep(self._strays.sweep, every_seconds=self._artifacts_every_seconds))
+                parts.create_task(sweep(self._strays.sweep, every_seconds=self._artifacts_every_seconds))
 
 
 class _Orphans:
@@ -205,9 +221,10 @@ class _Orphans:
         )
 
 
-def _check_seconds(seconds: float, field: str) -> None:
-    if not (type(seconds) in (int, float) and 0 <= seconds <= _LONGEST):
-        raise InvalidRequest(f"'{field}' must be from 0 to {_LONGEST:g} seconds, not {seconds!r:.80}", field=field)
+def _check_seconds(seconds: float, field: str, *, least: float = 0) -> None:
+    if not (type(seconds) in (int, float) and least <= seconds <= _LONGEST):
+        problem = f"'{field}' must be from {least:g} to {_LONGEST:g} seconds, not {seconds!r:.80}"
+        raise InvalidRequest(problem, field=field)
 
 
 def _ended(step: Step) -> tuple[OutcomeStatus, str]:

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
     from plm_engine_core.control_plane.policy import PolicySnapshot
     from plm_engine_core.control_plane.policy.replay import Attempt
+    from plm_engine_core.control_plane.record_expiry import ExpiredBatch
     from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Orphan, Run, Step
 
 Connection = Any
@@ -617,6 +618,18 @@ class PolicyStore(Protocol):
         ...
 
 
+class IdempotencyStore(Protocol):
+    """Idempotency records, beside the commands that write them."""
+
+    async def expire(self, tenant_id: UUID, *, keep_seconds: float, limit: int) -> ExpiredBatch:
+        """Remove at most `limit` records of commands of runs that ended at least `keep_seconds` ago, a day or more.
+
+        Records of other commands stay. It waits for nobody, and finds nothing where somebody else does the same for the
+        tenant just now. Ask again while there is more.
+        """
+        ...
+
+
 class Storage(Protocol):
     """All ports over one database."""
 
@@ -663,4 +676,9 @@ class Storage(Protocol):
     @property
     def policies(self) -> PolicyStore:
         """Policies and their activations."""
+        ...
+
+    @property
+    def idempotency(self) -> IdempotencyStore:
+        """Idempotency records."""
         ...

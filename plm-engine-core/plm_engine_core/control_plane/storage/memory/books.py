@@ -55,6 +55,10 @@ class Table:
         """The rows of a group, in the order in which they came."""
         return list(self._groups.get(group, {}).values())
 
+    def items(self, group: Any) -> list[tuple[Any, Row]]:
+        """The rows of a group with their keys, in the order in which they came."""
+        return list(self._groups.get(group, {}).items())
+
     def everything(self) -> list[Row]:
         """The rows of all groups: the one look across tenants."""
         return [row for rows in self._groups.values() for row in rows.values()]
@@ -69,6 +73,11 @@ class Table:
     def change(self, group: Any, key: Any, **columns: Any) -> Row:
         """Change columns of a row that is there."""
         return self.put(group, key, {**self._groups[group][key], **columns})
+
+    def remove(self, group: Any, key: Any) -> None:
+        """Remove a row that is there."""
+        rows = self._groups[group]
+        self._undo.append((rows, key, rows.pop(key)))
 
 
 class Books:

@@ -247,7 +247,7 @@ def _insert(books: Books, new: NewRun) -> None:
     state |= {"principal": kept_json(new.principal.to_json(), root="principal"), "policy_digest": new.policy_digest}
     state |= {"trace_id": new.trace_id, "root_span_id": new.root_span_id, "state": "queued", "fencing_token": 0}
     state |= {name: getattr(new.subjects, name) for name in ("agent_id", "run_group_id", "user_id", "team")}
-    state |= {"created_at": now, "updated_at": now}
+    state |= {"created_at": now, "updated_at": now, "idempotency_key": new.idempotency_key}
     state |= dict.fromkeys(("lease_owner", "lease_expires_at", "cancel_requested_at", "reason", "message", "result"))
     books.run_states.put(new.tenant_id, new.run_id, {**state, "finished_at": None})
     _set_limits(books, new)

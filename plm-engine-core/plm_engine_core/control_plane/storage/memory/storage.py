@@ -10,6 +10,7 @@ from plm_engine_core.control_plane.storage.memory.books import Books, Clock, Del
 from plm_engine_core.control_plane.storage.memory.budget_desk import MemoryBudgets
 from plm_engine_core.control_plane.storage.memory.events import MemoryCheckpoints, MemoryEvents
 from plm_engine_core.control_plane.storage.memory.halts import MemoryHalts
+from plm_engine_core.control_plane.storage.memory.idempotency import MemoryIdempotency
 from plm_engine_core.control_plane.storage.memory.policies import MemoryPolicies
 from plm_engine_core.control_plane.storage.memory.resource_leases import MemoryResourceLeases
 from plm_engine_core.control_plane.storage.memory.runs import MemoryRuns
@@ -21,7 +22,7 @@ class MemoryStorage:
 
     Any thread and any event loop may use it at the same time: no operation waits for anything but the lock. `deliver`
     notes down "drive this run" inside the transaction, so it must neither wait nor come back to the storage; what it
-    raises undoes the transaction. Nothing is ever dropped, so the books grow with what happens.
+    raises undoes the transaction. Nothing but idempotency records is ever dropped, so the books grow with what happens.
     """
 
     def __init__(self, *, clock: Clock = system_clock, deliver: Deliver = deliver_nothing) -> None:
@@ -35,6 +36,7 @@ class MemoryStorage:
         self.events = MemoryEvents(self.books)
         self.checkpoints = MemoryCheckpoints(self.books)
         self.policies = MemoryPolicies(self.books)
+        self.idempotency = MemoryIdempotency(self.books)
 
     def add_tenant(self, tenant_id: UUID, *, name: str = "") -> UUID:
         """Make a tenant, as `plm-cli db create-tenant` does in PostgreSQL; one that exists stays as it is."""

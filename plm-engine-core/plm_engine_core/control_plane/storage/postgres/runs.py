@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, NotFound
+from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, NotFound, StorageUnavailable
 from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.limits.budgets import Budget
 from plm_engine_core.control_plane.policy.replay import Attempt
@@ -67,6 +67,12 @@ class PostgresRuns(PostgresLeases):
             return await _get(connection, new.tenant_id, new.run_id), False
 
     async def _claim_key(self, connection: Session, new: NewRun) -> UUID | None:
+        """Take the key; when an earlier creation has it, the run that it made.
+
+        Raises:
+            IdempotencyConflict: that one was of another request.
+            StorageUnavailable: its record expired just now.
+        """
         claimed = await connection.execute(
             "INSERT INTO idempotency_records (tenant_id, operation, command_id, digest, result) "
             "VALUES (%s, %s, %s, %s, %s) ON CONFLICT DO NOTHING",
@@ -86,7 +92,11 @@ class PostgresRuns(PostgresLeases):
             [new.tenant_id, _CREATE_OPERATION, new.idempotency_key],
         )
         record = await cursor.fetchone()
-        if record is None or record["digest"] != new.request_digest:
+        if record is None:
+            raise StorageUnavailable(
+                f"what Idempotency-Key {new.idempotency_key!r} stood for expired just now; send the request again"
+            )
+        if record["digest"] != new.request_digest:
             raise IdempotencyConflict(
                 f"Idempotency-Key {new.idempotency_key!r} was already used for another request; send a new key"
             )
@@ -99,8 +109,8 @@ class PostgresRuns(PostgresLeases):
         )
         await connection.execute(
             "INSERT INTO run_states (tenant_id, run_id, kind, state, agent, input, principal, policy_digest, trace_id, "
-            "root_span_id, agent_id, run_group_id, user_id, team) "
-            "VALUES (%s, %s, %s, 'queued', %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
+            "root_span_id, agent_id, run_group_id, user_id, team, idempotency_key) "
+            "VALUES (%s, %s, %s, 'queued', %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)",
             [
                 new.tenant_id,
                 new.run_id,
@@ -115,6 +125,7 @@ class PostgresRuns(PostgresLeases):
                 new.subjects.run_group_id,
                 new.subjects.user_id,
                 new.subjects.team,
+                new.idempotency_key,
             ],
         )
         for scope, scope_id, limits in (

@@ -14,6 +14,7 @@ from plm_engine_core.control_plane.storage.postgres.checkpoints import PostgresC
 from plm_engine_core.control_plane.storage.postgres.events import PostgresEvents
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Pool
 from plm_engine_core.control_plane.storage.postgres.halts import PostgresHalts
+from plm_engine_core.control_plane.storage.postgres.idempotency import PostgresIdempotency
 from plm_engine_core.control_plane.storage.postgres.policies import PostgresPolicies
 from plm_engine_core.control_plane.storage.postgres.resource_leases import PostgresResourceLeases
 from plm_engine_core.control_plane.storage.postgres.runs import PostgresRuns
@@ -64,3 +65,4 @@ class PostgresStorage:
         self.events = PostgresEvents(gateway)
         self.checkpoints = PostgresCheckpoints(gateway)
         self.policies = PostgresPolicies(gateway)
+        self.idempotency = PostgresIdempotency(gateway)
