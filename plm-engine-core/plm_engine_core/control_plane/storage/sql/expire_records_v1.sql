@@ -5,7 +5,8 @@
 -- leaves them to that one.
 -- A row of `idempotency_expiries` says up to which run, in the order in which they ended, the records are gone.
 -- Admissions are found by the primary key, as their ids begin with that of their run: 'g' comes behind all that goes on from
--- it, in every collation. The record of the run's own creation is found by the key that the run keeps.
+-- it, wherever digits come before letters. In a collation of another kind records would stay, but no other would go. The
+-- record of the run's own creation is found by the key that the run keeps.
 -- Answers {"records", "more"}.
 CREATE FUNCTION engine_expire_records_v1(p_tenant uuid, p_keep double precision, p_limit integer) RETURNS jsonb
 LANGUAGE plpgsql VOLATILE SECURITY DEFINER SET search_path = pg_catalog, public, pg_temp AS $$
