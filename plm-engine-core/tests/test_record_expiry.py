@@ -134,6 +134,15 @@ async def test_a_correction_is_booked_once_for_ever(bench):
     assert (await correct(bench)).spent == 1
 
 
+async def test_a_marker_answers_the_same_for_ever(bench):
+    lease = await worked(bench)
+    put = {"command_id": "m", "by": bench.requester}
+    first = await bench.control_plane.mark(bench.tenant, lease.run.id, "here", **put)
+    await end(bench, lease, days_ago=31)
+    assert await Recovery(bench.storage).sweep_records() == 1
+    assert await bench.control_plane.mark(bench.tenant, lease.run.id, "here", **put) == first
+
+
 async def test_nothing_of_another_tenant_goes_with_them(bench):
     other = bench.other()
     await ended(bench, **KEYED)

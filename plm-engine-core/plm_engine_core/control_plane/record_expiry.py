@@ -2,7 +2,7 @@
 
 None of them can do twice what it did once. An admission of an ended run is refused by its state, with a record or
 without; and a run has no open lease, grant or ticket any more when that while begins. A correction of a budget has no
-run, and would be booked again: its record stays for ever.
+run, and would be booked again: its record stays for ever, and so does that of a marker, whose command names no run.
 """
 
 from __future__ import annotations
