@@ -47,6 +47,7 @@ READ_BY_NO_OPERATION = {
     "event_exports",
     "event_retention",
     "event_prunings",
+    "idempotency_expiries",
     "event_stubs",
 }
 TENANT_TABLES = """
