@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import yaml
@@ -146,6 +147,13 @@ def test_a_definition_is_read_back_as_it_was_and_an_empty_list_opens_nothing():
         assert stored_capability(written) == PLAIN
     with pytest.raises(ValidationError, match="allowed_tenants"):
         capability(allowed_tenants=frozenset())
+
+
+def test_definitions_that_are_written_to_a_file_are_read_from_it(tmp_path: Path):
+    written = [capability(), capability(id="thing.some", allowed_tenants=[ONE])]
+    path = tmp_path / "capabilities.json"
+    path.write_text('{"capabilities": [' + ", ".join(each.model_dump_json() for each in written) + "]}")
+    assert list(load_capabilities(path)) == written
 
 
 def test_where_nobody_said_of_which_tenant_a_call_is_it_is_refused_and_so_it_is_again(make_policy):

@@ -314,8 +314,6 @@ def test_of_a_capability_only_what_is_its_own_is_recorded_and_what_is_left_out_n
         "model_argument": "",
         "cost": {"max_eur": "0", "max_usage": {}, "eur_per_unit": {}},
         "timeout_seconds": 300.0,
-        "allowed_tenants": None,
-        "denied_tenants": None,
     }
     free = CapabilityDescriptor(**plain, network=True, cost=CostBound(max_eur=Decimal(0)))
     assert CapabilityDescriptor.model_validate(stored_capability(free)) == free

@@ -13,8 +13,10 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -26,6 +28,8 @@ from plm_engine_core.control_plane.oauth_scopes import OAuthScope
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, CapabilityMode, CapabilityStatus, TenantAccess
 
 Tenants = Annotated[frozenset[UUID], Field(min_length=1)]
+
+_LISTS = ("allowed_tenants", "denied_tenants")
 
 
 class CostBound(BaseModel):
@@ -90,6 +94,12 @@ class CapabilityDescriptor(BaseModel):
         if denied is not None and info.data.get("allowed_tenants") is not None:
             raise ValueError("allowed_tenants says already that all others are denied; keep one of the two")
         return denied
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """As a file has it: a list that is not there is left out, for an empty line is refused."""
+        written: dict[str, Any] = write(self)
+        return {name: value for name, value in written.items() if value is not None or name not in _LISTS}
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -188,7 +198,7 @@ def _not_left_empty(entry: Any) -> Any:
     Raises:
         ValueError: naming the line.
     """
-    for name in ("allowed_tenants", "denied_tenants"):
+    for name in _LISTS:
         if isinstance(entry, Mapping) and entry.get(name, ()) is None:
             raise ValueError(f"{name} is empty; name at least one tenant, or leave the line out")
     return entry
