@@ -329,6 +329,8 @@ NO_MEMBERS = [
     ("agent", None),
     ("step_index", "1"),
     ("step_index", True),
+    ("attempt", "1"),
+    ("attempt", True),
 ]
 
 

@@ -13,6 +13,7 @@ from plm_shared.idempotency import compute_content_hash
 from plm_shared.ledger import uuid_text
 
 from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.record_types import wrong_type
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import ExecutorKind
 
@@ -94,6 +95,22 @@ class Principal:
         )
 
 
+_KINDS: Final = {
+    "step_index": int,
+    "attempt": int,
+    "step_id": str,
+    "capability": str,
+    "resource": str,
+    "agent": str,
+    "arguments": Mapping,
+    "principal": Principal,
+    "tenant_id": UUID,
+    "run_id": UUID,
+    "executor_kind": ExecutorKind,
+    "ticket_id": UUID | None,
+}
+
+
 def check_principal(who: Principal, *, field: str) -> None:
     """Refuse an act of nobody: whether somebody may do it, and who did it, could not be told.
 
@@ -148,31 +165,12 @@ class Proposal:
             and (self.ticket_id is None or isinstance(self.ticket_id, UUID))
         )
         if not sound:
-            raise self._unsound()
+            raise wrong_type(self, "a proposal", _KINDS)
         if not (0 <= self.step_index <= _LAST and 1 <= self.attempt <= _LAST):
             raise InvalidRequest(
                 f"a step has an index from 0 and attempts from 1 up, not {self.step_index!s:.20}/{self.attempt!s:.20}",
                 field="step_index",
             )
-
-    def _unsound(self) -> InvalidRequest:
-        """Names the first member that is of another type than it is annotated with."""
-        kinds = {
-            "tenant_id": UUID,
-            "run_id": UUID,
-            "step_id": str,
-            "capability": str,
-            "resource": str,
-            "arguments": Mapping,
-            "principal": Principal,
-            "executor_kind": ExecutorKind,
-            "ticket_id": UUID | None,
-            "agent": str,
-        }
-        wrong = (name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind))
-        name = next(wrong, "step_index")
-        problem = f"'{name}' of a proposal is of another type than it can be: {getattr(self, name)!r:.80}"
-        return InvalidRequest(problem, field=name)
 
     @property
     def step_key(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import ROUND_UP, Decimal
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from plm_shared.canonical_json import JsonRefused
@@ -16,6 +16,7 @@ from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import content_hash
 from plm_engine_core.control_plane.amounts import SMALLEST, plain
 from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.record_types import wrong_type
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, Connection, SettleCommand
 from plm_engine_core.control_plane.vocabulary import BudgetUnit, Evidence, OutcomeStatus
@@ -53,6 +54,16 @@ class ArtifactRecord:
         }
 
 
+_KINDS: Final = {
+    "status": OutcomeStatus,
+    "evidence": Evidence,
+    "error": Mapping | None,
+    "usage": Mapping | None,
+    "artifacts": tuple | list,
+    "layers": tuple | list,
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
     """What became of one granted call.
@@ -84,21 +95,7 @@ class Outcome:
             and isinstance(self.layers, (tuple, list))
         )
         if not sound:
-            raise self._unsound()
-
-    def _unsound(self) -> InvalidRequest:
-        """Names the first member that is of another type than it is annotated with."""
-        kinds = {
-            "status": OutcomeStatus,
-            "evidence": Evidence,
-            "error": Mapping | None,
-            "usage": Mapping | None,
-            "artifacts": tuple | list,
-            "layers": tuple | list,
-        }
-        name = next(name for name, kind in kinds.items() if not isinstance(getattr(self, name), kind))
-        problem = f"'{name}' of an outcome is of another type than it can be: {getattr(self, name)!r:.80}"
-        return InvalidRequest(problem, field=name)
+            raise wrong_type(self, "an outcome", _KINDS)
 
     @property
     def digest(self) -> str:
