@@ -16,7 +16,7 @@ from plm_engine_core.control_plane import Principal
 from plm_engine_core.control_plane.activation import Activation
 from plm_engine_core.control_plane.agents import StandingAgent
 from plm_engine_core.control_plane.amounts import Amount
-from plm_engine_core.control_plane.events import Event
+from plm_engine_core.control_plane.events import Event, Verification
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl import ApprovalScope, ApprovalTicket, Comment, Vote
 from plm_engine_core.control_plane.limits import Budget, BudgetKey, Unit
@@ -38,6 +38,8 @@ from plm_engine_core.control_plane.vocabulary import (
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from plm_backend.storable import StorableObject, StorableText
+
+_MOST_BROKEN = 200
 
 MIME_TYPE = r"^[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*/[A-Za-z0-9][A-Za-z0-9!#$&^_.+-]*(;[ -~]*)?$"
 
@@ -479,11 +481,42 @@ class EventPage(BaseModel):
     held_back: HeldBackDocument | None
 
 
+class BrokenStreamDocument(BaseModel):
+    """A stream that does not verify: how many of its events do, and the first that does not."""
+
+    stream: str
+    events: int
+    first_bad_seq: int
+    problem: str
+
+
+class VerificationDocument(BaseModel):
+    """What the hash chains say of themselves; of `broken_streams`, at most 200 are named in `broken`."""
+
+    consistent: bool
+    streams: int
+    events: int
+    broken_streams: int
+    broken: list[BrokenStreamDocument]
+
+
 class Health(BaseModel):
     """Whether the process lives, or can serve."""
 
     status: str
     checks: dict[str, str] = Field(default_factory=dict)
+
+
+def verification_document(streams: Sequence[Verification]) -> dict[str, Any]:
+    """The public form of a verification."""
+    broken = [each for each in streams if not each.consistent]
+    return {
+        "consistent": not broken,
+        "streams": len(streams),
+        "events": sum(each.events for each in streams),
+        "broken_streams": len(broken),
+        "broken": [asdict(each) for each in broken[:_MOST_BROKEN]],
+    }
 
 
 def run_document(run: Run) -> dict[str, Any]:

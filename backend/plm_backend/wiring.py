@@ -70,6 +70,8 @@ class Platform:
     audit: PostgresAuditSink
     hub: SignalHub
     database: Reachability
+    verifying: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Whole chains are walked for one caller at a time: that takes a connection, a thread and much of a processor."""
 
 
 @asynccontextmanager

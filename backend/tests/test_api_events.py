@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import psycopg
 import pytest
 
 
@@ -89,3 +90,42 @@ def _feed(client: Any, cursor: str | None, *, limit: int) -> tuple[list[dict[str
         seen += page["items"]
         if not page["items"] and page["held_back"] is None:
             return seen, cursor
+
+
+def test_a_tenant_has_its_chains_verified_whole_or_one_stream_of_them(client: Any, finished_run: str) -> None:
+    whole = client.get("/v1/events/verification").json()
+    assert (whole["consistent"], whole["broken"], whole["broken_streams"]) == (True, [], 0)
+    one = client.get("/v1/events/verification", params={"stream": f"run/{finished_run}"}).json()
+    recorded = len(list(client.events(finished_run)))
+    assert one == {"consistent": True, "streams": 1, "events": recorded, "broken_streams": 0, "broken": []}
+    assert whole["streams"] > 1
+    assert whole["events"] > recorded
+
+
+def test_a_stream_of_nobody_is_not_found_and_one_that_none_can_have_is_refused(client: Any) -> None:
+    answer = client.get("/v1/events/verification", params={"stream": "run/none"})
+    assert (answer.status_code, answer.json()["code"]) == (404, "validation/run_not_found")
+    answer = client.get("/v1/events/verification", params={"stream": "run/\x00"})
+    assert (answer.status_code, [each["field"] for each in answer.json()["fields"]]) == (422, ["query.stream"])
+
+
+def test_an_event_that_was_changed_is_named_by_its_stream_and_number(launch: Any) -> None:
+    with launch() as server:
+        client = server.client()
+        run_id = client.run("echo")["run_id"]
+        client.finished(run_id)
+        recorded = len(list(client.events(run_id)))
+        with psycopg.connect(server.environment["PG_ADMIN_DSN"]) as owner:
+            owner.execute("ALTER TABLE events DISABLE TRIGGER USER, NO FORCE ROW LEVEL SECURITY")
+            changed = "UPDATE events SET actor = 'human:nobody' WHERE stream = %s AND seq = 3"
+            assert owner.execute(changed, [f"run/{run_id}"]).rowcount == 1
+        answers = [
+            client.get("/v1/events/verification", params=asked).json() for asked in ({}, {"stream": f"run/{run_id}"})
+        ]
+    for answer in answers:
+        assert (answer["consistent"], answer["broken_streams"]) == (False, 1)
+        (broken,) = answer["broken"]
+        assert (broken["stream"], broken["events"], broken["first_bad_seq"]) == (f"run/{run_id}", 2, 3)
+        assert broken["problem"]
+    assert answers[0]["streams"] > 1
+    assert recorded > 3

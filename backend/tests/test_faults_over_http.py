@@ -29,7 +29,7 @@ from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import create_tenants
 
 TABLE = read_fault_table((Path(__file__).parents[2] / "docs" / "reasons.md").read_text(encoding="utf-8"))
-REQUESTS = ("decide a ticket", "lift", "halt")
+REQUESTS = ("verify", "decide a ticket", "lift", "halt")
 SCOPES = ("plm.runs.create", "plm.halt", "plm.hitl.resolve", "probe.write")
 EXPIRIES = (("run_states", "lease_expires_at"), ("approval_tickets", "deadline"))
 UNREADABLE = json.dumps({"of": "a later release"})
@@ -51,6 +51,7 @@ class Scene:
     async def ask(self, operation: str) -> str:
         """What a request is answered: its reason, or the last word of its code."""
         method, address, body = {
+            "verify": ("GET", "/v1/events/verification", None),
             "decide a ticket": ("POST", f"/v1/approvals/{self.ticket}/decision", {"decision": "approve"}),
             "lift": ("DELETE", f"/v1/halts/{self.halt}", None),
             "halt": ("POST", "/v1/halts", {"scope": "tenant", "reason": "stop"}),

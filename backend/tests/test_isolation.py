@@ -209,6 +209,7 @@ BY_ID: dict[str, Callable[[Target], tuple[str, str, Any]]] = {
     "decideApproval": lambda ids: ("POST", f"/v1/approvals/{ids.ticket}/decision", {"decision": "approve"}),
     "triggerHalt": lambda ids: ("POST", "/v1/halts", {"scope": "run", "scope_id": ids.waiting, "reason": "spying"}),
     "explain": lambda ids: ("GET", f"/v1/why?id={ids.run}", None),
+    "verifyEvents": lambda ids: ("GET", f"/v1/events/verification?stream=run/{ids.run}", None),
     "correctBudget": lambda ids: ("POST", "/v1/budgets/corrections", {**_CALLS, "subject": ids.run}),
     "getHalt": lambda ids: ("GET", f"/v1/halts/{ids.halt}", None),
     "liftHalt": lambda ids: ("DELETE", f"/v1/halts/{ids.halt}", None),

@@ -567,9 +567,9 @@ class ControlPlane:
         """A run with its tickets and budgets as of a time, or of a sequence of its stream; see `events.as_of`."""
         return await as_of(self.storage, tenant_id, run_id, moment)
 
-    async def verify_events(self, tenant_id: UUID) -> list[Verification]:
-        """Check every stream of a tenant from its first event to its head."""
-        return await verify_tenant(self.storage, tenant_id)
+    async def verify_events(self, tenant_id: UUID, *, stream: str | None = None) -> list[Verification]:
+        """Check every stream of a tenant, or one of them if it is there, from its first event to its head."""
+        return await verify_tenant(self.storage, tenant_id, stream=stream)
 
 
 def _agent_id(agent: Mapping[str, Any]) -> str:
