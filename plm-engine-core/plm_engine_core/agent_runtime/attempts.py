@@ -9,7 +9,8 @@ from uuid import UUID
 
 from plm_engine_core.agent_runtime.agent import is_deferred, is_open, refusal
 from plm_engine_core.agent_runtime.retry import MAX_ATTEMPTS, MAX_LOSSES, MAX_PROPOSALS
-from plm_engine_core.control_plane.admission.abandoned import ABANDONED
+from plm_engine_core.control_plane.admission.abandoned import ABANDONED, capability_of
+from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.runs.run import Step
 from plm_engine_core.control_plane.vocabulary import StepState
 
@@ -46,6 +47,23 @@ def next_place(last: Step | None) -> Place:
         unused = last.ticket_id if is_deferred(last) and last.state is StepState.DENIED else None
         return Place(step_index=last.step_index, attempt=last.attempt + 1, ticket_id=unused)
     return Place(step_index=last.step_index + 1, attempt=1)
+
+
+def repeats(now: CapabilityDescriptor | None, decided_on: CapabilityDescriptor) -> bool:
+    """Whether a call that may have had its effect may be repeated as the capability is defined now.
+
+    The same plugin knows the step key under which it applied the effect; another one would apply it once more.
+    """
+    return now is not None and now.idempotent and decided_on.idempotent and now.plugin == decided_on.plugin
+
+
+def lost_calls(steps: Sequence[Step], place: Place) -> Sequence[CapabilityDescriptor]:
+    """By which definitions earlier attempts of a step were made that may have had its effect."""
+    return [
+        capability_of(step)
+        for step in steps
+        if step.step_index == place.step_index and step.state is StepState.SUPERSEDED
+    ]
 
 
 def exhausted(steps: Sequence[Step], place: Place) -> str:

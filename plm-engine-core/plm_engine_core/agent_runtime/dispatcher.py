@@ -14,6 +14,7 @@ from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.facade import ControlPlane
+from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import OutcomeStatus, Reason
 from plm_engine_core.control_plane.why import not_begun
 
@@ -29,8 +30,13 @@ class Dispatcher:
     def __init__(self, control_plane: ControlPlane) -> None:
         self._control_plane = control_plane
 
-    async def call(self, hold: Hold, grant: Grant, executor: Executor, proposal: Proposal) -> Outcome:
-        """Have the call made, and answer what became of it; never raises for what an executor does."""
+    async def call(
+        self, hold: Hold, grant: Grant, executor: Executor, proposal: Proposal, capability: CapabilityDescriptor
+    ) -> Outcome:
+        """Have the call made by the definition it was granted under, and answer what became of it.
+
+        It never raises for what an executor does.
+        """
         began = False
 
         async def begin() -> Begun:
@@ -49,7 +55,7 @@ class Dispatcher:
             run_id=grant.run_id,
             step_id=proposal.step_id,
             step_key=grant.step_key,
-            capability=self._control_plane.capability(proposal.capability),
+            capability=capability,
             resource=proposal.resource,
             arguments=proposal.arguments,
             traceparent=f"00-{hold.run.trace_id}-{grant.span_id}-01",

@@ -13,7 +13,7 @@ from dataclasses import replace
 from uuid import UUID
 
 from plm_engine_core.agent_runtime.agent import Agent, Finish, History, Propose, is_open
-from plm_engine_core.agent_runtime.attempts import Place, claims_of, exhausted, next_place
+from plm_engine_core.agent_runtime.attempts import Place, claims_of, exhausted, lost_calls, next_place, repeats
 from plm_engine_core.agent_runtime.dispatcher import Dispatcher
 from plm_engine_core.agent_runtime.executor import Executor
 from plm_engine_core.agent_runtime.hold import Hold, held, moment
@@ -38,6 +38,10 @@ AgentFactory = Callable[[Run], Agent]
 """Makes the agent of a run from what the run recorded of it."""
 
 _CAME_TO_NOTHING = (OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED)
+_NOT_REPEATED = (
+    "its run worker was lost in a call that may have had its effect, and as the capability is defined now it cannot be "
+    "repeated safely; look at what it acts on, then start a new run"
+)
 _NOT_NOW = (Reason.STORAGE_BUSY, Reason.POLICY_MISSING, Reason.POLICY_CHANGED)  # nothing was booked
 
 
@@ -104,10 +108,10 @@ class Driver:
         last = steps[-1] if steps else None
         if last is None or last.state not in OPEN:
             return
-        known, decided_on = self._control_plane.registry.get(last.capability), capability_of(last)
+        decided_on = capability_of(last)
         if last.state is StepState.GRANTED:
             status, message = OutcomeStatus.NOT_STARTED, "its run worker was lost before the call began"
-        elif known is not None and known.idempotent and decided_on.idempotent:
+        elif repeats(self._control_plane.registry.get(last.capability), decided_on):
             status, message = OutcomeStatus.SUPERSEDED, "its run worker was lost; the step is repeated"
         else:
             status, message = OutcomeStatus.OUTCOME_UNKNOWN, "its run worker was lost; it may have had its effect"
@@ -167,6 +171,9 @@ class Driver:
             proposal = _proposal(hold, place, move)
             capability = self._control_plane.registry.get(proposal.capability)
             executor = self._selector.select(capability) if capability is not None else None
+            lost = lost_calls(history.steps, place)
+            if not all(repeats(capability, each) for each in lost):
+                return await self._fail(hold, "capability_changed", f"step {move.step_id}: {_NOT_REPEATED}")
             if capability is not None and executor is None:
                 problem = f"no plugin of this node offers {proposal.capability}"
                 return await self._fail(hold, "capability_unavailable", problem)
@@ -181,8 +188,11 @@ class Driver:
                 return await self._finish(hold, RunState.HALTED, halted)
             case Denied(reason=Reason.RATE_LIMIT_EXCEEDED as reason, retry_after_ms=wait):
                 await hold.pause(pause_seconds(reason.value, place.attempt, retry_after_ms=wait))
-            case Granted(grant=grant) if capability is not None and executor is not None:
-                outcome = await self._carry_out(hold, grant, executor, proposal, capability)
+            case Granted(grant=grant, capability=decided_on):
+                if decided_on is not capability:  # it was defined anew meanwhile
+                    repeatable = all(repeats(decided_on, each) for each in lost)
+                    executor = self._selector.select(decided_on) if repeatable else None
+                outcome = await self._carry_out(hold, grant, executor, proposal, decided_on)
                 if outcome.status in _CAME_TO_NOTHING:
                     await hold.pause(pause_seconds(TRANSIENT, place.attempt))
         return None
@@ -197,13 +207,19 @@ class Driver:
         return await patiently(admit)
 
     async def _carry_out(
-        self, hold: Hold, grant: Grant, executor: Executor, proposal: Proposal, capability: CapabilityDescriptor
+        self, hold: Hold, grant: Grant, executor: Executor | None, proposal: Proposal, capability: CapabilityDescriptor
     ) -> Outcome:
         """Have the call made, stop it when the run must stop, and settle."""
+        if executor is None:
+            problem = f"{proposal.capability} was defined anew, and cannot be carried out here as it was granted"
+            error = {"category": "capability_changed", "message": problem}
+            outcome = Outcome(status=OutcomeStatus.NOT_STARTED, error=error)
+            await self._settle(hold, grant, outcome, capability)
+            return outcome
         if hold.halt is not None:  # admission has just seen that it was lifted
             hold.halt = None
             hold.stop.clear()
-        call = asyncio.create_task(self._dispatcher.call(hold, grant, executor, proposal))
+        call = asyncio.create_task(self._dispatcher.call(hold, grant, executor, proposal, capability))
         stop = asyncio.create_task(hold.stop.wait())
         halted = False
         try:

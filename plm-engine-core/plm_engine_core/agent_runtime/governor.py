@@ -25,7 +25,7 @@ from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits.leases import check_seconds
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.policy.starter import policy_of
-from plm_engine_core.control_plane.registry import CapabilityRegistry
+from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry
 from plm_engine_core.control_plane.registry.written import Written, registry_of
 from plm_engine_core.control_plane.runs import Lease, Run
 from plm_engine_core.control_plane.runs.request import RunRequest
@@ -48,7 +48,7 @@ class Opened:
     run: Run
     lease: Lease
     grant: Grant
-    capability: str
+    capability: CapabilityDescriptor
     call: CurrentCall
     keeping: AsyncExitStack
 
@@ -232,7 +232,7 @@ class Governor:
                     run=lease.run,
                     lease=lease,
                     grant=admission.grant,
-                    capability=capability,
+                    capability=admission.capability,
                     call=call,
                     keeping=keeping.pop_all(),
                 )
@@ -310,7 +310,7 @@ class Governor:
                 await core.settle(
                     opened.grant,
                     outcome,
-                    capability=core.capability(opened.capability),
+                    capability=opened.capability,
                     fencing_token=opened.lease.fencing_token,
                     trace_id=opened.run.trace_id,
                     actor=self.principal.actor,

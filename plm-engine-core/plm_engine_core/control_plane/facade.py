@@ -16,6 +16,7 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.activation import Activation, PolicyDesk
+from plm_engine_core.control_plane.admission.abandoned import decided_capability
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, admit
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.admission.expected import Expectations
@@ -151,7 +152,11 @@ class ControlPlane:
         return await self._desk.activate(tenant_id, policy, role=role, previous=previous, reason=reason, by=by)
 
     def capability(self, capability_id: str) -> CapabilityDescriptor:
-        """A registered capability; only granted proposals name one, so a missing one is a defect of the caller."""
+        """A capability as it is registered now, which is not by what a call that was granted earlier is settled.
+
+        Raises:
+            InvalidRequest: it is not registered.
+        """
         found = self.registry.get(capability_id)
         if found is None:
             raise InvalidRequest(f"capability {capability_id} is not registered", field="capability")
@@ -340,13 +345,19 @@ class ControlPlane:
         grant: Grant,
         outcome: Outcome,
         *,
-        capability: CapabilityDescriptor,
+        capability: CapabilityDescriptor | None = None,
         fencing_token: int,
         trace_id: str,
         actor: str,
         connection: Connection | None = None,
     ) -> Settlement:
-        """Close a grant of `capability`, as it was decided on, with what its call did; see `admission.settle`."""
+        """Close a grant with what its call did; see `admission.settle`.
+
+        `capability` is the definition that was decided on, as `Granted` has it; without it, the record of the decision
+        is read for it.
+        """
+        if capability is None:
+            capability = await decided_capability(grant, storage=self.storage.admission, connection=connection)
         settlement = await settle(
             grant,
             outcome,

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
+from uuid import UUID
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.settle import Outcome
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.runs.run import Run, Step
+from plm_engine_core.control_plane.storage.ports import AdmissionStore, Connection
 from plm_engine_core.control_plane.vocabulary import CapabilityMode, Evidence, OutcomeStatus, StepState
 
 logger = logging.getLogger(__name__)
@@ -29,12 +33,39 @@ def capability_of(step: Step) -> CapabilityDescriptor:
     is then for somebody to say, and what it had reserved beside EUR and calls stays spent.
     """
     try:
-        return CapabilityDescriptor.model_validate(step.decision["facts"]["capability"])
-    except (LookupError, TypeError, ValueError):
-        logger.exception("what was decided of a call cannot be read", extra={"grant_id": str(step.grant_id)})
+        stored = step.decision["facts"]["capability"]
+    except (LookupError, TypeError):
+        stored = None
+    return read_capability(stored, capability_id=step.capability, grant_id=step.grant_id)
+
+
+def read_capability(stored: Any, *, capability_id: str, grant_id: UUID | None) -> CapabilityDescriptor:
+    """The same from what the record of the decision says of the capability."""
+    try:
+        return CapabilityDescriptor.model_validate(stored)
+    except ValueError:
+        logger.exception("what was decided of a call cannot be read", extra={"grant_id": str(grant_id)})
     return CapabilityDescriptor(
-        id=step.capability, description=_UNREADABLE, mode=CapabilityMode.EXECUTE_WRITE, plugin=_UNREADABLE
+        id=capability_id, description=_UNREADABLE, mode=CapabilityMode.EXECUTE_WRITE, plugin=_UNREADABLE
     )
+
+
+async def decided_capability(
+    grant: Grant, *, storage: AdmissionStore, connection: Connection | None = None
+) -> CapabilityDescriptor:
+    """The same of a grant, read from the record of its decision.
+
+    Raises:
+        InvalidRequest: there is no such record, or none of a capability.
+        StorageUnavailable: it cannot be read now.
+    """
+    stored = await storage.decided_on(
+        grant.tenant_id, grant.run_id, grant.step_index, grant.attempt, connection=connection
+    )
+    if not isinstance(stored, Mapping):
+        words = f"nothing is recorded of what grant {grant.id} was given for, so its call cannot be settled"
+        raise InvalidRequest(words, field="grant")
+    return read_capability(stored, capability_id=str(stored.get("id", "")), grant_id=grant.id)
 
 
 def grant_of(run: Run, step: Step) -> Grant:

@@ -9,22 +9,25 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from plm_engine_core.control_plane.admission.abandoned import read_capability
 from plm_engine_core.control_plane.admission.evaluators import ParallelPolicyEvaluator
 from plm_engine_core.control_plane.admission.expected import Expectations
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.prepare import gathered, prepare
 from plm_engine_core.control_plane.admission.proposal import Proposal, check_claims, content_hash, proposal_digest
-from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.errors import IdempotencyConflict, StorageUnavailable
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits import Assumed, Prepared, Reserve, Subjects
 from plm_engine_core.control_plane.policy import Decision, Facts, Needs, PolicySnapshot, Proposed, Verdict, decide
+from plm_engine_core.control_plane.policy.facts import stored_capability
 from plm_engine_core.control_plane.policy.models import normal
 from plm_engine_core.control_plane.policy.shadow import shadow_record
-from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
+from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityDescriptor, CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCommand, Connection
 from plm_engine_core.control_plane.vocabulary import Reason
 
 _AGAIN_MS = 200
+_ASKED_OTHERWISE = "asked for under another definition"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,9 @@ class Pending:
 class Granted:
     """Allowed once; the budget is reserved.
 
+    `capability` is the definition that was decided on. The call is carried out, priced and settled by it, whatever is
+    registered meanwhile.
+
     Where `begun`, the grant was used up with the admission: its call may leave the host at once, without `begin`. Asked
     for again, that is still the answer. Then only one may make the call: whoever has held the run with this fencing
     token all along, and did not make the call before. To any other holder the answer is FencingLost, and once the grant
@@ -80,6 +86,7 @@ class Granted:
     """
 
     grant: Grant
+    capability: CapabilityDescriptor
     begun: bool = False
 
 
@@ -101,7 +108,8 @@ async def admit(
 ) -> Admission:
     """Decide one proposal and book the answer.
 
-    The same proposal admitted again, after a lost reply, answers the same and reserves nothing more. On the caller's
+    The same proposal admitted again, after a lost reply, answers the same and reserves nothing more, also where its
+    capability was defined anew in between. An approval counts for the definition that was asked about. On the caller's
     `connection`, one of psycopg's, nothing is committed here. What `shadow` would have decided is recorded beside, and
     changes nothing. Where `expectations` know the run, the books are not asked before they are written, unless an
     evaluator has to be asked or they are not as expected.
@@ -116,13 +124,16 @@ async def admit(
         InvalidRequest: the proposal holds what is no JSON; or `connection` holds no READ COMMITTED transaction, or one
             of another tenant, or one in which nothing can be written.
         FencingLost: the caller no longer holds the run; it must stop.
-        IdempotencyConflict: this attempt was already proposed with other content.
+        IdempotencyConflict: this attempt was already proposed with other content; or on the caller's `connection`,
+            under another definition of its capability: roll back, and ask without one.
         StorageUnavailable: the database did not answer on the caller's `connection`; roll back and do it all again.
     """
     check_claims(proposal.claims)
+    capability = registry.get(proposal.capability)
     admitting = _Admitting(
         proposal=proposal,
-        digest=proposal_digest(proposal, registry.get(proposal.capability)),
+        capability=capability,
+        digest=proposal_digest(proposal, capability),
         policy=policy,
         registry=registry,
         storage=storage,
@@ -131,11 +142,10 @@ async def admit(
         shadow=shadow,
         begin=begin,
     )
-    expected = expectations.of(proposal.tenant_id, proposal.run_id) if connection is None else None
     try:
-        answer = await admitting.as_expected(expected) if expected is not None else None
-        if answer is None:
-            answer = await admitting.as_asked(expectations, connection)
+        answer = await admitting.answer(expectations, connection)
+        if answer.get("replayed") and answer["status"] == "granted":
+            await admitting.recall(answer, connection)
     except StorageUnavailable as error:
         if connection is not None:  # its transaction can only be rolled back, and an answer might be committed
             raise
@@ -147,7 +157,7 @@ async def admit(
             unblock="asking again, once the database answers",
             retry_after_ms=_AGAIN_MS,
         )
-    return _admission(proposal, answer)
+    return _admission(proposal, answer, admitting.capability)
 
 
 async def decided(
@@ -168,6 +178,7 @@ class _Admitting:
     """One proposal, and what it is decided and booked with."""
 
     proposal: Proposal
+    capability: CapabilityDescriptor | None
     digest: str
     policy: PolicySnapshot
     registry: CapabilityRegistry
@@ -176,6 +187,46 @@ class _Admitting:
     agents: AgentRegistry | None
     shadow: PolicySnapshot | None
     begin: bool
+    asked_otherwise: bool = False
+    """Whether the approval it comes with was asked for under a definition by which the call would be another one."""
+
+    async def answer(self, expectations: Expectations, connection: Connection | None) -> Mapping[str, Any]:
+        """What is booked, or was when this was asked before."""
+        proposal = self.proposal
+        if proposal.ticket_id is not None:
+            asked = await self.storage.asked_for(proposal.tenant_id, proposal.run_id, proposal.ticket_id)
+            self.asked_otherwise = not _same_call(asked, self.capability)
+        expected = expectations.of(proposal.tenant_id, proposal.run_id) if connection is None else None
+        try:
+            answer = await self.as_expected(expected) if expected is not None else None
+            return answer if answer is not None else await self.as_asked(expectations, connection)
+        except IdempotencyConflict:
+            # What is asked for is told apart by the definition, too: it may have been another one the first time.
+            if connection is not None or not await self._as_defined_then():
+                raise
+        return await self.as_asked(expectations, connection)
+
+    async def _as_defined_then(self) -> bool:
+        """Go by the definition under which the attempt was decided; false where that is the one of now."""
+        stored, name = await self._decided_on(None), self.proposal.capability
+        then = read_capability(stored, capability_id=name, grant_id=None) if stored is not None else None
+        digest = proposal_digest(self.proposal, then)
+        changed = digest != self.digest
+        self.capability, self.digest = then, digest
+        return changed
+
+    async def recall(self, answer: Mapping[str, Any], connection: Connection | None) -> None:
+        """Take the definition by which a grant was given, that is answered once more."""
+        stored = await self._decided_on(connection)
+        if self.capability is None or stored_capability(self.capability) != stored:
+            grant_id = UUID(answer["grant_id"])
+            self.capability = read_capability(stored, capability_id=self.proposal.capability, grant_id=grant_id)
+
+    async def _decided_on(self, connection: Connection | None) -> Any:
+        proposal = self.proposal
+        return await self.storage.decided_on(
+            proposal.tenant_id, proposal.run_id, proposal.step_index, proposal.attempt, connection=connection
+        )
 
     async def as_expected(self, expected: Prepared) -> Mapping[str, Any] | None:
         """What is booked when the books are as `expected`; None, and nothing is, when they have to be asked."""
@@ -225,7 +276,7 @@ class _Admitting:
             capability=proposal.capability,
             resource=proposal.resource,
             arguments=proposal.arguments,
-            digest=self.digest,
+            digest=self.digest if not self.asked_otherwise else content_hash([self.digest, _ASKED_OTHERWISE]),
             policy_digest=policy.digest,
             executor_kind=proposal.executor_kind,
             requester=proposal.principal.user_id,
@@ -262,9 +313,20 @@ def _model(proposal: Proposal, facts: Facts) -> str | None:
     return normal(model) if isinstance(model, str) else None
 
 
-def _admission(proposal: Proposal, answer: Mapping[str, Any]) -> Admission:
+def _same_call(asked: Any, capability: CapabilityDescriptor | None) -> bool:
+    """Whether a call that somebody was asked about is the same under the definition of now."""
+    try:
+        then = CapabilityDescriptor.model_validate(asked)
+    except ValueError:  # it cannot be told, so nobody was asked about this one
+        return False
+    return capability is not None and capability.calls_as(then)
+
+
+def _admission(proposal: Proposal, answer: Mapping[str, Any], capability: CapabilityDescriptor | None) -> Admission:
     match answer["status"]:
         case "granted":
+            if capability is None:
+                raise TypeError(f"nothing of capability {proposal.capability} is granted where it is not known")
             return Granted(
                 grant=Grant(
                     id=UUID(answer["grant_id"]),
@@ -277,6 +339,7 @@ def _admission(proposal: Proposal, answer: Mapping[str, Any]) -> Admission:
                     span_id=answer["span_id"],
                     expires_at=datetime.fromisoformat(answer["expires_at"]),
                 ),
+                capability=capability,
                 begun=answer.get("begun", False),
             )
         case "pending":

@@ -144,6 +144,16 @@ class AdmissionStore(Protocol):
         """The capabilities of the run's earlier steps that were granted, the newest `limit` of them, oldest first."""
         ...
 
+    async def decided_on(
+        self, tenant_id: UUID, run_id: UUID, step_index: int, attempt: int, *, connection: Connection | None = None
+    ) -> Any:
+        """The capability as the recorded decision of an attempt describes it; None where it describes none."""
+        ...
+
+    async def asked_for(self, tenant_id: UUID, run_id: UUID, ticket_id: UUID) -> Any:
+        """The capability as the decision that opened a ticket describes it; None where it describes none."""
+        ...
+
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book a decision; the answer has `status` granted, pending, steered or denied.
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.errors import FencingLost, IdempotencyConflict
+from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.limits import Assumed, Bucket, Prepared
 from plm_engine_core.control_plane.storage.commands import admit_json
 from plm_engine_core.control_plane.storage.memory.admit import AdmitBooking, start
@@ -53,6 +55,26 @@ class MemoryAdmission(MemorySettlement):
                     newest[index] = step
             indexes = sorted(newest, reverse=True)[:limit]
             return [newest[index]["capability"] for index in reversed(indexes)]
+
+    async def decided_on(
+        self, tenant_id: UUID, run_id: UUID, step_index: int, attempt: int, *, connection: Connection | None = None
+    ) -> Any:
+        """The capability as the recorded decision of an attempt describes it."""
+        refuse_connection(connection)
+        async with self._books.turn() as books:
+            step = books.run_steps.get((tenant_id, run_id), (step_index, attempt))
+            described = _described(step["decision"]) if step is not None else None
+            return fresh(described) if isinstance(described, Mapping) else described
+
+    async def asked_for(self, tenant_id: UUID, run_id: UUID, ticket_id: UUID) -> Any:
+        """The capability as the decision that opened a ticket describes it."""
+        async with self._books.turn() as books:
+            for event in books.events.rows((tenant_id, run_stream(run_id))):
+                if event["kind"] == "approval_requested":
+                    payload = json.loads(event["payload"])
+                    if payload["answer"].get("ticket_id") == str(ticket_id):
+                        return _described(payload["decision"])
+        return None
 
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book a decision; the same command again answers the same."""
@@ -120,6 +142,12 @@ def _recalled(books: Books, command: AdmitCommand, answer: Row) -> Row:
     kept = books.grant_of(command.tenant_id, command.run_id, attempt, grant_id)
     _compare_holder(kept, command.fencing_token)
     return answer if kept["state"] == "begun" else {**_used(kept), "status": "denied"}
+
+
+def _described(decision: Any) -> Any:
+    """The capability of a recorded decision."""
+    facts = decision.get("facts") if isinstance(decision, Mapping) else None
+    return facts.get("capability") if isinstance(facts, Mapping) else None
 
 
 def _compare_holder(grant: Row, fencing_token: int) -> None:
