@@ -11,7 +11,18 @@ RATE, BUSY = Reason.RATE_LIMIT_EXCEEDED.value, Reason.STORAGE_BUSY.value
 
 
 @pytest.mark.parametrize(
-    ("code", "waits"), [(TRANSIENT, [200, 400, 800]), (RATE, [1000, 2000, 4000]), (BUSY, [200, 400, 800, 1600])]
+    ("code", "waits"),
+    [
+        (TRANSIENT, [200, 400, 800]),
+        (RATE, [1000, 2000, 4000]),
+        (BUSY, [200, 400, 800, 1600]),
+        ("MODEL_TIMEOUT", [200, 400, 800]),
+        ("MODEL_PROVIDER_ERROR", [200, 400, 800]),
+        ("MODEL_INVALID_RESPONSE", [200, 400, 800]),
+        ("KERNEL_DISPATCH_TIMEOUT", [200, 400, 800]),
+        ("MODEL_QUOTA_EXCEEDED", [1000, 2000]),
+        ("RATE_LIMIT_EXCEEDED", [1000, 2000]),
+    ],
 )
 def test_each_wait_is_twice_the_one_before_with_some_jitter_until_it_is_enough(code, waits):
     for attempt, least in enumerate(waits, start=1):

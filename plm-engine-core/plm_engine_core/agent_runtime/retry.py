@@ -25,10 +25,20 @@ MAX_LOSSES = 20
 TRANSIENT = "transient"
 """The code of whatever may succeed later for no stated reason."""
 
+_SOON = (200, 400, 800)
+_QUOTA = (1000, 2000)
+
 _BACKOFF_MS: dict[str, tuple[int, ...]] = {
-    TRANSIENT: (200, 400, 800),
+    TRANSIENT: _SOON,
     Reason.RATE_LIMIT_EXCEEDED.value: (1000, 2000, 4000),
     Reason.STORAGE_BUSY.value: (200, 400, 800, 1600),
+    # What calls of language models and of hosts fail with elsewhere: who moves an agent here keeps its codes.
+    "MODEL_TIMEOUT": _SOON,
+    "MODEL_PROVIDER_ERROR": _SOON,
+    "MODEL_INVALID_RESPONSE": _SOON,
+    "KERNEL_DISPATCH_TIMEOUT": _SOON,
+    "MODEL_QUOTA_EXCEEDED": _QUOTA,
+    "RATE_LIMIT_EXCEEDED": _QUOTA,
 }
 
 
