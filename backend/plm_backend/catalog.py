@@ -48,7 +48,8 @@ def load_catalog(folder: Path, registry: CapabilityRegistry) -> AgentCatalog:
         plan = load_plan(path)
         if plan.agent in plans:
             raise InvalidRequest(f"{path}: agent {plan.agent} stands in two files; rename one of them", field="agent")
-        unknown = sorted({step.capability for step in plan.steps if registry.get(step.capability) is None})
+        called = {step.capability for step in plan.steps if step.ask is None}
+        unknown = sorted(each for each in called if registry.get(each) is None)
         if unknown:
             raise InvalidRequest(
                 f"{path}: capability {unknown[0]} is not registered; register it, or correct the plan",

@@ -51,6 +51,7 @@ _CONFLICT_CODES = {
     "approval_expired": "timeout/hitl_timeout",
     "escalated": "validation/hitl_decision_conflict",
     "idempotency_conflict": "validation/idempotency_conflict",
+    "ticket_kind": "validation/hitl_decision_conflict",
 }
 _STATUS_CODES = {
     400: "validation/body_unreadable",
@@ -67,6 +68,7 @@ _REMEDIES = {
     "feed_pruned": "ask again with `cursor`",
     "idempotency_conflict": "send the first request again, or choose another key",
     "impossible_transition": "read the run, nothing is left to change",
+    "input_not_allowed": "deny the ticket",
     "missing_scopes": "get a token that holds it",
     "not_human": "have a person decide",
     "policy_changed": "GET /v1/policy names the one that has the role",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, Self
 from uuid import UUID
 
 from plm_engine_core.control_plane import Principal
@@ -24,6 +24,7 @@ from plm_engine_core.control_plane.policy import Demand
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.runs import Run, Step
 from plm_engine_core.control_plane.vocabulary import (
+    PROVIDE_INPUT,
     ActionTier,
     AgentStatus,
     AutonomyLevel,
@@ -33,9 +34,10 @@ from plm_engine_core.control_plane.vocabulary import (
     PolicyRole,
     RunState,
     TicketDecision,
+    TicketKind,
     TicketState,
 )
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from plm_backend.storable import StorableObject, StorableText
 
@@ -89,11 +91,23 @@ class ScopeOffer(_Body):
 
 
 class DecisionBody(_Body):
-    """An approver's word. Without `scope` it is about this exact call only."""
+    """An approver's word. Without `scope` it is about this exact call only.
 
-    decision: TicketDecision
+    An ask is answered with `provide_input` and `input`, any JSON value that its schema takes, or denied.
+    """
+
+    decision: TicketDecision | Literal["provide_input"]
     comment: StorableText = Field(default="", max_length=10_000)
     scope: ScopeOffer | None = None
+    input: Any = None
+
+    @model_validator(mode="after")
+    def _input_goes_with_providing_it(self) -> Self:
+        if (self.decision == PROVIDE_INPUT) != ("input" in self.model_fields_set):
+            raise ValueError("`input` goes with the decision `provide_input`, and with no other")
+        if self.decision == PROVIDE_INPUT and self.scope is not None:
+            raise ValueError("`scope` goes with the decision `approve`: an input allows nothing")
+        return self
 
 
 class CommentBody(_Body):
@@ -326,9 +340,14 @@ class RunPage(BaseModel):
 
 
 class TicketDocument(BaseModel):
-    """One approval ticket: exactly what would be done, and until when it may be decided."""
+    """One ticket: exactly what would be done, or is asked for, and until when it may be decided.
+
+    Of the kind `input`, `arguments` are the `question` and the `schema` of the answer, words of the agent; `input` is
+    what was given, once the state is `approved`.
+    """
 
     ticket_id: UUID
+    kind: TicketKind
     run_id: UUID
     step: int
     capability: str
@@ -348,6 +367,7 @@ class TicketDocument(BaseModel):
     escalated_at: datetime | None
     supersedes: UUID | None
     superseded_by: UUID | None
+    input: Any
 
 
 class VoteDocument(BaseModel):
@@ -601,6 +621,7 @@ def ticket_document(ticket: ApprovalTicket) -> TicketDocument:
     """The public form of a ticket."""
     return TicketDocument(
         ticket_id=ticket.id,
+        kind=ticket.kind,
         run_id=ticket.run_id,
         step=ticket.step_index,
         capability=ticket.capability,
@@ -620,6 +641,7 @@ def ticket_document(ticket: ApprovalTicket) -> TicketDocument:
         escalated_at=ticket.escalated_at,
         supersedes=ticket.supersedes,
         superseded_by=ticket.superseded_by,
+        input=ticket.input,
     )
 
 

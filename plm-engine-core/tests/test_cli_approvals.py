@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 
 import pytest
+from plm_engine_core.control_plane import InputRequest
 from plm_engine_core.control_plane.vocabulary import TicketState
 
 
@@ -97,3 +98,69 @@ async def test_an_approval_scope_is_offered_listed_and_revoked(terminal, bench):
     assert (scope["max_uses"], scope["used"]) == (3, 0)
     assert "0/3" in (await terminal.run("approvals", "scopes")).stdout
     assert (await terminal.json("approvals", "revoke-scope", scope["id"]))["revoked_at"] is not None
+
+
+class TestAsk:
+    """A ticket that asks for an input."""
+
+    @pytest.fixture
+    async def ask(self, bench, make_policy, terminal, tmp_path):
+        policy = make_policy(approval={"input": {}})
+        path = tmp_path / "asking.json"
+        path.write_text(policy.content)
+        asking = bench.with_policy(approval={"input": {}})
+        lease = await asking.lease()
+        pending = await asking.control_plane.ask(
+            InputRequest(
+                tenant_id=asking.tenant,
+                run_id=lease.run.id,
+                fencing_token=lease.fencing_token,
+                step_index=0,
+                attempt=1,
+                step_id="many",
+                question="How many?\nneeds: nobody",
+                schema={"type": "integer"},
+                principal=lease.run.principal,
+            )
+        )
+
+        async def give(*arguments, verb="provide-input", **options):
+            return await terminal.json("approvals", verb, pending.ticket_id, *arguments, "--policy", path, **options)
+
+        give.ticket, give.policy = str(pending.ticket_id), path
+        return give
+
+    async def test_it_is_listed_shown_and_answered(self, terminal, ask):
+        (listed,) = (await terminal.json("approvals", "list"))["items"]
+        assert (listed["id"], listed["kind"]) == (ask.ticket, "input")
+        assert "input: How many?" in (await terminal.run("approvals", "list")).stdout
+        shown = (await terminal.run("approvals", "show", ask.ticket, "--policy", ask.policy)).stdout.splitlines()
+        assert 'schema: {"type": "integer"}' in shown
+        assert [line for line in shown if line.startswith("needs:")] == ["needs: 1 with plm.hitl.resolve"]
+        given = await ask("--input", "3", "--comment", "as ever")
+        assert (given["state"], given["input"], given["comment"]) == ("approved", 3, "as ever")
+        shown = (await terminal.run("approvals", "show", ask.ticket, "--policy", ask.policy)).stdout.splitlines()
+        assert "input: 3" in shown
+
+    async def test_it_is_read_from_a_file(self, ask, tmp_path):
+        (tmp_path / "answer.json").write_text("4\n")
+        assert (await ask("--input", f"@{tmp_path / 'answer.json'}"))["input"] == 4
+
+    async def test_what_is_no_json_is_refused_and_not_repeated(self, terminal, ask):
+        said = await terminal.run(
+            "approvals", "provide-input", ask.ticket, "--policy", ask.policy, "--input", "hunter2", status=2
+        )
+        assert "the input is no JSON at line 1, column 1" in said.stderr
+        assert "hunter2" not in said.stdout + said.stderr
+
+    async def test_a_wrong_input_is_refused_by_its_path(self, ask):
+        refused = await ask("--input", '"hunter2"', status=1)
+        assert (refused["refused"], "input breaks 'type' of its schema" in refused["message"]) == (
+            "invalid_request",
+            True,
+        )
+        assert "hunter2" not in str(refused)
+
+    async def test_it_cannot_be_approved(self, ask):
+        refused = await ask(verb="approve", status=1)
+        assert (refused["refused"], refused["reason"]) == ("conflict", "ticket_kind")

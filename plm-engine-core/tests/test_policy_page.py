@@ -18,6 +18,7 @@ from plm_engine_core.control_plane.policy import (
     Effect,
     Escalation,
     EvaluatorSpec,
+    InputRule,
     PolicySnapshot,
     Rule,
     StandingApproval,
@@ -71,7 +72,7 @@ def test_the_page_says_for_which_tenants_a_capability_is(examples):
 
 CONDITIONS = get_args(get_args(Condition)[0])
 MODELS = [PolicySnapshot, Rule, RunRisk, RiskPattern, EvaluatorSpec, RateLimit, ApprovalRule, BudgetDefaults]
-MODELS += [ApprovalDemand, Escalation, StandingApproval, Limit, ModelRule, UserModels]
+MODELS += [ApprovalDemand, Escalation, InputRule, StandingApproval, Limit, ModelRule, UserModels]
 
 
 @pytest.mark.parametrize("model", [*MODELS, *CONDITIONS, *(kind.config_schema for kind in BUILT_IN)])

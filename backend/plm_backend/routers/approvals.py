@@ -7,7 +7,7 @@ from uuid import UUID
 
 from fastapi import APIRouter, Query
 from plm_engine_core.control_plane.hitl import ScopeTerms
-from plm_engine_core.control_plane.vocabulary import TicketState
+from plm_engine_core.control_plane.vocabulary import TicketDecision, TicketState
 
 from plm_backend.dependencies import TheCaller, ThePlatform, TheWindow
 from plm_backend.json_body import JsonRoute
@@ -65,12 +65,20 @@ async def get_approval(
     responses=documented(*DOORS, *BODIES, 404, 409),
 )
 async def decide(ticket_id: UUID, body: DecisionBody, platform: ThePlatform, caller: TheCaller) -> Any:
-    """Approve or deny. The decider is the caller, a human who did not ask for the call, with the scopes it needs.
+    """Approve, deny or provide an input. The decider is the caller, a human with the scopes that the ticket needs.
 
-    A denial ends the ticket; so does the approval that completes its quorum, until when it stays pending.
+    Nobody approves what they asked for. A denial ends the ticket; so does the approval that completes its quorum, until
+    when it stays pending. An ask ends with the first input that its schema takes.
     """
+    plane = platform.control_plane
+    if not isinstance(body.decision, TicketDecision):
+        return ticket_document(
+            await plane.provide_input(
+                caller.tenant_id, ticket_id, body.input, approver=caller.principal, comment=body.comment
+            )
+        )
     offer = ScopeTerms(**body.scope.model_dump()) if body.scope is not None else None
-    ticket = await platform.control_plane.decide(
+    ticket = await plane.decide(
         caller.tenant_id, ticket_id, body.decision, approver=caller.principal, comment=body.comment, scope=offer
     )
     return ticket_document(ticket)

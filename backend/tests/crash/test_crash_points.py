@@ -96,6 +96,22 @@ def a_standing_approval(cluster: Any, journal: Any, trap: Any) -> None:
     assert journal.effects() == EFFECTS
 
 
+def an_ask(cluster: Any, journal: Any, trap: Any) -> None:
+    """The run asks for the name of its effect, and is told; whoever answered asks again when the reply is lost."""
+    run_id = cluster.create("asking", key=str(journal.folder), journal=str(journal.folder))
+    cluster.until(lambda: cluster.run(run_id)["reason"] == "input_required", "the run asks")
+    tickets = cluster.ask("GET", "/v1/approvals?state=pending&limit=200").json()["items"]
+    (ticket,) = (each["ticket_id"] for each in tickets if each["run_id"] == run_id)
+    answer = {"decision": "provide_input", "input": "act"}
+    given = cluster.ask("POST", f"/v1/approvals/{ticket}/decision", token=cluster.approver, json=answer)
+    assert (given.status_code, given.json()["input"]) == (200, "act"), given.text
+    run, _ = cluster.finish(run_id, journal)
+    assert run["state"] == "succeeded", run
+    asked = [step for step in run["steps"] if step["capability"] == "provide_input"]
+    assert [(step["state"], step["output"]) for step in asked] == [("succeeded", "act")], "asked once, answered once"
+    assert journal.effects() == EFFECTS
+
+
 def a_cancel(cluster: Any, journal: Any, trap: Any) -> None:
     """Cancel a run whose call is at work."""
     journal.close("act")
@@ -155,6 +171,8 @@ def a_clock_set_back(cluster: Any, journal: Any, trap: Any) -> None:
 
 
 STORIES: dict[str, Story] = {
+    "approvals.ask": an_ask,
+    "approvals.provide_input": an_ask,
     "approvals.comment": a_standing_approval,
     "approvals.revoke_scope": a_standing_approval,
     "artifacts.discard": a_repeated_request,

@@ -1,6 +1,6 @@
 """The agent runtime: asks agents, obeys the control plane, and has granted calls carried out."""
 
-from plm_engine_core.agent_runtime.agent import Agent, Finish, History, Propose
+from plm_engine_core.agent_runtime.agent import Agent, AskInput, Finish, History, Propose
 from plm_engine_core.agent_runtime.driver import AgentFactory, Driver
 from plm_engine_core.agent_runtime.executor import Call, Executor, Progress
 from plm_engine_core.agent_runtime.plan import Plan, PlanAgent, load_plan
@@ -9,6 +9,7 @@ from plm_engine_core.agent_runtime.selector import Selector
 __all__ = [
     "Agent",
     "AgentFactory",
+    "AskInput",
     "Call",
     "Driver",
     "Executor",

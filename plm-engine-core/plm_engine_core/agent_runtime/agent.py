@@ -23,6 +23,19 @@ class Propose:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AskInput:
+    """A question to a human, in place of a proposal; its answer is the output of the step, and data like any other.
+
+    `schema` is the JSON Schema of the wanted answer, without references; an empty one takes any JSON value. An ask that
+    is denied, or that nobody answers in time, is a refused step with the reason `input_denied` or `input_expired`.
+    """
+
+    step_id: str
+    question: str
+    schema: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finish:
     """The end of the run."""
 
@@ -51,8 +64,8 @@ class History:
 class Agent(Protocol):
     """Proposes; has no power of its own. The same history must give the same answer."""
 
-    def next(self, history: History) -> Propose | Finish:
-        """The next proposal, or the end.
+    def next(self, history: History) -> Propose | AskInput | Finish:
+        """The next proposal, a question to a human, or the end.
 
         Asked only when the last attempt is over; one that is open is repeated exactly as it was.
         """

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from uuid import UUID
 
-from plm_engine_core.agent_runtime.agent import Agent, Finish, History, Propose, is_open
+from plm_engine_core.agent_runtime.agent import Agent, AskInput, Finish, History, Propose, is_open
 from plm_engine_core.agent_runtime.attempts import Place, claims_of, exhausted, lost_calls, next_place, repeats
 from plm_engine_core.agent_runtime.dispatcher import Dispatcher
 from plm_engine_core.agent_runtime.executor import Executor
@@ -21,6 +21,7 @@ from plm_engine_core.agent_runtime.retry import TRANSIENT, patiently, pause_seco
 from plm_engine_core.agent_runtime.selector import Selector
 from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, Granted, Pending
+from plm_engine_core.control_plane.admission.ask import InputRequest
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome
@@ -136,7 +137,7 @@ class Driver:
             if left is not None:
                 return left
 
-    def _next(self, history: History) -> Propose | Finish:
+    def _next(self, history: History) -> Propose | AskInput | Finish:
         """What is open is repeated exactly as it was recorded; else the agent says what comes next."""
         last = history.steps[-1] if history.steps else None
         if last is not None and is_open(last):
@@ -154,20 +155,22 @@ class Driver:
             )
         try:
             move = self._agents(history.run).next(history)
-            if not isinstance(move, Propose | Finish):
-                raise TypeError(f"an agent proposes or finishes, this one answered {type(move).__name__}")  # noqa: TRY301  # the handler is the answer
+            if not isinstance(move, Propose | AskInput | Finish):
+                raise TypeError(f"an agent proposes, asks or finishes, this one answered {type(move).__name__}")  # noqa: TRY301  # the handler is the answer
         except Exception as error:  # an agent's defect ends its run
             logger.exception("the agent failed", extra={"run_id": str(history.run.id)})
             return Finish(succeeded=False, reason="agent_failed", message=f"{type(error).__name__}: {error}")
         return move
 
-    async def _step(self, hold: Hold, history: History, move: Propose) -> RunState | None:
-        """Admit and carry out one proposal; answers a state when the run is to be left there."""
+    async def _step(self, hold: Hold, history: History, move: Propose | AskInput) -> RunState | None:
+        """Admit and carry out one proposal, or ask; answers a state when the run is to be left there."""
         place = next_place(history.steps[-1] if history.steps else None)
         problem = exhausted(history.steps, place)
         if problem:
             return await self._fail(hold, "attempts_exhausted", f"step {move.step_id}: {problem}")
         try:
+            if isinstance(move, AskInput):
+                return await self._ask(hold, place, move)
             proposal = _proposal(hold, place, move)
             capability = self._control_plane.registry.get(proposal.capability)
             executor = self._selector.select(capability) if capability is not None else None
@@ -184,8 +187,7 @@ class Driver:
             case Pending():
                 return RunState.AWAITING_APPROVAL
             case Denied(reason=Reason.HALTED):
-                halted = Finish(succeeded=False, reason=Reason.HALTED.value, message=admission.message)
-                return await self._finish(hold, RunState.HALTED, halted)
+                return await self._park_halted(hold, admission)
             case Denied(reason=Reason.RATE_LIMIT_EXCEEDED as reason, retry_after_ms=wait):
                 await hold.pause(pause_seconds(reason.value, place.attempt, retry_after_ms=wait))
             case Granted(grant=grant, capability=decided_on):
@@ -197,14 +199,20 @@ class Driver:
                     await hold.pause(pause_seconds(TRANSIENT, place.attempt))
         return None
 
-    async def _admit(self, proposal: Proposal) -> Admission:
-        async def admit() -> Admission:
-            admission = await self._control_plane.admit(proposal)
-            if isinstance(admission, Denied) and admission.reason in _NOT_NOW:
-                raise StorageUnavailable(admission.message)
-            return admission
+    async def _ask(self, hold: Hold, place: Place, move: AskInput) -> RunState | None:
+        """Put a question to humans; what ends its ticket ends the step, so that it is not asked again."""
+        request = _question(hold, place, move)
+        answer = await patiently(lambda: _booked(self._control_plane.ask(request)))
+        if isinstance(answer, Denied):
+            return await self._park_halted(hold, answer) if answer.reason is Reason.HALTED else None
+        return RunState.AWAITING_APPROVAL
 
-        return await patiently(admit)
+    async def _park_halted(self, hold: Hold, refusal: Denied) -> RunState:
+        halted = Finish(succeeded=False, reason=Reason.HALTED.value, message=refusal.message)
+        return await self._finish(hold, RunState.HALTED, halted)
+
+    async def _admit(self, proposal: Proposal) -> Admission:
+        return await patiently(lambda: _booked(self._control_plane.admit(proposal)))
 
     async def _carry_out(
         self, hold: Hold, grant: Grant, executor: Executor | None, proposal: Proposal, capability: CapabilityDescriptor
@@ -270,6 +278,34 @@ class Driver:
                 result=end.result,
             )
         )
+
+
+async def _booked(answering: Awaitable[Admission]) -> Admission:
+    """The answer, once there is one in the books.
+
+    Raises:
+        StorageUnavailable: nothing was booked, or nobody knows; the same may be said again.
+    """
+    answer = await answering
+    if isinstance(answer, Denied) and answer.reason in _NOT_NOW:
+        raise StorageUnavailable(answer.message)
+    return answer
+
+
+def _question(hold: Hold, place: Place, move: AskInput) -> InputRequest:
+    """What the agent asks, at its place in the run."""
+    return InputRequest(
+        tenant_id=hold.run.tenant_id,
+        run_id=hold.run.id,
+        fencing_token=hold.fencing_token,
+        step_index=place.step_index,
+        attempt=place.attempt,
+        step_id=move.step_id,
+        question=move.question,
+        schema=move.schema,
+        principal=hold.run.principal,
+        agent=str(hold.run.agent.get("name", "")),
+    )
 
 
 def _proposal(hold: Hold, place: Place, move: Propose) -> Proposal:

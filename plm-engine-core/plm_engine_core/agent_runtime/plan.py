@@ -9,10 +9,20 @@ from typing import Annotated, Any, Literal, Self
 
 from plm_shared.canonical_json import storable_json
 from plm_shared.idempotency import compute_content_hash
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from plm_engine_core.agent_runtime.agent import Finish, History, Propose, refusal
+from plm_engine_core.agent_runtime.agent import AskInput, Finish, History, Propose, refusal
 from plm_engine_core.control_plane.documents import load_document
+from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.hitl.inputs import check_ask
 from plm_engine_core.control_plane.vocabulary import StepState
 
 _INDEX = re.compile("[0-9]{1,9}")
@@ -38,15 +48,50 @@ class PlanInput(BaseModel):
     default: Json = None
 
 
+class PlanAsk(BaseModel):
+    """A question to a human, and the JSON Schema of the wanted answer, which becomes the output of the step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    question: str
+    json_schema: Annotated[dict[str, Any], AfterValidator(_json)] = Field(default_factory=dict, alias="schema")
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> Self:
+        try:
+            check_ask(self.question, self.json_schema)
+        except InvalidRequest as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
 class PlanStep(BaseModel):
-    """One step: a capability with arguments; `{ref: a.b.c}` anywhere in them stands for an earlier value."""
+    """One step: a capability with arguments, or an ask; `{ref: a.b.c}` in arguments stands for an earlier value."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     id: str = Field(pattern=_IDENTIFIER)
-    capability: str
+    capability: str = ""
     resource: str = ""
     arguments: Annotated[dict[str, Any], AfterValidator(_json)] = Field(default_factory=dict)
+    ask: PlanAsk | None = None
+
+    @model_validator(mode="after")
+    def _calls_or_asks(self) -> Self:
+        if self.ask is None and "capability" not in self.model_fields_set:
+            raise ValueError("a step names a capability, or says what to ask")
+        if self.ask is not None and (self.capability or self.resource or self.arguments):
+            raise ValueError("a step that asks has no capability, resource or arguments")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, serialized: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A step that asks nothing has no word of it, so that its plan keeps its digest."""
+        said: dict[str, Any] = serialized(self)
+        asked = said.pop("ask")
+        return (
+            said if asked is None else {**said, "ask": {"question": asked["question"], "schema": asked["json_schema"]}}
+        )
 
 
 class Plan(BaseModel):
@@ -113,7 +158,7 @@ class PlanAgent:
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
 
-    def next(self, history: History) -> Propose | Finish:
+    def next(self, history: History) -> Propose | AskInput | Finish:
         """The first step that has not succeeded, or the end."""
         values = {
             "inputs": history.run.input,
@@ -126,6 +171,8 @@ class PlanAgent:
             if attempt is not None:
                 reason, message = refusal(attempt)
                 return Finish(succeeded=False, reason=reason, message=f"step {step.id}: {message}")
+            if step.ask is not None:
+                return AskInput(step_id=step.id, question=step.ask.question, schema=step.ask.json_schema)
             try:
                 arguments = resolve(step.arguments, values)
             except LookupError as error:

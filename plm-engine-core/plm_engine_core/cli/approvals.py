@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -14,7 +17,9 @@ from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import Books
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
 from plm_engine_core.control_plane.policy import PolicySnapshot
-from plm_engine_core.control_plane.vocabulary import TicketDecision, TicketState
+from plm_engine_core.control_plane.vocabulary import TicketDecision, TicketKind, TicketState
+
+_MOST_READ = 1_000_000  # characters; the control plane takes far less
 
 app = typer.Typer(help="Decide what waits for a human, as the bearer of PLM_TOKEN.", no_args_is_help=True)
 
@@ -119,6 +124,31 @@ def deny(ticket_id: TicketId, policy: PolicyFile, comment: Comment = "", as_json
     _decide(ticket_id, TicketDecision.DENY, policy_of(policy), comment, None, as_json=as_json)
 
 
+@app.command("provide-input")
+def provide_input(
+    ticket_id: TicketId,
+    policy: PolicyFile,
+    value: Annotated[
+        str | None, typer.Option("--input", help="The input as JSON; @FILE reads it, and without it standard input is.")
+    ] = None,
+    comment: Comment = "",
+    as_json: AsJson = False,
+) -> None:
+    """Give the input that one ticket asks for, as JSON; the first valid word ends it.
+
+    It allows nothing, and the record keeps it: give no secrets. Status 0: given; 1: refused, and the sentence ends with
+    the reason in brackets; 2: wrong arguments, or no JSON; 3: no address, policy or token.
+    """
+    snapshot, given = policy_of(policy), _json_of(value)
+
+    async def work(books: Books, caller: Caller) -> ApprovalTicket:
+        gate = await _gate(books, snapshot)
+        return await gate.provide_input(caller.tenant_id, ticket_id, given, approver=caller.principal, comment=comment)
+
+    ticket = as_caller(work, as_json=as_json)
+    show(_document(ticket), f"ticket {ticket.id} is {ticket.state.value}", as_json=as_json)
+
+
 @app.command("comment")
 def comment_ticket(
     ticket_id: TicketId,
@@ -201,23 +231,53 @@ def _decide(
     show(_document(ticket), f"ticket {ticket.id} is {ticket.state.value}", as_json=as_json)
 
 
+def _json_of(value: str | None) -> Any:
+    """The JSON value of an argument, of the file that it names, or of standard input; no message has a part of it."""
+    try:
+        if value is None:
+            text = sys.stdin.read(_MOST_READ)
+        elif value.startswith("@"):
+            with Path(value[1:]).open(encoding="utf-8") as file:
+                text = file.read(_MOST_READ)
+        else:
+            text = value
+        return json.loads(text)
+    except OSError as error:
+        fail(ExitCode.USAGE, f"the input cannot be read from {value}: {error.strerror}")
+    except (ValueError, RecursionError) as error:
+        where = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        fail(ExitCode.USAGE, f"the input is no JSON{where}; a text needs its quotation marks")
+
+
 async def _gate(books: Books, file: PolicySnapshot) -> ApprovalGate:
     return ApprovalGate(store=books.storage.approvals, policy=await policy_in_force(books, file))
 
 
 def _call(ticket: ApprovalTicket) -> str:
+    if ticket.kind is TicketKind.INPUT:
+        return f"input: {ticket.arguments.get('question', '')!s:.200}"
     return f"{ticket.capability} on {ticket.resource} ({ticket.risk} risk)"
 
 
 def _document(ticket: ApprovalTicket) -> dict[str, Any]:
-    return {key: value for key, value in asdict(ticket).items() if key != "tenant_id"}
+    return {"kind": ticket.kind.value} | {key: value for key, value in asdict(ticket).items() if key != "tenant_id"}
 
 
 def _shown(document: dict[str, Any]) -> str:
-    names = ("state", "capability", "resource", "arguments", "tier", "risk", "requested_by", "deadline", "decided_by")
+    asks = document["kind"] == TicketKind.INPUT
+    call = () if asks else ("capability", "resource", "arguments", "tier", "risk")
+    names = ("kind", "state", *call, "requested_by", "deadline", "decided_by")
     lines = [f"{name}: {document[name]}" for name in names if document[name] is not None]
+    if asks:
+        lines += [f"{name}: {_text(value)}" for name, value in sorted(document["arguments"].items())]
+    if asks and document["state"] == TicketState.APPROVED:
+        lines.append(f"input: {_text(document['input'])}")
     needs = document["needs"]
     lines.append(f"needs: {needs['quorum']} with {' and '.join(needs['scopes'])}")
     lines += [f"{each['voter']} says {each['vote']}: {each['comment'] or '-'}" for each in document["votes"]]
     lines += [f"{each['author']}: {each['body']}" for each in document["comments"]]
     return "\n".join(map(one_line, lines))
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

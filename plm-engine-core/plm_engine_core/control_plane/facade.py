@@ -17,7 +17,8 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.activation import Activation, PolicyDesk
 from plm_engine_core.control_plane.admission.abandoned import decided_capability
-from plm_engine_core.control_plane.admission.admit import Admission, Denied, admit
+from plm_engine_core.control_plane.admission.admit import Admission, Denied, Pending, admit
+from plm_engine_core.control_plane.admission.ask import InputRequest, ask
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.admission.expected import Expectations
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
@@ -291,14 +292,7 @@ class ControlPlane:
         try:
             deciding = self.in_force.now
         except PolicyMissing as error:
-            await self._look_at_policies()
-            return Denied(
-                reason=Reason.POLICY_MISSING,
-                message=str(error),
-                rule="policy",
-                unblock="activating a policy that this process can load",
-                retry_after_ms=_LOOK_AGAIN_MS,
-            )
+            return await self._without_policy(error)
         admission = await admit(
             proposal,
             policy=deciding.policy,
@@ -316,6 +310,28 @@ class ControlPlane:
         if connection is None:
             await self.signals.changed(proposal.tenant_id, proposal.run_id)
         return admission
+
+    async def ask(self, request: InputRequest) -> Pending | Denied:
+        """Ask humans for an input, in place of a proposal; see `admission.ask`."""
+        try:
+            policy = self.policy
+        except PolicyMissing as error:
+            return await self._without_policy(error)
+        answer = await ask(request, policy=policy, storage=self.storage, agents=self.agents)
+        if isinstance(answer, Denied) and answer.reason is Reason.POLICY_CHANGED:
+            await self._look_at_policies()
+        await self.signals.changed(request.tenant_id, request.run_id)
+        return answer
+
+    async def _without_policy(self, error: PolicyMissing) -> Denied:
+        await self._look_at_policies()
+        return Denied(
+            reason=Reason.POLICY_MISSING,
+            message=str(error),
+            rule="policy",
+            unblock="activating a policy that this process can load",
+            retry_after_ms=_LOOK_AGAIN_MS,
+        )
 
     async def _look_at_policies(self) -> None:
         """So that the next proposal is decided by what is active now, also where nobody entered the keeper."""
@@ -450,6 +466,14 @@ class ControlPlane:
         ticket = await self.approvals.decide(
             tenant_id, ticket_id, decision, approver=approver, comment=comment, scope=scope
         )
+        await self.signals.changed(tenant_id, ticket.run_id)
+        return ticket
+
+    async def provide_input(
+        self, tenant_id: UUID, ticket_id: UUID, value: Any, *, approver: Principal, comment: str = ""
+    ) -> ApprovalTicket:
+        """Give the input that a ticket asks for; see `ApprovalGate.provide_input`."""
+        ticket = await self.approvals.provide_input(tenant_id, ticket_id, value, approver=approver, comment=comment)
         await self.signals.changed(tenant_id, ticket.run_id)
         return ticket
 

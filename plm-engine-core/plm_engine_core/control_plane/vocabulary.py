@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Final
 
 
 class ActionTier(StrEnum):
@@ -181,11 +182,25 @@ class GrantState(StrEnum):
     REVOKED = "revoked"  # by a halt, before its call began; only to be settled as not started
 
 
+class TicketKind(StrEnum):
+    """What a ticket asks of humans."""
+
+    APPROVAL = "approval"  # whether one exact call may happen
+    INPUT = "input"  # a value that an agent needs to go on; it allows nothing
+
+
+PROVIDE_INPUT: Final = "provide_input"
+"""How an input is given, and what stands in place of a capability in steps and tickets that ask for one.
+
+No capability can have this id, so no release can register, allow or grant it.
+"""
+
+
 class TicketState(StrEnum):
-    """Life of an approval ticket; exactly one decision ends `pending`."""
+    """Life of a ticket; exactly one decision ends `pending`."""
 
     PENDING = "pending"
-    APPROVED = "approved"
+    APPROVED = "approved"  # of an ask: the input was given
     DENIED = "denied"
     EXPIRED = "expired"
     CANCELLED = "cancelled"
@@ -266,6 +281,10 @@ class Reason(StrEnum):
     APPROVAL_DENIED = "approval_denied"
     APPROVAL_EXPIRED = "approval_expired"
     APPROVAL_MISMATCH = "approval_mismatch"
+    INPUT_NOT_ALLOWED = "input_not_allowed"
+    INPUT_REQUIRED = "input_required"
+    INPUT_DENIED = "input_denied"
+    INPUT_EXPIRED = "input_expired"
     BUDGET_EXCEEDED = "budget_exceeded"
     BUDGET_MISSING = "budget_missing"
     HALTED = "halted"

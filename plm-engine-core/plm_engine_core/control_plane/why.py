@@ -14,6 +14,8 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+from plm_shared.canonical_json import compact_json
+
 from plm_engine_core.control_plane.admission.grants import Begun
 from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
 from plm_engine_core.control_plane.halts import Halt
@@ -22,6 +24,7 @@ from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.storage.ports import Storage
 from plm_engine_core.control_plane.vocabulary import (
+    PROVIDE_INPUT,
     BudgetScope,
     HaltScope,
     Period,
@@ -30,6 +33,7 @@ from plm_engine_core.control_plane.vocabulary import (
     RunState,
     Stage,
     StepState,
+    TicketKind,
     TicketState,
 )
 
@@ -58,6 +62,10 @@ UNBLOCKED_BY: Mapping[str, str] = {
     Reason.APPROVAL_DENIED: "a new run, proposing what the approver's comment leaves",
     Reason.APPROVAL_EXPIRED: "a new run, decided in time",
     Reason.APPROVAL_MISMATCH: "a new approval: this one is for another call or policy, or was used",
+    Reason.INPUT_NOT_ALLOWED: "a policy that lets agents ask, or ask more often",
+    Reason.INPUT_REQUIRED: "a human who gives the input, or denies it, before the deadline",
+    Reason.INPUT_DENIED: "going on without the input, or a new run",
+    Reason.INPUT_EXPIRED: "a new run, answered in time",
     Reason.BUDGET_EXCEEDED: "a new run with a higher limit, or for the tenant's budget another limit",
     Reason.BUDGET_MISSING: "setting the budget",
     Reason.HALTED: "lifting the halt, or cancelling the run",
@@ -84,6 +92,13 @@ _BY_TICKET_STATE: Mapping[TicketState, str] = {
     TicketState.DENIED: UNBLOCKED_BY[Reason.APPROVAL_DENIED],
     TicketState.EXPIRED: UNBLOCKED_BY[Reason.APPROVAL_EXPIRED],
 }
+_BY_ASK_STATE: Mapping[TicketState, str] = {
+    TicketState.PENDING: UNBLOCKED_BY[Reason.INPUT_REQUIRED],
+    TicketState.DENIED: UNBLOCKED_BY[Reason.INPUT_DENIED],
+    TicketState.EXPIRED: UNBLOCKED_BY[Reason.INPUT_EXPIRED],
+}
+_LONGEST_SHOWN = 200
+
 _BOOKED_AT: Mapping[str, str] = {
     Reason.HALTED: "halt",
     Reason.CANCEL_REQUESTED: "cancel",
@@ -91,6 +106,10 @@ _BOOKED_AT: Mapping[str, str] = {
     Reason.APPROVAL_DENIED: "approval",
     Reason.APPROVAL_EXPIRED: "approval",
     Reason.APPROVAL_MISMATCH: "approval",
+    Reason.INPUT_NOT_ALLOWED: "approval",
+    Reason.INPUT_REQUIRED: "approval",
+    Reason.INPUT_DENIED: "approval",
+    Reason.INPUT_EXPIRED: "approval",
     Reason.BUDGET_EXCEEDED: Stage.COST_BUDGET,
     Reason.BUDGET_MISSING: Stage.COST_BUDGET,
 }
@@ -289,9 +308,9 @@ def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
     decision = _readable(step.decision)
     booked = step.error if step.state in _REFUSED and step.error else {}
     reason = booked.get("reason") or decision.get("reason")
-    waiting = step.state is StepState.AWAITING_APPROVAL
+    waiting, asks = step.state is StepState.AWAITING_APPROVAL, step.capability == PROVIDE_INPUT
     if waiting:
-        reason = Reason.APPROVAL_REQUIRED.value
+        reason = (Reason.INPUT_REQUIRED if asks else Reason.APPROVAL_REQUIRED).value
     blocked = waiting or step.state in _REFUSED
     by_policy = reason == decision.get("reason") or waiting
     decided = waiting and ticket is not None and ticket.state is not TicketState.PENDING
@@ -335,7 +354,13 @@ def _stage(reason: str | None, decision: Mapping[str, Any]) -> str:
 def of_ticket(ticket: ApprovalTicket) -> Why:
     """Where a ticket stands, and who said what."""
     said = f": {ticket.comment}" if ticket.comment else ""
+    asks = ticket.kind is TicketKind.INPUT
+    by_state = _BY_ASK_STATE if asks else _BY_TICKET_STATE
     match ticket.state:
+        case TicketState.PENDING if asks:
+            message = f"an input is asked for until {ticket.deadline:%Y-%m-%d %H:%M:%S} UTC: {_asked(ticket)}"
+        case TicketState.APPROVED if asks:
+            message = f"given by {ticket.decided_by}{said}; the input is {_shown(ticket.input)}"
         case TicketState.PENDING:
             message = f"{ticket.capability} on {ticket.resource} waits until {ticket.deadline:%Y-%m-%d %H:%M:%S} UTC"
         case TicketState.APPROVED | TicketState.DENIED:
@@ -352,10 +377,21 @@ def of_ticket(ticket: ApprovalTicket) -> Why:
         id=str(ticket.id),
         state="used" if ticket.consumed_at is not None else ticket.state.value,
         message=message,
-        rule=f"tier {ticket.tier}",
+        rule="approval.input" if asks else f"tier {ticket.tier}",
         policy_digest=ticket.policy_digest,
-        unblocked_by=_BY_TICKET_STATE.get(ticket.state, ""),
+        unblocked_by=by_state.get(ticket.state, ""),
     )
+
+
+def _asked(ticket: ApprovalTicket) -> str:
+    """What an agent asks, as it stands in the ticket."""
+    return str(ticket.arguments.get("question", ""))
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a JSON value; the rest is in the ticket."""
+    text = compact_json(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
 
 
 def of_budget(budget: Budget) -> Why:

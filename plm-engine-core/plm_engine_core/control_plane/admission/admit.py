@@ -26,7 +26,7 @@ from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityDesc
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCommand, Connection
 from plm_engine_core.control_plane.vocabulary import Reason
 
-_AGAIN_MS = 200
+AGAIN_MS = 200
 _ASKED_OTHERWISE = "asked for under another definition"
 
 
@@ -155,7 +155,7 @@ async def admit(
             message=str(error),
             rule="storage",
             unblock="asking again, once the database answers",
-            retry_after_ms=_AGAIN_MS,
+            retry_after_ms=AGAIN_MS,
         )
     return _admission(proposal, answer, admitting.capability)
 
@@ -322,6 +322,17 @@ def _same_call(asked: Any, capability: CapabilityDescriptor | None) -> bool:
     return capability is not None and capability.calls_as(then)
 
 
+def policy_changed(answer: Mapping[str, Any]) -> Denied:
+    """How it is said that another policy was activated meanwhile; nothing was booked."""
+    return Denied(
+        reason=Reason.POLICY_CHANGED,
+        message=answer["message"],
+        rule="policy",
+        unblock="proposing it again, to be decided by the policy that is active now",
+        retry_after_ms=AGAIN_MS,
+    )
+
+
 def _admission(proposal: Proposal, answer: Mapping[str, Any], capability: CapabilityDescriptor | None) -> Admission:
     match answer["status"]:
         case "granted":
@@ -351,13 +362,7 @@ def _admission(proposal: Proposal, answer: Mapping[str, Any], capability: Capabi
                 unblock=answer.get("unblock") or "",
             )
         case "policy_changed":
-            return Denied(
-                reason=Reason.POLICY_CHANGED,
-                message=answer["message"],
-                rule="policy",
-                unblock="proposing it again, to be decided by the policy that is active now",
-                retry_after_ms=_AGAIN_MS,
-            )
+            return policy_changed(answer)
         case "steered":
             return Steered(
                 guidance=answer["guidance"],

@@ -121,6 +121,19 @@ def check_principal(who: Principal, *, field: str) -> None:
         raise InvalidRequest(f"'{field}' must be the Principal whose act it is, not {who!r:.80}", field=field)
 
 
+def check_place(step_index: object, attempt: object) -> None:
+    """Refuse numbers of a step and an attempt that none can have.
+
+    Raises:
+        InvalidRequest: names the field.
+    """
+    if not (type(step_index) is type(attempt) is int and 0 <= step_index <= _LAST and 1 <= attempt <= _LAST):
+        raise InvalidRequest(
+            f"a step has an index from 0 and attempts from 1 up, not {step_index!s:.20}/{attempt!s:.20}",
+            field="step_index",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
     """One use of one capability, as an agent would like it.
@@ -167,10 +180,7 @@ class Proposal:
         if not sound:
             raise wrong_type(self, "a proposal", _KINDS)
         if not (0 <= self.step_index <= _LAST and 1 <= self.attempt <= _LAST):
-            raise InvalidRequest(
-                f"a step has an index from 0 and attempts from 1 up, not {self.step_index!s:.20}/{self.attempt!s:.20}",
-                field="step_index",
-            )
+            check_place(self.step_index, self.attempt)  # says what is amiss
 
     @property
     def step_key(self) -> str:

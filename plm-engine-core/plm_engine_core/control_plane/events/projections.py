@@ -20,7 +20,7 @@ from plm_engine_core.control_plane.events.standing import (
     Standing,
     TicketStanding,
 )
-from plm_engine_core.control_plane.vocabulary import EventKind, RunState, TicketState
+from plm_engine_core.control_plane.vocabulary import EventKind, RunState, TicketKind, TicketState
 
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.storage.ports import Storage
@@ -158,7 +158,8 @@ class Projections:
 
     def _asked(self, run_id: UUID, data: Mapping[str, Any], _: str) -> None:
         answer = data["answer"]
-        self._run(run_id, RunState.AWAITING_APPROVAL, reason="approval_required", message=answer.get("message"))
+        reason = answer["reason"] if data.get("ticket_kind") == TicketKind.INPUT else "approval_required"
+        self._run(run_id, RunState.AWAITING_APPROVAL, reason=reason, message=answer.get("message"))
         ticket_id = UUID(answer["ticket_id"])
         if ticket_id in self.tickets:
             return

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
+from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.admission.proposal import Principal, check_principal
 from plm_engine_core.control_plane.errors import Conflict, Forbidden, InvalidRequest
+from plm_engine_core.control_plane.hitl.inputs import check_input
 from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.policy import Demand, PolicySnapshot
-from plm_engine_core.control_plane.storage.ports import ApprovalStore, VoteCommand
+from plm_engine_core.control_plane.storage.ports import ApprovalStore, InputCommand, VoteCommand
 from plm_engine_core.control_plane.texts import check_storable, word_of
-from plm_engine_core.control_plane.vocabulary import ActionTier, RiskLevel, TicketDecision, TicketState
+from plm_engine_core.control_plane.vocabulary import ActionTier, RiskLevel, TicketDecision, TicketKind, TicketState
 
 MAX_COMMENT = 10_000
 MAX_WAIT_SECONDS = 3600.0
@@ -22,7 +25,11 @@ _LOOK_EVERY_SECONDS = 0.5
 
 
 class ApprovalGate:
-    """Counts votes on tickets: by authorised people who did not ask for the call, before the deadline."""
+    """Counts votes on tickets, and takes inputs: of authorised people, before the deadline; one decision counts.
+
+    Nobody approves a call that they asked for. An input allows nothing, so who a run works for may give one to it,
+    unless the policy has somebody else do it.
+    """
 
     def __init__(self, *, store: ApprovalStore, policy: PolicySnapshot) -> None:
         self._store = store
@@ -31,6 +38,8 @@ class ApprovalGate:
     def demand(self, ticket: ApprovalTicket) -> Demand:
         """What a ticket needs under the policy in force."""
         escalated = ticket.escalated_at is not None
+        if ticket.kind is TicketKind.INPUT:
+            return self._policy.approval.input_demand(escalated=escalated)
         return self._policy.approval.demand(ActionTier(ticket.tier), RiskLevel(ticket.risk), escalated=escalated)
 
     async def decide(
@@ -54,7 +63,8 @@ class ApprovalGate:
         Raises:
             Forbidden: the approver lacks an OAuth scope, is not a human, or asked for the call
             (`separation_of_duties`); or the policy allows no such approval scope (`scope_not_allowed`).
-            Conflict: `already_decided`, `already_voted` the other way, `approval_expired`, or `escalated` meanwhile.
+            Conflict: `already_decided`, `already_voted` the other way, `approval_expired`, or `escalated` meanwhile;
+            or the ticket asks for an input, which is given or denied (`ticket_kind`).
             InvalidRequest: the comment is too long, or the terms of the scope are no positive numbers.
             NotFound: no such ticket in this tenant.
         """
@@ -63,6 +73,8 @@ class ApprovalGate:
         decision = word_of(TicketDecision, decision, field="decision")
         _check_comment(comment)
         ticket = await self._store.get(tenant_id, ticket_id)
+        if ticket.kind is TicketKind.INPUT and decision is TicketDecision.APPROVE:
+            raise _other_kind("the ticket asks for an input: give it with provide_input, or deny it")
         demand = self.demand(ticket)
         _require_scopes(approver, demand.scopes)
         if scope is not None:
@@ -80,13 +92,61 @@ class ApprovalGate:
                 escalated=ticket.escalated_at is not None,
                 scope=scope,
                 scope_id=new_id(),
+                requester_may=self._requester_may(ticket),
             )
         )
-        if answer["status"] == "refused":
-            if answer["reason"] == "separation_of_duties":
-                raise Forbidden(answer["message"], reason=answer["reason"])
-            raise Conflict(answer["message"], reason=answer["reason"])
+        _raise_refused(answer)
         return await self._store.get(tenant_id, ticket_id)
+
+    async def provide_input(
+        self, tenant_id: UUID, ticket_id: UUID, value: Any, *, approver: Principal, comment: str = ""
+    ) -> ApprovalTicket:
+        """Give the input that a ticket asks for: a JSON value that its schema takes. The first valid decision counts.
+
+        It becomes the output of the step that asked, recorded with who gave it, and the parked run continues in the
+        same commit. It allows, spends and reserves nothing. The same input by the same person again answers the same.
+        Do not give secrets: the record keeps an input for good, and no message repeats one.
+
+        Raises:
+            InvalidRequest: the value is no JSON, too large, or breaks the schema; names the path, never the value.
+            Forbidden: the approver lacks an OAuth scope or is not a human; asked for the run, where the policy has
+            somebody else answer (`separation_of_duties`); or the policy lets no agent ask any more
+            (`input_not_allowed`).
+            Conflict: `already_decided`, `already_voted` against it, `approval_expired`, or `escalated` meanwhile; or
+            the ticket asks for an approval (`ticket_kind`).
+            NotFound: no such ticket in this tenant.
+        """
+        check_principal(approver, field="approver")
+        require_human(approver)
+        _check_comment(comment)
+        ticket = await self._store.get(tenant_id, ticket_id)
+        if ticket.kind is not TicketKind.INPUT:
+            raise _other_kind("the ticket asks for an approval: approve or deny it")
+        if self._policy.approval.input is None:
+            problem = "the policy in force lets no agent ask humans for an input; deny the ticket"
+            raise Forbidden(problem, reason="input_not_allowed")
+        demand = self.demand(ticket)
+        _require_scopes(approver, demand.scopes)
+        check_input(value, ticket.arguments)
+        answer = await self._store.provide_input(
+            InputCommand(
+                tenant_id=tenant_id,
+                ticket_id=ticket_id,
+                input=value,
+                voter=approver.user_id,
+                actor=approver.actor,
+                comment=comment,
+                authority=demand.scopes,
+                escalated=ticket.escalated_at is not None,
+                requester_may=self._requester_may(ticket),
+            )
+        )
+        _raise_refused(answer)
+        return await self._store.get(tenant_id, ticket_id)
+
+    def _requester_may(self, ticket: ApprovalTicket) -> bool:
+        rule = self._policy.approval.input
+        return ticket.kind is TicketKind.INPUT and rule is not None and rule.by_requester
 
     def _check_terms(self, ticket: ApprovalTicket, decision: TicketDecision, terms: ScopeTerms) -> None:
         """Refuse an approval scope wider than the policy allows; what it allows none of is refused, never narrowed."""
@@ -168,6 +228,16 @@ def require_human(principal: Principal) -> None:
     """
     if principal.actor_kind != "human":
         raise Forbidden("only a human may decide an approval", reason="not_human")
+
+
+def _other_kind(problem: str) -> Conflict:
+    return Conflict(problem, reason="ticket_kind")
+
+
+def _raise_refused(answer: Mapping[str, Any]) -> None:
+    if answer["status"] == "refused":
+        kind = Forbidden if answer["reason"] == "separation_of_duties" else Conflict
+        raise kind(answer["message"], reason=answer["reason"])
 
 
 def _require_scopes(principal: Principal, required: tuple[str, ...]) -> None:

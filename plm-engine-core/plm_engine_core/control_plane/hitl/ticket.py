@@ -1,4 +1,4 @@
-"""An approval ticket: exactly what would be done, until when it may be decided, and what was said about it."""
+"""A ticket: exactly what is asked of humans, until when it may be decided, and what was said about it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.vocabulary import TicketDecision, TicketState
+from plm_engine_core.control_plane.vocabulary import PROVIDE_INPUT, TicketDecision, TicketKind, TicketState
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,9 @@ class ApprovalTicket:
 
     `escalate_seconds` is set where the policy hands it on, once, when nobody decided in time. `supersedes` is the
     ticket of the same step whose call was proposed before, with other arguments.
+
+    Where an agent asks for an input, `arguments` are its `question` and the `schema` of the answer, words of the agent;
+    `capability` is the word `provide_input`, and `input` what a human gave, once the ticket is approved.
     """
 
     id: UUID
@@ -43,6 +46,12 @@ class ApprovalTicket:
     escalated_at: datetime | None = None
     supersedes: UUID | None = None
     superseded_by: UUID | None = None
+    input: Any = None
+
+    @property
+    def kind(self) -> TicketKind:
+        """Whether it asks for an approval or for an input."""
+        return TicketKind.INPUT if self.capability == PROVIDE_INPUT else TicketKind.APPROVAL
 
 
 @dataclass(frozen=True, kw_only=True)

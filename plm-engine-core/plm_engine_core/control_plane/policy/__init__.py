@@ -5,6 +5,7 @@ from plm_engine_core.control_plane.policy.approval import (
     ApprovalRule,
     Demand,
     Escalation,
+    InputRule,
     StandingApproval,
 )
 from plm_engine_core.control_plane.policy.decide import decide
@@ -31,6 +32,7 @@ __all__ = [
     "Evaluation",
     "EvaluatorSpec",
     "Facts",
+    "InputRule",
     "Needs",
     "PolicySnapshot",
     "Proposed",

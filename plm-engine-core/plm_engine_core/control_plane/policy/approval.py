@@ -17,7 +17,7 @@ _MONTH = 30 * 86400
 Seconds = Annotated[Number, Field(gt=0, le=_MONTH, allow_inf_nan=False)]
 OAuthScope = Annotated[str, Field(min_length=1, max_length=200)]  # its form is looked at before a policy is activated
 
-ADDED = ("quorum", "by_tier", "by_risk", "escalation", "standing")
+ADDED = ("quorum", "by_tier", "by_risk", "escalation", "standing", "input")
 """Members that the first form did not have: while they say nothing a policy's digest leaves them out."""
 
 
@@ -49,9 +49,22 @@ class StandingApproval(_Frozen):
     any_resource: Flag = False
 
 
+class InputRule(_Frozen):
+    """How agents may ask humans for an input, and who gives it: one answer, which allows, spends and reserves nothing.
+
+    Without a scope or a time of its own an ask has those of an approval. Who a run works for may answer what it asks,
+    as nobody's consent is asked for; `by_requester: false` has somebody else answer.
+    """
+
+    required_scope: OAuthScope | None = None
+    timeout_seconds: Seconds | None = None
+    by_requester: Flag = True
+    max_per_run: Whole = Field(default=10, ge=1, le=1000)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Demand:
-    """What one ticket needs: `quorum` approvals by different people who each hold all of `scopes`."""
+    """What one ticket needs: `quorum` words by different people who each hold all of `scopes`."""
 
     scopes: tuple[str, ...]
     quorum: int
@@ -68,6 +81,7 @@ class ApprovalRule(_Frozen):
     by_risk: Table[RiskLevel, ApprovalDemand] = Field(default_factory=lambda: MappingProxyType({}))
     escalation: Escalation | None = None
     standing: StandingApproval | None = None
+    input: InputRule | None = None
 
     def demand(self, tier: ActionTier | None, risk: RiskLevel | None, *, escalated: bool = False) -> Demand:
         """What a ticket of this tier and risk needs; an `escalated` one needs the wider circle's OAuth scope."""
@@ -84,6 +98,14 @@ class ApprovalRule(_Frozen):
             ),
         )
 
+    def input_demand(self, *, escalated: bool = False) -> Demand:
+        """What an ask needs; where the policy lets no agent ask, who may approve may still deny one from before."""
+        rule = self.input or InputRule()
+        scope = rule.required_scope or self.required_scope
+        if escalated and self.escalation is not None:
+            scope = self.escalation.required_scope
+        return Demand(scopes=(scope,), quorum=1, timeout_seconds=rule.timeout_seconds or self.timeout_seconds)
+
     @property
     def scopes(self) -> dict[str, str]:
         """Every OAuth scope that is asked for, by its place in the rule."""
@@ -94,6 +116,8 @@ class ApprovalRule(_Frozen):
         }
         if self.escalation is not None:
             asked["escalation.required_scope"] = self.escalation.required_scope
+        if self.input is not None and self.input.required_scope:
+            asked["input.required_scope"] = self.input.required_scope
         return {"required_scope": self.required_scope, **asked}
 
     @property

@@ -8,7 +8,14 @@ from uuid import UUID
 from plm_shared.ledger import uuid_text
 
 from plm_engine_core.control_plane.errors import FencingLost
-from plm_engine_core.control_plane.storage.ports import AdmitCommand, SettleCommand, VoteCommand
+from plm_engine_core.control_plane.storage.ports import (
+    AdmitCommand,
+    AskCommand,
+    InputCommand,
+    SettleCommand,
+    VoteCommand,
+)
+from plm_engine_core.control_plane.vocabulary import PROVIDE_INPUT, ExecutorKind
 
 _LAST_TOKEN = 2**63 - 1
 
@@ -94,4 +101,50 @@ def vote_json(command: VoteCommand) -> dict[str, Any]:
         "escalated": command.escalated,
         "scope": scope and {"uses": scope.uses, "seconds": scope.seconds, "any_resource": scope.any_resource},
         "scope_id": str(command.scope_id),
+        "requester_may": command.requester_may,
+    }
+
+
+def ask_json(command: AskCommand) -> dict[str, Any]:
+    """What is booked for one ask."""
+    return {
+        "tenant_id": uuid_text(command.tenant_id),
+        "run_id": uuid_text(command.run_id),
+        "fencing_token": held_token(command.run_id, command.fencing_token),
+        "step_index": command.step_index,
+        "attempt": command.attempt,
+        "step_id": command.step_id,
+        "step_key": command.step_key,
+        "capability": PROVIDE_INPUT,
+        "resource": command.resource,
+        "arguments": dict(command.arguments),
+        "digest": command.digest,
+        "policy_digest": command.policy_digest,
+        "executor_kind": ExecutorKind.EXTERNAL.value,
+        "requester": uuid_text(command.requester),
+        "actor": command.actor,
+        "decision": dict(command.decision),
+        "beyond": dict(command.beyond),
+        "most": command.most,
+        "ticket": {
+            "id": str(command.ticket_id),
+            "seconds": command.ticket_seconds,
+            "escalate_seconds": command.escalate_seconds,
+        },
+    }
+
+
+def input_json(command: InputCommand) -> dict[str, Any]:
+    """What is booked for one input."""
+    return {
+        "tenant_id": str(command.tenant_id),
+        "ticket_id": str(command.ticket_id),
+        "vote": PROVIDE_INPUT,
+        "input": command.input,
+        "voter": str(command.voter),
+        "actor": command.actor,
+        "comment": command.comment,
+        "authority": list(command.authority),
+        "escalated": command.escalated,
+        "requester_may": command.requester_may,
     }

@@ -123,6 +123,47 @@ class VoteCommand:
     escalated: bool
     scope: ScopeTerms | None
     scope_id: UUID
+    requester_may: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskCommand:
+    """An ask, ready to be booked: `decision` says whether it may be, `beyond` what is said once `most` were."""
+
+    tenant_id: UUID
+    run_id: UUID
+    fencing_token: int
+    step_index: int
+    attempt: int
+    step_id: str
+    step_key: str
+    resource: str
+    arguments: Mapping[str, Any]
+    digest: str
+    policy_digest: str
+    requester: UUID
+    actor: str
+    decision: Mapping[str, Any]
+    beyond: Mapping[str, Any]
+    most: int
+    ticket_id: UUID
+    ticket_seconds: float
+    escalate_seconds: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputCommand:
+    """An input that a human gives; `requester_may` is whether the policy lets the requester give it."""
+
+    tenant_id: UUID
+    ticket_id: UUID
+    input: Any
+    voter: UUID
+    actor: str
+    comment: str
+    authority: Sequence[str]
+    escalated: bool
+    requester_may: bool
 
 
 class Delivery(Protocol):
@@ -205,7 +246,7 @@ class RunStore(Protocol):
         ...
 
     def attempts(self, tenant_id: UUID, *, since: datetime) -> AsyncIterator[Sequence[Attempt]]:
-        """Every attempt of the tenant that was decided since then, a batch at a time, oldest run first."""
+        """Every proposal of the tenant that was decided since then, a batch at a time, oldest run first; no asks."""
         ...
 
     async def budgets(self, tenant_id: UUID, run_id: UUID) -> Sequence[Budget]:
@@ -328,6 +369,14 @@ class ApprovalStore(Protocol):
 
     async def decide(self, command: VoteCommand) -> Mapping[str, Any]:
         """Count one vote; the answer has `status` decided, counted or refused."""
+        ...
+
+    async def ask(self, command: AskCommand) -> Mapping[str, Any]:
+        """Book an ask, once; the answer has `status` pending, denied or policy_changed."""
+        ...
+
+    async def provide_input(self, command: InputCommand) -> Mapping[str, Any]:
+        """Take an input, and end the ticket and its step with it; the answer has `status` decided or refused."""
         ...
 
     async def comments(self, tenant_id: UUID, ticket_id: UUID) -> Sequence[Comment]:

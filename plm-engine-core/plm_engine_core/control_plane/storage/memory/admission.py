@@ -50,6 +50,7 @@ class MemoryAdmission(MemorySettlement):
                 if (
                     index < before_step
                     and step["state"] not in _NEVER_GRANTED
+                    and step["grant_id"] is not None
                     and (known is None or known["attempt"] < step["attempt"])
                 ):
                     newest[index] = step

@@ -17,7 +17,7 @@ from plm_engine_core.control_plane.storage.memory.values import json_time, witho
 _STEP_STATES = {"allow": "granted", "ask": "awaiting_approval", "steer": "steered"}
 _DECIDED = ("outcome", "reason", "message", "rule", "unblock", "guidance", "retry_after_ms")
 _NOT_ANSWERED = ("outcome", "reserved", "opens")
-_BEING_CANCELLED = {
+BEING_CANCELLED = {
     "outcome": "deny",
     "reason": "cancel_requested",
     "rule": "cancel",
@@ -86,7 +86,7 @@ class AdmitBooking:
         if halt is not None:
             verdict |= halted(halt)
         elif cancelling and self._c["begin"]:
-            verdict |= _BEING_CANCELLED
+            verdict |= BEING_CANCELLED
         elif verdict["outcome"] == "ask":
             verdict |= approval_now(self._books, self._c)
         if verdict["outcome"] == "allow":

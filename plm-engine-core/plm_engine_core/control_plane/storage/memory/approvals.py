@@ -10,20 +10,22 @@ from uuid import UUID
 from plm_engine_core.control_plane.errors import NotFound
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, run_stream
 from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, Vote
-from plm_engine_core.control_plane.storage.commands import vote_json
+from plm_engine_core.control_plane.storage.commands import ask_json, input_json, vote_json
+from plm_engine_core.control_plane.storage.memory.asks import book_ask
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
-from plm_engine_core.control_plane.storage.memory.tickets import about, time_out_ticket
+from plm_engine_core.control_plane.storage.memory.tickets import about, end_ask, time_out_ticket
 from plm_engine_core.control_plane.storage.memory.values import (
     fresh,
+    json_text,
     json_time,
     kept_json,
     storable_text,
     text_time,
     without_nulls,
 )
-from plm_engine_core.control_plane.storage.ports import VoteCommand
+from plm_engine_core.control_plane.storage.ports import AskCommand, InputCommand, VoteCommand
 from plm_engine_core.control_plane.storage.rows import comment_row, scope_row, ticket_row, vote_row
-from plm_engine_core.control_plane.vocabulary import RunState, TicketState
+from plm_engine_core.control_plane.vocabulary import PROVIDE_INPUT, Reason, RunState, TicketState
 
 
 class MemoryApprovals:
@@ -35,7 +37,7 @@ class MemoryApprovals:
     async def get(self, tenant_id: UUID, ticket_id: UUID) -> ApprovalTicket:
         """One ticket."""
         async with self._books.turn() as books:
-            return ticket_row(fresh(_ticket(books, tenant_id, ticket_id)))
+            return _read(books, _ticket(books, tenant_id, ticket_id))
 
     async def list(
         self, tenant_id: UUID, *, limit: int, after: tuple[datetime, UUID] | None, state: TicketState | None
@@ -44,7 +46,7 @@ class MemoryApprovals:
         async with self._books.turn() as books:
             rows = books.approval_tickets.rows(tenant_id)
             page = _page([row for row in rows if state is None or row["state"] == state.value], after, limit)
-            return [ticket_row(fresh(row)) for row in page]
+            return [_read(books, row) for row in page]
 
     async def votes(self, tenant_id: UUID, ticket_id: UUID) -> Sequence[Vote]:
         """The first one first."""
@@ -58,6 +60,22 @@ class MemoryApprovals:
         async with self._books.turn() as books:
             ticket = _ticket(books, command.tenant_id, command.ticket_id)
             answer = _decide(books, ticket, vote, command.voter)
+            if answer["deliver"]:
+                books.deliver(command.tenant_id, ticket["run_id"])
+            return answer
+
+    async def ask(self, command: AskCommand) -> Mapping[str, Any]:
+        """Book an ask, once."""
+        booking = kept_json(ask_json(command), root="ask")
+        async with self._books.turn() as books:
+            return book_ask(books, booking)
+
+    async def provide_input(self, command: InputCommand) -> Mapping[str, Any]:
+        """Take an input, and enqueue the parked run in the same transaction."""
+        given = kept_json(input_json(command), root="input")
+        async with self._books.turn() as books:
+            ticket = _ticket(books, command.tenant_id, command.ticket_id)
+            answer = _provide(books, ticket, given, command.voter)
             if answer["deliver"]:
                 books.deliver(command.tenant_id, ticket["run_id"])
             return answer
@@ -102,6 +120,10 @@ class MemoryApprovals:
             return scope_row(scope)
 
 
+_NOT_YOUR_CALL = "the requester of a call cannot decide its approval, nor can who had it requested"
+_NOT_YOUR_ASK = "the policy has the requester of a run answer none of its asks, nor who had it requested"
+
+
 def _decide(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> dict[str, Any]:
     """Count one vote: a denial ends the ticket, and so do `quorum` approvals by different people in time."""
     known = books.approval_votes.get((ticket["tenant_id"], ticket["id"]), voter)
@@ -120,18 +142,44 @@ def _decide(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> 
     return {**named, "status": status, "replayed": False, "deliver": state is not None}
 
 
+def _provide(books: Books, ticket: Row, given: Mapping[str, Any], voter: UUID) -> dict[str, Any]:
+    """Take an input: the first valid word ends the ticket and its step, and the run goes on."""
+    tenant_id, named = ticket["tenant_id"], {"run_id": str(ticket["run_id"])}
+    if ticket["decided_by"] == voter and ticket["state"] == "approved":
+        step = books.run_steps.get((tenant_id, ticket["run_id"]), (ticket["step_index"], ticket["attempt"]))
+        if step is not None and json_text(step["output"]) == json_text(given["input"]):
+            return {**named, "status": "decided", "replayed": True, "deliver": False}
+    was, ticket = ticket["state"], time_out_ticket(books, ticket, given["actor"])
+    refusal = _refused_vote(books, ticket, given, voter)
+    if refusal is not None:
+        expired = was == "pending" and ticket["state"] == "expired"
+        return {**named, **refusal, "status": "refused", "deliver": expired}
+    decided = {"state": "approved", "decided_at": books.now(), "decided_by": voter, "comment": given["comment"]}
+    books.approval_tickets.change(tenant_id, ticket["id"], **decided)
+    end_ask(books, ticket, output=given["input"])
+    books.queue_again(tenant_id, ticket["run_id"], was=RunState.AWAITING_APPROVAL)
+    payload = {**about(ticket), **{name: given[name] for name in ("vote", "authority", "input")}}
+    payload |= {"decision": "approved", "digest": ticket["digest"], "ticket_kind": "input"}
+    payload |= {"comment": given["comment"]} if given["comment"] else {}
+    books.append(tenant_id, run_stream(ticket["run_id"]), "approval_decided", given["actor"], payload)
+    return {**named, "status": "decided", "replayed": False, "deliver": True}
+
+
 def _refused_vote(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> dict[str, str] | None:
     """Why a voter cannot be counted; nobody decides what they asked for themselves, or had asked for by delegation."""
     principal = books.run(ticket["tenant_id"], ticket["run_id"])["principal"]
     known = books.approval_votes.get((ticket["tenant_id"], ticket["id"]), voter)
-    if ticket["requested_by"] == voter or str(voter) in principal.get("delegated_by", ()):
-        refusal = (
-            "separation_of_duties",
-            ("the requester of a call cannot decide its approval, nor can who had it requested"),
-        )
+    asks = ticket["capability"] == PROVIDE_INPUT
+    theirs = ticket["requested_by"] == voter or str(voter) in principal.get("delegated_by", ())
+    if asks and vote["vote"] == "approve":
+        refusal = "ticket_kind", "the ticket asks for an input: give it with provide_input, or deny it"
+    elif not asks and vote["vote"] == PROVIDE_INPUT:
+        refusal = "ticket_kind", "the ticket asks for an approval: approve or deny it"
+    elif theirs and not (asks and vote["requester_may"]):
+        refusal = "separation_of_duties", _NOT_YOUR_ASK if asks else _NOT_YOUR_CALL
     elif ticket["state"] == "expired":
-        passed = text_time(ticket["deadline"])
-        refusal = "approval_expired", f"the deadline {passed} has passed; the call is denied"
+        passed, what = text_time(ticket["deadline"]), "ask" if asks else "call"
+        refusal = "approval_expired", f"the deadline {passed} has passed; the {what} is denied"
     elif ticket["state"] != "pending":
         refusal = "already_decided", f"the ticket is already {ticket['state']}"
     elif (ticket["escalated_at"] is not None) != vote["escalated"]:
@@ -163,11 +211,15 @@ def _count(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> s
         decided = {"state": state, "decided_at": now, "decided_by": voter, "comment": vote["comment"]}
         books.approval_tickets.change(tenant_id, ticket["id"], **decided)
         books.queue_again(tenant_id, ticket["run_id"], was=RunState.AWAITING_APPROVAL)
-    if state == "approved":
+    asks = ticket["capability"] == PROVIDE_INPUT
+    if state == "denied" and asks:
+        said = f": {vote['comment']}" if vote["comment"] else ""
+        end_ask(books, ticket, reason=Reason.INPUT_DENIED, message=f"no input was given{said}")
+    elif state == "approved":
         scope = _leave_scope(books, ticket, approvals, voter, UUID(vote["scope_id"]))
     payload = {**about(ticket), "vote": vote["vote"], "votes": votes, "quorum": vote["quorum"]}
     payload |= {"authority": vote["authority"], "decision": state, "digest": ticket["digest"], "scope": scope}
-    payload |= {"comment": vote["comment"] or None}
+    payload |= {"comment": vote["comment"] or None, "ticket_kind": "input" if asks else None}
     kind = "approval_voted" if state is None else "approval_decided"
     books.append(tenant_id, run_stream(ticket["run_id"]), kind, vote["actor"], without_nulls(payload))
     return state
@@ -205,6 +257,13 @@ def _ticket(books: Books, tenant_id: UUID, ticket_id: UUID) -> Row:
     if ticket is None:
         raise NotFound("approval ticket", ticket_id)
     return ticket
+
+
+def _read(books: Books, row: Row) -> ApprovalTicket:
+    """A ticket, an ask with the input that was given: it is the output of the step that asked."""
+    place = (row["step_index"], row["attempt"])
+    step = books.run_steps.get((row["tenant_id"], row["run_id"]), place) if row["capability"] == PROVIDE_INPUT else None
+    return ticket_row(fresh({**row, "input": step["output"] if step is not None else None}))
 
 
 def _page(rows: Sequence[Row], after: tuple[datetime, UUID] | None, limit: int) -> list[Row]:

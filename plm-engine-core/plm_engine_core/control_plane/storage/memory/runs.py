@@ -21,7 +21,14 @@ from plm_engine_core.control_plane.storage.memory.settlement import already_exis
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, storable_text
 from plm_engine_core.control_plane.storage.ports import MarkCommand
 from plm_engine_core.control_plane.storage.rows import budget_row, run_row, step_row
-from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunKind, RunState, StepState
+from plm_engine_core.control_plane.vocabulary import (
+    PROVIDE_INPUT,
+    BudgetScope,
+    EventKind,
+    RunKind,
+    RunState,
+    StepState,
+)
 
 _CREATE_OPERATION = "runs.create"
 _MARK_OPERATION = "runs.mark"
@@ -86,7 +93,7 @@ class MemoryRuns(MemoryLeases):
             return [_read_step(books, row) for row in sorted(found, key=_attempt)]
 
     async def attempts(self, tenant_id: UUID, *, since: datetime) -> AsyncIterator[Sequence[Attempt]]:
-        """Every attempt of the tenant that was decided since then, as one batch, oldest run first."""
+        """Every proposal of the tenant that was decided since then, as one batch, oldest run first."""
         async with self._books.turn() as books:
             runs = sorted(row["run_id"] for row in books.run_states.rows(tenant_id))
             steps = [row for run in runs for row in sorted(books.run_steps.rows((tenant_id, run)), key=_attempt)]
@@ -94,7 +101,7 @@ class MemoryRuns(MemoryLeases):
             batch = [
                 Attempt(run_id=str(row["run_id"]), **fresh({name: row[name] for name in names}))
                 for row in steps
-                if row["created_at"] >= since
+                if row["created_at"] >= since and row["capability"] != PROVIDE_INPUT
             ]
         if batch:
             yield batch

@@ -10,7 +10,7 @@ from uuid import UUID
 from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
 from plm_engine_core.control_plane.storage.memory.values import json_time, text_at, text_time
-from plm_engine_core.control_plane.vocabulary import RiskLevel, RunState
+from plm_engine_core.control_plane.vocabulary import PROVIDE_INPUT, Reason, RiskLevel, RunState
 
 _RISKS = [risk.value for risk in RiskLevel]
 
@@ -33,6 +33,9 @@ def time_out_ticket(books: Books, ticket: Row, actor: str) -> Row:
         left = books.approval_tickets.change(tenant_id, ticket["id"], state="expired")
         books.queue_again(tenant_id, run_id, was=RunState.AWAITING_APPROVAL)
         kind = "approval_expired"
+        if ticket["capability"] == PROVIDE_INPUT:
+            message = f"nobody gave the input until {text_time(ticket['deadline'])}"
+            end_ask(books, ticket, reason=Reason.INPUT_EXPIRED, message=message)
     payload = {**about(ticket), "deadline": json_time(left["deadline"])}
     books.append(tenant_id, run_stream(run_id), kind, actor, payload)
     return left
@@ -43,6 +46,20 @@ def time_out_tickets(books: Books, tenant_id: UUID, run_id: UUID, actor: str) ->
     due = [row for row in tickets_of(books, tenant_id, run_id) if row["state"] == "pending"]
     due = [row for row in due if row["deadline"] <= books.now()]
     return "expired" in [time_out_ticket(books, ticket, actor)["state"] for ticket in due]
+
+
+def end_ask(books: Books, ticket: Row, *, output: Any = None, reason: Reason | None = None, message: str = "") -> None:
+    """End the step of an ask with its ticket: it succeeds with the input, or is refused for a reason."""
+    group, place = (ticket["tenant_id"], ticket["run_id"]), (ticket["step_index"], ticket["attempt"])
+    step = books.run_steps.get(group, place)
+    if step is None or step["state"] != "awaiting_approval":
+        return
+    error = None
+    if reason is not None:
+        error = {"reason": reason.value, "message": message, "rule": step["decision"].get("rule"), "status": "denied"}
+        error |= {"ticket_id": str(ticket["id"])}
+    ended = {"state": "succeeded" if error is None else "denied", "evidence": "reported" if error is None else None}
+    books.run_steps.change(group, place, **ended, output=output, error=error, finished_at=books.now())
 
 
 def about(ticket: Row) -> dict[str, Any]:

@@ -64,6 +64,7 @@ class PostgresAdmission:
             cursor = await connection.execute(
                 "SELECT DISTINCT ON (step_index) capability FROM run_steps WHERE tenant_id = %s AND run_id = %s "
                 "AND step_index < %s AND state NOT IN ('denied', 'steered', 'awaiting_approval', 'not_started') "
+                "AND grant_id IS NOT NULL "
                 "ORDER BY step_index DESC, attempt DESC LIMIT %s",
                 [tenant_id, run_id, before_step, limit],
             )

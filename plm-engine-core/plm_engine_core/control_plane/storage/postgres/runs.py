@@ -18,7 +18,14 @@ from plm_engine_core.control_plane.storage.postgres.gateway import Session, json
 from plm_engine_core.control_plane.storage.postgres.leases import PostgresLeases, close_books, queue_again
 from plm_engine_core.control_plane.storage.postgres.markers import earlier_marker, put_marker
 from plm_engine_core.control_plane.storage.rows import budget_row, run_row, step_row
-from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind, RunKind, RunState, StepState
+from plm_engine_core.control_plane.vocabulary import (
+    PROVIDE_INPUT,
+    BudgetScope,
+    EventKind,
+    RunKind,
+    RunState,
+    StepState,
+)
 
 _ATTEMPTS = 1000  # in one batch
 _CREATE_OPERATION = "runs.create"
@@ -192,15 +199,15 @@ class PostgresRuns(PostgresLeases):
             return [step_row(row) for row in await cursor.fetchall()]
 
     async def attempts(self, tenant_id: UUID, *, since: datetime) -> AsyncIterator[Sequence[Attempt]]:
-        """Every attempt of the tenant that was decided since then, a batch at a time, oldest run first."""
+        """Every proposal of the tenant that was decided since then, a batch at a time, oldest run first."""
         after = (UUID(int=0), -1, -1)
         while True:
             async with self._gateway.transaction(tenant_id) as connection:
                 cursor = await connection.execute(
                     "SELECT run_id::text, step_index, attempt, capability, resource, arguments, decision "
                     "FROM run_steps WHERE tenant_id = %s AND (run_id, step_index, attempt) > (%s, %s, %s) "
-                    "AND created_at >= %s ORDER BY run_id, step_index, attempt LIMIT %s",
-                    [tenant_id, *after, since, _ATTEMPTS],
+                    "AND created_at >= %s AND capability <> %s ORDER BY run_id, step_index, attempt LIMIT %s",
+                    [tenant_id, *after, since, PROVIDE_INPUT, _ATTEMPTS],
                 )
                 batch = [Attempt(**row) for row in await cursor.fetchall()]
             if not batch:

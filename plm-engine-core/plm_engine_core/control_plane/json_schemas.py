@@ -1,0 +1,101 @@
+"""JSON Schemas (draft 2020-12) as somebody else wrote them: references stay within, patterns take linear time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any
+
+from plm_engine_core.control_plane.matching import Match, Matcher, matcher
+
+
+def schema_validator(schema: dict[str, Any]) -> Any:
+    """A validator of `jsonschema` for a schema. Nothing is fetched, and a pattern is matched in linear time.
+
+    Raises:
+        ValueError: it is no schema, has a pattern that cannot be matched, or refers to what is not in it.
+    """
+    import jsonschema
+    from jsonschema.exceptions import SchemaError
+    from jsonschema.validators import extend
+    from referencing.jsonschema import EMPTY_REGISTRY
+
+    try:
+        jsonschema.Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"the schema is none: {error.message}") from error
+    _check_below(schema)
+    linear = extend(jsonschema.Draft202012Validator, {"pattern": _pattern, "patternProperties": _pattern_properties})
+    return linear(schema, registry=EMPTY_REGISTRY)
+
+
+def first_problem(validator: Any, value: Any, *, root: str) -> str | None:
+    """The first entry that breaks the schema, by its path from `root` and without its value; None where none does."""
+    error = next(validator.iter_errors(_plain(value)), None)
+    if error is None:
+        return None
+    place = ".".join([root, *map(str, error.absolute_path)])
+    return f"{place} breaks {error.validator!r} of its schema"
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:  # noqa: ARG001  # its interface
+    from jsonschema.exceptions import ValidationError
+
+    if isinstance(instance, str) and not _search(pattern)(instance):
+        yield ValidationError("the text does not match")
+
+
+def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: Any) -> Iterator[Any]:  # noqa: ARG001
+    if not isinstance(instance, dict):
+        return
+    for pattern, below in patterns.items():
+        for name, value in instance.items():
+            if _search(pattern)(name) is not False:
+                yield from validator.descend(value, below, path=name, schema_path=pattern)
+
+
+@lru_cache(maxsize=1024)
+def _search(pattern: str) -> Matcher:
+    return matcher(pattern, Match.REGEX, anywhere=True, ignore_case=False)
+
+
+def _check_below(schema: dict[str, Any]) -> None:
+    """Refuse what only a proposal would meet: a bad pattern, and a reference to what is not in the schema.
+
+    Raises:
+        ValueError: naming it.
+    """
+    from jsonschema_specifications import REGISTRY  # type: ignore[import-untyped]
+    from referencing.exceptions import Unresolvable
+    from referencing.jsonschema import DRAFT202012
+
+    root = DRAFT202012.create_resource(schema)
+    todo = [(root, REGISTRY.resolver_with_root(root))]
+    seen: set[int] = set()
+    while todo:
+        resource, resolver = todo.pop()
+        below = resource.contents
+        if id(below) in seen or not isinstance(below, Mapping):
+            continue
+        seen.add(id(below))
+        for pattern in (below.get("pattern"), *(below.get("patternProperties") or ())):
+            if isinstance(pattern, str):
+                _search(pattern)
+        for keyword in ("$ref", "$dynamicRef"):
+            if keyword in below:
+                try:
+                    found = resolver.lookup(below[keyword])
+                except (Unresolvable, ValueError) as error:
+                    raise ValueError(
+                        f"the schema refers to {below[keyword]!r:.120}, which is not in it; nothing is fetched, so put "
+                        "it under $defs"
+                    ) from error
+                todo.append((DRAFT202012.create_resource(found.contents), found.resolver))
+        todo += [(each, resolver.in_subresource(each)) for each in resource.subresources()]
+
+
+def _plain(value: Any) -> Any:
+    """The value in the types that the validator takes for objects and arrays."""
+    if isinstance(value, Mapping):
+        return {name: _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
