@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
-from plm_engine_core.control_plane import Granted, Pending
+from plm_engine_core.control_plane import Granted, InputRequest, Pending
 from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.events import Event, Projections, rebuild, run_stream
 from plm_engine_core.control_plane.events.projections import CHANGES_NOTHING
@@ -116,14 +116,26 @@ class Walk:
         self.bench = bench
         self.dice = random.Random(seed)
         self.step = 0
-        self.halt = self.pending = self.granted = None
+        self.halt = self.pending = self.granted = self.asked = None
+        self.asking = bench.with_policy(approval={"input": {"max_per_run": 3}})
 
     async def go(self, moves):
         self.lease = await self.bench.lease()
         self.run = self.lease.run
         for _ in range(moves):
             move = self.dice.choice(
-                [self.admit, self.admit, self.settle, self.settle, self.decide, self.take, self.stop, self.end]
+                [
+                    self.admit,
+                    self.admit,
+                    self.ask,
+                    self.settle,
+                    self.settle,
+                    self.decide,
+                    self.answer,
+                    self.take,
+                    self.stop,
+                    self.end,
+                ]
             )
             try:
                 await move()
@@ -146,6 +158,29 @@ class Walk:
             self.granted, self.pending = admission.grant, None
             if self.dice.random() < 0.8 and not at_once:
                 await self.bench.begin(self.granted, self.lease)
+
+    async def ask(self):
+        self.step += 1
+        request = InputRequest(
+            tenant_id=self.bench.tenant,
+            run_id=self.run.id,
+            fencing_token=self.lease.fencing_token,
+            step_index=self.step,
+            attempt=1,
+            step_id=f"s{self.step}",
+            question="Well?",
+            principal=self.run.principal,
+        )
+        answer = await self.asking.control_plane.ask(request)
+        self.asked = answer if isinstance(answer, Pending) else self.asked
+
+    async def answer(self):
+        if self.asked is not None:
+            plane, where = self.asking.control_plane, (self.bench.tenant, self.asked.ticket_id)
+            if self.dice.random() < 0.6:
+                await plane.provide_input(*where, [None, 1], approver=self.bench.approver, comment="so")
+            else:
+                await plane.decide(*where, TicketDecision.DENY, approver=self.bench.approver)
 
     async def settle(self):
         if self.granted is not None:

@@ -10,20 +10,33 @@ import asyncio
 import os
 import random
 from collections import Counter, defaultdict
-from dataclasses import replace
+from dataclasses import fields, replace
 from decimal import Decimal
 from itertools import product
 
 import pytest
 from plm_engine_core import migrations
-from plm_engine_core.control_plane import ControlPlane, Denied, Granted
+from plm_engine_core.control_plane import ControlPlane, Denied, Granted, InputRequest
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.events import BEGINNING, rebuild, verify_tenant
-from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
+from plm_engine_core.control_plane.hitl import ApprovalTicket
+from plm_engine_core.control_plane.storage.commands import admit_json, settle_json, vote_json
+from plm_engine_core.control_plane.storage.ports import VoteCommand
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.storage.postgres.admission import PostgresAdmission, _buckets_json, _ledger_json
 from plm_engine_core.control_plane.storage.postgres.gateway import jsonb
-from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, OutcomeStatus, Reason
+from plm_engine_core.control_plane.vocabulary import (
+    ActionTier,
+    BudgetScope,
+    HaltScope,
+    OutcomeStatus,
+    Reason,
+    RiskLevel,
+    RunState,
+    StepState,
+    TicketDecision,
+    TicketState,
+)
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
 TAKEN_BACK = [("0032", 4), ("0033", 5), ("0036", 7)]  # a revision, and the release whose functions came after it
@@ -271,3 +284,91 @@ async def test_who_prepared_a_statement_before_a_migration_is_told_to_send_it_ag
         with pytest.raises(StorageUnavailable, match="was upgraded meanwhile"):
             await runs.budgets(bench.tenant, run.id)
         assert await runs.budgets(bench.tenant, run.id) == before
+
+
+class TestAsk:
+    """A node of a release that knows no asks meets one: it can deny it and time it out, and never answer or lose it."""
+
+    @pytest.fixture
+    async def ask(self, bench):
+        asking = bench.with_policy(approval={"input": {}})
+        lease = await asking.lease()
+        pending = await asking.control_plane.ask(
+            InputRequest(
+                tenant_id=bench.tenant,
+                run_id=lease.run.id,
+                fencing_token=lease.fencing_token,
+                step_index=0,
+                attempt=1,
+                step_id="ask",
+                question="How many?",
+                principal=lease.run.principal,
+            )
+        )
+        return asking, lease.run, pending
+
+    async def vote(self, bench, pending, decision, *, version=3, voter=None):
+        """Vote as a node of that version does, whose commands say nothing of asks."""
+        command = VoteCommand(
+            tenant_id=bench.tenant,
+            ticket_id=pending.ticket_id,
+            vote=decision,
+            voter=voter or bench.approver.user_id,
+            actor=f"human:{voter or bench.approver.user_id}",
+            comment="no",
+            quorum=1,
+            authority=("plm.hitl.resolve",),
+            escalated=False,
+            scope=None,
+            scope_id=bench.tenant,
+        )
+        document = vote_json(command)
+        del document["requester_may"]
+        async with bench.storage.approvals._gateway.transaction(bench.tenant) as connection:
+            call = f"SELECT engine_decide_ticket_v{version}(%s) AS answer".encode()
+            return (await (await connection.execute(call, [jsonb(document, root="vote")])).fetchone())["answer"]
+
+    async def standing(self, bench, run):
+        (step,) = await bench.storage.runs.steps(bench.tenant, run.id)
+        return await bench.state(run), step.state, (step.error or {}).get("reason"), step.grant_id
+
+    @pytest.mark.parametrize("version", [2, 3])
+    async def test_its_approval_is_refused_and_the_ask_stands(self, ask, version):
+        bench, run, pending = ask
+        answer = await self.vote(bench, pending, TicketDecision.APPROVE, version=version)
+        assert (answer["status"], answer["reason"]) == ("refused", "ticket_kind")
+        assert await self.standing(bench, run) == (RunState.AWAITING_APPROVAL, StepState.AWAITING_APPROVAL, None, None)
+        plane = bench.control_plane
+        given = await plane.provide_input(bench.tenant, pending.ticket_id, 3, approver=bench.approver)
+        assert given.input == 3
+
+    async def test_its_denial_ends_the_step(self, ask):
+        bench, run, pending = ask
+        assert (await self.vote(bench, pending, TicketDecision.DENY))["status"] == "decided"
+        assert await self.standing(bench, run) == (RunState.QUEUED, StepState.DENIED, "input_denied", None)
+        await assert_whole(bench)
+
+    async def test_not_by_the_requester_whatever_the_policy_says(self, ask):
+        bench, _, pending = ask
+        answer = await self.vote(bench, pending, TicketDecision.DENY, voter=bench.requester.user_id)
+        assert answer["reason"] == "separation_of_duties"
+
+    async def test_its_sweep_ends_the_step_too(self, ask):
+        bench, run, pending = ask
+        bench.let_deadline_pass(pending)
+        async with bench.storage.approvals._gateway.transaction(bench.tenant) as connection:
+            sweep = "SELECT engine_time_out_tickets_v2(%s, %s, 'recovery')"
+            await connection.execute(sweep, [bench.tenant, run.id])
+        assert await self.standing(bench, run) == (RunState.QUEUED, StepState.DENIED, "input_expired", None)
+        await assert_whole(bench)
+
+    async def test_its_list_shows_one_as_it_shows_any_ticket(self, ask):
+        bench, _, pending = ask
+        await bench.control_plane.provide_input(bench.tenant, pending.ticket_id, 3, approver=bench.approver)
+        ((tier, risk, state),) = bench.sql("SELECT tier, risk, state FROM approval_tickets")
+        words = {*map(str, (*ActionTier, *RiskLevel, *TicketState))}
+        assert {tier, risk, state} <= words
+        assert bench.sql("SELECT FROM approval_votes") == [], "with a word that it would not know"
+        known = {each.name for each in fields(ApprovalTicket)} - {"input"}
+        columns = "SELECT column_name FROM information_schema.columns WHERE table_name = 'approval_tickets'"
+        assert {name for (name,) in bench.sql(columns)} == known, "it reads every column there is"

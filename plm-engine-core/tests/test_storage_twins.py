@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from plm_engine_core.control_plane import Granted, Outcome, Pending
+from plm_engine_core.control_plane import Granted, InputRequest, Outcome, Pending
 from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.events import run_stream
 from plm_engine_core.control_plane.hitl import ScopeTerms
@@ -64,6 +64,7 @@ RICH = {
         "quorum": 2,
         "escalation": {"required_scope": "plm.halt"},
         "standing": {"max_uses": 3, "max_seconds": 600, "max_risk": "high"},
+        "input": {"by_requester": False, "max_per_run": 3},
     },
 }
 BUDGETS = [(BudgetScope.AGENT, Period.DAY), (BudgetScope.TENANT, Period.TOTAL)]
@@ -95,6 +96,11 @@ operations = st.one_of(
         st.just("decide"), run_at, st.sampled_from(TicketDecision), st.integers(0, 2), st.sampled_from(["", "no"])
     ),
     st.tuples(st.just("vote"), run_at, st.sampled_from(TicketDecision), st.integers(0, 2), st.booleans()),
+    st.tuples(
+        st.just("ask"), run_at, step_at, st.integers(1, 2), st.sampled_from("qr"), st.sampled_from([True, True, False])
+    ),
+    st.tuples(st.just("give"), run_at, values, st.integers(0, 2), st.sampled_from(["", "so"])),
+    st.tuples(st.just("refuse_to_give"), run_at, st.integers(0, 2)),
     st.tuples(st.just("comment"), run_at, texts),
     st.tuples(st.just("revoke_scope")),
     st.tuples(st.just("cancel"), run_at),
@@ -220,6 +226,33 @@ class World:
         terms = ScopeTerms(uses=2, seconds=60) if standing else None
         ticket_id, approver = self.tickets[at].ticket_id, self.people[who]
         return await self.rich.decide(self.bench.tenant, ticket_id, decision, approver=approver, scope=terms)
+
+    async def ask(self, at, step, attempt, question, allowed):
+        lease = self.leases[at]
+        answer = await (self.rich if allowed else self.plane).ask(
+            InputRequest(
+                tenant_id=self.bench.tenant,
+                run_id=lease.run.id,
+                fencing_token=lease.fencing_token,
+                step_index=step,
+                attempt=attempt,
+                step_id=f"s{step}",
+                question=question,
+                schema={"not": {"type": "null", "default": None}},
+                principal=lease.run.principal,
+            )
+        )
+        if isinstance(answer, Pending):
+            self.tickets[at] = answer
+        return answer
+
+    async def give(self, at, value, who, comment):
+        ticket_id, approver = self.tickets[at].ticket_id, self.people[who]
+        return await self.rich.provide_input(self.bench.tenant, ticket_id, value, approver=approver, comment=comment)
+
+    async def refuse_to_give(self, at, who):
+        ticket_id, approver = self.tickets[at].ticket_id, self.people[who]
+        return await self.rich.decide(self.bench.tenant, ticket_id, TicketDecision.DENY, approver=approver)
 
     async def comment(self, at, body):
         ticket_id = self.tickets[at].ticket_id

@@ -11,6 +11,7 @@ from plm_engine_core.control_plane import (
     ControlPlane,
     Denied,
     Granted,
+    InputRequest,
     Outcome,
     Pending,
     Principal,
@@ -20,7 +21,14 @@ from plm_engine_core.control_plane import (
 )
 from plm_engine_core.control_plane.errors import Conflict, Forbidden
 from plm_engine_core.control_plane.ids import new_id
-from plm_engine_core.control_plane.vocabulary import HaltScope, OutcomeStatus, Reason, RunState, TicketDecision
+from plm_engine_core.control_plane.vocabulary import (
+    HaltScope,
+    OutcomeStatus,
+    Reason,
+    RunState,
+    TicketDecision,
+    TicketKind,
+)
 
 QUORUM = 2
 READ, WRITE = "thing.read", "thing.write"
@@ -55,6 +63,8 @@ class Governed(RuleBasedStateMachine):
         self.newest: uuid.UUID | None = None
         self.ticket_state = ""
         self.votes: dict[int, TicketDecision] = {}
+        self.asking = False  # what the newest ticket asks for: an input, or else an approval
+        self.given: tuple[int, int] | None = None  # by whom, and what
         self.halts: dict[HaltScope, uuid.UUID] = {}
 
     def halted(self, capability: str | None) -> bool:
@@ -101,6 +111,7 @@ class Governed(RuleBasedStateMachine):
             assert isinstance(answer, Pending)
             self.ticket = self.newest = answer.ticket_id
             self.ticket_state, self.votes, self.state = "pending", {}, RunState.AWAITING_APPROVAL
+            self.asking = False
         elif self.ticket is not None and self.ticket_state == "denied":
             assert isinstance(answer, Denied)
             assert answer.reason is Reason.APPROVAL_DENIED
@@ -108,6 +119,54 @@ class Governed(RuleBasedStateMachine):
         else:
             assert isinstance(answer, Granted)
             self._call(answer)
+
+    @precondition(lambda self: self.state is RunState.RUNNING and self.ticket is None)
+    @rule()
+    def ask(self) -> None:
+        answer = self.plane.ask(
+            InputRequest(
+                tenant_id=self.tenant,
+                run_id=self.run.id,
+                fencing_token=self.lease.fencing_token,
+                step_index=self.step,
+                attempt=self.attempt,
+                step_id=f"s{self.step}",
+                question="How many?",
+                schema={"type": "integer"},
+                principal=REQUESTER,
+            )
+        )
+        if self.halted(None):
+            assert isinstance(answer, Denied), "and nothing is booked"
+            assert answer.reason is Reason.HALTED
+            return
+        assert isinstance(answer, Pending)
+        self.newest, self.ticket_state, self.votes, self.state = (
+            answer.ticket_id,
+            "pending",
+            {},
+            RunState.AWAITING_APPROVAL,
+        )
+        self.asking, self.given, self.wanted, self.refused_by_halt = True, None, None, False
+
+    @precondition(lambda self: self.newest is not None)
+    @rule(person=st.integers(0, len(PEOPLE) - 1), value=st.integers(0, 1))
+    def give(self, person: int, value: int) -> None:
+        try:
+            self.plane.provide_input(self.tenant, self.newest, value, approver=PEOPLE[person])  # type: ignore[arg-type]
+            refusal = ""
+        except (Forbidden, Conflict) as error:
+            refusal = error.reason
+        if not self.asking:
+            assert refusal == "ticket_kind"
+        elif self.ticket_state == "pending":
+            assert refusal == "", "the requester may give it too"
+            self.given, self.ticket_state = (person, value), "approved"
+            self.step, self.attempt, self.state = self.step + 1, 1, RunState.QUEUED
+        elif self.given == (person, value):
+            assert refusal == "", "the same word again"
+        else:
+            assert refusal == "already_decided"
 
     def _call(self, granted: Granted) -> None:
         token = self.lease.fencing_token
@@ -139,7 +198,9 @@ class Governed(RuleBasedStateMachine):
             refusal = ""
         except (Forbidden, Conflict) as error:
             refusal = error.reason
-        if person == 0:
+        if self.asking:
+            self._refuse_to_give(person, decision, refusal)
+        elif person == 0:
             assert refusal == "separation_of_duties"
         elif self.votes.get(person) is decision:
             assert refusal == "", "the same word again"
@@ -154,6 +215,18 @@ class Governed(RuleBasedStateMachine):
             if decision is TicketDecision.DENY or approvals == QUORUM:
                 self.ticket_state = "denied" if decision is TicketDecision.DENY else "approved"
                 self.state = RunState.QUEUED if self.state is RunState.AWAITING_APPROVAL else self.state
+
+    def _refuse_to_give(self, person: int, decision: TicketDecision, refusal: str) -> None:
+        if decision is TicketDecision.APPROVE:
+            assert refusal == "ticket_kind"
+        elif self.votes.get(person) is decision:
+            assert refusal == "", "the same word again"
+        elif self.ticket_state != "pending":
+            assert refusal == "already_decided"
+        else:
+            assert refusal == ""
+            self.votes[person], self.ticket_state = decision, "denied"
+            self.attempt, self.state = self.attempt + 1, RunState.QUEUED
 
     @rule(scope=st.sampled_from(HALTS))
     def halt(self, scope: HaltScope) -> None:
@@ -191,6 +264,8 @@ class Governed(RuleBasedStateMachine):
             ticket = self.plane.call(lambda core: core.storage.approvals.get(self.tenant, newest))
             votes = self.plane.call(lambda core: core.storage.approvals.votes(self.tenant, newest))
             assert ticket.state.value == self.ticket_state
+            assert ticket.kind is (TicketKind.INPUT if self.asking else TicketKind.APPROVAL)
+            assert ticket.input == (self.given[1] if self.asking and self.given is not None else None)
             assert {each.voter: each.vote for each in votes} == {
                 PEOPLE[person].user_id: vote for person, vote in self.votes.items()
             }
@@ -201,4 +276,4 @@ async def described(core: ControlPlane) -> Any:
 
 
 def test_any_sequence_leaves_what_the_oracle_says(against_oracle: Any) -> None:
-    against_oracle(Governed, steps=40, approval={"quorum": QUORUM})
+    against_oracle(Governed, steps=40, approval={"quorum": QUORUM, "input": {"max_per_run": 1000}})
