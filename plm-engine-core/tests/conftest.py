@@ -508,6 +508,5 @@ GRANT USAGE ON SCHEMA delivery TO plm_engine_writer;
 @pytest.fixture
 def terminal(bench, make_policy, tmp_path):
     bench.sql(DELIVERY)
-    return Terminal(
-        bench, make_policy(approval={"standing": {"max_uses": 5, "max_seconds": 60, "max_risk": "high"}}), tmp_path
-    )
+    approval = {"standing": {"max_uses": 5, "max_seconds": 60, "max_risk": "high"}, "input": {}}
+    return Terminal(bench, make_policy(approval=approval), tmp_path)

@@ -16,7 +16,8 @@ from plm_engine_core.control_plane.hitl.inputs import (
     LARGEST_INPUT,
     LARGEST_SCHEMA,
     LONGEST_QUESTION,
-    MOST_VALUES,
+    MOST_IN_INPUT,
+    MOST_IN_SCHEMA,
     check_ask,
     check_input,
 )
@@ -570,7 +571,7 @@ class TestBounds:
             ({"schema": {"$ref": "http://127.0.0.1/schema"}}, "schema"),
             ({"schema": {"$dynamicRef": "#a"}}, "schema"),
             ({"schema": {"description": "x" * LARGEST_SCHEMA}}, "schema"),
-            ({"schema": {"enum": [0] * MOST_VALUES}}, "schema"),
+            ({"schema": {"enum": [0] * MOST_IN_SCHEMA}}, "schema"),
             ({"schema": {"const": float("nan")}}, "schema.const"),
             ({"schema": deep(600)}, None),
             ({"step_id": ""}, "step_id"),
@@ -596,7 +597,7 @@ class TestBounds:
             ({"count": float("nan")}, "input.count"),
             ({"count": 1, "note": "hunter2\0"}, "input.note"),
             ({"count": 1, "note": "hunter2" * LARGEST_INPUT}, "input"),
-            ([0] * MOST_VALUES, "input"),
+            ([0] * MOST_IN_INPUT, "input"),
         ],
         ids=range(10),
     )
@@ -610,23 +611,22 @@ class TestBounds:
         assert (await give(asking, pending)).input == {"count": 3}, "it may be given again"
 
     @pytest.mark.parametrize(
-        ("schema", "value"),
+        ("schema", "value", "taken"),
         [
-            ({"items": {"allOf": [{"type": "integer"}] * 200}}, [1] * 499),
-            ({"uniqueItems": True}, [{"a": n} for n in range(240)]),
-            ({"pattern": "^(a+)+$"}, "a" * 5000 + "b"),
-            ({"patternProperties": {"^(a|a)*$": False}}, {"a" * 5000 + "b": 1}),
-            ({"multipleOf": 1e-300}, 10**300),
+            ({"items": {"allOf": [{"type": "integer"}] * 90}}, [1] * 299, True),
+            ({"oneOf": [{"uniqueItems": True}] * 90}, [{"a": n} for n in range(140)], False),
+            ({"pattern": "^(a+)+$"}, "a" * 5000 + "b", False),
+            ({"patternProperties": {"^(a|a)*$": False}}, {"a" * 5000 + "b": 1}, True),
+            ({"multipleOf": 1e-300}, 10**300, None),
         ],
         ids=range(5),
     )
-    async def test_no_schema_keeps_the_one_who_answers_waiting(self, schema, value):
-        async def answered():
-            try:
-                check_input(value, check_ask(QUESTION, schema))
-            except InvalidRequest:
-                return "refused"
-            return "taken"
-
-        async with asyncio.timeout(30):
-            assert await answered() in ("refused", "taken")
+    def test_no_schema_keeps_the_one_who_answers_waiting(self, schema, value, taken):
+        """One that could be made to take exponential time would not come back from here."""
+        asked = check_ask(QUESTION, schema)
+        try:
+            check_input(value, asked)
+            answer = True
+        except InvalidRequest:
+            answer = False
+        assert answer is taken or taken is None, "None: either, but no other error"

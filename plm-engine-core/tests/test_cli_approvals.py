@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import uuid
+from functools import partial
 
 import pytest
 from plm_engine_core.control_plane import InputRequest
 from plm_engine_core.control_plane.vocabulary import TicketState
+from typer.testing import CliRunner
 
 
 async def test_a_ticket_is_listed_shown_commented_and_approved(terminal, bench):
@@ -104,10 +106,7 @@ class TestAsk:
     """A ticket that asks for an input."""
 
     @pytest.fixture
-    async def ask(self, bench, make_policy, terminal, tmp_path):
-        policy = make_policy(approval={"input": {}})
-        path = tmp_path / "asking.json"
-        path.write_text(policy.content)
+    async def ask(self, bench):
         asking = bench.with_policy(approval={"input": {}})
         lease = await asking.lease()
         pending = await asking.control_plane.ask(
@@ -123,44 +122,43 @@ class TestAsk:
                 principal=lease.run.principal,
             )
         )
-
-        async def give(*arguments, verb="provide-input", **options):
-            return await terminal.json("approvals", verb, pending.ticket_id, *arguments, "--policy", path, **options)
-
-        give.ticket, give.policy = str(pending.ticket_id), path
-        return give
+        return str(pending.ticket_id)
 
     async def test_it_is_listed_shown_and_answered(self, terminal, ask):
         (listed,) = (await terminal.json("approvals", "list"))["items"]
-        assert (listed["id"], listed["kind"]) == (ask.ticket, "input")
+        assert (listed["id"], listed["kind"]) == (ask, "input")
         assert "input: How many?" in (await terminal.run("approvals", "list")).stdout
-        shown = (await terminal.run("approvals", "show", ask.ticket, "--policy", ask.policy)).stdout.splitlines()
+        shown = (await terminal.run("approvals", "show", ask)).stdout.splitlines()
         assert 'schema: {"type": "integer"}' in shown
         assert [line for line in shown if line.startswith("needs:")] == ["needs: 1 with plm.hitl.resolve"]
-        given = await ask("--input", "3", "--comment", "as ever")
+        given = await terminal.json("approvals", "provide-input", ask, "--input", "3", "--comment", "as ever")
         assert (given["state"], given["input"], given["comment"]) == ("approved", 3, "as ever")
-        shown = (await terminal.run("approvals", "show", ask.ticket, "--policy", ask.policy)).stdout.splitlines()
+        shown = (await terminal.run("approvals", "show", ask)).stdout.splitlines()
         assert "input: 3" in shown
 
-    async def test_it_is_read_from_a_file(self, ask, tmp_path):
+    async def test_it_is_read_from_a_file(self, terminal, ask, tmp_path):
         (tmp_path / "answer.json").write_text("4\n")
-        assert (await ask("--input", f"@{tmp_path / 'answer.json'}"))["input"] == 4
+        given = ("approvals", "provide-input", ask, "--input", f"@{tmp_path / 'answer.json'}")
+        assert (await terminal.json(*given))["input"] == 4
+
+    async def test_it_is_read_from_standard_input(self, terminal, ask, monkeypatch):
+        typed = partial(CliRunner().invoke, input="5\n")
+        monkeypatch.setattr(CliRunner, "invoke", lambda _, *given, **settings: typed(*given, **settings))
+        assert (await terminal.json("approvals", "provide-input", ask))["input"] == 5
 
     async def test_what_is_no_json_is_refused_and_not_repeated(self, terminal, ask):
-        said = await terminal.run(
-            "approvals", "provide-input", ask.ticket, "--policy", ask.policy, "--input", "hunter2", status=2
-        )
+        said = await terminal.run("approvals", "provide-input", ask, "--input", "hunter2", status=2)
         assert "the input is no JSON at line 1, column 1" in said.stderr
         assert "hunter2" not in said.stdout + said.stderr
 
-    async def test_a_wrong_input_is_refused_by_its_path(self, ask):
-        refused = await ask("--input", '"hunter2"', status=1)
+    async def test_a_wrong_input_is_refused_by_its_path(self, terminal, ask):
+        refused = await terminal.json("approvals", "provide-input", ask, "--input", '"hunter2"', status=1)
         assert (refused["refused"], "input breaks 'type' of its schema" in refused["message"]) == (
             "invalid_request",
             True,
         )
         assert "hunter2" not in str(refused)
 
-    async def test_it_cannot_be_approved(self, ask):
-        refused = await ask(verb="approve", status=1)
+    async def test_it_cannot_be_approved(self, terminal, ask):
+        refused = await terminal.json("approvals", "approve", ask, status=1)
         assert (refused["refused"], refused["reason"]) == ("conflict", "ticket_kind")

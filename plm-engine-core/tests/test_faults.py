@@ -26,7 +26,7 @@ import psycopg
 import pytest
 from plm_engine_core.cli import build_app
 from plm_engine_core.cli.storage import DELIVERY_GROUP
-from plm_engine_core.control_plane import ControlPlane, Denied, Outcome, SyncControlPlane
+from plm_engine_core.control_plane import ControlPlane, Denied, InputRequest, Outcome, SyncControlPlane
 from plm_engine_core.control_plane.admission.admit import decided
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, EvaluatorResult
 from plm_engine_core.control_plane.admission.prepare import prepare
@@ -39,8 +39,20 @@ from pydantic import BaseModel
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "reasons.md"
 # In the order in which one scene is used up: what changes more comes later.
-OPERATIONS = ("verify", "prepare", "decide", "begin", "settle", "decide a ticket", "admit", "lift", "halt")
-COMMANDS = ("verify", "decide a ticket", "lift", "halt")
+OPERATIONS = (
+    "verify",
+    "prepare",
+    "decide",
+    "begin",
+    "settle",
+    "decide a ticket",
+    "give an input",
+    "admit",
+    "ask",
+    "lift",
+    "halt",
+)
+COMMANDS = ("verify", "decide a ticket", "give an input", "lift", "halt")
 NOWHERE = "postgresql://plm_app@127.0.0.1:1/nothing?connect_timeout=1"
 EXPIRIES = (("run_states", "lease_expires_at"), ("grants", "expires_at"), ("approval_tickets", "deadline"))
 
@@ -98,6 +110,8 @@ class Scene:
     begins: tuple[Any, Any]
     settles: tuple[Any, Any]
     pending: Any
+    asks: Any
+    asked: Any
     standing: Any
     facts: Any
 
@@ -124,6 +138,8 @@ class Scene:
             "decide a ticket": lambda plane: plane.decide(
                 tenant, self.pending.ticket_id, TicketDecision.APPROVE, approver=by
             ),
+            "give an input": lambda plane: plane.provide_input(tenant, self.asked.ticket_id, 3, approver=by),
+            "ask": lambda plane: plane.ask(self.asks),
             "halt": lambda plane: plane.halt(tenant, HaltScope.TENANT, reason="stop", by=by),
             "lift": lambda plane: plane.lift(tenant, self.standing.id, by=by),
             "verify": lambda plane: plane.verify_events(tenant),
@@ -132,15 +148,34 @@ class Scene:
     def command(self, operation: str) -> tuple[Any, ...]:
         return {
             "decide a ticket": ("approvals", "approve", self.pending.ticket_id),
+            "give an input": ("approvals", "provide-input", self.asked.ticket_id, "--input", "3"),
             "halt": ("halt", "trigger", "tenant", "--reason", "stop"),
             "lift": ("halt", "lift", self.standing.id),
             "verify": ("events", "verify", "--tenant-id", self.bench.tenant),
         }[operation]
 
 
+ASKING: dict[str, Any] = {"input": {}}
+
+
+def asking(bench: Any, lease: Any) -> InputRequest:
+    """A question of the holder of a run."""
+    return InputRequest(
+        tenant_id=bench.tenant,
+        run_id=lease.run.id,
+        fencing_token=lease.fencing_token,
+        step_index=0,
+        attempt=1,
+        step_id="ask",
+        question="How many?",
+        principal=lease.run.principal,
+    )
+
+
 @pytest.fixture
 async def scene(bench: Any) -> Scene:
-    leases = [await bench.lease(seconds=600) for _ in range(3)]
+    bench = bench.with_policy(approval=ASKING)
+    leases = [await bench.lease(seconds=600) for _ in range(5)]
     elsewhere = await bench.run(agent={"name": "another"})
     standing = await bench.halt_over(HaltScope.RUN, elsewhere)
     _, pending = await bench.ask()
@@ -154,6 +189,8 @@ async def scene(bench: Any) -> Scene:
         begins=(await bench.grant(leases[1]), leases[1]),
         settles=(await bench.begun(leases[2]), leases[2]),
         pending=pending,
+        asks=asking(bench, leases[3]),
+        asked=await bench.control_plane.ask(asking(bench, leases[4])),
         standing=standing,
         facts=replace(facts, principal_until=datetime.now(UTC) + timedelta(minutes=30)),
     )

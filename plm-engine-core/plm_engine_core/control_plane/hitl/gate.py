@@ -127,7 +127,7 @@ class ApprovalGate:
             raise Forbidden(problem, reason="input_not_allowed")
         demand = self.demand(ticket)
         _require_scopes(approver, demand.scopes)
-        check_input(value, ticket.arguments)
+        await asyncio.to_thread(check_input, value, ticket.arguments)  # a schema may make it take a while
         answer = await self._store.provide_input(
             InputCommand(
                 tenant_id=tenant_id,

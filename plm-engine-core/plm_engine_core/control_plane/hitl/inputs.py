@@ -16,8 +16,9 @@ LARGEST_SCHEMA: Final = 4_000
 """How many bytes the JSON text of a schema may have."""
 LARGEST_INPUT: Final = 16_000
 """How many bytes the JSON text of an input may have; more goes into an artifact."""
-MOST_VALUES: Final = 500
-"""How many JSON values a schema or an input may hold: checking one against the other takes the product in steps."""
+MOST_IN_SCHEMA: Final = 200
+MOST_IN_INPUT: Final = 300
+"""How many JSON values either may hold: to hold one against the other takes their product in steps."""
 
 _REFERRING = ("$ref", "$dynamicRef")  # with them a small schema could take for ever to check
 
@@ -33,7 +34,7 @@ def check_ask(question: object, schema: object) -> dict[str, Any]:
     if not isinstance(schema, Mapping):
         raise InvalidRequest(f"'schema' must be a JSON Schema, an object, not {type(schema).__name__}", field="schema")
     plain = dict(schema)
-    _check_size(plain, field="schema", largest=LARGEST_SCHEMA)
+    _check_size(plain, field="schema", largest=LARGEST_SCHEMA, most=MOST_IN_SCHEMA)
     _validator(plain)
     return {"question": question, "schema": plain}
 
@@ -44,7 +45,7 @@ def check_input(value: Any, asked: Mapping[str, Any]) -> None:
     Raises:
         InvalidRequest: it is no JSON, too large, or breaks the schema; names the path.
     """
-    _check_size(value, field="input", largest=LARGEST_INPUT)
+    _check_size(value, field="input", largest=LARGEST_INPUT, most=MOST_IN_INPUT)
     schema = asked.get("schema")
     if not isinstance(schema, Mapping):
         raise InvalidRequest("the ticket has no schema, so no input can be held against it; deny it", field="input")
@@ -67,7 +68,7 @@ def _validator(schema: dict[str, Any]) -> Any:
         raise InvalidRequest(f"'schema' cannot be used: {words:.200}", field="schema") from None
 
 
-def _check_size(value: Any, *, field: str, largest: int) -> None:
+def _check_size(value: Any, *, field: str, largest: int, most: int) -> None:
     try:
         size = len(storable_json(value, root=field).encode())
     except JsonRefused as error:
@@ -75,8 +76,8 @@ def _check_size(value: Any, *, field: str, largest: int) -> None:
     if size > largest:
         raise InvalidRequest(f"'{field}' has {size} bytes of JSON and may have {largest}", field=field)
     values = _count(value)
-    if values > MOST_VALUES:
-        raise InvalidRequest(f"'{field}' holds {values} values and may hold {MOST_VALUES}", field=field)
+    if values > most:
+        raise InvalidRequest(f"'{field}' holds {values} values and may hold {most}", field=field)
 
 
 def _count(value: Any) -> int:
