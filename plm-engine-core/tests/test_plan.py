@@ -53,7 +53,7 @@ def load(folder: Path, text: str) -> Plan:
         ("id: write", "id: read", "plan", "step 'read' stands twice"),
         ("resource: list", "resources: list", "steps.1.resources", "Extra inputs"),
         ("resource: list", "resource: list\n    resource: x", "plan", "'resource' twice"),
-        ("capability: thing.read", "", "steps.0.capability", "Field required"),
+        ("capability: thing.read", "", "steps.0", "names a capability, or says what to ask"),
         ("id: write", "id: Write", "steps.1.id", "pattern"),
         ("type: file", "type: folder", "inputs.file.type", "given: 'folder'"),
         ("resource: list", "arguments: {on: 2020-01-01}\n    resource: list", "plan", "'arguments' twice"),
