@@ -319,6 +319,7 @@ class WhyDocument(BaseModel):
     stage: str | None = None
     rule: str | None = None
     limit: dict[str, str] = Field(default_factory=dict)
+    lock: dict[str, str | int] = Field(default_factory=dict)
     policy_digest: str | None = None
     unblocked_by: str = ""
     because: WhyDocument | None = None

@@ -47,6 +47,7 @@ from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
     CapabilityMode,
     HaltScope,
+    LockScope,
     OutcomeStatus,
     RunState,
     TicketDecision,
@@ -250,6 +251,15 @@ class Bench:
     def with_policy(self, **changes: Any) -> Bench:
         """The same bench under another policy."""
         plane = ControlPlane(policy=policy(**changes), registry=REGISTRY, storage=self.storage)
+        return replace(self, control_plane=plane)
+
+    def locking(self, *capabilities: str, scope: LockScope = LockScope.TENANT) -> Bench:
+        """The same bench, in which calls of these capabilities, or of all, lock their resource."""
+        registry = CapabilityRegistry(
+            each.model_copy(update={"lock": scope}) if not capabilities or each.id in capabilities else each
+            for each in self.control_plane.registry
+        )
+        plane = ControlPlane(policy=self.control_plane.policy, registry=registry, storage=self.storage)
         return replace(self, control_plane=plane)
 
     def in_tenant(self, tenant: UUID) -> Bench:

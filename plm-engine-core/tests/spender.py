@@ -43,7 +43,7 @@ async def opened(dsn: str, limits: dict[str, Any] = LIMITS) -> AsyncIterator[Con
         yield ControlPlane(policy=under, registry=REGISTRY, storage=PostgresStorage(pool, TableDelivery()))
 
 
-async def lease_of_new_run(plane: ControlPlane, tenant: UUID, seconds: float) -> Lease:
+async def lease_of_new_run(plane: ControlPlane, tenant: UUID, seconds: float, *, owner: str = "spender") -> Lease:
     request = RunRequest(
         tenant_id=tenant,
         run_id=new_id(),
@@ -52,7 +52,7 @@ async def lease_of_new_run(plane: ControlPlane, tenant: UUID, seconds: float) ->
         trace_id=secrets.token_hex(16),
     )
     run, _ = await plane.create_run(request, principal=WHO)
-    lease = await plane.storage.runs.take(tenant, run.id, owner="spender", seconds=seconds)
+    lease = await plane.storage.runs.take(tenant, run.id, owner=owner, seconds=seconds)
     assert lease is not None
     return lease
 

@@ -8,9 +8,10 @@ from decimal import Decimal
 import pytest
 from plm_engine_core.agent_runtime import Driver, Finish, Plan, PlanAgent, Propose, Selector, hold
 from plm_engine_core.agent_runtime.hold import Hold
-from plm_engine_core.agent_runtime.retry import MAX_LOSSES
+from plm_engine_core.agent_runtime.retry import MAX_LOSSES, MAX_PROPOSALS
 from plm_engine_core.control_plane import Outcome
 from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.events import rebuild
 from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
@@ -20,6 +21,7 @@ from plm_engine_core.control_plane.vocabulary import (
     StepState,
     TicketDecision,
 )
+from plm_engine_core.control_plane.why import why
 
 READ, WRITE, FIRE = "thing.read", "thing.write", "thing.fire"
 
@@ -502,6 +504,62 @@ async def test_a_rate_limited_plan_waits_and_goes_on(scene, bench):
     assert await acts.drive() is RunState.SUCCEEDED
     assert len(acts.executor.calls) == 3
     assert "denied" in {state for _, _, state in await acts.steps()}
+
+
+@pytest.fixture
+def locks(bench):
+    """The bench with a lock on everything that it reads."""
+    return bench.locking(READ)
+
+
+HELD = {"capability": READ, "resource": "thing/1"}
+
+
+async def test_a_run_whose_resource_is_locked_waits_for_its_turn_and_uses_up_no_refusal(scene, locks):
+    holder = await locks.lease()
+    grant = await locks.begun(holder)
+    acts = await scene(plan(HELD, HELD), using=locks)
+    for refusals in range(1, MAX_PROPOSALS + 2):
+        assert await acts.drive() is RunState.QUEUED, "somebody else may have its place meanwhile"
+        assert locks.deliveries(acts.run) == 1 + refusals
+    waiting = await acts.fresh()
+    assert waiting.reason == "resource_locked"
+    assert f"is locked by step 0 of run {holder.run.id}" in waiting.message
+    told = (await why(locks.storage, locks.tenant, str(acts.run.id))).to_json()
+    assert (told["reason"], told["unblocked_by"]) == ("resource_locked", "the end of that call")
+    assert told["because"]["lock"]["run_id"] == str(holder.run.id)
+    assert (await rebuild(locks.storage, locks.tenant))[1] == []
+    await locks.settle(grant, holder)
+    assert await acts.drive() is RunState.SUCCEEDED
+    assert [key.partition("/")[2] for key, *_ in acts.executor.calls] == ["0", "1"]
+    assert await acts.consistent()
+
+
+async def test_a_run_that_waits_for_a_resource_hears_of_a_cancel(scene, locks, monkeypatch):
+    await locks.begun(await locks.lease())
+    acts = await scene(plan(HELD), using=locks)
+    waiting = asyncio.Event()
+
+    async def until_it_is_heard(hold, seconds):
+        waiting.set()
+        await hold.stop.wait()
+
+    monkeypatch.setattr(Hold, "pause", until_it_is_heard)
+    task = acts.start(lease_seconds=0.3)
+    await waiting.wait()
+    await locks.control_plane.cancel(locks.tenant, acts.run.id, by=locks.requester)
+    assert await task is RunState.CANCELLED
+
+
+async def test_the_lock_of_a_lost_run_worker_goes_to_whoever_repeats_its_call(scene, locks):
+    lost = await scene(plan(HELD), using=locks, thing_read=["hang"])
+    task = lost.start()
+    await lost.executor.entered.wait()
+    await lost.kill(task)
+    acts = await scene(plan(HELD), using=locks)
+    assert await acts.drive() is RunState.QUEUED
+    assert await lost.drive() is RunState.SUCCEEDED, "the run that was lost is taken over"
+    assert await acts.drive() is RunState.SUCCEEDED
 
 
 HOSTILE = {

@@ -175,6 +175,22 @@ async def test_whatever_release_admits_begins_and_settles_the_books_are_the_same
     await assert_whole(bench)
 
 
+async def test_whatever_release_begins_and_settles_a_call_its_lock_ends_with_it(bench, nodes, releases):
+    now = {"admit": releases[-1]}
+    mixed = nodes(now.get).locking()
+    for begins, settles in product(releases, repeat=2):
+        now.update(begin=begins, settle=settles)
+        lease = await mixed.lease()
+        grant = await mixed.grant(lease)
+        assert (await mixed.begin(grant, lease)).accepted
+        late = await mixed.lease()
+        denied = await mixed.control_plane.admit(mixed.proposal(late))
+        assert denied.reason is Reason.RESOURCE_LOCKED, (begins, settles)
+        await mixed.settle(grant, lease)
+        assert await mixed.storage.locks.list(mixed.tenant, limit=9) == []
+    await assert_whole(bench)
+
+
 async def test_what_one_release_has_answered_every_other_answers_again(bench, nodes, releases):
     now = {}
     mixed = nodes(now.get)

@@ -70,6 +70,12 @@ def test_the_page_says_for_which_tenants_a_capability_is(examples):
     }
 
 
+def test_the_page_says_which_capabilities_lock_their_resource(examples):
+    registry = load_capabilities(examples / "that-lock.yaml")
+    locks = {each.id: each.lock for each in registry}
+    assert locks == {"mail.read": None, "mail.move": "tenant", "mail.label": "tenant", "mail.draft": "run"}
+
+
 CONDITIONS = get_args(get_args(Condition)[0])
 MODELS = [PolicySnapshot, Rule, RunRisk, RiskPattern, EvaluatorSpec, RateLimit, ApprovalRule, BudgetDefaults]
 MODELS += [ApprovalDemand, Escalation, InputRule, StandingApproval, Limit, ModelRule, UserModels]

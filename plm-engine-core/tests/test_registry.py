@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted, Pending, Principal
 from plm_engine_core.control_plane.errors import Forbidden, InvalidRequest
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot, decide
+from plm_engine_core.control_plane.policy.facts import stored_capability
 from plm_engine_core.control_plane.registry import (
     AgentDescriptor,
     AgentRegistry,
@@ -20,6 +21,7 @@ from plm_engine_core.control_plane.registry import (
     CapabilityRegistry,
     Delegation,
     load_agents,
+    load_capabilities,
     narrowed,
     share_of,
 )
@@ -56,6 +58,27 @@ def test_of_several_versions_the_active_one_counts_else_the_deprecated_one():
         CapabilityRegistry([now, capability(version="3")])
     with pytest.raises(InvalidRequest, match="registered twice"):
         CapabilityRegistry([now, capability(version="2", status="retired")])
+
+
+def test_a_capability_says_within_what_its_calls_lock_their_resource(tmp_path):
+    none, run, tenant = capability(), capability(lock="run"), capability(lock="tenant")
+    assert [each.lock for each in (none, run, tenant)] == [None, "run", "tenant"]
+    assert "lock" not in stored_capability(none), "records of before stay as they were"
+    assert stored_capability(tenant)["lock"] == "tenant"
+    assert CapabilityDescriptor.model_validate(stored_capability(tenant)) == tenant
+    path = tmp_path / "capabilities.json"
+    for each in (none, run):
+        path.write_text(f'{{"capabilities": [{each.model_dump_json()}]}}', encoding="utf-8")
+        assert list(load_capabilities(path)) == [each]
+
+
+@pytest.mark.parametrize(("lock", "says"), [("", "lock is empty; say run or tenant"), ("global", "'run' or 'tenant'")])
+def test_a_lock_that_would_lock_nothing_is_refused(tmp_path, lock, says):
+    path = tmp_path / "capabilities.yaml"
+    written = f"capabilities: [{{id: a.b, description: x, mode: read, plugin: p, lock: {lock}}}]"
+    path.write_text(written, encoding="utf-8")
+    with pytest.raises(InvalidRequest, match=says):
+        load_capabilities(path)
 
 
 def test_a_capability_that_reaches_a_network_without_a_bound_is_refused():

@@ -7,7 +7,11 @@ from plm_engine_core.agent_runtime.retry import TRANSIENT, classify, patiently, 
 from plm_engine_core.control_plane.errors import Conflict, StorageUnavailable
 from plm_engine_core.control_plane.vocabulary import Reason
 
-RATE, BUSY = Reason.RATE_LIMIT_EXCEEDED.value, Reason.STORAGE_BUSY.value
+RATE, LOCKED, BUSY = (
+    Reason.RATE_LIMIT_EXCEEDED.value,
+    Reason.RESOURCE_LOCKED.value,
+    Reason.STORAGE_BUSY.value,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +19,7 @@ RATE, BUSY = Reason.RATE_LIMIT_EXCEEDED.value, Reason.STORAGE_BUSY.value
     [
         (TRANSIENT, [200, 400, 800]),
         (RATE, [1000, 2000, 4000]),
+        (LOCKED, [1000, 2000, 4000]),
         (BUSY, [200, 400, 800, 1600]),
         ("MODEL_TIMEOUT", [200, 400, 800]),
         ("MODEL_PROVIDER_ERROR", [200, 400, 800]),
@@ -39,7 +44,7 @@ def test_waits_differ_so_that_many_do_not_come_back_at_once():
 
 
 @pytest.mark.parametrize(
-    "code", [reason.value for reason in Reason if reason.value not in (RATE, BUSY)] + ["no code of ours", ""]
+    "code", [reason.value for reason in Reason if reason.value not in (RATE, LOCKED, BUSY)] + ["no code of ours", ""]
 )
 def test_every_other_refusal_is_final(code):
     decided = classify(code, 1)

@@ -23,6 +23,7 @@ from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
     Evidence,
     HaltScope,
+    LockScope,
     OutcomeStatus,
     Period,
     RunState,
@@ -117,6 +118,8 @@ operations = st.one_of(
     st.tuples(st.just("hold_resource"), st.sampled_from("ab")),
     st.tuples(st.just("leave_resource"), st.sampled_from("ab"), st.booleans()),
     st.tuples(st.just("lease_ends"), run_at),
+    st.tuples(st.just("grant_ends"), run_at),
+    st.tuples(st.just("sweep_locks"), st.sampled_from([1, 9])),
     st.tuples(st.just("deadline_passes"), run_at),
 )
 started = [("create", 0, None, "d", {}), ("create", 1, None, "d", {}), ("take", 0), ("take", 1)]
@@ -127,7 +130,7 @@ class World:
 
     def __init__(self, bench: Any, people: list[Any]) -> None:
         self.bench = bench
-        self.plane = bench.control_plane
+        self.plane = bench.locking("thing.fire").locking("thing.write", scope=LockScope.RUN).control_plane
         self.rich = bench.with_policy(**RICH).control_plane
         self.people = people
         self.treasurer = replace(people[1], scopes=people[1].scopes | {"plm.budgets"})
@@ -342,6 +345,13 @@ class World:
             "run_states", "lease_expires_at", -1, {"run_id": self.runs[at].id, "state": "running"}
         )
 
+    async def grant_ends(self, at):
+        grant, _ = self.grants[at]
+        self.bench.behind.set_time("grants", "expires_at", -1, {"id": grant.id})
+
+    async def sweep_locks(self, limit):
+        return await self.bench.storage.locks.sweep(self.bench.tenant, limit=limit)
+
     async def deadline_passes(self, at):
         self.bench.let_deadline_pass(self.tickets[at])
 
@@ -365,6 +375,7 @@ class World:
         found["votes"] = self.plain([await storage.approvals.votes(tenant, ticket.id) for ticket in tickets])
         found["comments"] = self.plain([await storage.approvals.comments(tenant, ticket.id) for ticket in tickets])
         found["scopes"] = self.plain(await storage.approvals.scopes(tenant, limit=99, after=None))
+        found["locks"] = self.plain(await storage.locks.list(tenant, limit=99))
         found["feed"] = self.plain([(e.stream, e.seq) for e in (await storage.events.feed(tenant)).events])
         found["chains"] = str({each.consistent for each in await self.plane.verify_events(tenant)})
         return found
@@ -428,6 +439,24 @@ def _without_times(row):
         ("admit", 1, 0, 1, "thing.write", "x", True),
         ("finish", 1, RunState.FAILED, [1.0]),
         ("cancel", 1),
+    ]
+)
+@example(
+    [
+        ("admit", 0, 0, 1, "thing.fire", "x", False),
+        ("admit", 1, 0, 1, "thing.fire", "y", False, False, True),
+        ("grant_ends", 0),
+        ("admit", 1, 0, 2, "thing.fire", "y", False, False, True),
+        ("begin", 0),
+        ("admit", 0, 1, 1, "thing.fire", "x", False),
+        ("settle", 1, OutcomeStatus.OUTCOME_UNKNOWN, None, None, None),
+        ("sweep_locks", 9),
+        ("admit", 0, 1, 2, "thing.fire", "x", False),
+        ("reconcile", 1, False, None),
+        ("admit", 0, 1, 3, "thing.fire", "x", False),
+        ("halt", HaltScope.RUN, 0),
+        ("end_halted",),
+        ("sweep_locks", 9),
     ]
 )
 @example(

@@ -19,7 +19,6 @@ from plm_engine_core.control_plane.events.standing import Standing
 from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits import BudgetKey
-from plm_engine_core.control_plane.record_expiry import ExpiredBatch
 from plm_engine_core.control_plane.storage.ports import (
     ApprovalStore,
     AskCommand,
@@ -33,9 +32,11 @@ from plm_engine_core.control_plane.storage.ports import (
     MarkCommand,
     PolicyStore,
     ResourceLeaseStore,
+    ResourceLockStore,
     RunStore,
     VoteCommand,
 )
+from plm_engine_core.control_plane.sweeping import ExpiredBatch
 from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, RunState, StepState, TicketDecision
 
 pytestmark = pytest.mark.every_storage
@@ -80,6 +81,8 @@ ABSENT = {
     "leases.release": FencingLost,
     "leases.require": FencingLost,
     "leases.list": [],
+    "locks.list": [],
+    "locks.sweep": 0,
     "events.read": [],
     "events.heads": [],
     "events.feed": ([], replace(BEGINNING, pruned=0), None),
@@ -118,6 +121,7 @@ def test_every_operation_of_every_port_is_tried():
         "halts": HaltStore,
         "idempotency": IdempotencyStore,
         "leases": ResourceLeaseStore,
+        "locks": ResourceLockStore,
         "events": EventStore,
         "checkpoints": CheckpointStore,
         "policies": PolicyStore,
@@ -154,6 +158,9 @@ async def foreign(bench):
     piece = Piece(after=0, number=checkpoint.number, uri="file:///x", size_bytes=1, sha256="x")
     await bench.storage.checkpoints.record_piece(bench.tenant, piece)
     storage, by = bench.storage, bench.approver
+    for resource in ("held", "over"):
+        locked = await bench.locking().begun(await bench.lease(), resource=resource)
+    bench.behind.set_rows("grants", {"id": locked.id}, state="revoked")
     mine = await bench.control_plane.acquire_lease(bench.tenant, "x", owner="x", seconds=60, by=by)
     theirs = replace(mine, tenant_id=other)
     held = {"fencing_token": holder.fencing_token}
@@ -280,6 +287,8 @@ async def foreign(bench):
         "leases.release": lambda: storage.leases.release(theirs, actor=by.actor),
         "leases.require": lambda: storage.leases.require(theirs),
         "leases.list": lambda: storage.leases.list(other, limit=9),
+        "locks.list": lambda: storage.locks.list(other, limit=9),
+        "locks.sweep": lambda: storage.locks.sweep(other, limit=9),
         "events.read": lambda: storage.events.read(other, run_stream(run.id)),
         "events.heads": lambda: storage.events.heads(other),
         "events.feed": lambda: fed(storage.events.feed(other)),
@@ -323,7 +332,7 @@ def everything(bench):
     """Every row of the engine."""
     tables = ["run_states", "run_steps", "approval_tickets", "grants", "budgets", "halts", "events", "event_streams"]
     tables += ["event_checkpoints", "event_exports", "approval_votes", "approval_comments", "approval_scopes"]
-    tables += ["halt_calls", "resource_leases"]
+    tables += ["halt_calls", "resource_leases", "resource_locks"]
     return {table: sorted(map(str, bench.behind.rows(table))) for table in tables}
 
 

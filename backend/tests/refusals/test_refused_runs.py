@@ -79,6 +79,18 @@ class Cases:
         policy = self._altered_policy(rate_limit={"per_second": 0.5, "burst": 1})
         return self._under(policy, "hold-then-echo", "faster than its policy allows", gate=str(self._gate))
 
+    def resource_that_another_call_holds(self) -> Left:
+        registered = self._registered(self._platform)
+        locking = [{**each, "lock": "tenant"} if each["id"] == "probe.hold" else each for each in registered]
+        server = self._cleanup.enter_context(self._own_server(PLM_CAPABILITIES=self._capabilities(locking)))
+        client = server.client()
+        holder = client.run("hold", gate=str(self._gate))["run_id"]
+        self._gate.entered()
+        run_id = client.run("hold", gate=str(self._gate))["run_id"]
+        client.wait(run_id, "step_denied")
+        self._gate.open()
+        return server, client, run_id, f"is locked by step 0 of run {holder}"
+
     # -- halted, parked, cancelled
 
     def halt_before_it_began(self) -> Left:
@@ -216,14 +228,23 @@ class Cases:
 
     def _server_without(self, capability: str, *, like: Any) -> tuple[Any, Any]:
         """A server over the same books, where a capability is not registered and no plan names it."""
-        registered = yaml.safe_load(Path(like.environment["PLM_CAPABILITIES"]).read_text(encoding="utf-8"))
-        left = [each for each in registered["capabilities"] if each["id"] != capability]
-        path = self._tmp_path / "capabilities.yaml"
-        path.write_text(yaml.safe_dump({"capabilities": left}), encoding="utf-8")
+        left = [each for each in self._registered(like) if each["id"] != capability]
         (self._tmp_path / "agents").mkdir()
-        settings = {"PLM_CAPABILITIES": str(path), "PLM_AGENTS": str(self._tmp_path / "agents")}
+        settings = {"PLM_CAPABILITIES": self._capabilities(left), "PLM_AGENTS": str(self._tmp_path / "agents")}
         server = self._cleanup.enter_context(self._own_server(like=like, PLM_RUN_CONCURRENCY="8", **settings))
         return server, server.client()
+
+    @staticmethod
+    def _registered(server: Any) -> list[dict[str, Any]]:
+        path = Path(server.environment["PLM_CAPABILITIES"])
+        capabilities: list[dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))["capabilities"]
+        return capabilities
+
+    def _capabilities(self, capabilities: list[dict[str, Any]]) -> str:
+        """A file with these; answers its path."""
+        path = self._tmp_path / "capabilities.yaml"
+        path.write_text(yaml.safe_dump({"capabilities": capabilities}), encoding="utf-8")
+        return str(path)
 
     def _holding(self) -> str:
         run_id: str = self._client.run("hold", gate=str(self._gate))["run_id"]

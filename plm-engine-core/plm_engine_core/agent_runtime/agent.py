@@ -78,7 +78,7 @@ def refusal(step: Step) -> tuple[str, str]:
     return str(error.get("reason") or error.get("category") or step.state.value), str(error.get("message") or "")
 
 
-_NOT_NOW = frozenset({Reason.RATE_LIMIT_EXCEEDED.value, Reason.HALTED.value})
+_NOT_NOW = frozenset({Reason.RATE_LIMIT_EXCEEDED.value, Reason.RESOURCE_LOCKED.value, Reason.HALTED.value})
 
 
 def is_deferred(step: Step) -> bool:

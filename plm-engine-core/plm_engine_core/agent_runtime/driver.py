@@ -190,6 +190,12 @@ class Driver:
                 return await self._park_halted(hold, admission)
             case Denied(reason=Reason.RATE_LIMIT_EXCEEDED as reason, retry_after_ms=wait):
                 await hold.pause(pause_seconds(reason.value, place.attempt, retry_after_ms=wait))
+            case Denied(reason=Reason.RESOURCE_LOCKED as reason, message=message, retry_after_ms=wait):
+                await hold.pause(pause_seconds(reason.value, place.attempt, retry_after_ms=wait))
+                if not hold.stop.is_set():
+                    # The run that holds it may wait for the place of this one, as when its worker was lost.
+                    waiting = Finish(succeeded=False, reason=reason.value, message=message)
+                    return await self._finish(hold, RunState.QUEUED, waiting)
             case Granted(grant=grant, capability=decided_on):
                 if decided_on is not capability:  # it was defined anew meanwhile
                     repeatable = all(repeats(decided_on, each) for each in lost)

@@ -346,8 +346,16 @@ async def _passed_on(hold: Hold, call: CurrentCall) -> AsyncIterator[None]:
 
 def _refusal(run: Run, admission: Admission) -> Exception:
     match admission:
-        case Denied(reason=reason, message=message, unblock=unblock, retry_after_ms=wait, limit=limit):
-            return CallDenied(message, run_id=run.id, reason=reason, unblock=unblock, retry_after_ms=wait, limit=limit)
+        case Denied(reason=reason, message=message, unblock=unblock) as denied:
+            return CallDenied(
+                message,
+                run_id=run.id,
+                reason=reason,
+                unblock=unblock,
+                retry_after_ms=denied.retry_after_ms,
+                limit=denied.limit,
+                lock=denied.lock,
+            )
         case Steered(guidance=guidance, message=message):
             return CallSteered(message, run_id=run.id, guidance=guidance)
         case Pending(ticket_id=ticket_id, deadline=deadline, message=message, unblock=approval):

@@ -2,7 +2,7 @@
 
 ControlPlaneError
 └── CallRefused           the function did not run; `reason` and `unblock` say why and what would help
-    ├── CallDenied        not like this: `limit` and `retry_after_ms` where they apply
+    ├── CallDenied        not like this: `limit`, `lock` and `retry_after_ms` where they apply
     ├── CallSteered       propose something else: `guidance` says what
     └── CallPending       a human is asked; `resume()` after they approved
 """
@@ -35,7 +35,10 @@ class CallRefused(ControlPlaneError):
 
 
 class CallDenied(CallRefused):
-    """Refused. `limit` names the budget that was too small, if one was; `retry_after_ms` is 0 where waiting is vain."""
+    """Refused. `limit` names the budget that was too small, if one was, and `lock` the call that holds the resource.
+
+    `retry_after_ms` is 0 where waiting is vain.
+    """
 
     code = "call_denied"
 
@@ -48,10 +51,12 @@ class CallDenied(CallRefused):
         unblock: str = "",
         retry_after_ms: int = 0,
         limit: Mapping[str, Any] | None = None,
+        lock: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message, run_id=run_id, reason=reason, unblock=unblock)
         self.retry_after_ms = retry_after_ms
         self.limit = limit or {}
+        self.lock = lock or {}
 
 
 class CallSteered(CallRefused):

@@ -31,6 +31,7 @@ _QUOTA = (1000, 2000)
 _BACKOFF_MS: dict[str, tuple[int, ...]] = {
     TRANSIENT: _SOON,
     Reason.RATE_LIMIT_EXCEEDED.value: (1000, 2000, 4000),
+    Reason.RESOURCE_LOCKED.value: (1000, 2000, 4000),
     Reason.STORAGE_BUSY.value: (200, 400, 800, 1600),
     # What calls of language models and of hosts fail with elsewhere: who moves an agent here keeps its codes.
     "MODEL_TIMEOUT": _SOON,

@@ -37,8 +37,9 @@ def _lines(answer: Why, indent: str = "") -> list[str]:
     lines += [f"{indent}  {answer.message}"] if answer.message else []
     named = {"stage": answer.stage, "rule": answer.rule, "policy": answer.policy_digest}
     lines += [f"{indent}  {name}: {value}" for name, value in named.items() if value]
-    if answer.limit:
-        lines.append(f"{indent}  limit: {', '.join(f'{name} {value}' for name, value in answer.limit.items())}")
+    for what, said in {"limit": answer.limit, "lock": answer.lock}.items():
+        if said:
+            lines.append(f"{indent}  {what}: {', '.join(f'{name} {value}' for name, value in said.items())}")
     if answer.unblocked_by:
         lines.append(f"{indent}  unblocked by {answer.unblocked_by}")
     return lines + (_lines(answer.because, f"{indent}  ") if answer.because is not None else [])

@@ -8,10 +8,10 @@ run, and would be booked again: its record stays for ever, and so does that of a
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+from uuid import UUID
 
-from plm_engine_core.control_plane.errors import StorageUnavailable
+from plm_engine_core.control_plane.sweeping import ExpiredBatch, remove_in_batches
 
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.storage.ports import Storage
@@ -21,14 +21,6 @@ logger = logging.getLogger(__name__)
 KEEP_SECONDS: Final = 30 * 86_400.0
 SHORTEST_SECONDS: Final = 86_400.0
 _BATCH: Final = 1000
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExpiredBatch:
-    """What one batch took; `more` says that the tenant may have more that is due."""
-
-    records: int
-    more: bool
 
 
 class RecordExpiry:
@@ -44,20 +36,7 @@ class RecordExpiry:
 
     async def sweep(self) -> int:
         """Go on until nothing is due; answers how many records went. What fails is left to the next pass."""
-        removed = 0
-        due = list(await self._storage.checkpoints.tenants())
-        while due:
-            again = []
-            for tenant_id in due:
-                try:
-                    batch = await self._storage.idempotency.expire(tenant_id, keep_seconds=self._keep, limit=_BATCH)
-                except StorageUnavailable:
-                    raise
-                except Exception:  # a function of another release, or a damaged row
-                    logger.exception("idempotency records of tenant %s stay until the next pass", tenant_id)
-                    continue
-                removed += batch.records
-                if batch.more:
-                    again.append(tenant_id)
-            due = again
-        return removed
+        return await remove_in_batches(self._storage, self._expire, name="idempotency records", logger=logger)
+
+    async def _expire(self, tenant_id: UUID) -> ExpiredBatch:
+        return await self._storage.idempotency.expire(tenant_id, keep_seconds=self._keep, limit=_BATCH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from functools import partial
+from uuid import UUID
 
 from plm_shared.artifact_store import ArtifactStorageBackend
 
@@ -16,7 +17,7 @@ from plm_engine_core.control_plane.runs.run import Lease, Orphan, Step
 from plm_engine_core.control_plane.storage.leasing import RECOVERY
 from plm_engine_core.control_plane.storage.ports import Storage
 from plm_engine_core.control_plane.stray_artifacts import GRACE_SECONDS, StrayArtifacts
-from plm_engine_core.control_plane.sweeping import sweep_until_cancelled
+from plm_engine_core.control_plane.sweeping import ExpiredBatch, remove_in_batches, sweep_until_cancelled
 from plm_engine_core.control_plane.turns import Turns
 from plm_engine_core.control_plane.vocabulary import OutcomeStatus, RunKind, RunState, StepState
 
@@ -53,7 +54,8 @@ class Recovery:
     `artifact_grace_seconds` without a record; see `StrayArtifacts` for how long that has to be.
 
     Once in `records_every_seconds` it removes the idempotency records of runs that ended `idempotency_seconds` ago; see
-    `RecordExpiry` for what becomes of their commands then.
+    `RecordExpiry` for what becomes of their commands then. With them go the records of locks whose call is over, which
+    hold nobody up.
 
     Raises:
         InvalidRequest: a number of seconds is none from 0 to a hundred years; nothing would ever be found by it. Or
@@ -140,8 +142,15 @@ class Recovery:
         return await self._strays.sweep() if self._strays is not None else 0
 
     async def sweep_records(self) -> int:
-        """One pass over the idempotency records; answers how many were removed."""
-        return await self._records.sweep()
+        """One pass over idempotency records and records of locks; answers how many were removed."""
+        removed = await self._records.sweep()
+        return removed + await remove_in_batches(
+            self._storage, self._locks_over, name="records of locks", logger=logger
+        )
+
+    async def _locks_over(self, tenant_id: UUID) -> ExpiredBatch:
+        removed = await self._storage.locks.sweep(tenant_id, limit=_BATCH)
+        return ExpiredBatch(records=removed, more=removed == _BATCH)
 
     async def run(self) -> None:
         """Sweep until cancelled; a failed pass is logged and the next one tries again.
@@ -151,7 +160,7 @@ class Recovery:
         sweep = partial(sweep_until_cancelled, name="a recovery pass", logger=logger)
         async with asyncio.TaskGroup() as parts:
             parts.create_task(sweep(self.sweep, every_seconds=self._every_seconds))
-            parts.create_task(sweep(self._records.sweep, every_seconds=self._records_every_seconds))
+            parts.create_task(sweep(self.sweep_records, every_seconds=self._records_every_seconds))
             if self._strays is not None:
                 parts.create_task(sweep(self._strays.sweep, every_seconds=self._artifacts_every_seconds))
 

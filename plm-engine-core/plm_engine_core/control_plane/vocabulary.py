@@ -68,6 +68,21 @@ class TenantAccess(StrEnum):
     NOT_DENIED = "not_denied_tenant"  # its denied_tenants names others only
 
 
+class LockScope(StrEnum):
+    """Within what calls of a capability exclude each other on the same resource."""
+
+    RUN = "run"
+    TENANT = "tenant"
+
+
+class LockHolder(StrEnum):
+    """How the call stands that holds a resource."""
+
+    ISSUED = "issued"  # its grant may begin
+    BEGUN = "begun"
+    UNKNOWN = "unknown"  # its outcome is unknown, and so is whether it still runs
+
+
 class AgentStatus(StrEnum):
     """Life of one version of an agent."""
 
@@ -287,6 +302,7 @@ class Reason(StrEnum):
     INPUT_EXPIRED = "input_expired"
     BUDGET_EXCEEDED = "budget_exceeded"
     BUDGET_MISSING = "budget_missing"
+    RESOURCE_LOCKED = "resource_locked"
     HALTED = "halted"
     STORAGE_BUSY = "storage_busy"
     GRANT_EXPIRED = "grant_expired"

@@ -68,6 +68,7 @@ UNBLOCKED_BY: Mapping[str, str] = {
     Reason.INPUT_EXPIRED: "a new run, answered in time",
     Reason.BUDGET_EXCEEDED: "a new run with a higher limit, or for the tenant's budget another limit",
     Reason.BUDGET_MISSING: "setting the budget",
+    Reason.RESOURCE_LOCKED: "the end of the call that holds the resource: it is tried again by itself",
     Reason.HALTED: "lifting the halt, or cancelling the run",
     Reason.STORAGE_BUSY: "time: it is tried again by itself",
     Reason.GRANT_EXPIRED: "time: it is admitted again by itself",
@@ -112,6 +113,7 @@ _BOOKED_AT: Mapping[str, str] = {
     Reason.INPUT_EXPIRED: "approval",
     Reason.BUDGET_EXCEEDED: Stage.COST_BUDGET,
     Reason.BUDGET_MISSING: Stage.COST_BUDGET,
+    Reason.RESOURCE_LOCKED: "lock",
 }
 _REFUSED = (StepState.DENIED, StepState.STEERED)
 _MOST_OF_ONE = 1_000
@@ -136,8 +138,8 @@ def not_begun(reason: Reason, message: str) -> Begun:
 class Why:
     """An answer. `stage` is where it was decided, `rule` the place in the policy, `limit` the budget that bound.
 
-    `unblocked_by` is empty where nothing is blocked. `because` leads on to what decided it: a run to its last attempt,
-    an attempt to its ticket.
+    `lock` is the call that holds the resource. `unblocked_by` is empty where nothing is blocked. `because` leads on to
+    what decided it: a run to its last attempt, an attempt to its ticket.
     """
 
     kind: str
@@ -148,6 +150,7 @@ class Why:
     stage: str | None = None
     rule: str | None = None
     limit: Mapping[str, Any] = field(default_factory=dict)
+    lock: Mapping[str, Any] = field(default_factory=dict)
     policy_digest: str | None = None
     unblocked_by: str = ""
     because: Why | None = None
@@ -287,7 +290,8 @@ def of_run(run: Run, last: Why | None, halt: Halt | None = None) -> Why:
     reason = run.reason or None
     blocked = run.state not in (RunState.SUCCEEDED, RunState.CANCELLED)
     by_state = _BY_EXTERNAL_RUN_STATE if run.kind is RunKind.EXTERNAL else _BY_RUN_STATE
-    unblocked_by = by_state.get(run.state, "")
+    turn = run.state is RunState.QUEUED and reason is not None  # it was given back to wait, and says for what
+    unblocked_by = "" if turn else by_state.get(run.state, "")
     if blocked and not unblocked_by:
         of_last = last.unblocked_by if last is not None and last.reason == reason else ""
         unblocked_by = of_last or UNBLOCKED_BY.get(reason or "", "a new run, once what the message says is mended")
@@ -329,6 +333,7 @@ def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
         stage=_stage(reason, decision) if blocked and decision else None,
         rule=booked.get("rule") or decision.get("rule") or None,
         limit=booked.get("limit") or {},
+        lock=booked.get("lock") or {},
         unblocked_by=(known or UNBLOCKED_BY.get(reason or "", "")) if blocked and not decided else "",
         because=of_ticket(ticket) if ticket is not None else None,
     )

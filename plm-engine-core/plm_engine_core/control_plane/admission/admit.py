@@ -35,7 +35,9 @@ class Denied:
     """Refused, with what refused it and what would change that.
 
     `rule` is the place in the policy, or the book, that refused; `unblock` what would let the call pass. `limit` names
-    the budget that was too small, when one was, with its figures. `docs/reasons.md` lists the reasons.
+    the budget that was too small, when one was, with its figures. `lock` names the call that holds the resource, when
+    one does: its `run_id` and `step`, the lock's `scope` and `resource`, and how it is `held`, as `LockHolder` has it.
+    `docs/reasons.md` lists the reasons.
     """
 
     reason: Reason
@@ -44,6 +46,7 @@ class Denied:
     unblock: str = ""
     retry_after_ms: int = 0
     limit: Mapping[str, Any] = field(default_factory=dict)
+    lock: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,6 +294,7 @@ class _Admitting:
             span_id=os.urandom(8).hex(),
             reserve=self._reserve(decision, facts, subjects),
             begin=self.begin,
+            lock=facts.capability.lock if facts.capability is not None else None,
         )
 
     def _reserve(self, decision: Decision, facts: Facts, subjects: Subjects | None) -> tuple[Reserve, ...]:
@@ -378,4 +382,5 @@ def _admission(proposal: Proposal, answer: Mapping[str, Any], capability: Capabi
                 unblock=answer.get("unblock") or "",
                 retry_after_ms=answer.get("retry_after_ms") or 0,
                 limit=answer.get("limit") or {},
+                lock=answer.get("lock") or {},
             )

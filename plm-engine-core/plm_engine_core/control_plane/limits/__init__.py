@@ -1,7 +1,8 @@
-"""Budgets, rates and leases: what may be spent, how fast, and who may touch what."""
+"""Budgets, rates, leases and locks: what may be spent, how fast, and who may touch what."""
 
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, BudgetPlan, Limit, Reserve, Unit
 from plm_engine_core.control_plane.limits.leases import ResourceLease
+from plm_engine_core.control_plane.limits.locks import ResourceLock
 from plm_engine_core.control_plane.limits.rate_limit import Assumed, Bucket, Dimension, Prepared, RateReading
 from plm_engine_core.control_plane.limits.subjects import Subjects
 
@@ -17,6 +18,7 @@ __all__ = [
     "RateReading",
     "Reserve",
     "ResourceLease",
+    "ResourceLock",
     "Subjects",
     "Unit",
 ]

@@ -25,12 +25,23 @@ from plm_engine_core.control_plane.documents import Flag, Number, load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Unit
 from plm_engine_core.control_plane.oauth_scopes import OAuthScope
-from plm_engine_core.control_plane.vocabulary import BudgetUnit, CapabilityMode, CapabilityStatus, TenantAccess
+from plm_engine_core.control_plane.vocabulary import (
+    BudgetUnit,
+    CapabilityMode,
+    CapabilityStatus,
+    LockScope,
+    TenantAccess,
+)
 
 Tenants = Annotated[frozenset[UUID], Field(min_length=1)]
 
 _LISTS = ("allowed_tenants", "denied_tenants")
 _WHO_MAY = frozenset({"status", "description", "required_scopes", *_LISTS})
+_NOT_EMPTY = {
+    **dict.fromkeys(_LISTS, "name at least one tenant"),
+    "lock": f"say {' or '.join(LockScope)}",
+}
+"""Members that would say nothing where their line was left empty, and what belongs there."""
 
 
 class CostBound(BaseModel):
@@ -65,7 +76,8 @@ class CapabilityDescriptor(BaseModel):
     argument that says which language model the call uses. `approval` has a human approve every use, whatever tier the
     policy gives it. `stateless` says that one plugin worker may serve several tenants. One whose plugin reaches a
     `network` has to declare its cost bound: what it calls may cost anything. Only `allowed_tenants` may use it, or all
-    but `denied_tenants`, where one of the two is given; a draft only its `allowed_tenants`.
+    but `denied_tenants`, where one of the two is given; a draft only its `allowed_tenants`. With a `lock`, calls of it
+    and of others with the same one exclude each other on the same resource, within a run or within the tenant.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,6 +98,7 @@ class CapabilityDescriptor(BaseModel):
     model_argument: str = ""
     cost: CostBound = CostBound()
     timeout_seconds: Number = Field(default=300.0, gt=0, le=86400)
+    lock: LockScope | None = None
     allowed_tenants: Tenants | None = None
     denied_tenants: Tenants | None = None
 
@@ -98,9 +111,9 @@ class CapabilityDescriptor(BaseModel):
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """As a file has it: a list that is not there is left out, for an empty line is refused."""
+        """As a file has it: what is not there is left out, for an empty line is refused."""
         written: dict[str, Any] = write(self)
-        return {name: value for name, value in written.items() if value is not None or name not in _LISTS}
+        return {name: value for name, value in written.items() if value is not None or name not in _NOT_EMPTY}
 
     @model_validator(mode="after")
     def _bounded(self) -> Self:
@@ -199,14 +212,14 @@ def _usable(capability: CapabilityDescriptor) -> bool:
 
 
 def _not_left_empty(entry: Any) -> Any:
-    """An empty line would open to all tenants what was meant for some.
+    """An empty line would open to all tenants what was meant for some, or lock nothing.
 
     Raises:
         ValueError: naming the line.
     """
-    for name in _LISTS:
+    for name, remedy in _NOT_EMPTY.items():
         if isinstance(entry, Mapping) and entry.get(name, ()) is None:
-            raise ValueError(f"{name} is empty; name at least one tenant, or leave the line out")
+            raise ValueError(f"{name} is empty; {remedy}, or leave the line out")
     return entry
 
 

@@ -33,6 +33,7 @@ def held_token(run_id: UUID, token: object) -> int:
 
 def admit_json(command: AdmitCommand) -> dict[str, Any]:
     """What is booked for one decision."""
+    lock = {"lock": command.lock.value} if command.lock is not None else {}
     return {
         "tenant_id": uuid_text(command.tenant_id),
         "run_id": uuid_text(command.run_id),
@@ -61,6 +62,7 @@ def admit_json(command: AdmitCommand) -> dict[str, Any]:
         "grant": {"id": str(command.grant_id), "seconds": command.grant_seconds, "span_id": command.span_id},
         "begin": command.begin,
         "reserve": [each.stored for each in command.reserve],
+        **lock,
     }
 
 

@@ -17,12 +17,14 @@ from plm_shared.ledger import LedgerRecord
 
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, Reserve
 from plm_engine_core.control_plane.limits.leases import ResourceLease
+from plm_engine_core.control_plane.limits.locks import ResourceLock
 from plm_engine_core.control_plane.limits.rate_limit import Assumed, Bucket, Prepared
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
     Evidence,
     ExecutorKind,
     HaltScope,
+    LockScope,
     OutcomeStatus,
     PolicyRole,
     RunKind,
@@ -44,8 +46,8 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
     from plm_engine_core.control_plane.policy import PolicySnapshot
     from plm_engine_core.control_plane.policy.replay import Attempt
-    from plm_engine_core.control_plane.record_expiry import ExpiredBatch
     from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Orphan, Run, Step
+    from plm_engine_core.control_plane.sweeping import ExpiredBatch
 
 Connection = Any
 """A connection of the caller's, psycopg's synchronous or asynchronous, in a transaction; on it nothing is committed."""
@@ -84,6 +86,7 @@ class AdmitCommand(NamedTuple):
     span_id: str
     reserve: Sequence[Reserve]
     begin: bool = False
+    lock: LockScope | None = None
 
 
 class SettleCommand(NamedTuple):
@@ -549,6 +552,21 @@ class ResourceLeaseStore(Protocol):
         ...
 
 
+class ResourceLockStore(Protocol):
+    """Locks of resources, beside the admissions that take them."""
+
+    async def list(self, tenant_id: UUID, *, limit: int) -> Sequence[ResourceLock]:
+        """At most `limit` locks that are held now, the longest held first."""
+        ...
+
+    async def sweep(self, tenant_id: UUID, *, limit: int) -> int:
+        """Remove at most `limit` records of locks whose call is over, and answer how many; it waits for nobody.
+
+        They hold nobody up; this keeps them from growing with the resources that were ever touched.
+        """
+        ...
+
+
 class EventStore(Protocol):
     """Event streams."""
 
@@ -720,6 +738,11 @@ class Storage(Protocol):
     @property
     def leases(self) -> ResourceLeaseStore:
         """Leases of named resources."""
+        ...
+
+    @property
+    def locks(self) -> ResourceLockStore:
+        """Locks of resources."""
         ...
 
     @property

@@ -14,12 +14,15 @@ from plm_engine_core.control_plane.halts import BY_ID, Halt, HaltCalls
 from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
 from plm_engine_core.control_plane.limits.budgets import Budget
 from plm_engine_core.control_plane.limits.leases import ResourceLease
+from plm_engine_core.control_plane.limits.locks import ResourceLock
 from plm_engine_core.control_plane.limits.subjects import Subjects
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
     Evidence,
     HaltScope,
+    LockHolder,
+    LockScope,
     Period,
     RunKind,
     RunState,
@@ -118,6 +121,21 @@ def budget_told(row: Mapping[str, Any]) -> dict[str, str]:
 def resource_lease_row(row: Mapping[str, Any]) -> ResourceLease:
     """One row of `resource_leases`, of a lease that is not over."""
     return ResourceLease(**{name: value for name, value in row.items() if name != "taken_at"})
+
+
+def resource_lock_row(row: Mapping[str, Any]) -> ResourceLock:
+    """One row of `resource_locks`, of a call that is not over, with its resource and how it stands."""
+    return ResourceLock(
+        tenant_id=row["tenant_id"],
+        scope=LockScope(row["scope"]),
+        resource=row["resource"],
+        held=LockHolder(row["held"]),
+        run_id=row["run_id"],
+        step_index=row["step_index"],
+        attempt=row["attempt"],
+        grant_id=row["grant_id"],
+        taken_at=row["taken_at"],
+    )
 
 
 def lease_told(lease: ResourceLease) -> dict[str, Any]:

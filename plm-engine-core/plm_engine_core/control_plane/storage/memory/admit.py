@@ -11,6 +11,7 @@ from plm_engine_core.control_plane.errors import Conflict
 from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.storage.memory.books import Books, Row, halted
 from plm_engine_core.control_plane.storage.memory.budgets import hold_reservations, reserve
+from plm_engine_core.control_plane.storage.memory.resource_locks import take_lock
 from plm_engine_core.control_plane.storage.memory.tickets import approval_now, open_ticket, use_approval
 from plm_engine_core.control_plane.storage.memory.values import json_time, without_nulls
 
@@ -89,6 +90,8 @@ class AdmitBooking:
             verdict |= BEING_CANCELLED
         elif verdict["outcome"] == "ask":
             verdict |= approval_now(self._books, self._c)
+        if verdict["outcome"] == "allow" and "lock" in self._c:
+            verdict |= take_lock(self._books, self._c)
         if verdict["outcome"] == "allow":
             verdict |= reserve(self._books, self._tenant, self._c["reserve"])
         return verdict

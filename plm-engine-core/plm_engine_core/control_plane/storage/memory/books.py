@@ -108,6 +108,7 @@ class Books:
         self.halts_system = self._table()  # all in one group, by id
         self.halt_calls = self._table()  # by (tenant, halt) and grant
         self.resource_leases = self._table()  # by tenant and name
+        self.resource_locks = self._table()  # by tenant and (scope, scope id, resource)
         self.policy_versions = self._table()  # all in one group, by digest
         self.policy_activations = self._table()  # all in one group, by number
         self.idempotency_records = self._table()  # by tenant and (operation, command id)

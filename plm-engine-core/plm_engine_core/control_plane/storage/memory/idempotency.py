@@ -7,8 +7,8 @@ from itertools import islice
 from typing import Any
 from uuid import UUID
 
-from plm_engine_core.control_plane.record_expiry import ExpiredBatch
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
+from plm_engine_core.control_plane.sweeping import ExpiredBatch
 from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, RunState
 
 

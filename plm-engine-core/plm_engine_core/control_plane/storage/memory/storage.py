@@ -13,6 +13,7 @@ from plm_engine_core.control_plane.storage.memory.halts import MemoryHalts
 from plm_engine_core.control_plane.storage.memory.idempotency import MemoryIdempotency
 from plm_engine_core.control_plane.storage.memory.policies import MemoryPolicies
 from plm_engine_core.control_plane.storage.memory.resource_leases import MemoryResourceLeases
+from plm_engine_core.control_plane.storage.memory.resource_locks import MemoryResourceLocks
 from plm_engine_core.control_plane.storage.memory.runs import MemoryRuns
 from plm_engine_core.control_plane.storage.memory.values import storable_text
 
@@ -33,6 +34,7 @@ class MemoryStorage:
         self.budgets = MemoryBudgets(self.books)
         self.halts = MemoryHalts(self.books)
         self.leases = MemoryResourceLeases(self.books)
+        self.locks = MemoryResourceLocks(self.books)
         self.events = MemoryEvents(self.books)
         self.checkpoints = MemoryCheckpoints(self.books)
         self.policies = MemoryPolicies(self.books)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from uuid import UUID
 
-from plm_engine_core.control_plane.record_expiry import ExpiredBatch
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway
+from plm_engine_core.control_plane.sweeping import ExpiredBatch
 
 
 class PostgresIdempotency:

@@ -17,6 +17,7 @@ from plm_engine_core.control_plane.storage.postgres.halts import PostgresHalts
 from plm_engine_core.control_plane.storage.postgres.idempotency import PostgresIdempotency
 from plm_engine_core.control_plane.storage.postgres.policies import PostgresPolicies
 from plm_engine_core.control_plane.storage.postgres.resource_leases import PostgresResourceLeases
+from plm_engine_core.control_plane.storage.postgres.resource_locks import PostgresResourceLocks
 from plm_engine_core.control_plane.storage.postgres.runs import PostgresRuns
 
 
@@ -62,6 +63,7 @@ class PostgresStorage:
         self.budgets = PostgresBudgets(gateway)
         self.halts = PostgresHalts(gateway, delivery)
         self.leases = PostgresResourceLeases(gateway)
+        self.locks = PostgresResourceLocks(gateway)
         self.events = PostgresEvents(gateway)
         self.checkpoints = PostgresCheckpoints(gateway)
         self.policies = PostgresPolicies(gateway)
