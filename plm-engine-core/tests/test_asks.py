@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import uuid
 from dataclasses import replace
 from datetime import timedelta
@@ -21,6 +22,7 @@ from plm_engine_core.control_plane.hitl.inputs import (
     check_ask,
     check_input,
 )
+from plm_engine_core.control_plane.policy import read_policy
 from plm_engine_core.control_plane.registry import AgentRegistry
 from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
@@ -544,6 +546,13 @@ class TestRecord:
         assert [each.capability for each in found] == ["thing.read"]
         earlier = await asking.storage.admission.history(asking.tenant, lease.run.id, before_step=9, limit=9)
         assert list(earlier) == ["thing.read"], "an ask is no risk of the run"
+
+
+def test_a_policy_that_lets_nobody_ask_is_written_as_before_there_were_asks(make_policy):
+    silent, telling = make_policy(), make_policy(approval={"input": {}})
+    assert "input" not in json.loads(silent.content)["approval"]
+    assert read_policy(telling.content, source="it") == telling
+    assert silent.digest != telling.digest
 
 
 def deep(levels):

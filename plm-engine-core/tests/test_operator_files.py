@@ -92,6 +92,7 @@ def test_a_policy_that_asks_for_such_a_scope_is_refused_before_it_is_activated_a
         ("{by_tier: {always_approve: {required_scope: two words}}}", "approval.by_tier.always_approve.required_scope"),
         ("{by_risk: {high: {required_scope: two words}}}", "approval.by_risk.high.required_scope"),
         ("{escalation: {required_scope: two words}}", "approval.escalation.required_scope"),
+        ("{input: {required_scope: two words}}", "approval.input.required_scope"),
     ):
         policy = load_policy(write(tmp_path, POLICY + f"\napproval: {approval}\n"))
         assert read_policy(policy.content, source="the active policy") == policy
