@@ -247,7 +247,10 @@ class StepDocument(BaseModel):
 
 
 class BudgetDocument(BaseModel):
-    """One budget; amounts are decimal texts. `pinned`: an operator set its limit."""
+    """One budget; amounts are decimal texts. `pinned`: an operator set its limit.
+
+    `starts_at`, `ends_at` and `time_zone` are of its present window, and null without one.
+    """
 
     scope: str
     scope_id: UUID
@@ -255,6 +258,8 @@ class BudgetDocument(BaseModel):
     period: str
     subject: str | None
     starts_at: datetime | None
+    ends_at: datetime | None
+    time_zone: str | None
     limit: str
     spent: str
     reserved: str
@@ -611,6 +616,8 @@ def budget_document(budget: Budget) -> BudgetDocument:
         period=budget.period.value,
         subject=budget.subject,
         starts_at=budget.starts_at,
+        ends_at=budget.ends_at,
+        time_zone=budget.time_zone,
         limit=text(budget.limit),
         spent=text(budget.spent),
         reserved=text(budget.reserved),

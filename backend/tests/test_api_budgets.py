@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import uuid
+from datetime import datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -63,8 +65,16 @@ def test_a_window_of_any_subject_and_counted_unit_is_opened_listed_and_explained
     assert treasurer.put("/v1/budgets", json={**name, "limit": "7.5"}).json()["subject"] == "maker/model 2"
     (found,) = budgets_of(treasurer, "model", "maker/model 2")
     assert (found["limit"], found["period"], found["spent"]) == ("7.5", "month", "0")
+    there = ZoneInfo("Asia/Kolkata")
+    starts, ends = (datetime.fromisoformat(found[name]).astimezone(there) for name in ("starts_at", "ends_at"))
+    midnight = {"hour": 0, "minute": 0, "second": 0, "microsecond": 0}
+    assert (starts, ends) == (
+        starts.replace(day=1, **midnight),
+        (starts + timedelta(days=31)).replace(day=1, **midnight),
+    )
+    assert (found["time_zone"], starts <= datetime.now(there) < ends) == ("Asia/Kolkata", True)
     told = treasurer.get("/v1/why", params={"id": "model/maker/model 2/gpu_seconds/month"}).json()
-    assert (told["state"], told["limit"]["limit"]) == ("open", "7.5")
+    assert (told["state"], told["limit"]["limit"], told["limit"]["time_zone"]) == ("open", "7.5", "Asia/Kolkata")
 
 
 def test_budgets_come_in_pages_and_a_cursor_of_nobody_is_refused(treasurer: Any) -> None:

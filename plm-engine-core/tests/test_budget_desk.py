@@ -10,9 +10,12 @@ import secrets
 import time
 import uuid
 from dataclasses import replace
+from datetime import datetime, timedelta
+from datetime import time as time_of_day
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import pytest
 from plm_engine_core.cli import build_app
@@ -254,6 +257,22 @@ def command(bench: Any, tmp_path: Path) -> Any:
         return await asyncio.to_thread(CliRunner().invoke, build_app(), ["budget", *arguments], env=settings)
 
     return run
+
+
+@pytest.mark.postgres_only
+async def test_an_operator_is_told_the_window_that_a_limit_was_set_for(
+    bench: Any, command: Any, tmp_path: Path
+) -> None:
+    limits = [{"scope": "agent", "per": "week", "unit": "calls", "limit": 5}]
+    zoned = bench.with_policy(limits=limits, time_zone="Asia/Kolkata").control_plane.policy
+    (tmp_path / "policy.json").write_text(zoned.content)
+    said = await command("set", "agent", "ann", "calls", "7", "--per", "week", "--json")
+    window = json.loads(said.stdout)
+    starts, ends = (datetime.fromisoformat(window[name]) for name in ("starts_at", "ends_at"))
+    assert (starts.astimezone(ZoneInfo("Asia/Kolkata")).isoweekday(), ends - starts) == (1, timedelta(days=7))
+    assert (starts.time(), window["time_zone"]) == (time_of_day(18, 30), "Asia/Kolkata")
+    shown = (await command("show", "--scope", "agent")).stdout
+    assert f"of 7 calls this week until {ends:%Y-%m-%d} 18:30:00 UTC (Asia/Kolkata), set by an operator" in shown
 
 
 @pytest.mark.postgres_only

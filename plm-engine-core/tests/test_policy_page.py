@@ -11,7 +11,7 @@ from uuid import UUID
 import pytest
 from plm_engine_core.cli import build_app
 from plm_engine_core.control_plane.admission.evaluators import BUILT_IN
-from plm_engine_core.control_plane.limits import Limit
+from plm_engine_core.control_plane.limits import Limit, SubjectZone
 from plm_engine_core.control_plane.policy import (
     ApprovalDemand,
     ApprovalRule,
@@ -78,7 +78,7 @@ def test_the_page_says_which_capabilities_lock_their_resource(examples):
 
 CONDITIONS = get_args(get_args(Condition)[0])
 MODELS = [PolicySnapshot, Rule, RunRisk, RiskPattern, EvaluatorSpec, RateLimit, ApprovalRule, BudgetDefaults]
-MODELS += [ApprovalDemand, Escalation, InputRule, StandingApproval, Limit, ModelRule, UserModels]
+MODELS += [ApprovalDemand, Escalation, InputRule, StandingApproval, Limit, SubjectZone, ModelRule, UserModels]
 
 
 @pytest.mark.parametrize("model", [*MODELS, *CONDITIONS, *(kind.config_schema for kind in BUILT_IN)])

@@ -26,6 +26,8 @@ BESIDE = {
     "units": ["rows"],
     "teams": {"red": [SOMEBODY]},
     "limits": [{"scope": "agent", "per": "day", "unit": "tokens", "limit": "1000", "subject": "a"}],
+    "time_zone": "Europe/Berlin",
+    "time_zones": [{"scope": "user", "subject": SOMEBODY, "time_zone": "Asia/Kolkata"}],
     "models": {
         "allowed": ["house-*"],
         "tiers": {"trusted": ["house-*"]},
@@ -104,6 +106,7 @@ FORMS: list[Place] = [
     ("budgets",),
     ("evaluators", 0),
     ("limits", 0),
+    ("time_zones", 0),
     ("models",),
     ("models", "users", SOMEBODY),
     ("rate_limit",),

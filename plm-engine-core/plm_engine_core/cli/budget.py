@@ -137,7 +137,10 @@ def _show_one(budget: Budget, *, as_json: bool) -> None:
 
 def _line(budget: Budget) -> str:
     whose = budget.subject or budget.scope_id
-    window = "" if budget.period is Period.TOTAL else f" this {budget.period.value}"
+    window = ""
+    if budget.ends_at is not None:
+        window = f" this {budget.period.value} until {budget.ends_at:%Y-%m-%d %H:%M:%S} UTC"
+        window += f" ({budget.time_zone})" if budget.time_zone != "UTC" else ""
     pinned = ", set by an operator" if budget.pinned else ""
     spent, reserved, limit = (f"{each.normalize():f}" for each in (budget.spent, budget.reserved, budget.limit))
     used = f"{spent} spent and {reserved} reserved of {limit} {budget.unit}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
@@ -403,10 +404,12 @@ def of_budget(budget: Budget) -> Why:
     """What of a budget is left, what holds the rest, where its limit comes from, and what would let a call pass."""
     left = budget.limit - budget.spent - budget.reserved
     window = "" if budget.period is Period.TOTAL else f" of this {budget.period.value}"
+    if budget.time_zone not in (None, "UTC"):
+        window += f" in {budget.time_zone}"
     ways = []
     if left <= 0:
         ways += [f"the end of calls that hold {_text(budget.reserved)} {budget.unit}"] if budget.reserved else []
-        ways += [f"the next {budget.period.value}"] if window else []
+        ways += [f"the next {budget.period.value}, from {_time(budget.ends_at)}"] if budget.ends_at else []
         ways.append("a higher limit: plm-cli budget set")
     return Why(
         kind="budget",
@@ -419,9 +422,21 @@ def of_budget(budget: Budget) -> Why:
             "unit": budget.unit,
             "period": budget.period.value,
             **{name: _text(getattr(budget, name)) for name in ("limit", "spent", "reserved")},
+            **_window(budget),
         },
         unblocked_by=", or ".join(ways),
     )
+
+
+def _window(budget: Budget) -> dict[str, Any]:
+    if budget.starts_at is None or budget.ends_at is None:
+        return {}
+    times = {name: getattr(budget, name).astimezone(UTC).isoformat() for name in ("starts_at", "ends_at")}
+    return {**times, "time_zone": budget.time_zone}
+
+
+def _time(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _rule(budget: Budget) -> str:

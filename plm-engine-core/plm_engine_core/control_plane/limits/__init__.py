@@ -1,6 +1,14 @@
 """Budgets, rates, leases and locks: what may be spent, how fast, and who may touch what."""
 
-from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, BudgetPlan, Limit, Reserve, Unit
+from plm_engine_core.control_plane.limits.budgets import (
+    Budget,
+    BudgetKey,
+    BudgetPlan,
+    Limit,
+    Reserve,
+    SubjectZone,
+    Unit,
+)
 from plm_engine_core.control_plane.limits.leases import ResourceLease
 from plm_engine_core.control_plane.limits.locks import ResourceLock
 from plm_engine_core.control_plane.limits.rate_limit import Assumed, Bucket, Dimension, Prepared, RateReading
@@ -19,6 +27,7 @@ __all__ = [
     "Reserve",
     "ResourceLease",
     "ResourceLock",
+    "SubjectZone",
     "Subjects",
     "Unit",
 ]

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.subjects import Subjects
+from plm_engine_core.control_plane.limits.windows import ZoneName
 from plm_engine_core.control_plane.vocabulary import BudgetScope, Period
 
 Unit = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]*$", max_length=40)]
@@ -28,6 +29,7 @@ Unit = Annotated[str, Field(pattern="^[A-Za-z][A-Za-z0-9_]*$", max_length=40)]
 
 _NAMED = frozenset({BudgetScope.AGENT, BudgetScope.TEAM, BudgetScope.MODEL})
 _NOTHING = Decimal(0)
+_UTC = "UTC"
 _MOST_RUNS = 1024  # whose reservations are remembered
 _WIDTH = {scope: width for width, scope in enumerate(BudgetScope)}
 
@@ -36,7 +38,8 @@ _WIDTH = {scope: width for width, scope in enumerate(BudgetScope)}
 class Reserve:
     """One amount to set aside in one budget.
 
-    A budget with a `limit` opens by itself when it is first drawn on, and anew in every period.
+    A budget with a `limit` opens by itself when it is first drawn on, and anew in every period, in `time_zone` or
+    else in UTC.
     """
 
     scope: BudgetScope
@@ -46,6 +49,21 @@ class Reserve:
     period: Period = Period.TOTAL
     subject: str | None = None
     limit: Decimal | None = None
+    time_zone: str | None = None
+
+    @classmethod
+    def nothing_of(cls, key: BudgetKey, limit: Decimal, *, time_zone: str | None = None) -> Reserve:
+        """An entry that names a budget and sets nothing aside in it."""
+        return cls(
+            scope=key.scope,
+            scope_id=key.scope_id,
+            unit=key.unit,
+            amount=_NOTHING,
+            period=key.period,
+            subject=key.subject,
+            limit=limit,
+            time_zone=time_zone,
+        )
 
     @cached_property
     def stored(self) -> Mapping[str, Any]:
@@ -60,6 +78,8 @@ class Reserve:
             booked |= {"period": str(self.period), "limit": str(self.limit)}
             if self.subject is not None:
                 booked["subject"] = self.subject
+            if self.time_zone is not None:
+                booked["time_zone"] = self.time_zone
         return booked
 
 
@@ -126,7 +146,8 @@ class BudgetKey:
 class Budget:
     """One budget as it stands; spent plus reserved never exceeds the limit, except by a measured overspend.
 
-    `starts_at` is when its window began, None without one; `pinned`: an operator set its limit.
+    `starts_at` and `ends_at` are when its window began and when it ends, `time_zone` is where it was counted from
+    midnight to midnight when it was opened; None without a window. `pinned`: an operator set its limit.
     """
 
     scope: BudgetScope
@@ -138,6 +159,8 @@ class Budget:
     period: Period = Period.TOTAL
     subject: str | None = None
     starts_at: datetime | None = None
+    ends_at: datetime | None = None
+    time_zone: str | None = None
     pinned: bool = False
 
     @property
@@ -175,17 +198,38 @@ class Limit(BaseModel):
         if self.subject is not None:
             if self.scope is BudgetScope.TENANT:
                 raise ValueError("a tenant limit has no subject; it is about the tenant whose run it is")
-            if self.scope not in _NAMED:
-                try:
-                    UUID(self.subject)
-                except ValueError:
-                    raise ValueError(f"the subject of a {self.scope.value} limit is its id, a UUID") from None
+            _check_subject(self.scope, self.subject, "limit")
         return self
 
     @property
     def key(self) -> tuple[BudgetScope, str | None, Period, str]:
         """What makes two limits the same."""
         return self.scope, self.subject, self.per, self.unit
+
+
+class SubjectZone(BaseModel):
+    """The time zone of one subject, in which its windows begin at midnight.
+
+    That of a tenant counts for all in it that have none of their own.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scope: BudgetScope
+    subject: str = Field(min_length=1, max_length=200)
+    time_zone: ZoneName
+
+    @model_validator(mode="after")
+    def _has_windows(self) -> SubjectZone:
+        if self.scope is BudgetScope.RUN:
+            raise ValueError("a run has no windows, so it needs no time zone")
+        _check_subject(self.scope, self.subject, "time zone")
+        return self
+
+    @property
+    def key(self) -> tuple[BudgetScope, str]:
+        """Whose it is, in the one spelling in which subjects are compared."""
+        return self.scope, _normal(self.scope, self.subject)
 
 
 def id_of(name: str) -> UUID:
@@ -196,13 +240,23 @@ def id_of(name: str) -> UUID:
 class BudgetPlan:
     """Which budgets a call draws on, under one policy; made once for each."""
 
-    def __init__(self, *, run: Iterable[str], tenant: Iterable[str], limits: Iterable[Limit]) -> None:
+    def __init__(
+        self,
+        *,
+        run: Iterable[str],
+        tenant: Iterable[str],
+        limits: Iterable[Limit],
+        time_zone: str | None = None,
+        time_zones: Iterable[SubjectZone] = (),
+    ) -> None:
         self._run = sorted(run)
         self._tenant = sorted(tenant)
         self._limits: dict[tuple[BudgetScope, Period, str], dict[str | None, Decimal]] = {}
         for each in limits:
             about = self._limits.setdefault((each.scope, each.per, each.unit), {})
-            about[_normal(each.scope, each.subject)] = each.limit
+            about[None if each.subject is None else _normal(each.scope, each.subject)] = each.limit
+        self._zone = time_zone or _UTC
+        self._zones = {each.key: each.time_zone for each in time_zones}
         self._unlimited = lru_cache(maxsize=_MOST_RUNS)(self._draw)
 
     def of(
@@ -237,6 +291,17 @@ class BudgetPlan:
         about = self._limits.get((key.scope, key.period, key.unit), {})
         return None in about or (key.subject or str(key.scope_id)) in about
 
+    def zone_of(self, key: BudgetKey, tenant_id: UUID) -> str | None:
+        """The time zone of a budget's windows, None for UTC or without windows."""
+        if key.period is Period.TOTAL:
+            return None
+        return self._zone_of(key.scope, key.subject or str(key.scope_id), str(tenant_id))
+
+    def _zone_of(self, scope: BudgetScope, subject: str, tenant: str) -> str | None:
+        of_tenant = self._zones.get((BudgetScope.TENANT, tenant), self._zone)
+        zone = self._zones.get((scope, subject), of_tenant)
+        return None if zone == _UTC else zone
+
     def _draw(self, given: tuple[tuple[str, Decimal], ...], run_id: UUID, tenant_id: UUID) -> tuple[Reserve, ...]:
         """What is drawn on the run's own budget and on its tenant's; the same for each such call of the run."""
         amounts = dict(given)
@@ -262,11 +327,20 @@ class BudgetPlan:
                 period=period,
                 subject=key.subject,
                 limit=limit,
+                time_zone=None if period is Period.TOTAL else self._zone_of(scope, subject, whose[BudgetScope.TENANT]),
             )
 
 
-def _normal(scope: BudgetScope, subject: str | None) -> str | None:
-    if subject is None or scope in (BudgetScope.AGENT, BudgetScope.TEAM):
+def _check_subject(scope: BudgetScope, subject: str, what: str) -> None:
+    if scope not in _NAMED:
+        try:
+            UUID(subject)
+        except ValueError:
+            raise ValueError(f"the subject of a {scope.value} {what} is its id, a UUID") from None
+
+
+def _normal(scope: BudgetScope, subject: str) -> str:
+    if scope in (BudgetScope.AGENT, BudgetScope.TEAM):
         return subject
     return _model_name(subject) if scope is BudgetScope.MODEL else str(UUID(subject))
 

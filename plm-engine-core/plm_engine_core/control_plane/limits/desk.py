@@ -38,8 +38,8 @@ class BudgetDesk:
 
         Raises:
             Forbidden: the caller lacks `plm.budgets`.
-            InvalidRequest: the limit is no amount from 0 up that the books can hold, the name or unit cannot be one, or
-                no call draws on the budget.
+            InvalidRequest: the limit is no amount from 0 up that the books can hold, the name or unit cannot be one,
+                no call draws on the budget, or the storage does not know its time zone.
             NotFound: the tenant does not exist.
         """
         _authorise(by)
@@ -60,7 +60,8 @@ class BudgetDesk:
                 f"nobody; the policy in force has to count it first, under '{plan.place_of(key)}'",
                 field="unit",
             )
-        return await self._store.set_limit(tenant_id, key, plain(abs(limit)), actor=by.actor)
+        zone = plan.zone_of(key, tenant_id)
+        return await self._store.set_limit(tenant_id, key, plain(abs(limit)), time_zone=zone, actor=by.actor)
 
     async def correct(
         self, tenant_id: UUID, key: BudgetKey, amount: Decimal, *, reason: str, command_id: str, by: Principal

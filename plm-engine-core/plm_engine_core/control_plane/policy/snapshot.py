@@ -25,8 +25,9 @@ from pydantic import (
 
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import Number, load_document, parse_document
-from plm_engine_core.control_plane.limits.budgets import BudgetPlan, Limit, Unit
+from plm_engine_core.control_plane.limits.budgets import BudgetPlan, Limit, SubjectZone, Unit
 from plm_engine_core.control_plane.limits.rate_limit import Bucket, Dimension
+from plm_engine_core.control_plane.limits.windows import ZoneName
 from plm_engine_core.control_plane.policy.approval import ApprovalRule
 from plm_engine_core.control_plane.policy.conditions import Condition, ConditionTree, EvaluatorSays, leaves
 from plm_engine_core.control_plane.policy.frozen import Table
@@ -56,6 +57,8 @@ ADDED = frozenset(
         "rules",
         "run_risk",
         "teams",
+        "time_zone",
+        "time_zones",
         "units",
     }
 )
@@ -153,6 +156,8 @@ class PolicySnapshot(_Frozen):
     budgets: BudgetDefaults
     units: tuple[Unit, ...] = ()
     limits: tuple[Limit, ...] = ()
+    time_zone: ZoneName | None = None
+    time_zones: tuple[SubjectZone, ...] = ()
     teams: Table[str, tuple[UUID, ...]] = Field(default_factory=lambda: MappingProxyType({}))
     models: ModelRule | None = None
     max_eur_per_call: Amount | None = None
@@ -187,6 +192,7 @@ class PolicySnapshot(_Frozen):
         known = {*BudgetUnit, TOKENS, *self.units}
         _once("units", (*BudgetUnit, TOKENS, *self.units))
         _once("limits", (_shown(each) for each in self.limits))
+        _once("time_zones", (".".join(each.key) for each in self.time_zones))
         _once("teams", (str(user) for members in self.teams.values() for user in members))
         used = {
             **{f"budgets.run.{unit}": unit for unit in self.budgets.run},
@@ -225,7 +231,13 @@ class PolicySnapshot(_Frozen):
     @cached_property
     def budget_plan(self) -> BudgetPlan:
         """Which budgets a call draws on."""
-        return BudgetPlan(run=self.budgets.run, tenant=self.budgets.tenant, limits=self.limits)
+        return BudgetPlan(
+            run=self.budgets.run,
+            tenant=self.budgets.tenant,
+            limits=self.limits,
+            time_zone=self.time_zone,
+            time_zones=self.time_zones,
+        )
 
     @cached_property
     def buckets(self) -> tuple[Bucket, ...]:

@@ -445,8 +445,16 @@ class BudgetStore(Protocol):
         """
         ...
 
-    async def set_limit(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, actor: str) -> Budget:
-        """Set and pin the limit of the present window, opening it where it is not there."""
+    async def set_limit(
+        self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, time_zone: str | None = None, actor: str
+    ) -> Budget:
+        """Set and pin the limit of the present window, opening it where it is not there, in UTC or in `time_zone`.
+
+        A window that runs is the present one, in whichever zone it was opened.
+
+        Raises:
+            InvalidRequest: a window has to be opened, and the storage does not know the zone.
+        """
         ...
 
     async def correct(self, tenant_id: UUID, correction: Correction, *, actor: str) -> Budget:

@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from plm_engine_core.control_plane.admission.proposal import Principal
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events.event import Event
 from plm_engine_core.control_plane.events.standing import BudgetKey, BudgetStanding, RunStanding
 from plm_engine_core.control_plane.halts import BY_ID, Halt, HaltCalls
@@ -16,6 +17,7 @@ from plm_engine_core.control_plane.limits.budgets import Budget
 from plm_engine_core.control_plane.limits.leases import ResourceLease
 from plm_engine_core.control_plane.limits.locks import ResourceLock
 from plm_engine_core.control_plane.limits.subjects import Subjects
+from plm_engine_core.control_plane.limits.windows import end_of
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
@@ -102,6 +104,8 @@ def budget_row(row: Mapping[str, Any]) -> Budget:
         period=Period(row["period"]),
         subject=row["subject"],
         starts_at=row["starts_at"] if row["period"] != Period.TOTAL else None,
+        ends_at=end_of(row["period"], row["starts_at"], row["ends_at"]),
+        time_zone=(row["time_zone"] or "UTC") if row["period"] != Period.TOTAL else None,
         pinned=row["pinned"],
     )
 
@@ -114,8 +118,16 @@ def budget_told(row: Mapping[str, Any]) -> dict[str, str]:
         "unit": row["unit"],
         "period": row["period"],
         "starts_at": row["starts_at"].isoformat(),
-        **({"subject": row["subject"]} if row["subject"] is not None else {}),
+        **{name: row[name] for name in ("subject", "time_zone") if row[name] is not None},
     }
+
+
+def unknown_zone(time_zone: str | None) -> InvalidRequest:
+    """What is said where no window can be opened."""
+    return InvalidRequest(
+        f"the storage knows no time zone {time_zone}: give it newer time zone data, or the policy another zone",
+        field="time_zone",
+    )
 
 
 def resource_lease_row(row: Mapping[str, Any]) -> ResourceLease:

@@ -104,6 +104,7 @@ class Books:
         self.grants = self._table()  # by tenant and id
         self.reservations = self._table()  # by (tenant, grant) and the name of the budget
         self.budgets = self._table()  # by tenant and name: (scope, scope id, unit, period, start)
+        self.windows = self._table()  # by (tenant, scope, scope id, unit, period) and start: which there are in budgets
         self.halts = self._table()  # by tenant and id
         self.halts_system = self._table()  # all in one group, by id
         self.halt_calls = self._table()  # by (tenant, halt) and grant

@@ -9,12 +9,12 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.errors import IdempotencyConflict, InvalidRequest, NotFound
 from plm_engine_core.control_plane.events.event import TENANT_STREAM
-from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
+from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, Reserve
 from plm_engine_core.control_plane.storage.memory.books import Books
-from plm_engine_core.control_plane.storage.memory.budgets import open_budget, window_start
+from plm_engine_core.control_plane.storage.memory.budgets import open_window, runs, window_in_use
 from plm_engine_core.control_plane.storage.memory.values import booked, booked_sum
 from plm_engine_core.control_plane.storage.ports import Correction
-from plm_engine_core.control_plane.storage.rows import budget_row, budget_told
+from plm_engine_core.control_plane.storage.rows import budget_row, budget_told, unknown_zone
 from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind
 
 _CORRECT = "budgets.correct"
@@ -40,19 +40,22 @@ class MemoryBudgets:
             found = [
                 budget_row(row)
                 for row in books.budgets.rows(tenant_id)
-                if row["starts_at"] == window_start(row["period"], books.now())
+                if runs(row, books.now())
                 and (scope is None or row["scope_kind"] == scope.value)
                 and (scope_id is None or row["scope_id"] == scope_id)
             ]
             behind = [each for each in found if after is None or each.key.place > after.place]
             return sorted(behind, key=lambda each: each.key.place)[:limit]
 
-    async def set_limit(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, actor: str) -> Budget:
-        """Set and pin the limit of the present window, opening it where it is not there."""
+    async def set_limit(
+        self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, time_zone: str | None = None, actor: str
+    ) -> Budget:
+        """Set and pin the limit of the present window, opening it where it is not there, in UTC or in `time_zone`."""
         async with self._books.turn() as books:
             books.require_tenant(tenant_id)
-            name = _name(books, key)
-            open_budget(books, tenant_id, name, limit, key.subject)
+            name = open_window(books, tenant_id, Reserve.nothing_of(key, limit, time_zone=time_zone).stored)
+            if name is None:
+                raise unknown_zone(time_zone)
             row = books.budgets.change(tenant_id, name, limit_amount=booked(limit), pinned=True)
             told = {**budget_told(row), "limit": str(limit)}
             books.append(tenant_id, TENANT_STREAM, EventKind.BUDGET_SET, actor, told)
@@ -62,7 +65,7 @@ class MemoryBudgets:
         """Book a counter-entry once, unless it would leave less than nothing spent."""
         async with self._books.turn() as books:
             books.require_tenant(tenant_id)
-            key, name = correction.key, _name(books, correction.key)
+            key, name = correction.key, _present(books, tenant_id, correction.key)
             before = _claim(books, tenant_id, correction, name)
             row = books.budgets.get(tenant_id, before or name)
             if row is None:
@@ -93,6 +96,7 @@ def _claim(books: Books, tenant_id: UUID, correction: Correction, budget: tuple[
     return booked_on
 
 
-def _name(books: Books, key: BudgetKey) -> tuple[Any, ...]:
-    period = key.period.value
-    return (key.scope.value, key.scope_id, key.unit, period, window_start(period, books.now()))
+def _present(books: Books, tenant_id: UUID, key: BudgetKey) -> tuple[Any, ...]:
+    """The budget of the window that runs; where none does one that is not there."""
+    budget = (key.scope.value, key.scope_id, key.unit, key.period.value)
+    return (*budget, window_in_use(books, tenant_id, budget))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
+from plm_engine_core.control_plane.limits.windows import ALWAYS, end_of, runs_at, window_of
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
 from plm_engine_core.control_plane.storage.memory.values import (
     amount_text,
@@ -17,24 +18,43 @@ from plm_engine_core.control_plane.storage.memory.values import (
     without_nulls,
 )
 
-ALWAYS = datetime(1970, 1, 1, tzinfo=UTC)
-"""When the window of a budget without a period began."""
 
-
-def window_start(period: str, now: datetime) -> datetime:
-    """When the window that now lies in began, in UTC; weeks begin on Monday."""
-    if period == "total":
+def window_in_use(books: Books, tenant_id: UUID, budget: tuple[Any, ...]) -> datetime | None:
+    """When the window of a budget that runs began, in whichever zone it was opened; None where none runs."""
+    if budget[-1] == "total":
         return ALWAYS
-    day = now.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    if period == "week":
-        return day - timedelta(days=day.weekday())
-    return day.replace(day=1) if period == "month" else day
+    now = books.now()
+    starts = [starts_at for starts_at, _ in books.windows.items((tenant_id, *budget))]
+    rows = [books.budgets.get(tenant_id, (*budget, each)) for each in starts]
+    running = [row["starts_at"] for row in rows if row is not None and runs(row, now)]
+    return max(running, default=None)
 
 
-def _window_end(period: str, starts_at: datetime) -> datetime:
-    if period == "month":
-        return (starts_at + timedelta(days=31)).replace(day=1)
-    return starts_at + timedelta(days=7 if period == "week" else 1)
+def runs(row: Row, at: datetime) -> bool:
+    """Whether the window of a row has begun and not ended."""
+    return runs_at(at, row["period"], row["starts_at"], row["ends_at"])
+
+
+def open_window(books: Books, tenant_id: UUID, entry: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The budget that an entry falls in, opened where no window of it runs; None where no such zone is known.
+
+    While a window runs nothing else is opened, whatever the zone is now: so no change of zone gives a budget anew.
+    """
+    budget, zone = _name(entry), entry.get("time_zone")
+    starts_at, ends_at = window_in_use(books, tenant_id, budget), None
+    opened = starts_at is None
+    if starts_at is None:
+        try:
+            starts_at, ends_at = window_of(budget[-1], zone or "UTC", books.now())
+        except ValueError:
+            return None
+    name = (*budget, starts_at)
+    open_budget(books, tenant_id, name, Decimal(entry["limit"]), entry.get("subject"))
+    if opened:
+        books.windows.put((tenant_id, *budget), starts_at, {})
+        # A window of another zone that began at the same moment, and has ended, goes on as this one.
+        books.budgets.change(tenant_id, name, time_zone=zone, ends_at=ends_at if zone else None)
+    return name
 
 
 def open_budget(books: Books, tenant_id: UUID, name: tuple[Any, ...], limit: Decimal, subject: str | None) -> None:
@@ -51,7 +71,8 @@ def open_budget(books: Books, tenant_id: UUID, name: tuple[Any, ...], limit: Dec
     row: dict[str, Any] = {"name": name, "scope_kind": scope, "scope_id": scope_id, "unit": unit, "period": period}
     row |= {"starts_at": starts_at, "subject": subject, "pinned": pinned is not None}
     row |= {"limit_amount": pinned["limit_amount"] if pinned else booked(limit)}
-    books.budgets.put(tenant_id, name, {"spent": Decimal(0), "reserved": Decimal(0), **(known or {}), **row})
+    blank = {"spent": Decimal(0), "reserved": Decimal(0), "ends_at": None, "time_zone": None}
+    books.budgets.put(tenant_id, name, {**blank, **(known or {}), **row})
 
 
 def reserve(books: Books, tenant_id: UUID, entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -59,26 +80,57 @@ def reserve(books: Books, tenant_id: UUID, entries: Sequence[Mapping[str, Any]])
     wanted: dict[tuple[Any, ...], Decimal] = {}
     done = []
     for entry in entries:
-        period = entry.get("period") or "total"
-        starts_at = window_start(period, books.now())
-        name = (entry["scope_kind"], UUID(entry["scope_id"]), entry["unit"], period, starts_at)
-        if entry.get("limit") is not None:
-            open_budget(books, tenant_id, name, Decimal(entry["limit"]), entry.get("subject"))
+        name = _drawn_on(books, tenant_id, entry)
+        if name is None:
+            return _unknown_zone(entry)
         budget, amount = books.budgets.get(tenant_id, name), Decimal(entry["amount"])
         before = budget["reserved"] if budget is not None else Decimal(0)
         reserved = wanted.get(name, before) + amount
         if budget is None or budget["spent"] + reserved > budget["limit_amount"]:
-            return _unaffordable(entry, budget, period, starts_at)
+            return _unaffordable(entry, budget)
         wanted[name] = booked(reserved)
-        done.append({**entry, "starts_at": json_time(starts_at)})
+        done.append({**entry, "starts_at": json_time(name[-1])})
     for name, reserved in wanted.items():
         books.budgets.change(tenant_id, name, reserved=reserved)
     return {"reserved": done}
 
 
-def _unaffordable(entry: Mapping[str, Any], budget: Row | None, period: str, starts_at: datetime) -> dict[str, Any]:
+def _name(entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a budget is named by, but for its window."""
+    return entry["scope_kind"], UUID(entry["scope_id"]), entry["unit"], entry.get("period") or "total"
+
+
+def _drawn_on(books: Books, tenant_id: UUID, entry: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """The budget that an entry draws on; that of one in UTC is found by its start, the rest is looked for."""
+    budget = _name(entry)
+    if entry.get("limit") is None:
+        return (*budget, ALWAYS)
+    if "time_zone" not in entry and budget[-1] != "total":
+        name = (*budget, window_of(budget[-1], "UTC", books.now())[0])
+        known = books.budgets.get(tenant_id, name)
+        if known is not None and known["ends_at"] is None:
+            open_budget(books, tenant_id, name, Decimal(entry["limit"]), entry.get("subject"))
+            return name
+    return open_window(books, tenant_id, entry)
+
+
+def _unknown_zone(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """How a budget refuses whose window cannot be told."""
+    scope, period, unit, zone = (entry[name] for name in ("scope_kind", "period", "unit", "time_zone"))
+    named = {"scope": scope, "scope_id": entry["scope_id"], "subject": entry.get("subject"), "unit": unit}
+    return {
+        "outcome": "deny",
+        "reason": "budget_missing",
+        "limit": without_nulls({**named, "period": period, "time_zone": zone}),
+        "rule": f"limits.{scope}.{period}.{unit}",
+        "message": f"the {scope}'s {period} budget in {unit} cannot be opened: the storage knows no time zone {zone}",
+        "unblock": f"time zone data that know {zone} where the storage runs, or another time zone in the policy",
+    }
+
+
+def _unaffordable(entry: Mapping[str, Any], budget: Row | None) -> dict[str, Any]:
     """How a budget refuses: with its own figures, or by not being there."""
-    scope, unit = entry["scope_kind"], entry["unit"]
+    scope, unit, period = entry["scope_kind"], entry["unit"], entry.get("period") or "total"
     name = scope if period == "total" else f"{scope}'s {period}"
     limit = {"scope": scope, "scope_id": entry["scope_id"], "subject": entry.get("subject"), "unit": unit}
     limit = without_nulls({**limit, "period": period})
@@ -94,8 +146,9 @@ def _unaffordable(entry: Mapping[str, Any], budget: Row | None, period: str, sta
     limit |= {column: amount_text(budget[column]) for column in ("spent", "reserved")}
     limit |= {"limit": amount_text(budget["limit_amount"]), "needed": amount_text(Decimal(entry["amount"]))}
     unblock = f"a higher {name} budget in {unit}"
-    if period != "total":
-        limit["ends_at"] = json_time(_window_end(period, starts_at))
+    ends_at = end_of(period, budget["starts_at"], budget["ends_at"])
+    if ends_at is not None:
+        limit |= without_nulls({"time_zone": budget["time_zone"], "ends_at": json_time(ends_at)})
         unblock += f", or waiting until {limit['ends_at']}"
     return refusal | {
         "reason": "budget_exceeded",

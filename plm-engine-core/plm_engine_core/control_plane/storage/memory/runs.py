@@ -11,11 +11,12 @@ from uuid import UUID
 from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound
 from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.limits.budgets import Budget
+from plm_engine_core.control_plane.limits.windows import ALWAYS
 from plm_engine_core.control_plane.policy.replay import Attempt
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Step
 from plm_engine_core.control_plane.runs.states import sources_of
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
-from plm_engine_core.control_plane.storage.memory.budgets import ALWAYS, open_budget, window_start
+from plm_engine_core.control_plane.storage.memory.budgets import open_budget, runs
 from plm_engine_core.control_plane.storage.memory.leases import MemoryLeases, close_books
 from plm_engine_core.control_plane.storage.memory.settlement import already_exists, write_artifact
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, storable_text
@@ -117,7 +118,7 @@ class MemoryRuns(MemoryLeases):
                 budget_row(row)
                 for row in books.budgets.rows(tenant_id)
                 if own.get(row["scope_kind"]) in (row["scope_id"], row["subject"] or row["scope_id"])
-                and row["starts_at"] == window_start(row["period"], books.now())
+                and runs(row, books.now())
             ]
             return sorted(found, key=lambda each: each.width)
 

@@ -10,10 +10,10 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.errors import IdempotencyConflict, InvalidRequest, NotFound
 from plm_engine_core.control_plane.events.event import TENANT_STREAM
-from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
+from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey, Reserve
 from plm_engine_core.control_plane.storage.ports import Correction
 from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, jsonb
-from plm_engine_core.control_plane.storage.rows import budget_row, budget_told
+from plm_engine_core.control_plane.storage.rows import budget_row, budget_told, unknown_zone
 from plm_engine_core.control_plane.vocabulary import BudgetScope, EventKind
 
 _CORRECT = "budgets.correct"
@@ -27,7 +27,8 @@ _PLACE = (  # as `BudgetKey.place` has it
     'unit COLLATE "C", period COLLATE "C"'
 )
 _LIST = (
-    "SELECT * FROM budgets WHERE tenant_id = %(tenant)s AND starts_at = engine_window_v2(period) "  # noqa: S608  # literals
+    "SELECT * FROM budgets WHERE tenant_id = %(tenant)s "  # noqa: S608  # literals
+    "AND engine_window_runs_v1(clock_timestamp(), period, starts_at, ends_at) "
     "AND (%(scope)s::text IS NULL OR scope_kind = %(scope)s) AND (%(of)s::uuid IS NULL OR scope_id = %(of)s) "
     f"AND (%(width)s::integer IS NULL OR ({_PLACE}) > (%(width)s, %(nameless)s, %(subject)s, %(after)s, %(unit)s, "
     f"%(period)s)) ORDER BY {_PLACE} LIMIT %(limit)s"
@@ -64,20 +65,23 @@ class PostgresBudgets:
             )
             return [budget_row(row) for row in await cursor.fetchall()]
 
-    async def set_limit(self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, actor: str) -> Budget:
-        """Set and pin the limit of the present window, opening it where it is not there."""
+    async def set_limit(
+        self, tenant_id: UUID, key: BudgetKey, limit: Decimal, *, time_zone: str | None = None, actor: str
+    ) -> Budget:
+        """Set and pin the limit of the present window, opening it where it is not there, in UTC or in `time_zone`."""
+        entry = Reserve.nothing_of(key, limit, time_zone=time_zone).stored
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
-                "INSERT INTO budgets (tenant_id, scope_kind, scope_id, unit, period, starts_at, subject, limit_amount, "
-                "pinned) VALUES (%(tenant)s, %(scope)s, %(scope_id)s, %(unit)s, %(period)s, "
-                "engine_window_v2(%(period)s), %(subject)s, %(limit)s, true) "
-                "ON CONFLICT (tenant_id, scope_kind, scope_id, unit, period, starts_at) "
-                "DO UPDATE SET limit_amount = EXCLUDED.limit_amount, pinned = true RETURNING *",
-                {**_names(tenant_id, key), "subject": key.subject, "limit": limit},
+                "SELECT engine_open_window_v1(%s, %s) AS starts_at", [tenant_id, jsonb(entry, root="budget")]
+            )
+            named = {**_names(tenant_id, key), **(await cursor.fetchone() or {}), "limit": limit}
+            cursor = await connection.execute(
+                f"UPDATE budgets SET limit_amount = %(limit)s, pinned = true WHERE {_NAMED} RETURNING *".encode(),  # noqa: S608  # a literal
+                named,
             )
             row = await cursor.fetchone()
             if row is None:
-                raise NotFound("budget", key.unit)
+                raise unknown_zone(time_zone)
             await self._gateway.append(
                 connection,
                 tenant_id,
@@ -93,7 +97,12 @@ class PostgresBudgets:
         key = correction.key
         async with self._gateway.transaction(tenant_id) as connection:
             named = _names(tenant_id, key)
-            cursor = await connection.execute("SELECT engine_window_v2(%s) AS starts_at", [key.period.value])
+            # Where no window runs there is none in UTC either, and that is what is then not found.
+            cursor = await connection.execute(
+                "SELECT COALESCE(engine_window_in_use_v1(%s, %s, clock_timestamp()), engine_window_v2(%s)) "
+                "AS starts_at",
+                [tenant_id, jsonb(Reserve.nothing_of(key, Decimal(0)).stored, root="budget"), key.period.value],
+            )
             named |= await cursor.fetchone() or {}
             before = await self._claim(connection, tenant_id, correction, named["starts_at"])
             replayed, named["starts_at"] = before is not None, before or named["starts_at"]

@@ -220,7 +220,7 @@ class PostgresRuns(PostgresLeases):
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
                 "SELECT b.* FROM run_states AS r JOIN budgets AS b ON b.tenant_id = r.tenant_id "
-                "AND b.starts_at = engine_window_v2(b.period) AND CASE b.scope_kind "
+                "AND engine_window_runs_v1(clock_timestamp(), b.period, b.starts_at, b.ends_at) AND CASE b.scope_kind "
                 "WHEN 'run' THEN b.scope_id = r.run_id WHEN 'run_group' THEN b.scope_id = r.run_group_id "
                 "WHEN 'user' THEN b.scope_id = r.user_id WHEN 'tenant' THEN true "
                 "WHEN 'agent' THEN b.subject = r.agent_id WHEN 'team' THEN b.subject = r.team END "
