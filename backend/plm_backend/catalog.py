@@ -29,6 +29,10 @@ class AgentCatalog:
             raise InvalidRequest(f"there is no agent {name!r}; this installation has: {known}", field="agent")
         return plan
 
+    def replace(self, other: AgentCatalog) -> None:
+        """Offer the plans of another catalog instead, from the next run on."""
+        self._plans = other._plans
+
     @staticmethod
     def agent_of(run: Run) -> Agent:
         """The agent of a run, from what the run recorded."""

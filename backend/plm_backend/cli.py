@@ -20,7 +20,7 @@ from plm_backend.errors import SetupError
 from plm_backend.logs import configure_logging
 from plm_backend.startup import OLDER_SECRET, SECRET, load_settings, setup_errors
 from plm_backend.state import events_key
-from plm_backend.stopping import StopRequest
+from plm_backend.stopping import ReloadRequest, StopRequest
 
 _PORT = 8000
 
@@ -45,12 +45,16 @@ def serve(
     Without --port and PLM_PORT it listens on 8000, or on a free port when that is in use. An embedded database that
     dies is started again; while any other is away, requests are answered with 503.
 
+    SIGHUP has the capability file and the plans read anew; with an error in them what was in force stays.
+
     Status 0: it was stopped by SIGINT or SIGTERM; 3: a setting is missing or refused, and the sentence says which; 130:
     it was stopped before it was ready.
     """
     stop = StopRequest()
+    reload = ReloadRequest(stop)
     with setup_errors():
         stop.listen()
+        reload.listen()
         settings = load_settings()
         configure_logging(settings)
         listener = _listen(host or settings.host, settings.port if port is None else port)
@@ -66,23 +70,30 @@ def serve(
         with listener, open_database(settings) as database:
             from plm_backend.serving import serve_until_stopped  # takes a second, which a refusal need not wait for
 
-            asyncio.run(serve_until_stopped(settings, database, listener, stop, on_ready=announce))
+            asyncio.run(serve_until_stopped(settings, database, listener, stop, reload, on_ready=announce))
 
 
 def worker() -> None:
     """Run a run worker on this node, until it is stopped.
 
+    SIGHUP has the capability file and the plans read anew; with an error in them what was in force stays.
+
     Status as for `serve`, and 1: the database was away for longer than PLM_DATABASE_PATIENCE_SECONDS.
     """
     stop = StopRequest()
+    reload = ReloadRequest(stop)
     with setup_errors():
         stop.listen()
+        reload.listen()
         settings = load_settings()
         configure_logging(settings)
         with open_database(settings) as database:
             from plm_backend.serving import work_until_stopped
 
-            asyncio.run(work_until_stopped(settings, database, stop, on_ready=lambda: typer.echo("working", err=True)))
+            def announce() -> None:
+                typer.echo("working", err=True)
+
+            asyncio.run(work_until_stopped(settings, database, stop, reload, on_ready=announce))
 
 
 def local_env() -> None:

@@ -18,9 +18,10 @@ from starlette.types import Receive, Scope, Send
 from plm_backend.app import create_app
 from plm_backend.database import Database, open_database
 from plm_backend.errors import DatabaseLost, SetupError
+from plm_backend.reloading import Reloading
 from plm_backend.server_keeper import keep_running
 from plm_backend.settings import Settings
-from plm_backend.stopping import StopRequest
+from plm_backend.stopping import ReloadRequest, StopRequest
 from plm_backend.wiring import Platform, background, open_platform, run_worker
 
 _GRACE_SECONDS = 5  # for answers under way; event streams are ended at once
@@ -28,13 +29,15 @@ _LONGEST_HEAD = 64 * 1024  # bytes of a request's line and headers that may wait
 
 
 @asynccontextmanager
-async def open_application(settings: Settings, database: Database) -> AsyncIterator[FastAPI]:
-    """The API with a run worker in the same process.
+async def open_application(
+    settings: Settings, database: Database, *, reload: ReloadRequest | None = None
+) -> AsyncIterator[FastAPI]:
+    """The API with a run worker in the same process; on `reload` it reads its files anew.
 
     Raises:
         SetupError: the operator must change something first.
     """
-    async with _open_node(settings, database) as platform:
+    async with _open_node(settings, database, reload) as platform:
         yield create_app(platform)
 
 
@@ -43,12 +46,13 @@ async def serve_until_stopped(
     database: Database,
     listener: socket.socket,
     stop: StopRequest,
+    reload: ReloadRequest,
     *,
     on_ready: Callable[[], None],
 ) -> None:
     """Serve on `listener` until it is asked to stop; `on_ready` is called when requests are answered."""
     stopped = asyncio.create_task(stop.wait())
-    async with open_application(settings, database) as app:
+    async with open_application(settings, database, reload=reload) as app:
         config = uvicorn.Config(
             app,
             http="h11",  # named, or another package's dependency would decide; and it ends a head that has no end
@@ -65,7 +69,12 @@ async def serve_until_stopped(
 
 
 async def work_until_stopped(
-    settings: Settings, database: Database, stop: StopRequest, *, on_ready: Callable[[], None]
+    settings: Settings,
+    database: Database,
+    stop: StopRequest,
+    reload: ReloadRequest,
+    *,
+    on_ready: Callable[[], None],
 ) -> None:
     """Drive runs until it is asked to stop, without an API.
 
@@ -76,7 +85,7 @@ async def work_until_stopped(
     if settings.run_concurrency == 0:
         raise SetupError("PLM_RUN_CONCURRENCY is 0, so this run worker would drive nothing; set it to 1 or more")
     stopped = asyncio.create_task(stop.wait())
-    async with _open_node(settings, database) as platform:
+    async with _open_node(settings, database, reload) as platform:
         on_ready()
         patience = settings.database_patience_seconds
         given_up = asyncio.create_task(platform.database.given_up(patience))
@@ -88,13 +97,16 @@ async def work_until_stopped(
 
 
 @asynccontextmanager
-async def _open_node(settings: Settings, database: Database) -> AsyncIterator[Platform]:
+async def _open_node(settings: Settings, database: Database, reload: ReloadRequest | None) -> AsyncIterator[Platform]:
     """What an API process and a run worker have in common; an embedded server is kept alive meanwhile."""
     async with AsyncExitStack() as stack:
         if database.server is not None:
             await stack.enter_async_context(background(partial(keep_running, database.server), "server keeper"))
         platform = await stack.enter_async_context(open_platform(settings, database.app))
-        await stack.enter_async_context(run_worker(platform))
+        manager = await stack.enter_async_context(run_worker(platform))
+        if reload is not None:
+            reloading = partial(Reloading(platform, manager).on, reload)
+            await stack.enter_async_context(background(reloading, "reload"))
         yield platform
 
 

@@ -20,10 +20,9 @@ from plm_engine_core.control_plane.events import Signer, load_signer
 from plm_engine_core.control_plane.events.archive import Archive, Archivist, open_archive
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
 from plm_engine_core.control_plane.identity import IdentityProvider, PostgresAuditSink, provider_from_environment
-from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy
-from plm_engine_core.control_plane.policy.lint import require_known_names
+from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.recovery import Recovery
-from plm_engine_core.control_plane.registry import CapabilityRegistry, load_agents, load_capabilities
+from plm_engine_core.control_plane.registry import load_agents
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.storage.postgres.gateway import Pool
 from plm_engine_core.control_plane.storage.postgres.signals import PostgresSignals
@@ -34,9 +33,11 @@ from plugin_substrate.manager import PluginManager
 from plugin_substrate.queue import JobQueue
 
 from plm_backend.artifacts import Artifacts
-from plm_backend.catalog import AgentCatalog, load_catalog
+from plm_backend.catalog import AgentCatalog
 from plm_backend.errors import SetupError
 from plm_backend.executors import PluginExecutor
+from plm_backend.operator_files import read_files
+from plm_backend.plugin_promises import check_capabilities
 from plm_backend.reachability import Reachability
 from plm_backend.run_queue import ProcrastinateDelivery, deliver
 from plm_backend.settings import Settings
@@ -82,17 +83,15 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
         SetupError: the operator must change something first.
     """
     dsn = driver_dsn(dsn)
-    registry = load_capabilities(settings.capabilities)
-    policy = load_policy(settings.policy)
-    require_known_names(policy, registry, source=str(settings.policy))
-    agents = load_catalog(settings.agents, registry)
+    files = read_files(settings)
+    policy = files.policy
     identity = provider_from_environment()
     pool = open_pool(dsn, max_size=settings.run_concurrency + 8)
     database = Reachability(on_return=pool.check)  # or each idle connection would fail one request
     hub = SignalHub(dsn, database=database)
     control_plane = ControlPlane(
         policy=policy,
-        registry=registry,
+        registry=files.registry,
         storage=PostgresStorage(pool, ProcrastinateDelivery()),
         signals=PostgresSignals(pool),
         evaluators=EvaluatorRegistry.installed(),
@@ -111,7 +110,7 @@ async def open_platform(settings: Settings, dsn: str) -> AsyncIterator[Platform]
                 pool=pool,
                 control_plane=control_plane,
                 file_policy=policy,
-                agents=agents,
+                agents=files.agents,
                 artifacts=Artifacts(artifact_store, name=_KINDS[type(artifact_store)]),
                 artifact_store=artifact_store,
                 identity=identity,
@@ -138,14 +137,14 @@ def _tell_difference(standing: Roles, file: PolicySnapshot, settings: Settings) 
 
 
 @asynccontextmanager
-async def run_worker(platform: Platform) -> AsyncIterator[None]:
+async def run_worker(platform: Platform) -> AsyncIterator[PluginManager | None]:
     """A run worker in this process: plugins, queue, driver, delivery and recovery, until the block ends.
 
-    With a `run_concurrency` of 0 there is none: other processes drive the runs.
+    With a `run_concurrency` of 0 there is none, and no plugin: other processes drive the runs.
     """
     settings = platform.settings
     if settings.run_concurrency == 0:
-        yield
+        yield None
         return
     signer, archive = _signer(settings), _archive(settings)
     async with AsyncExitStack() as stack:
@@ -155,7 +154,7 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
             max_tenant_workers=settings.plugin_tenant_workers,
         )
         manager.discover_manifests()
-        _check_capabilities(platform.control_plane.registry, manager)
+        check_capabilities(platform.control_plane.registry, manager)
         await stack.enter_async_context(manager)
         queue = JobQueue(manager)
         await queue.start()
@@ -198,7 +197,7 @@ async def run_worker(platform: Platform) -> AsyncIterator[None]:
         if archive is not None:
             archivist = Archivist(platform.control_plane.storage, archive, every_seconds=settings.archive_seconds)
             await stack.enter_async_context(background(archivist.run, "archive"))
-        yield
+        yield manager
 
 
 def _signer(settings: Settings) -> Signer | None:
@@ -227,30 +226,6 @@ def _archive(settings: Settings) -> Archive | None:
         return open_archive(settings.events_archive)
     except InvalidRequest as error:
         raise SetupError(f"PLM_EVENTS_ARCHIVE: {error}") from error
-
-
-def _check_capabilities(registry: CapabilityRegistry, manager: PluginManager) -> None:
-    """Refuse a registration that promises more than its plugin does."""
-    for capability in registry:
-        meta = manager.get_discovered_meta(capability.plugin)
-        if meta is None:
-            logger.warning(
-                "plugin %s of %s is not installed on this node; install it with `cjm-ctl install-all`",
-                capability.plugin,
-                capability.id,
-            )
-            continue
-        for word in ("idempotent", "stateless"):
-            if getattr(capability, word) and not getattr(meta, word):
-                raise SetupError(
-                    f"capability {capability.id} is registered as {word}, but plugin {meta.name} does not "
-                    "declare itself so; correct one of them"
-                )
-        if meta.manifest.asked_isolation.network and not capability.network:
-            raise SetupError(
-                f"plugin {meta.name} reaches a network, so a call of {capability.id} may cost anything: register it "
-                "with network: true and cost.max_eur, the most one call may cost"
-            )
 
 
 @asynccontextmanager

@@ -25,6 +25,7 @@ from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy, re
 from plm_engine_core.control_plane.policy.plan import Plans
 from plm_engine_core.control_plane.policy.replay import Attempt
 from plm_engine_core.control_plane.policy.shadow import ShadowReport
+from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.vocabulary import PolicyRole, Reason, TicketDecision
 from typer.testing import CliRunner
 
@@ -212,7 +213,7 @@ async def test_a_database_that_is_gone_leaves_what_decides_and_is_told(make_poli
         async def standing(self) -> Any:
             raise StorageUnavailable("gone")
 
-    in_force = PolicyInForce(make_policy(), EvaluatorRegistry())
+    in_force = PolicyInForce(make_policy(), EvaluatorRegistry(), CapabilityRegistry(()))
     with pytest.raises(StorageUnavailable):
         await PolicyKeeper(in_force, Gone(), file=make_policy()).refresh()  # type: ignore[arg-type]
     assert in_force.now.policy == make_policy()

@@ -99,6 +99,17 @@ async def test_a_grant_of_which_nothing_is_recorded_is_not_settled_by_guessing(b
         )
 
 
+async def test_what_was_decided_and_asked_is_read_in_its_own_tenant_only(bench):
+    lease, pending = await bench.ask()
+    books, place = bench.storage.admission, (lease.run.id, 0, 1)
+    described = await books.decided_on(bench.tenant, *place)
+    assert described["id"] == WRITE
+    assert await books.asked_for(bench.tenant, lease.run.id, pending.ticket_id) == described
+    other = bench.behind.new_tenant()
+    assert await books.decided_on(other, *place) is None
+    assert await books.asked_for(other, lease.run.id, pending.ticket_id) is None
+
+
 @pytest.mark.postgres_only
 async def test_on_a_connection_of_the_callers_it_is_the_same_but_for_a_digest_that_changed(bench):
     lease = await bench.lease()
@@ -227,7 +238,7 @@ async def test_a_driver_settles_a_call_by_what_it_was_granted_as(bench, changes)
     granted_as = bench.control_plane.registry.get(READ)
 
     async def exchange():
-        bench.control_plane.registry = defined(bench, READ, changes).control_plane.registry
+        await bench.control_plane.reload(defined(bench, READ, changes).control_plane.registry)
 
     executor = Exchanging(exchange)
     run = await bench.run()
@@ -254,14 +265,14 @@ async def test_a_lost_call_is_not_repeated_by_what_would_not_know_of_it(bench, m
     bench.let_lease_expire(run)
     second = driver(bench, executor)
     if when == "before it is closed":
-        bench.control_plane.registry = anew
+        await bench.control_plane.reload(anew)
         assert await second.drive(bench.tenant, run.id) is RunState.OUTCOME_UNKNOWN
     else:
         close = second._close_abandoned
 
         async def closed(hold):
             await close(hold)
-            bench.control_plane.registry = anew
+            await bench.control_plane.reload(anew)
 
         monkeypatch.setattr(second, "_close_abandoned", closed)
         assert await second.drive(bench.tenant, run.id) is RunState.FAILED
@@ -275,7 +286,7 @@ async def test_a_definition_that_changes_right_before_admission_decides_who_carr
     admit = bench.control_plane.admit
 
     async def later(proposal, **keywords):
-        bench.control_plane.registry = anew
+        await bench.control_plane.reload(anew)
         return await admit(proposal, **keywords)
 
     monkeypatch.setattr(bench.control_plane, "admit", later)
@@ -298,7 +309,7 @@ def test_a_governed_function_is_settled_by_what_it_was_granted_as():
         assert isinstance(governor.plane, SyncControlPlane)
 
         async def remove(core):
-            core.registry = CapabilityRegistry(())
+            await core.reload(CapabilityRegistry(()))
 
         @governed("shop.look", by=governor)
         def look(item: str) -> str:

@@ -302,28 +302,26 @@ class TestCrashes:
         assert await bench.budget(run, "tenant", BudgetUnit.CALLS) == (0, 0)
         assert "record_damaged" in str(await bench.control_plane.why(bench.tenant, str(run.id)))
 
-    async def test_during_a_call_that_is_not_registered_any_more_the_run_waits_until_somebody_knows(
-        self, scene, bench, monkeypatch
-    ):
+    async def test_during_a_call_that_is_not_registered_any_more_the_run_waits_until_somebody_knows(self, scene, bench):
         acts = await scene(plan(READ), thing_read=["hang"])
         task = acts.start()
         await acts.executor.entered.wait()
         await acts.kill(task)
         left = CapabilityRegistry([each for each in bench.control_plane.registry if each.id != READ])
-        monkeypatch.setattr(bench.control_plane, "registry", left)
+        await bench.control_plane.reload(left)
         assert await acts.drive(owner="node/2") is RunState.OUTCOME_UNKNOWN
         await bench.storage.runs.reconcile(bench.tenant, acts.run.id, happened=False, output=None, actor="human:x")
         assert await acts.drive() is RunState.FAILED
         assert (await acts.fresh()).reason == "capability_unknown"
         assert await acts.consistent()
 
-    async def test_a_call_that_might_not_be_repeated_when_it_was_granted_never_is(self, scene, bench, monkeypatch):
+    async def test_a_call_that_might_not_be_repeated_when_it_was_granted_never_is(self, scene, bench):
         acts = await scene(plan(FIRE), thing_fire=["hang"])
         task = acts.start()
         await acts.executor.entered.wait()
         await acts.kill(task)
         anew = [each.model_copy(update={"idempotent": True}) for each in bench.control_plane.registry]
-        monkeypatch.setattr(bench.control_plane, "registry", CapabilityRegistry(anew))
+        await bench.control_plane.reload(CapabilityRegistry(anew))
         assert await acts.drive(owner="node/2") is RunState.OUTCOME_UNKNOWN
 
     async def test_after_the_effect_and_before_settlement_it_is_the_same_as_during_the_call(

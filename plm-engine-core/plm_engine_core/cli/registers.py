@@ -10,10 +10,13 @@ import typer
 from plm_engine_core.cli.caller import Caller, as_caller
 from plm_engine_core.cli.exits import loaded
 from plm_engine_core.cli.output import AsJson, show
-from plm_engine_core.cli.storage import Books
+from plm_engine_core.cli.storage import Books, refused
 from plm_engine_core.control_plane.agents import AgentDesk, StandingAgent
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, KillSwitch
-from plm_engine_core.control_plane.registry import AgentRegistry, load_agents, load_capabilities
+from plm_engine_core.control_plane.policy import load_policy
+from plm_engine_core.control_plane.policy.lint import require_known_names
+from plm_engine_core.control_plane.registry import AgentRegistry, changes, load_agents, load_capabilities
 from plm_engine_core.control_plane.vocabulary import AgentStatus
 
 agents_app = typer.Typer(
@@ -29,11 +32,6 @@ Agent = Annotated[str, typer.Argument(help="The agent, by its id in the register
 CancelSeconds = Annotated[
     float, typer.Option(min=1, help="The bound within which run workers end calls in flight, as they are set up.")
 ]
-
-
-@capabilities_app.callback()
-def _capabilities() -> None:
-    """Keeps ``list`` a command of its own although it is the only one."""
 
 
 @capabilities_app.command("list")
@@ -53,6 +51,34 @@ def list_capabilities(
     ]
     items = [each.model_dump(mode="json") for each in versions]
     show({"items": items}, "\n".join(lines) or "none is registered", as_json=as_json)
+
+
+@capabilities_app.command("check")
+def check_capabilities(
+    file: Annotated[Path, typer.Argument(help="The capability file that is to be tried.", show_default=False)],
+    capabilities: Annotated[
+        Path | None, typer.Option(help="The one that is in use, to be compared with.", envvar="PLM_CAPABILITIES")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="A policy that has to go with it.", envvar="PLM_POLICY", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a capability file can be used, and what it would change. Nothing is done.
+
+    Plans, plugins and the policy that was activated are asked by the node that reloads the file.
+
+    Status 0: it can be used; 1: it cannot, and the sentence says why; 2: wrong arguments.
+    """
+    try:
+        registry = load_capabilities(file)
+        if policy is not None:
+            require_known_names(load_policy(policy), registry, source=str(policy))
+        made = changes(load_capabilities(capabilities), registry) if capabilities is not None else None
+    except InvalidRequest as error:
+        refused(error, as_json=as_json)
+    words = "it can be used" if made is None else "\n".join(made.lines) or str(made)
+    show({"changes": made.to_json() if made is not None else None}, words, as_json=as_json)
 
 
 @agents_app.command("list")

@@ -96,6 +96,14 @@ def problem_of(error: Mapping[str, Any]) -> str:
     return f"{words} (given: {_shortened(repr(error['input']))})" if isinstance(error["input"], _SCALARS) else words
 
 
+def place_in(path: Path, location: Sequence[int | str]) -> str:
+    """`path:line:column` of an entry of a file that was read; the path alone where it cannot be read any more."""
+    try:
+        return f"{path}{_place(path.read_text(encoding='utf-8'), location)}"
+    except (OSError, UnicodeDecodeError):
+        return str(path)
+
+
 def _place(text: str, location: Sequence[int | str]) -> str:
     """`:line:column` of the entry, or of the nearest thing around it that the text has."""
     try:

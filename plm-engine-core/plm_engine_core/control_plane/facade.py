@@ -6,8 +6,10 @@ module that does the work.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
@@ -36,7 +38,7 @@ from plm_engine_core.control_plane.events import (
     verify_tenant,
 )
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
-from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, HaltDrill, KillSwitch
+from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, HaltDrill, KillSwitch, check_cancel_seconds
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
 from plm_engine_core.control_plane.in_force import PolicyInForce, PolicyKeeper
 from plm_engine_core.control_plane.limits import Budget, BudgetKey, Subjects
@@ -44,15 +46,19 @@ from plm_engine_core.control_plane.limits.desk import BudgetDesk, check_amount
 from plm_engine_core.control_plane.limits.leases import ResourceLease, check_seconds, check_terms
 from plm_engine_core.control_plane.markers import Marker, mark
 from plm_engine_core.control_plane.policy import PolicySnapshot
+from plm_engine_core.control_plane.policy.lint import require_known_names
 from plm_engine_core.control_plane.registry import (
     AgentDescriptor,
     AgentRegistry,
     CapabilityDescriptor,
     CapabilityRegistry,
     Delegation,
+    RegistryChanges,
+    changes,
     narrowed,
     share_of,
 )
+from plm_engine_core.control_plane.registry.written import Written, registry_of
 from plm_engine_core.control_plane.runs.request import RunRequest
 from plm_engine_core.control_plane.runs.run import NewRun, Run
 from plm_engine_core.control_plane.storage.commands import held_token
@@ -70,6 +76,8 @@ from plm_engine_core.control_plane.vocabulary import (
 )
 from plm_engine_core.control_plane.why import Why, not_begun, why
 
+_log = logging.getLogger(__name__)
+
 _TRACE_ID = re.compile("[0-9a-f]{32}")
 _SPAN_ID = re.compile("[0-9a-f]{16}")
 
@@ -85,9 +93,10 @@ _LOOK_AGAIN_MS = 5_000
 class ControlPlane:
     """Decides and keeps the books. It never performs an effect itself.
 
-    `policy` decides until one is activated; while its `keeper` is entered, this process is kept in step with that.
-    `evaluators` are the kinds that the policy may use; without them, the built-in ones. With `agents` only those may
-    propose, and none beyond its ceilings; without them every agent may do what policy and principal allow.
+    `registry` is what is registered until a `reload`. `policy` decides until one is activated; while its `keeper` is
+    entered, this process is kept in step with that. `evaluators` are the kinds that the policy may use; without them,
+    the built-in ones. With `agents` only those may propose, and none beyond its ceilings; without them every agent may
+    do what policy and principal allow.
     `cancel_seconds` is the bound within which whoever drives runs ends their calls after a halt; its record states it.
 
     Raises:
@@ -106,20 +115,35 @@ class ControlPlane:
         agents: AgentRegistry | None = None,
         cancel_seconds: float = CANCEL_SECONDS,
     ) -> None:
-        evaluators = evaluators or EvaluatorRegistry()
-        self.in_force = PolicyInForce(policy, evaluators)
+        check_cancel_seconds(cancel_seconds)
+        self._evaluators = evaluators or EvaluatorRegistry()
+        self.in_force = PolicyInForce(policy, self._evaluators, registry)
         self.keeper = PolicyKeeper(self.in_force, storage.policies, file=policy)
-        self.registry = registry
         self.agents = agents
         self.storage = storage
         self.signals: Signals = signals or NoSignals()
         self.cancel_seconds = cancel_seconds
         self._expectations = Expectations()
-        self._desk = PolicyDesk(storage.policies, registry=registry, evaluators=evaluators)
-        self._kill_switch = KillSwitch(
-            storage.halts, registry=registry, agents=agents, signals=self.signals, cancel_seconds=cancel_seconds
+        self._reloading = asyncio.Lock()
+
+    @property
+    def registry(self) -> CapabilityRegistry:
+        """The capabilities that are registered now; `reload` exchanges them as a whole."""
+        return self.in_force.registry
+
+    @property
+    def _kill_switch(self) -> KillSwitch:
+        return KillSwitch(
+            self.storage.halts,
+            registry=self.registry,
+            agents=self.agents,
+            signals=self.signals,
+            cancel_seconds=self.cancel_seconds,
         )
-        self._agent_desk = AgentDesk(storage.halts, agents=agents, kill_switch=self._kill_switch)
+
+    @property
+    def _agent_desk(self) -> AgentDesk:
+        return AgentDesk(self.storage.halts, agents=self.agents, kill_switch=self._kill_switch)
 
     @property
     def policy(self) -> PolicySnapshot:
@@ -150,7 +174,45 @@ class ControlPlane:
         by: Principal,
     ) -> Activation:
         """Give a policy a role, for all tenants and processes; see `PolicyDesk.activate`."""
-        return await self._desk.activate(tenant_id, policy, role=role, previous=previous, reason=reason, by=by)
+        desk = PolicyDesk(self.storage.policies, registry=self.registry, evaluators=self._evaluators)
+        return await desk.activate(tenant_id, policy, role=role, previous=previous, reason=reason, by=by)
+
+    async def reload(
+        self,
+        capabilities: Written | CapabilityRegistry,
+        *,
+        record: Callable[[RegistryChanges], Awaitable[None]] | None = None,
+    ) -> RegistryChanges:
+        """Register these capabilities in place of those that are, as one, and answer what is different.
+
+        A path is read as a capability file. From then on every decision of this control plane goes by the new registry;
+        what was decided before is carried out and settled by the definition that was decided on. Other processes have
+        files of their own. `record` is awaited with the changes before anything is exchanged, so that nothing is that
+        could not be recorded.
+
+        Raises:
+            InvalidRequest: naming what is missing, unknown or wrong, or what the policy that decides names and would
+                not be registered any more. What was registered still is, and all of it. So it is with whatever else is
+                raised, by `record` too.
+        """
+        async with self._reloading:
+            registry = await asyncio.to_thread(registry_of, capabilities)
+            made = changes(self.registry, registry)
+            await self._look_at_policies()  # the one that was just activated counts
+            recorded = record is None
+            while True:
+                policy = self.in_force.policy
+                if policy is not None:
+                    source = f"the active policy {policy.digest[:12]}, version {policy.version}"
+                    await asyncio.to_thread(require_known_names, policy, registry, source=source)
+                if record is not None and not recorded:
+                    await record(made)
+                    recorded = True
+                if self.in_force.policy is policy:  # nothing is awaited between this look and the exchange
+                    break
+            self.in_force.register(registry)
+        _log.info("the capabilities were registered anew: %s", made)
+        return made
 
     def capability(self, capability_id: str) -> CapabilityDescriptor:
         """A capability as it is registered now, which is not by what a call that was granted earlier is settled.
@@ -296,7 +358,7 @@ class ControlPlane:
         admission = await admit(
             proposal,
             policy=deciding.policy,
-            registry=self.registry,
+            registry=deciding.registry,
             storage=self.storage.admission,
             evaluators=deciding.evaluators,
             shadow=deciding.shadow,

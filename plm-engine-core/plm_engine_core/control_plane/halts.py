@@ -30,6 +30,15 @@ BY_ID = frozenset({HaltScope.RUN_GROUP, HaltScope.RUN})
 BY_NAME = frozenset({HaltScope.AGENT, HaltScope.CAPABILITY})
 
 
+def check_cancel_seconds(seconds: float) -> None:
+    """Raises: InvalidRequest: it is no bound of calls after a halt: not more than 0, or more than a day."""
+    if not 0 < seconds <= LONGEST_CANCEL_SECONDS:
+        raise InvalidRequest(
+            f"calls end more than 0 and at most {LONGEST_CANCEL_SECONDS:g} s after a halt, not {seconds}",
+            field="cancel_seconds",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class HaltCalls:
     """What a halt met in the tenant that asks: grants it revoked, and calls in flight, which it had cancelled.
@@ -116,11 +125,7 @@ class KillSwitch:
         signals: Signals | None = None,
         cancel_seconds: float = CANCEL_SECONDS,
     ) -> None:
-        if not 0 < cancel_seconds <= LONGEST_CANCEL_SECONDS:
-            raise InvalidRequest(
-                f"calls end more than 0 and at most {LONGEST_CANCEL_SECONDS:g} s after a halt, not {cancel_seconds}",
-                field="cancel_seconds",
-            )
+        check_cancel_seconds(cancel_seconds)
         self._store = store
         self._registry = registry
         self._agents = agents

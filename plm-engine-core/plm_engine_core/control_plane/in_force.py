@@ -1,16 +1,20 @@
-"""The policy that decides in this process, exchanged as a whole while it runs, and kept in step with the record."""
+"""What decides in this process: policy and capabilities, exchanged as a whole while it runs.
+
+The policy is kept in step with the record; the capabilities are this node's own, and are exchanged when it is asked to.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from plm_engine_core.control_plane.activation import Roles
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, ParallelPolicyEvaluator
 from plm_engine_core.control_plane.errors import ControlPlaneError, InvalidRequest, PolicyMissing, StorageUnavailable
 from plm_engine_core.control_plane.policy import PolicySnapshot, read_policy
+from plm_engine_core.control_plane.registry import CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import PolicyStore
 
 _log = logging.getLogger(__name__)
@@ -25,19 +29,30 @@ class Deciding:
 
     policy: PolicySnapshot
     evaluators: ParallelPolicyEvaluator
+    registry: CapabilityRegistry
     shadow: PolicySnapshot | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Withdrawn:
+    """Nothing decides, and why; what is registered is known all the same."""
+
+    why: str
+    registry: CapabilityRegistry
+
+
 class PolicyInForce:
-    """Holds what decides. When the activated policy cannot be loaded here, nothing does.
+    """Holds what decides, behind one reference. When the activated policy cannot be loaded here, nothing does.
 
     Raises:
         InvalidRequest: the policy declares an evaluator that is not there, or configures one wrongly.
     """
 
-    def __init__(self, policy: PolicySnapshot, evaluators: EvaluatorRegistry) -> None:
-        self._registry = evaluators
-        self._now: Deciding | str = Deciding(policy=policy, evaluators=evaluators.build(policy))
+    def __init__(self, policy: PolicySnapshot, evaluators: EvaluatorRegistry, registry: CapabilityRegistry) -> None:
+        self._evaluators = evaluators
+        self._now: Deciding | _Withdrawn = Deciding(
+            policy=policy, evaluators=evaluators.build(policy), registry=registry
+        )
 
     @property
     def now(self) -> Deciding:
@@ -46,9 +61,25 @@ class PolicyInForce:
         Raises:
             PolicyMissing: the activated policy cannot be loaded by this process; another one may.
         """
-        if isinstance(self._now, str):
-            raise PolicyMissing(self._now)
-        return self._now
+        now = self._now
+        if isinstance(now, _Withdrawn):
+            raise PolicyMissing(now.why)
+        return now
+
+    @property
+    def policy(self) -> PolicySnapshot | None:
+        """The policy that decides; None while nothing does."""
+        now = self._now
+        return now.policy if isinstance(now, Deciding) else None
+
+    @property
+    def registry(self) -> CapabilityRegistry:
+        """What is registered now."""
+        return self._now.registry
+
+    def register(self, registry: CapabilityRegistry) -> None:
+        """Go by these capabilities from the next decision on."""
+        self._now = replace(self._now, registry=registry)
 
     def install(self, policy: PolicySnapshot, *, shadow: PolicySnapshot | None = None) -> None:
         """Decide by this policy from the next decision on.
@@ -56,11 +87,12 @@ class PolicyInForce:
         Raises:
             InvalidRequest: as when made; what decided before still does.
         """
-        self._now = Deciding(policy=policy, evaluators=self._registry.build(policy), shadow=shadow)
+        evaluators = self._evaluators.build(policy)
+        self._now = Deciding(policy=policy, evaluators=evaluators, registry=self.registry, shadow=shadow)
 
     def withdraw(self, why: str) -> None:
         """Decide nothing until the next `install`."""
-        self._now = why
+        self._now = _Withdrawn(why=why, registry=self.registry)
 
 
 class PolicyKeeper:

@@ -47,6 +47,7 @@ class SyncControlPlane:
         self._thread = LoopThread("SyncControlPlane")
 
     activate_policy = _waiting(ControlPlane.activate_policy)
+    reload = _waiting(ControlPlane.reload)
     create_run = _waiting(ControlPlane.create_run)
     delegate = _waiting(ControlPlane.delegate)
     admit = _waiting(ControlPlane.admit)

@@ -1,4 +1,4 @@
-"""The audit log: who authenticated and who was refused, written before the request goes on.
+"""The audit log: who authenticated and who was refused, written before the request goes on; and reloads of nodes.
 
 AuditError
 ├── AuditUnavailable      nothing was written: try again later
@@ -29,6 +29,7 @@ class AuditEvent(StrEnum):
 
     IDENTITY_BIND = "identity.bind"  # an identity was established
     IDENTITY_REJECT = "identity.reject"  # a token was refused
+    CAPABILITIES_RELOAD = "capabilities.reload"  # a node was asked to read its capability file anew
 
 
 class AuditError(Exception):
@@ -108,6 +109,17 @@ def anonymous_record(error: IdentityValidationError, *, provider: str, client: s
         actor_kind=ActorKind.SYSTEM,
         event_type=AuditEvent.IDENTITY_REJECT,
         payload={**facts, "omitted": omitted},
+    )
+
+
+def reload_record(facts: Mapping[str, Any]) -> AuditRecord:
+    """The record of a reload of a node's capability file, which belongs to the installation."""
+    return AuditRecord(
+        tenant_id=None,
+        user_id=None,
+        actor_kind=ActorKind.SYSTEM,
+        event_type=AuditEvent.CAPABILITIES_RELOAD,
+        payload=facts,
     )
 
 

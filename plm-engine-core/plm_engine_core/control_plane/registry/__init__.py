@@ -7,6 +7,7 @@ from plm_engine_core.control_plane.registry.capabilities import (
     CostBound,
     load_capabilities,
 )
+from plm_engine_core.control_plane.registry.changes import ChangedCapability, RegistryChanges, changes
 from plm_engine_core.control_plane.registry.delegation import Delegation, narrowed, share_of
 
 __all__ = [
@@ -14,8 +15,11 @@ __all__ = [
     "AgentRegistry",
     "CapabilityDescriptor",
     "CapabilityRegistry",
+    "ChangedCapability",
     "CostBound",
     "Delegation",
+    "RegistryChanges",
+    "changes",
     "load_agents",
     "load_capabilities",
     "narrowed",

@@ -21,7 +21,7 @@ from pydantic import (
 )
 
 from plm_engine_core.control_plane.amounts import Amount
-from plm_engine_core.control_plane.documents import Flag, Number, load_document
+from plm_engine_core.control_plane.documents import Flag, Number, load_document, place_in
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Unit
 from plm_engine_core.control_plane.oauth_scopes import OAuthScope
@@ -178,10 +178,12 @@ class CapabilityRegistry:
         self._by_id: dict[str, CapabilityDescriptor] = {}
         by_place: dict[tuple[str, CapabilityStatus], CapabilityDescriptor] = {}
         versions: set[tuple[str, str]] = set()
-        for capability in self.versions:
+        for number, capability in enumerate(self.versions):
+            field = f"capabilities.{number}"
             if (capability.id, capability.version) in versions:
                 raise InvalidRequest(
-                    f"capability {capability.id} is registered twice; remove one of the two", field="capabilities"
+                    f"version {capability.version} of capability {capability.id} is registered twice; remove one",
+                    field=field,
                 )
             versions.add((capability.id, capability.version))
             other = by_place.get((capability.id, capability.status))
@@ -189,7 +191,7 @@ class CapabilityRegistry:
                 raise InvalidRequest(
                     f"versions {other.version} and {capability.version} of capability {capability.id} are both "
                     f"{capability.status.value}; which one is meant?",
-                    field="capabilities",
+                    field=field,
                 )
             if other is None or _usable(capability) or not _usable(other):
                 by_place[capability.id, capability.status] = capability
@@ -233,6 +235,11 @@ def load_capabilities(path: Path) -> CapabilityRegistry:
     """Read the operator's capability file (`capabilities:` a list of descriptors).
 
     Raises:
-        InvalidRequest: naming the file and the entry that is missing, unknown, doubled or wrong.
+        InvalidRequest: naming the file, the line and the entry that is missing, unknown, doubled or wrong.
     """
-    return CapabilityRegistry(load_document(path, _CapabilityFile, "capability file").capabilities)
+    read = load_document(path, _CapabilityFile, "capability file")
+    try:
+        return CapabilityRegistry(read.capabilities)
+    except InvalidRequest as error:
+        name, number = str(error.field).split(".")
+        raise InvalidRequest(f"{place_in(path, (name, int(number)))}: {error}", field=error.field) from error

@@ -73,8 +73,8 @@ class MemoryAdmission(MemorySettlement):
             for event in books.events.rows((tenant_id, run_stream(run_id))):
                 if event["kind"] == "approval_requested":
                     payload = json.loads(event["payload"])
-                    if payload["answer"].get("ticket_id") == str(ticket_id):
-                        return _described(payload["decision"])
+                    if payload.get("answer", {}).get("ticket_id") == str(ticket_id):
+                        return _described(payload.get("decision"))
         return None
 
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
