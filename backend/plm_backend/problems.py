@@ -153,9 +153,16 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(engine.Forbidden)
     async def forbidden(_: Request, error: engine.Forbidden) -> ProblemResponse:
-        detail = f"{error}; {_REMEDIES.get(error.reason, 'ask somebody who may')}"
+        refused = error if isinstance(error, engine.InputRefused) else None
+        remedy = refused.unblock if refused is not None else _REMEDIES.get(error.reason, "ask somebody who may")
         return problem(
-            403, "authorization/forbidden", detail, reason=error.reason, missing_scopes=list(error.missing_scopes)
+            403,
+            "authorization/forbidden",
+            f"{error}; {remedy}",
+            reason=error.reason,
+            missing_scopes=list(error.missing_scopes),
+            evaluator=refused and refused.evaluator,
+            rule=refused and refused.rule,
         )
 
     @app.exception_handler(engine.Conflict)

@@ -22,14 +22,19 @@ from plm_backend.app import create_app
 from plm_backend.settings import Settings
 from plm_backend.wiring import Platform, open_platform
 from plm_engine_core.control_plane import Denied, Pending, Principal, Proposal, RunRequest
+from plm_engine_core.control_plane.admission.evaluators import BUILT_IN, EvaluatorRegistry
 from plm_engine_core.control_plane.errors import PolicyMissing
 from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.in_force import PolicyInForce
+from plm_engine_core.control_plane.policy import PolicySnapshot
+from plm_engine_core.control_plane.vocabulary import EvaluationPhase
 from plm_engine_core.testing.fault_table import GOES_ON, Fault, due, read_fault_table
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import create_tenants
+from pydantic import BaseModel
 
 TABLE = read_fault_table((Path(__file__).parents[2] / "docs" / "reasons.md").read_text(encoding="utf-8"))
-REQUESTS = ("verify", "decide a ticket", "lift", "halt")
+REQUESTS = ("verify", "create a run", "decide a ticket", "lift", "halt")
 SCOPES = ("plm.runs.create", "plm.halt", "plm.hitl.resolve", "probe.write")
 EXPIRIES = (("run_states", "lease_expires_at"), ("approval_tickets", "deadline"))
 UNREADABLE = json.dumps({"of": "a later release"})
@@ -52,6 +57,7 @@ class Scene:
         """What a request is answered: its reason, or the last word of its code."""
         method, address, body = {
             "verify": ("GET", "/v1/events/verification", None),
+            "create a run": ("POST", "/v1/runs", {"agent": "echo"}),
             "decide a ticket": ("POST", f"/v1/approvals/{self.ticket}/decision", {"decision": "approve"}),
             "lift": ("DELETE", f"/v1/halts/{self.halt}", None),
             "halt": ("POST", "/v1/halts", {"scope": "tenant", "reason": "stop"}),
@@ -165,6 +171,84 @@ def without_policy(platform: Platform) -> bool:
         return platform.control_plane.policy is None
     except PolicyMissing:
         return True
+
+
+class Configuration(BaseModel):
+    """Nothing to configure."""
+
+
+def evaluator(behaviour: Callable[[], Any]) -> type[Any]:
+    class Odd:
+        kind = "odd"
+        config_schema = Configuration
+
+        def __init__(self, config: Configuration) -> None:
+            self.config = config
+
+        async def evaluate(self, proposal: Any, facts: Any) -> Any:
+            return await self.examine(None)
+
+        async def examine(self, examined: Any) -> Any:
+            answer = behaviour()
+            return await answer if asyncio.iscoroutine(answer) else answer
+
+    return Odd
+
+
+def broken() -> Any:
+    raise RuntimeError("a defect")
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "raises": broken,
+    "hangs": lambda: asyncio.sleep(600),
+    "answers nonsense": lambda: "yes",
+}
+
+
+def with_evaluators(platform: Platform, kinds: list[type[Any]], *evaluators: dict[str, Any]) -> None:
+    """Have these evaluators asked by the policy that decides."""
+    policy = platform.control_plane.policy
+    changed = PolicySnapshot.model_validate({**policy.model_dump(mode="json"), "evaluators": evaluators})
+    platform.control_plane.in_force = PolicyInForce(changed, EvaluatorRegistry([*BUILT_IN, *kinds]))
+
+
+@pytest.mark.parametrize("behaviour", ODD)
+async def test_under_a_fault_of_an_evaluator_the_api_answers_as_the_table_says(scene: Scene, behaviour: str) -> None:
+    gates = [{"name": f"odd-{phase}", "kind": "odd", "timeout_ms": 50, "phase": phase} for phase in EvaluationPhase]
+    with_evaluators(scene.platform, [evaluator(ODD[behaviour])], *gates)
+    answers_due = due(TABLE, Fault.EVALUATOR, REQUESTS)
+    assert {operation: await scene.ask(operation) for operation in answers_due} == answers_due
+
+
+async def test_a_run_that_an_evaluator_refuses_leaves_nothing_but_the_record_of_it(scene: Scene) -> None:
+    secret = "AKIAEXAMPLE0000000000"  # nobody's
+    config = {"patterns": ["AKIA[A-Z0-9]{16}"]}
+    gate = {"name": "no-keys", "kind": "regex", "phase": "input", "config": config}
+    with_evaluators(scene.platform, [], gate)
+    before = (await scene.client.get("/v1/runs")).json()
+    key = {"Idempotency-Key": "once"}
+    refused = await scene.client.post("/v1/runs", json={"agent": "echo", "inputs": {"value": secret}}, headers=key)
+    problem = refused.json()
+    assert (refused.status_code, problem["code"], problem["reason"]) == (
+        403,
+        "authorization/forbidden",
+        "evaluator_denied",
+    )
+    assert (problem["evaluator"], problem["rule"]) == ("no-keys", "evaluators.no-keys")
+    assert "no run is created: evaluator no-keys denies" in problem["detail"]
+    assert secret not in refused.text
+    assert (await scene.client.get("/v1/runs")).json() == before
+    events = [each for each in (await scene.client.get("/v1/events")).json()["items"] if each["kind"] == "run_refused"]
+    assert [(each["stream"], each["payload"]["evaluator"]) for each in events] == [("tenant", "no-keys")]
+    assert secret not in json.dumps(events)
+    state = scene.platform.settings.state_dir
+    files = sorted(path for path in state.rglob("*") if path.is_file())
+    given = {"agent": "read-file", "files": {"file": {"name": f"{secret}.txt", "text": "x"}}}
+    assert (await scene.client.post("/v1/runs", json=given)).json()["reason"] == "evaluator_denied"
+    assert sorted(path for path in state.rglob("*") if path.is_file()) == files, "its file went with it"
+    again = await scene.client.post("/v1/runs", json={"agent": "echo", "inputs": {"value": "fine"}}, headers=key)
+    assert again.status_code == 202, "a key is not used up by what was refused"
 
 
 @pytest.mark.parametrize("fault", [fault for fault in Fault if fault is not Fault.EVALUATOR])

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from plm_engine_core.agent_runtime.current_call import CallStopped, CurrentCall, current_call
     from plm_engine_core.agent_runtime.governed import OutcomeUnknown, governed
     from plm_engine_core.agent_runtime.governor import Governor
-    from plm_engine_core.agent_runtime.refusals import CallDenied, CallPending, CallRefused, CallSteered
+    from plm_engine_core.agent_runtime.refusals import CallDenied, CallPending, CallRefused, CallSteered, OutputWithheld
     from plm_engine_core.control_plane.facade import ControlPlane
     from plm_engine_core.control_plane.sync import SyncControlPlane
 
@@ -25,6 +25,7 @@ __all__ = [
     "CurrentCall",
     "Governor",
     "OutcomeUnknown",
+    "OutputWithheld",
     "SyncControlPlane",
     "current_call",
     "governed",
@@ -40,6 +41,7 @@ _HOMES = {
     "CurrentCall": "agent_runtime.current_call",
     "Governor": "agent_runtime.governor",
     "OutcomeUnknown": "agent_runtime.governed",
+    "OutputWithheld": "agent_runtime.refusals",
     "SyncControlPlane": "control_plane.sync",
     "current_call": "agent_runtime.current_call",
     "governed": "agent_runtime.governed",

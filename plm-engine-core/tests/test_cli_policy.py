@@ -16,10 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plm_engine_core.cli import build_app
 from plm_engine_core.cli.policy import policy_schema
-from plm_engine_core.control_plane.policy import Facts, PolicySnapshot, decide, load_policy
+from plm_engine_core.control_plane.policy import Evaluation, Facts, PolicySnapshot, decide, load_policy
 from plm_engine_core.control_plane.policy.lint import Severity, lint
 from plm_engine_core.control_plane.policy.replay import UNDECIDED, Attempt, Replay
 from plm_engine_core.control_plane.registry import CostBound, load_capabilities
+from plm_engine_core.control_plane.vocabulary import EvaluationStatus
 from typer.testing import CliRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -450,3 +451,95 @@ def test_days_that_no_calendar_has_are_wrong_arguments(files, days):
         result = files.run(*command, "--tenant-id", str(uuid.UUID(int=1)), "--days", days)
         assert (result.exit_code, result.stdout) == (2, "")
         assert "--days" in result.stderr
+
+
+SECRET = "AKIAEXAMPLE0000000000"  # nobody's
+NO_KEYS = {"kind": "regex", "config": {"patterns": ["AKIA[A-Z0-9]{16}"]}}
+OUTPUT_GATE = {"name": "out", "phase": "output", "capabilities": ["thing.read"], **NO_KEYS}
+INPUT_GATE = {"name": "given", "phase": "input", **NO_KEYS}
+OF_READ = {"phase": "output", "capability": "thing.read"}
+EXPLAINED = {
+    "denied in": ({"phase": "input", "input": {"a": SECRET}}, "deny", "evaluators.given"),
+    "allowed in": ({"phase": "input", "agent": "x", "input": {"a": 1}}, "allow", None),
+    "denied out": ({**OF_READ, "output": SECRET}, "deny", "evaluators.out"),
+    "an error": ({**OF_READ, "error": {"message": SECRET}}, "deny", "evaluators.out"),
+    "not about it": ({"phase": "output", "capability": "thing.write", "output": SECRET}, "allow", None),
+    "said": ({**OF_READ, "evaluations": {"out": "timed_out"}}, "deny", "evaluators.out"),
+    "not registered": ({"phase": "output", "capability": "thing.gone", "output": 1}, "deny", "capabilities"),
+}
+
+
+class TestPhases:
+    """The evaluators of the phases input and output, as the commands see them."""
+
+    @pytest.mark.parametrize(("proposal", "outcome", "rule"), EXPLAINED.values(), ids=EXPLAINED)
+    def test_explain_says_what_they_let_a_run_be_given_and_a_call_give_back(self, files, proposal, outcome, rule):
+        policy = files.policy(evaluators=[INPUT_GATE, OUTPUT_GATE], rules=[])
+        said = files.run("explain", policy, files.write("proposal", proposal), "--json").stdout
+        told = json.loads(said)
+        assert (told["outcome"], told.get("rule")) == (outcome, rule)
+        assert SECRET not in said
+
+    @pytest.mark.parametrize(
+        ("proposal", "words"),
+        [
+            ({"phase": "input", "capability": "thing.read"}, "capability says nothing in the phase input"),
+            ({"phase": "output", "output": 1}, "in the phase output it needs a capability"),
+            ({"output": 1, "capability": "thing.read"}, "output says nothing in the phase call"),
+            ({}, "in the phase call it needs a capability"),
+            ({**OF_READ, "output": 1, "error": {}}, "an output, or an error where it failed"),
+        ],
+    )
+    def test_what_a_phase_has_not_is_refused(self, files, proposal, words):
+        policy = files.policy(evaluators=[INPUT_GATE, OUTPUT_GATE], rules=[])
+        result = files.run("explain", policy, files.write("proposal", proposal))
+        assert result.exit_code == 1
+        assert words in result.stderr
+
+    def test_cases_may_be_about_any_phase(self, files):
+        policy = files.policy(evaluators=[INPUT_GATE, OUTPUT_GATE], rules=[])
+        denied = {"outcome": "deny", "reason": "evaluator_denied"}
+        cases = [
+            {"name": "in", "given": {"phase": "input", "input": {"a": SECRET}}, "expect": denied},
+            {"name": "out", "given": {**OF_READ, "output": [SECRET]}, "expect": {**denied, "rule": "evaluators.out"}},
+            {"name": "call", "given": {"capability": "thing.read"}, "expect": {"outcome": "allow"}},
+        ]
+        result = files.run("test", policy, files.write("cases", {"cases": cases}))
+        assert (result.exit_code, result.stdout.strip()) == (0, "3 of 3 cases as expected")
+
+    def test_diff_names_those_that_differ(self, files):
+        old = files.policy("old", evaluators=[INPUT_GATE, OUTPUT_GATE], rules=[])
+        new = files.policy("new", evaluators=[{**OUTPUT_GATE, "timeout_ms": 5}], rules=[])
+        result = files.run("diff", old, new, "--json")
+        told = {each["what"]: each for each in json.loads(result.stdout)["changed"]}
+        assert result.exit_code == 1
+        assert sorted(told) == ["evaluator given", "evaluator out"]
+        assert (told["evaluator given"]["old"]["phase"], told["evaluator given"]["new"]) == ("input", {})
+        assert (told["evaluator out"]["old"]["timeout_ms"], told["evaluator out"]["new"]["timeout_ms"]) == (1000, 5)
+        assert "evaluator given: input of * (regex" in files.run("diff", old, new).stdout
+        assert files.run("diff", old, old).exit_code == 0
+
+    def test_lint_knows_outputs_that_never_come(self, files):
+        def remarks(**changes):
+            said = files.run("lint", files.policy(rules=[], **changes), "--json").stdout
+            return {(each["at"], each["check"]) for each in json.loads(said)["remarks"]}
+
+        mine = ("evaluators.out", "idle")
+        assert mine in remarks(evaluators=[OUTPUT_GATE], tiers={"thing.read": "blocked"})
+        assert ("evaluators.out", "matches-nothing") in remarks(evaluators=[{**OUTPUT_GATE, "capabilities": ["no.*"]}])
+        assert not [at for at, _ in remarks(evaluators=[INPUT_GATE, OUTPUT_GATE]) if at.startswith("evaluators")]
+
+    def test_a_replay_names_them_and_they_leave_no_proposal_undecided(self):
+        asks = {"type": "evaluator", "evaluator_name": "soft"}
+        soft = {"name": "soft", "kind": "list", "gate": False, "config": {"blocklist": ["x"]}}
+        rules = [{"id": "a", "when": asks, "then": "ask"}]
+        of_calls = PolicySnapshot.model_validate({**POLICY, "rules": rules, "evaluators": [soft]})
+        policy = PolicySnapshot.model_validate(
+            {**POLICY, "rules": rules, "evaluators": [soft, INPUT_GATE, OUTPUT_GATE]}
+        )
+        late = stored_facts(evaluations=(Evaluation(name="soft", status=EvaluationStatus.TIMED_OUT),))
+        report = Replay(policy=policy)
+        report.feed([recorded(of_calls, late)])
+        assert report.outcomes == {("ask", "ask"): 1}
+        assert report.to_json()["not_asked"] == ["given", "out"]
+        assert Replay(policy=of_calls).to_json()["not_asked"] == []

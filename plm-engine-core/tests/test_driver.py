@@ -175,6 +175,83 @@ async def test_a_failure_and_a_refusal_end_the_run_with_their_reason(scene, benc
     assert blocked.executor.calls == []
 
 
+SECRET = "AKIAEXAMPLE0000000000"  # nobody's
+OUTPUT_GATE = {
+    "name": "no-keys",
+    "phase": "output",
+    "kind": "regex",
+    "config": {"patterns": ["AKIA[A-Z0-9]{16}"]},
+}
+
+
+class TestWithheldOutputs:
+    """A step whose output was withheld has been made, once; only what needs the output cannot go on."""
+
+    async def test_a_plan_goes_on_where_nothing_refers_to_it(self, scene, bench):
+        gated = bench.with_policy(evaluators=[OUTPUT_GATE])
+        kept = Outcome(status=OutcomeStatus.SUCCEEDED, output={"key": SECRET})
+        acts = await scene(plan(READ, READ, result={"ref": "steps.s1.output"}), using=gated, thing_read=[kept])
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert (len(acts.executor.calls), await acts.steps()) == (2, [("s0", 1, "succeeded"), ("s1", 1, "succeeded")])
+
+    @pytest.mark.parametrize("what", ["a step", "the result"])
+    async def test_what_refers_to_it_ends_the_run_and_nothing_is_made_again(self, scene, bench, what):
+        gated = bench.with_policy(evaluators=[OUTPUT_GATE])
+        kept = Outcome(status=OutcomeStatus.SUCCEEDED, output={"key": SECRET})
+        needs = {"ref": "steps.s0.output"}
+        second = [{"capability": READ, "arguments": {"all": [needs]}}] if what == "a step" else []
+        result = {"key": {"ref": "steps.s0.output.key"}}
+        acts = await scene(plan(READ, *second, result=result), using=gated, thing_read=[kept])
+        assert await acts.drive() is RunState.FAILED
+        run = await acts.fresh()
+        assert run.reason == "output_withheld"
+        where = "step s1: 'steps.s0.output'" if second else "result: 'steps.s0.output.key'"
+        assert run.message.startswith(
+            f"{where} is not there: what thing.read gave back was withheld: evaluator no-keys"
+        )
+        assert len(acts.executor.calls) == 1
+        assert await acts.consistent()
+
+    async def test_an_agent_is_shown_who_withheld_it_and_never_what(self, scene, bench):
+        class Curious:
+            def __init__(self):
+                self.seen = []
+
+            def next(self, history):
+                self.seen.append(history)
+                if history.steps:
+                    return Finish(succeeded=True, result=sorted(history.withheld()))
+                return Propose(step_id="s0", capability=READ, resource="r", arguments={})
+
+        gated = bench.with_policy(evaluators=[OUTPUT_GATE])
+        curious, kept = Curious(), Outcome(status=OutcomeStatus.SUCCEEDED, output=[SECRET])
+        acts = await scene(curious, using=gated, thing_read=[kept])
+        assert await acts.drive() is RunState.SUCCEEDED
+        last = curious.seen[-1]
+        assert (last.outputs(), last.withheld()["s0"].evaluator) == ({}, "no-keys")
+        assert SECRET not in f"{curious.seen}"
+
+    async def test_a_failure_says_only_who_withheld_its_error(self, scene, bench):
+        gated = bench.with_policy(evaluators=[OUTPUT_GATE])
+        failing = Outcome(status=OutcomeStatus.FAILED, error={"category": "fatal", "message": SECRET})
+        acts = await scene(plan(READ), using=gated, thing_read=[failing])
+        assert await acts.drive() is RunState.FAILED
+        run = await acts.fresh()
+        assert (run.reason, SECRET in run.message, len(acts.executor.calls)) == ("evaluator_denied", False, 1)
+
+    async def test_a_step_whose_worker_was_lost_is_repeated_without_asking_anybody(self, scene, bench):
+        strict = {**OUTPUT_GATE, "config": {"patterns": ["lost"]}}
+        gated = bench.with_policy(evaluators=[strict])
+        acts = await scene(plan(READ), using=gated, thing_read=["hang"])
+        task = acts.start()
+        await asyncio.wait_for(acts.executor.entered.wait(), 60)
+        await acts.kill(task)
+        assert await acts.drive() is RunState.SUCCEEDED
+        first, second = await bench.storage.runs.steps(bench.tenant, acts.run.id)
+        assert (first.state, first.error["category"]) == (StepState.SUPERSEDED, "abandoned")
+        assert second.state is StepState.SUCCEEDED
+
+
 async def test_doubled_and_late_calls_of_drive_are_harmless(scene):
     acts = await scene(plan(READ, READ, READ))
     ends = await asyncio.gather(*(acts.drive(owner=f"node/{n}") for n in range(6)))

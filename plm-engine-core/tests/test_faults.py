@@ -33,7 +33,7 @@ from plm_engine_core.control_plane.admission.prepare import prepare
 from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.policy import PolicySnapshot, Verdict
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
-from plm_engine_core.control_plane.vocabulary import HaltScope, OutcomeStatus, TicketDecision
+from plm_engine_core.control_plane.vocabulary import EvaluationPhase, HaltScope, OutcomeStatus, TicketDecision
 from plm_engine_core.testing.fault_table import CANNOT_BE, GOES_ON, Fault, due, read_fault_table
 from pydantic import BaseModel
 
@@ -41,6 +41,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "reasons.md"
 # In the order in which one scene is used up: what changes more comes later.
 OPERATIONS = (
     "verify",
+    "create a run",
     "prepare",
     "decide",
     "begin",
@@ -52,6 +53,7 @@ OPERATIONS = (
     "lift",
     "halt",
 )
+SECRET = {"key": "AKIAEXAMPLE0000000000"}
 COMMANDS = ("verify", "decide a ticket", "give an input", "lift", "halt")
 NOWHERE = "postgresql://plm_app@127.0.0.1:1/nothing?connect_timeout=1"
 EXPIRIES = (("run_states", "lease_expires_at"), ("grants", "expires_at"), ("approval_tickets", "deadline"))
@@ -81,6 +83,9 @@ def evaluator(behaviour: Callable[[], Any]) -> type[Any]:
             self.config = config
 
         async def evaluate(self, proposal: Any, facts: Any) -> Any:
+            return await self.examine(None)
+
+        async def examine(self, examined: Any) -> Any:
             answer = behaviour()
             return await answer if asyncio.iscoroutine(answer) else answer
 
@@ -121,6 +126,7 @@ class Scene:
         proposal = bench.proposal(self.lease)
         capability = bench.control_plane.capability("thing.read")
         return {
+            "create a run": lambda plane: plane.create_run(bench.request(input=SECRET), principal=bench.requester),
             "prepare": lambda plane: prepare(
                 proposal, policy=plane.policy, registry=plane.registry, storage=plane.storage.admission
             ),
@@ -129,7 +135,7 @@ class Scene:
             "begin": lambda plane: plane.begin(begins[0], fencing_token=begins[1].fencing_token, actor="test"),
             "settle": lambda plane: plane.settle(
                 settles[0],
-                Outcome(status=OutcomeStatus.SUCCEEDED),
+                Outcome(status=OutcomeStatus.SUCCEEDED, output=SECRET),
                 capability=capability,
                 fencing_token=settles[1].fencing_token,
                 trace_id=settles[1].run.trace_id,
@@ -218,8 +224,8 @@ async def plane_under(bench: Any, fault: Fault, behaviour: Callable[[], Any]) ->
     """The control plane that meets a fault, with connections of its own."""
     policy = bench.control_plane.policy
     if fault == Fault.EVALUATOR:
-        gate = {"name": "odd", "kind": "odd", "timeout_ms": 50}
-        policy = PolicySnapshot.model_validate({**policy.model_dump(mode="json"), "evaluators": [gate]})
+        gates = [{"name": f"odd-{phase}", "kind": "odd", "timeout_ms": 50, "phase": phase} for phase in EvaluationPhase]
+        policy = PolicySnapshot.model_validate({**policy.model_dump(mode="json"), "evaluators": gates})
     address, patience = (NOWHERE, 0.5) if fault == Fault.STORAGE_GONE else (bench.database.app, 10.0)
     async with open_pool(address, max_size=12, timeout=patience) as pool:
         plane = ControlPlane(
@@ -246,7 +252,7 @@ def ending(answer: Any) -> str:
         return str(getattr(answer, "reason", answer.code))
     if isinstance(answer, Denied):
         return answer.reason.value
-    decision = answer[0] if isinstance(answer, tuple) else None
+    decision = answer[0] if isinstance(answer, tuple) else None  # or a run that was created
     return decision.reason.value if getattr(decision, "outcome", None) is Verdict.DENY else GOES_ON
 
 
@@ -286,6 +292,10 @@ async def test_under_a_fault_either_face_answers_as_the_table_says(
         else:
             answers = await asyncio.to_thread(through_the_sync_face, opened, scene, names, at_once=at_once)
     assert answers == answers_due
+    if fault in (Fault.EVALUATOR, Fault.NO_POLICY):  # it goes on: what happened is settled, and nothing of it kept
+        (step,) = await scene.bench.storage.runs.steps(scene.bench.tenant, scene.settles[1].run.id)
+        reason = "policy_missing" if fault == Fault.NO_POLICY else "evaluator_failed"
+        assert (step.state.value, step.output, step.error["reason"]) == ("succeeded", None, reason)
 
 
 @pytest.mark.parametrize("fault", [fault for fault in TABLE if fault != Fault.EVALUATOR])

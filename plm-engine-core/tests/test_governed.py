@@ -20,13 +20,14 @@ from plm_engine_core import (
     CallStopped,
     Governor,
     OutcomeUnknown,
+    OutputWithheld,
     SyncControlPlane,
     current_call,
     governed,
 )
 from plm_engine_core.agent_runtime import hold
 from plm_engine_core.control_plane import ControlPlane, Principal
-from plm_engine_core.control_plane.errors import InvalidRequest, StorageUnavailable
+from plm_engine_core.control_plane.errors import InputRefused, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.policy.starter import policy_of
 from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CostBound
@@ -575,10 +576,10 @@ class TestOutcomes:
     def test_who_is_interrupted_while_an_outcome_is_recorded_finds_it_recorded(self, memory, monkeypatch):
         close_call, main = memory.close_call, threading.get_ident()
 
-        async def slow(*args):
+        async def slow(*args, **keywords):
             signal.pthread_kill(main, signal.SIGINT)
             await asyncio.to_thread(interrupted.wait, 60)
-            await close_call(*args)
+            await close_call(*args, **keywords)
 
         monkeypatch.setattr(memory, "close_call", slow)
         interrupted = threading.Event()
@@ -644,6 +645,136 @@ def hasty():
 
 def smoke(governor):
     return governor.plane.halt(governor.tenant_id, HaltScope.TENANT, None, reason="smoke", by=BOSS)
+
+
+SECRET = "AKIAEXAMPLE0000000000"  # nobody's
+NO_KEYS = {"kind": "regex", "config": {"patterns": ["AKIA[A-Z0-9]{16}"]}}
+
+
+@pytest.fixture
+def watched():
+    """A governor under whose policy no keys leave a function."""
+    gate = {"name": "no-keys", "phase": "output", "capabilities": ["shop.look"], **NO_KEYS}
+    with Governor.in_memory(CAPABILITIES, policy={"evaluators": [gate]}) as governor:
+        yield governor
+
+
+def told_of(error):
+    """Whatever an error hands on: its texts, those before it, and what its frames in this package still hold."""
+    told = []
+    while error is not None:
+        told += [str(error), repr(vars(error))]
+        trace = error.__traceback__
+        while trace is not None:
+            if "plm_engine_core" in trace.tb_frame.f_code.co_filename:
+                told += map(repr, trace.tb_frame.f_locals.values())
+            trace = trace.tb_next
+        error = error.__cause__ or error.__context__
+    return "".join(told)
+
+
+class TestWithheldOutputs:
+    """What an evaluator does not let be kept, the caller is not given either; the function did run."""
+
+    def check(self, governor, error, status):
+        (run,) = runs(governor)
+        step = only_step(governor, run)
+        assert (step.state.value, step.output, step.error["reason"]) == (status, None, "evaluator_denied")
+        assert (error.run_id, error.evaluator, error.reason) == (run.id, "no-keys", Reason.EVALUATOR_DENIED)
+        assert (error.status.value, error.digest) == (status, step.error["withheld"]["digest"])
+        assert SECRET not in f"{run} {step}"
+        assert SECRET not in told_of(error)
+        assert step.usage == {}
+        return run
+
+    @pytest.mark.parametrize("result", [SECRET, {"a": [SECRET]}], ids=["text", "within"])
+    def test_a_result_is_not_returned(self, watched, result):
+        calls = []
+
+        @governed("shop.look", by=watched)
+        def look():
+            calls.append(1)
+            return result
+
+        with pytest.raises(OutputWithheld, match="do not make it again") as withheld:
+            look()
+        run = self.check(watched, withheld.value, "succeeded")
+        assert (calls, run.state) == ([1], RunState.SUCCEEDED)
+
+    async def test_neither_is_that_of_an_asynchronous_function(self, watched):
+        @governed("shop.look", by=watched)
+        async def look():
+            return SECRET
+
+        with pytest.raises(OutputWithheld) as withheld:
+            await look()
+        await asyncio.to_thread(self.check, watched, withheld.value, "succeeded")
+
+    def test_an_error_is_not_raised(self, watched):
+        @governed("shop.look", by=watched)
+        def look():
+            raise ValueError(f"cannot log in with {SECRET}")
+
+        with pytest.raises(OutputWithheld) as withheld:
+            look()
+        run = self.check(watched, withheld.value, "failed")
+        assert (run.state, run.reason) == (RunState.FAILED, "failed")
+
+    async def test_neither_is_that_of_an_asynchronous_function_that_leaves_it_open(self, watched):
+        @governed("shop.look", by=watched)
+        async def look():
+            raise OutcomeUnknown(SECRET)
+
+        with pytest.raises(OutputWithheld) as withheld:
+            await look()
+        run = await asyncio.to_thread(self.check, watched, withheld.value, "outcome_unknown")
+        assert run.state is RunState.OUTCOME_UNKNOWN
+
+    def test_who_is_interrupted_stays_so(self, watched):
+        @governed("shop.look", by=watched)
+        def look():
+            raise KeyboardInterrupt(SECRET)
+
+        with pytest.raises(KeyboardInterrupt):
+            look()
+        (run,) = runs(watched)
+        assert SECRET not in f"{run} {only_step(watched, run)}"
+
+    @pytest.mark.parametrize("result", [object(), {"a": {1, 2}}], ids=["object", "within"])
+    def test_what_is_no_json_nobody_can_be_asked_about(self, watched, result):
+        with pytest.raises(OutputWithheld, match="no JSON") as withheld:
+            governed("shop.look", by=watched)(lambda: result)()
+        assert (withheld.value.reason, withheld.value.digest) == (Reason.EVALUATOR_FAILED, "")
+        assert governed("shop.pay", by=watched)(lambda: result)() is result
+
+    def test_neither_about_an_error_of_which_only_the_beginning_is_recorded(self, watched):
+        @governed("shop.look", by=watched)
+        def look():
+            raise ValueError("." * 3000 + SECRET)
+
+        with pytest.raises(OutputWithheld) as withheld:
+            look()
+        assert SECRET not in told_of(withheld.value)
+
+    def test_what_is_allowed_is_returned_and_raised_as_ever(self, watched):
+        @governed("shop.look", by=watched)
+        def look(word):
+            if word == "none":
+                raise LookupError(word)
+            return word
+
+        assert look("bolt") == "bolt"
+        with pytest.raises(LookupError, match="none"):
+            look("none")
+        assert governed("shop.look", by=watched)(lambda: None)() is None
+
+    def test_a_run_that_may_not_be_given_nothing_is_not_created_and_the_function_not_called(self):
+        needs = {"kind": "json_schema", "config": {"schema": {"required": ["order"]}}}
+        gate = {"name": "complete", "phase": "input", **needs}
+        with Governor.in_memory(CAPABILITIES, policy={"evaluators": [gate]}) as strict:
+            with pytest.raises(InputRefused) as refused:
+                governed("shop.look", by=strict)(lambda: pytest.fail("it was called"))()
+            assert (refused.value.evaluator, runs(strict)) == ("complete", [])
 
 
 class TestStopping:

@@ -51,7 +51,7 @@ def run(folder, command, *arguments):
 
 def test_the_cases_of_the_page_are_decided_as_it_says(examples):
     result = run(examples, "test", "policy.yaml", "cases.yaml")
-    assert (result.exit_code, result.stdout) == (0, "12 of 12 cases as expected\n")
+    assert (result.exit_code, result.stdout) == (0, "14 of 14 cases as expected\n")
 
 
 def test_lint_has_no_error_to_name_in_the_policy_of_the_page(examples):

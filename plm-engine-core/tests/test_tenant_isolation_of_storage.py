@@ -101,6 +101,7 @@ ABSENT = {
 }
 SPANS_TENANTS = {
     "runs.create",
+    "runs.refuse",
     "budgets.set_limit",
     "leases.acquire",
     "runs.abandoned",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from plm_engine_core.agent_runtime.executor import ARGUMENTS_REFUSED
+from plm_engine_core.control_plane.admission.withheld import Withheld, withheld_of
 from plm_engine_core.control_plane.runs.run import Run, Step
 from plm_engine_core.control_plane.vocabulary import Reason, StepState
 
@@ -57,8 +58,14 @@ class History:
         return next((step for step in reversed(self.steps) if step.step_id == step_id), None)
 
     def outputs(self) -> dict[str, Any]:
-        """The recorded output of every step that succeeded."""
-        return {step.step_id: step.output for step in self.steps if step.state is StepState.SUCCEEDED}
+        """The recorded output of every step that succeeded, but for those of which it was withheld."""
+        succeeded = (step for step in self.steps if step.state is StepState.SUCCEEDED)
+        return {step.step_id: step.output for step in succeeded if withheld_of(step) is None}
+
+    def withheld(self) -> dict[str, Withheld]:
+        """Of every step that succeeded and whose output was withheld: who withheld it, and why."""
+        succeeded = (step for step in self.steps if step.state is StepState.SUCCEEDED)
+        return {step.step_id: told for step in succeeded if (told := withheld_of(step)) is not None}
 
 
 class Agent(Protocol):

@@ -19,7 +19,7 @@ from plm_engine_core.agent_runtime.executor import Executor
 from plm_engine_core.agent_runtime.hold import Hold, held, moment
 from plm_engine_core.agent_runtime.retry import TRANSIENT, patiently, pause_seconds
 from plm_engine_core.agent_runtime.selector import Selector
-from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
+from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, Granted, Pending
 from plm_engine_core.control_plane.admission.ask import InputRequest
 from plm_engine_core.control_plane.admission.grants import Grant
@@ -116,7 +116,11 @@ class Driver:
             status, message = OutcomeStatus.SUPERSEDED, "its run worker was lost; the step is repeated"
         else:
             status, message = OutcomeStatus.OUTCOME_UNKNOWN, "its run worker was lost; it may have had its effect"
-        await self._settle(hold, grant_of(hold.run, last), outcome_of(last, status, message), decided_on)
+        await patiently(
+            lambda: self._control_plane.close_abandoned(
+                hold.run, last, status, message, fencing_token=hold.fencing_token
+            )
+        )
 
     async def _advance(self, hold: Hold) -> RunState:
         runs = self._control_plane.storage.runs

@@ -15,7 +15,7 @@ from plm_shared.canonical_json import storable_json
 
 from plm_engine_core.agent_runtime.current_call import CallStopped, calling, stoppable
 from plm_engine_core.agent_runtime.governor import Governor, Opened
-from plm_engine_core.agent_runtime.refusals import CallPending
+from plm_engine_core.agent_runtime.refusals import CallPending, OutputWithheld
 from plm_engine_core.control_plane.admission.proposal import content_hash
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.errors import InvalidRequest
@@ -43,7 +43,8 @@ def governed(
 
     What the function returns is returned, and recorded where it is JSON, with the evidence `reported`: nobody but the
     function says so. What it raises is recorded as a failure and raised; where it is interrupted, its outcome is
-    unknown.
+    unknown. Where an evaluator does not let that be kept, the caller is not given it either, but told `OutputWithheld`;
+    what is no JSON, or a message of over 2 000 characters, no evaluator can be asked about, and so none allows it.
 
     A halt, or a cancel of its run, cancels an asynchronous function that is being called, as the task that awaits it
     would be. A synchronous one cannot be ended from outside: it asks `current_call()` now and then.
@@ -53,6 +54,8 @@ def governed(
             yields and so would go on after its call; from a call, an argument is no JSON value or was changed while it
             was decided on, or the result has not run yet.
         CallRefused: from a call; it was denied or steered, or waits for a human. The function did not run.
+        InputRefused: from a call; an evaluator does not let its run be created. The function did not run.
+        OutputWithheld: from a call; the function did run, and an evaluator does not let its caller have the result.
         CallStopped: from a call; it was stopped in its middle.
         StorageUnavailable: from a call; what became of it could not be recorded.
         RuntimeError: from a call of a synchronous function, where an event loop runs, which it would block.
@@ -150,10 +153,20 @@ def _synchronous(by: Governor, shape: _Shape, function: Callable[P, T]) -> Calla
                 with calling(opened.call):
                     result = _finished(shape, function(*args, **kwargs))
             except BaseException as error:
-                by.wait(_closing(by, opened, failed(error)))
-                raise
-            by.wait(_closing(by, opened, reported(result)))
-            return result
+                outcome = failed(error)
+                withheld = by.wait(_closing(by, opened, outcome, opaque=_is_cut(error)))
+                if withheld is None or not _may_be_replaced(error):
+                    raise
+            else:
+                outcome = reported(result)
+                withheld = by.wait(_closing(by, opened, outcome, opaque=_is_no_json(result, outcome)))
+                if withheld is None:
+                    return result
+                del result
+            status = outcome.status
+            del outcome
+            # Out of the handler, and with nothing in its frame, so that it hands on nothing of what was withheld.
+            raise OutputWithheld(withheld, run_id=opened.run.id, status=status)
 
         return make(None)
 
@@ -176,10 +189,19 @@ def _asynchronous(by: Governor, shape: _Shape, function: Callable[..., Any]) -> 
                 with stoppable(opened.call):
                     result = _finished(shape, await function(*args, **kwargs))
             except BaseException as error:
-                await by.away(_closing(by, opened, failed(error)))
-                raise
-            await by.away(_closing(by, opened, reported(result)))
-            return result
+                outcome = failed(error)
+                withheld = await by.away(_closing(by, opened, outcome, opaque=_is_cut(error)))
+                if withheld is None or not _may_be_replaced(error):
+                    raise
+            else:
+                outcome = reported(result)
+                withheld = await by.away(_closing(by, opened, outcome, opaque=_is_no_json(result, outcome)))
+                if withheld is None:
+                    return result
+                del result
+            status = outcome.status
+            del outcome
+            raise OutputWithheld(withheld, run_id=opened.run.id, status=status)  # with no context, as above
 
         return await make(None)
 
@@ -207,8 +229,23 @@ def _opening(
     return lambda core: by.propose(core, ticket.run, capability, resource, arguments, ticket_id=ticket.ticket_id)
 
 
-def _closing(by: Governor, opened: Opened, outcome: Outcome) -> Callable[[ControlPlane], Any]:
-    return lambda core: by.close_call(core, opened, outcome)
+def _closing(by: Governor, opened: Opened, outcome: Outcome, *, opaque: bool) -> Callable[[ControlPlane], Any]:
+    return lambda core: by.close_call(core, opened, outcome, opaque=opaque)
+
+
+def _is_no_json(result: Any, outcome: Outcome) -> bool:
+    """Whether the caller would be given more than the outcome says."""
+    return outcome.output is None and result is not None
+
+
+def _is_cut(error: BaseException) -> bool:
+    """The same of an error: only the beginning of its message is recorded."""
+    return len(_words(error)) > _LONGEST
+
+
+def _may_be_replaced(error: BaseException) -> bool:
+    """Whether the caller may be told something else; what ends a task or a process goes on as it is."""
+    return isinstance(error, Exception) and not isinstance(error, CallStopped)
 
 
 def reported(result: Any) -> Outcome:

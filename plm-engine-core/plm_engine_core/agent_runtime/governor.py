@@ -19,6 +19,7 @@ from plm_engine_core.control_plane.admission.admit import Admission, Denied, Gra
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal, check_principal
 from plm_engine_core.control_plane.admission.settle import Outcome
+from plm_engine_core.control_plane.admission.withheld import Withheld
 from plm_engine_core.control_plane.errors import Conflict, ControlPlaneError, StorageUnavailable
 from plm_engine_core.control_plane.facade import CREATE_SCOPE, ControlPlane
 from plm_engine_core.control_plane.ids import new_id
@@ -166,7 +167,10 @@ class Governor:
     ) -> Opened:
         """Propose one call as a run of its own, and begin it where that is granted.
 
+        Its run is given nothing; what the call is given are its arguments.
+
         Raises:
+            InputRefused: an evaluator does not let a run be created with nothing as its input.
             CallRefused: it is not.
         """
         request = RunRequest(
@@ -287,40 +291,49 @@ class Governor:
         words = f"run {run.id} is {current.state.value}, so its call cannot be made"
         return CallDenied(words, run_id=run.id, reason=Reason.APPROVAL_MISMATCH, unblock="calling the function anew")
 
-    async def close_call(self, core: ControlPlane, opened: Opened, outcome: Outcome) -> None:
+    async def close_call(
+        self, core: ControlPlane, opened: Opened, outcome: Outcome, *, opaque: bool = False
+    ) -> Withheld | None:
         """Record what became of a call; a run whose outcome is unknown stays parked until somebody reconciles it.
+
+        Answers what was withheld of it, which its caller must not be told then. `opaque` says that what it gave back is
+        not in the outcome, as it is no JSON.
 
         Raises:
             StorageUnavailable: it could not be recorded; recovery parks the run as unknown.
             FencingLost: recovery did so already, as this process had stood still for longer than its lease.
         """
         async with opened.keeping:
-            await self._settle(core, opened, outcome)
+            withheld = await self._settle(core, opened, outcome, opaque=opaque)
             if outcome.status is not OutcomeStatus.OUTCOME_UNKNOWN:
                 done = outcome.status is OutcomeStatus.SUCCEEDED
-                message = str((outcome.error or {}).get("message") or "") or None
+                told = str((outcome.error or {}).get("message") or "")
+                message = (withheld.message if withheld is not None else told) or None
                 state = RunState.SUCCEEDED if done else RunState.FAILED
                 await self._finish(
                     core, opened.lease, state, reason=None if done else outcome.status.value, message=message
                 )
+            return withheld
 
-    async def _settle(self, core: ControlPlane, opened: Opened, outcome: Outcome) -> None:
+    async def _settle(self, core: ControlPlane, opened: Opened, outcome: Outcome, *, opaque: bool) -> Withheld | None:
         for pause in (*_PAUSES, None):
             try:
-                await core.settle(
+                settlement = await core.settle(
                     opened.grant,
                     outcome,
                     capability=opened.capability,
                     fencing_token=opened.lease.fencing_token,
                     trace_id=opened.run.trace_id,
                     actor=self.principal.actor,
+                    opaque=opaque,
                 )
             except StorageUnavailable:
                 if pause is None:
                     raise
                 await asyncio.sleep(pause)
             else:
-                return
+                return settlement.withheld
+        raise AssertionError("the last try answers or raises")
 
     async def _finish(
         self, core: ControlPlane, lease: Lease, state: RunState, *, reason: str | None, message: str | None

@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from plm_engine_core.agent_runtime.agent import AskInput, Finish, History, Propose, refusal
+from plm_engine_core.control_plane.admission.withheld import OUTPUT_WITHHELD, Withheld
 from plm_engine_core.control_plane.documents import load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.hitl.inputs import check_ask
@@ -153,7 +154,11 @@ def load_plan(path: Path) -> Plan:
 
 
 class PlanAgent:
-    """Walks its plan step by step; the first refusal or failure ends the run with its reason."""
+    """Walks its plan step by step; the first refusal or failure ends the run with its reason.
+
+    A step that succeeded and whose output was withheld is done, and not made again. What refers to that output ends the
+    run, with the reason `output_withheld`.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
@@ -164,6 +169,7 @@ class PlanAgent:
             "inputs": history.run.input,
             "steps": {step_id: {"output": output} for step_id, output in history.outputs().items()},
         }
+        withheld = history.withheld()
         for step in self._plan.steps:
             attempt = history.latest(step.id)
             if attempt is not None and attempt.state is StepState.SUCCEEDED:
@@ -173,6 +179,8 @@ class PlanAgent:
                 return Finish(succeeded=False, reason=reason, message=f"step {step.id}: {message}")
             if step.ask is not None:
                 return AskInput(step_id=step.id, question=step.ask.question, schema=step.ask.json_schema)
+            if lacking := _lacking(step.arguments, withheld):
+                return Finish(succeeded=False, reason=OUTPUT_WITHHELD, message=f"step {step.id}: {lacking}")
             try:
                 arguments = resolve(step.arguments, values)
             except LookupError as error:
@@ -183,10 +191,22 @@ class PlanAgent:
                 resource=step.resource or step.capability,
                 arguments=arguments,
             )
+        if lacking := _lacking(self._plan.result, withheld):
+            return Finish(succeeded=False, reason=OUTPUT_WITHHELD, message=f"result: {lacking}")
         try:
             return Finish(succeeded=True, result=resolve(self._plan.result, values))
         except LookupError as error:
             return Finish(succeeded=False, reason="reference_missing", message=f"result: {error.args[0]}")
+
+
+def _lacking(value: Any, withheld: Mapping[str, Withheld]) -> str:
+    """The first reference of a value that leads to what was withheld, in words; nothing where none does."""
+    for path in _references(value) if withheld else ():
+        head, _, rest = path.partition(".")
+        told = withheld.get(rest.partition(".")[0]) if head == "steps" else None
+        if told is not None:
+            return f"{path!r} is not there: {told.message}"
+    return ""
 
 
 def resolve(value: Any, values: Mapping[str, Any]) -> Any:

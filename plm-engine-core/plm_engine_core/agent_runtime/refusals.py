@@ -5,6 +5,11 @@ ControlPlaneError
     ├── CallDenied        not like this: `limit`, `lock` and `retry_after_ms` where they apply
     ├── CallSteered       propose something else: `guidance` says what
     └── CallPending       a human is asked; `resume()` after they approved
+
+The function did run, and nobody is told what it gave back:
+
+ControlPlaneError
+└── OutputWithheld        an evaluator did not let it be kept; `reason` says why. Do not call it again for that
 """
 
 from __future__ import annotations
@@ -14,9 +19,10 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
+from plm_engine_core.control_plane.admission.withheld import Withheld
 from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.runs import Run
-from plm_engine_core.control_plane.vocabulary import Reason
+from plm_engine_core.control_plane.vocabulary import OutcomeStatus, Reason
 
 
 class CallRefused(ControlPlaneError):
@@ -32,6 +38,25 @@ class CallRefused(ControlPlaneError):
         self.run_id = run_id
         self.reason = reason
         self.unblock = unblock
+
+
+class OutputWithheld(ControlPlaneError):
+    """A call was made, and what it gave back was withheld: it is in no record, and its caller is not told it.
+
+    `status` says how the call ended, `evaluator` who did not allow its output; that is empty where the policy could not
+    be loaded. `reason` is `evaluator_denied`, `evaluator_failed` or `policy_missing`. `digest` is that of what was
+    withheld, empty where that was no JSON. `run_id` names the run that records it.
+    """
+
+    code = "output_withheld"
+
+    def __init__(self, withheld: Withheld, *, run_id: UUID, status: OutcomeStatus) -> None:
+        super().__init__(f"{withheld.message}; the call was made ({status.value}), so do not make it again for that")
+        self.run_id = run_id
+        self.status = status
+        self.evaluator = withheld.evaluator
+        self.reason = withheld.reason
+        self.digest = withheld.digest
 
 
 class CallDenied(CallRefused):

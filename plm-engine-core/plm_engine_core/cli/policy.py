@@ -18,15 +18,17 @@ from plm_engine_core.cli.output import AsJson, show
 from plm_engine_core.cli.policy_acts import activate, active, shadow_app
 from plm_engine_core.cli.storage import Books, refused, with_books
 from plm_engine_core.control_plane.admission.admit import decided
-from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, ParallelPolicyEvaluator
+from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, Examined, ParallelPolicyEvaluator
 from plm_engine_core.control_plane.amounts import plain
 from plm_engine_core.control_plane.documents import load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
-from plm_engine_core.control_plane.policy import Decision, PolicySnapshot, load_policy
+from plm_engine_core.control_plane.policy import Decision, EvaluatorSpec, PolicySnapshot, load_policy
+from plm_engine_core.control_plane.policy.gates import decision_of, first_refusal
 from plm_engine_core.control_plane.policy.lint import Severity, lint
 from plm_engine_core.control_plane.policy.replay import Replay
 from plm_engine_core.control_plane.policy.trials import CaseFile, Trial
-from plm_engine_core.control_plane.registry import CapabilityRegistry, load_capabilities
+from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, load_capabilities
+from plm_engine_core.control_plane.vocabulary import EvaluationPhase
 
 app = typer.Typer(help="Look at a policy, try it, put it in force.", no_args_is_help=True)
 app.command("activate")(activate)
@@ -56,9 +58,20 @@ class Bench:
 
     def decide(self, trial: Trial) -> Decision:
         """What the policy decides; its evaluators are asked unless the trial says what they answer."""
-        facts = trial.facts(self.registry.get(trial.capability))
+        capability = self.registry.get(trial.capability)
+        if trial.phase is EvaluationPhase.INPUT or (trial.phase is EvaluationPhase.OUTPUT and capability is not None):
+            return self._examined(trial, capability)
+        facts = trial.facts(capability)  # of one that is not registered, this says so in any phase
         decision, _ = asyncio.run(decided(trial, self.policy, facts, self._evaluators))
         return decision
+
+    def _examined(self, trial: Trial, capability: CapabilityDescriptor | None) -> Decision:
+        gates = self.policy.plans.gates_of(trial.phase, trial.capability)
+        answers = trial.answers()
+        if answers is None:
+            shown = Examined(phase=trial.phase, document=trial.examined(capability))
+            answers = asyncio.run(self._evaluators.examine_all(gates, shown))
+        return decision_of(first_refusal(gates, answers, trial.phase))
 
 
 def _require_asked(source: str, trial: Trial, *benches: Bench) -> None:
@@ -106,6 +119,8 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Decide one written proposal, and say which rule and which conditions decided it.
+
+    With phase: input or output, say what the evaluators of that phase let a run be given, or a call give back.
 
     Status 0: it was decided, whatever the verdict; 1: a file cannot be read; 2: wrong arguments.
     """
@@ -182,6 +197,8 @@ def diff(
 ) -> None:
     """Say which capabilities, proposed without arguments, and which cases two policies decide differently.
 
+    And which evaluators of the phases input and output differ.
+
     Status 0: none; 1: some, or a file cannot be read; 2: wrong arguments.
     """
     with _refusals(as_json=as_json):
@@ -195,15 +212,44 @@ def diff(
             trials |= {f"case {case.name}": case.given for case in read}
         pairs = {name: (before.decide(trial), after.decide(trial)) for name, trial in trials.items()}
     changed = {name: pair for name, pair in pairs.items() if _treated(pair[0]) != _treated(pair[1])}
+    asked = _asked_otherwise(before.policy, after.policy)
     answer = {
         "old": before.policy.digest,
         "new": after.policy.digest,
-        "changed": [{"what": name, "old": _brief(one), "new": _brief(two)} for name, (one, two) in changed.items()],
+        "changed": [
+            *({"what": name, "old": _brief(one), "new": _brief(two)} for name, (one, two) in changed.items()),
+            *({"what": f"evaluator {name}", "old": one, "new": two} for name, (one, two) in asked.items()),
+        ],
     }
     lines = [f"{name}: {_line(one)} -> {_line(two)}" for name, (one, two) in changed.items()]
+    lines += [f"evaluator {name}: {_asked(one)} -> {_asked(two)}" for name, (one, two) in asked.items()]
     show(answer, "\n".join(lines) or "no difference", as_json=as_json)
-    if changed:
+    if changed or asked:
         raise typer.Exit(int(ExitCode.FAILED))
+
+
+def _asked_otherwise(old: PolicySnapshot, new: PolicySnapshot) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """The evaluators of the phases in which no capability is proposed, by name, where they are not the same in both."""
+    one, two = (
+        {spec.name: spec for spec in policy.evaluators if spec.phase is not EvaluationPhase.CALL}
+        for policy in (old, new)
+    )
+    return {
+        name: (_spec_brief(one.get(name)), _spec_brief(two.get(name)))
+        for name in sorted(one.keys() | two.keys())
+        if one.get(name) != two.get(name)
+    }
+
+
+def _spec_brief(spec: EvaluatorSpec | None) -> dict[str, Any]:
+    return spec.model_dump(mode="json", exclude={"name", "gate"}) if spec is not None else {}
+
+
+def _asked(brief: dict[str, Any]) -> str:
+    if not brief:
+        return "not there"
+    config = json.dumps(brief["config"], ensure_ascii=False, sort_keys=True)
+    return f"{brief['phase']} of {', '.join(brief['capabilities'])} ({brief['kind']} {config:.200})"
 
 
 def _treated(decision: Decision) -> tuple[Any, ...]:
@@ -227,6 +273,8 @@ def replay(
 ) -> None:
     """Decide the recorded proposals again under this policy, each on the facts it was recorded with.
 
+    Evaluators of the phases input and output are not asked, as proposals say nothing to them; the report names them.
+
     Nothing is written. Budgets, halts and rates are as they were. Status 0: done; 1: the policy cannot be read, there
     is no such tenant, or the database refused; 2: wrong arguments; 3: no address.
     """
@@ -248,6 +296,8 @@ def _reported(report: Replay) -> str:
         f"  {count} x {capability}: {before} -> {after}"
         for (capability, before, after), count in sorted(report.by_capability.items())
     ]
+    if report.not_asked:
+        lines.append(f"not asked, as they are not about proposals: {', '.join(report.not_asked)}")
     lines.append("allowed, asked and undecided calls would reserve")
     lines += [f"  {plain(each.after)} {unit} instead of {plain(each.before)}" for unit, each in report.reserved.items()]
     lines += [

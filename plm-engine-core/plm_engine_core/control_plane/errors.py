@@ -4,6 +4,7 @@
     ├── InvalidRequest        change the request: `field` is wrong
     ├── NotFound              nothing of that id in this tenant
     ├── Forbidden             the caller lacks a scope or may not decide this
+    │   └── InputRefused          an evaluator does not let a run be given this: `evaluator`, `rule`, `unblock`
     ├── Conflict              the state does not allow it (any more): read it again
     │   ├── IdempotencyConflict   the same key was used for other content
     │   ├── EventsPruned          events that would tell it are gone: ask the archive
@@ -54,6 +55,21 @@ class Forbidden(ControlPlaneError):
         super().__init__(message)
         self.reason = reason
         self.missing_scopes = missing_scopes
+
+
+class InputRefused(Forbidden):
+    """No run was created, as an evaluator did not allow what it would have been given; the refusal is on record.
+
+    `reason` is `evaluator_denied`, or `evaluator_failed` where it gave no answer; `rule` is its place in the policy.
+    """
+
+    code = "input_refused"
+
+    def __init__(self, message: str, *, reason: str, evaluator: str, rule: str, unblock: str) -> None:
+        super().__init__(message, reason=reason)
+        self.evaluator = evaluator
+        self.rule = rule
+        self.unblock = unblock
 
 
 class Conflict(ControlPlaneError):

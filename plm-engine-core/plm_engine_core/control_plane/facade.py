@@ -18,16 +18,29 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.activation import Activation, PolicyDesk
-from plm_engine_core.control_plane.admission.abandoned import decided_capability
+from plm_engine_core.control_plane.admission.abandoned import (
+    capability_of,
+    decided_capability,
+    grant_of,
+    outcome_of,
+)
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, Pending, admit
 from plm_engine_core.control_plane.admission.ask import InputRequest, ask
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.admission.expected import Expectations
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
+from plm_engine_core.control_plane.admission.phases import NOTHING_ASKED, Kept, examine_input, keep, keep_nothing
 from plm_engine_core.control_plane.admission.proposal import Principal, Proposal, check_principal
 from plm_engine_core.control_plane.admission.settle import Outcome, Settlement, settle
+from plm_engine_core.control_plane.admission.withheld import Withheld, withheld_of
 from plm_engine_core.control_plane.agents import AgentDesk, StandingAgent
-from plm_engine_core.control_plane.errors import ControlPlaneError, Forbidden, InvalidRequest, PolicyMissing
+from plm_engine_core.control_plane.errors import (
+    ControlPlaneError,
+    Forbidden,
+    InputRefused,
+    InvalidRequest,
+    PolicyMissing,
+)
 from plm_engine_core.control_plane.events import (
     BEGINNING,
     FeedCursor,
@@ -40,7 +53,7 @@ from plm_engine_core.control_plane.events import (
 from plm_engine_core.control_plane.events.signals import NoSignals, Signals
 from plm_engine_core.control_plane.halts import CANCEL_SECONDS, Halt, HaltDrill, KillSwitch, check_cancel_seconds
 from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
-from plm_engine_core.control_plane.in_force import PolicyInForce, PolicyKeeper
+from plm_engine_core.control_plane.in_force import Deciding, PolicyInForce, PolicyKeeper
 from plm_engine_core.control_plane.limits import Budget, BudgetKey, Subjects
 from plm_engine_core.control_plane.limits.desk import BudgetDesk, check_amount
 from plm_engine_core.control_plane.limits.leases import ResourceLease, check_seconds, check_terms
@@ -60,7 +73,7 @@ from plm_engine_core.control_plane.registry import (
 )
 from plm_engine_core.control_plane.registry.written import Written, registry_of
 from plm_engine_core.control_plane.runs.request import RunRequest
-from plm_engine_core.control_plane.runs.run import NewRun, Run
+from plm_engine_core.control_plane.runs.run import NewRun, Run, Step
 from plm_engine_core.control_plane.storage.commands import held_token
 from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS
 from plm_engine_core.control_plane.storage.ports import Connection, Storage
@@ -69,6 +82,7 @@ from plm_engine_core.control_plane.vocabulary import (
     AgentStatus,
     BudgetScope,
     HaltScope,
+    OutcomeStatus,
     PolicyRole,
     Reason,
     RunState,
@@ -228,12 +242,17 @@ class ControlPlane:
     async def create_run(self, request: RunRequest, *, principal: Principal) -> tuple[Run, bool]:
         """Create a run that acts as `principal` and let some run worker drive it; the flag says it existed already.
 
+        The evaluators of the policy's phase `input` are asked first about what it would be given, also where that is
+        nothing. What they did not allow creates nothing, and stands in the tenant's stream as `run_refused`.
+
         Raises:
+            InputRefused: an evaluator denies it, raised, was too late or answered nonsense.
             InvalidRequest: a value of the request cannot be used; names the field.
             Forbidden: the principal lacks `plm.runs.create`, raises a limit without `plm.cost.override`, or its
                 delegation has ended; or agents are registered and this one is not, or is not active.
             IdempotencyConflict: the key was used for another request.
             NotFound: the tenant does not exist.
+            PolicyMissing: as for `policy`.
         """
         check_principal(principal, field="principal")
         if CREATE_SCOPE not in principal.scopes:
@@ -257,33 +276,60 @@ class ControlPlane:
         agent = self._active_agent(request)
         if principal.expires_at is not None and principal.expires_at <= await self.storage.runs.now():
             raise Forbidden(f"the delegation ended at {principal.expires_at.isoformat()}", reason="delegation_expired")
-        limits = self._limits(request.budget, principal)
-        run, replayed = await self.storage.runs.create(
-            NewRun(
-                tenant_id=request.tenant_id,
-                run_id=request.run_id,
-                kind=request.kind,
-                agent=request.agent,
-                input=request.input,
-                principal=principal,
-                policy_digest=self.policy.digest,
-                trace_id=request.trace_id,
-                root_span_id=request.root_span_id,
-                budget=agent.within(limits) if agent is not None else limits,
-                tenant_budget=self.policy.budgets.tenant,
-                subjects=Subjects(
-                    agent_id=_agent_id(request.agent) or None,
-                    run_group_id=request.run_group_id,
-                    user_id=principal.user_id,
-                    team=self.policy.team_of(principal.user_id),
-                ),
-                artifacts=request.artifacts,
-                idempotency_key=request.idempotency_key,
-                request_digest=request.request_digest,
-            )
+        deciding = self.in_force.now
+        policy = deciding.policy
+        limits = _limits(policy, request.budget, principal)
+        new = NewRun(
+            tenant_id=request.tenant_id,
+            run_id=request.run_id,
+            kind=request.kind,
+            agent=request.agent,
+            input=request.input,
+            principal=principal,
+            policy_digest=policy.digest,
+            trace_id=request.trace_id,
+            root_span_id=request.root_span_id,
+            budget=agent.within(limits) if agent is not None else limits,
+            tenant_budget=policy.budgets.tenant,
+            subjects=Subjects(
+                agent_id=_agent_id(request.agent) or None,
+                run_group_id=request.run_group_id,
+                user_id=principal.user_id,
+                team=policy.team_of(principal.user_id),
+            ),
+            artifacts=request.artifacts,
+            idempotency_key=request.idempotency_key,
+            request_digest=request.request_digest,
         )
+        if policy.plans.input_gates:
+            run, replayed = await self._create_as_allowed(new, deciding)
+        else:
+            run, replayed = await self.storage.runs.create(new)
         await self.signals.changed(run.tenant_id, run.id)
         return run, replayed
+
+    async def _create_as_allowed(self, new: NewRun, deciding: Deciding) -> tuple[Run, bool]:
+        """Create a run where its input is allowed. The same request again answers the run it made, come what may."""
+        found = await examine_input(
+            deciding.policy,
+            deciding.evaluators,
+            agent=_agent_id(new.agent),
+            given=new.input,
+            principal=new.principal,
+        )
+        new = replace(new, evaluations=[each.to_json() for each in found.evaluations])
+        if found.refusal is None:
+            return await self.storage.runs.create(new)
+        earlier = await self.storage.runs.refuse(new, found.refusal)
+        if earlier is not None:
+            return earlier, True
+        raise InputRefused(
+            f"no run is created: {found.refusal.message}",
+            reason=found.refusal.reason.value,
+            evaluator=found.refusal.evaluation.name,
+            rule=found.refusal.rule,
+            unblock=found.refusal.unblock,
+        )
 
     async def delegate(self, parent: Run, delegation: Delegation, request: RunRequest) -> tuple[Run, bool]:
         """Create a run that acts for the principal of `parent`, with no more than `delegation` hands on.
@@ -327,22 +373,6 @@ class ControlPlane:
                 reason="agent_inactive",
             )
         return agent
-
-    def _limits(self, asked: Mapping[str, Decimal], principal: Principal) -> dict[str, Decimal]:
-        limits = dict(self.policy.budgets.run)
-        for unit, amount in asked.items():
-            if unit not in limits:
-                known = " or ".join(repr(str(each)) for each in limits)
-                raise InvalidRequest(f"a run has a budget in {known}, not {unit!r}", field=f"budget.{unit}")
-            check_amount(amount, field=f"budget.{unit}")
-            if amount > limits[unit] and OVERRIDE_SCOPE not in principal.scopes:
-                raise Forbidden(
-                    f"the policy allows {limits[unit]} {unit} a run; more needs the OAuth scope {OVERRIDE_SCOPE}",
-                    reason="missing_scopes",
-                    missing_scopes=(OVERRIDE_SCOPE,),
-                )
-            limits[unit] = amount
-        return limits
 
     async def admit(
         self, proposal: Proposal, *, begin: bool = False, connection: Connection | None = None
@@ -427,15 +457,23 @@ class ControlPlane:
         fencing_token: int,
         trace_id: str,
         actor: str,
+        opaque: bool = False,
         connection: Connection | None = None,
     ) -> Settlement:
         """Close a grant with what its call did; see `admission.settle`.
 
         `capability` is the definition that was decided on, as `Granted` has it; without it, the record of the decision
         is read for it.
+
+        The evaluators of the phase `output` are asked first, of the policy that decides in this process now, whichever
+        one decided the call. What they do not allow is withheld, and so is everything while the active policy cannot be
+        loaded here; `Settlement.withheld` says so. The grant is settled all the same, after their longest time.
+        `opaque` says that the call gave back what is no JSON, so that it is not in the outcome: where somebody would
+        have to be asked about it, it is withheld.
         """
         if capability is None:
             capability = await decided_capability(grant, storage=self.storage.admission, connection=connection)
+        kept = await self._kept(capability, outcome, opaque=opaque)
         settlement = await settle(
             grant,
             outcome,
@@ -444,11 +482,53 @@ class ControlPlane:
             trace_id=trace_id,
             actor=actor,
             storage=self.storage.admission,
+            withheld=kept.withheld,
+            evaluations=kept.evaluations,
             connection=connection,
         )
+        if settlement.replayed and connection is None:  # what was said then counts, whatever is said now
+            settlement = replace(settlement, withheld=await self._withheld(grant))
         if connection is None:
             await self.signals.changed(grant.tenant_id, grant.run_id)
         return settlement
+
+    async def close_abandoned(
+        self, run: Run, step: Step, status: OutcomeStatus, message: str, *, fencing_token: int
+    ) -> Settlement:
+        """Close the grant of a step whose holder is gone, for who holds its run now.
+
+        Nothing of what its call gave back is known, so no evaluator is asked; `message` says why it is closed.
+
+        Raises:
+            FencingLost: another run worker holds the run.
+            StorageUnavailable: nothing was written; closing it again is safe.
+        """
+        settlement = await settle(
+            grant_of(run, step),
+            outcome_of(step, status, message),
+            fencing_token=fencing_token,
+            capability=capability_of(step),
+            trace_id=run.trace_id,
+            actor=run.principal.actor,
+            storage=self.storage.admission,
+        )
+        await self.signals.changed(run.tenant_id, run.id)
+        return settlement
+
+    async def _kept(self, capability: CapabilityDescriptor, outcome: Outcome, *, opaque: bool) -> Kept:
+        """What may be booked of an outcome."""
+        try:
+            deciding = self.in_force.now
+        except PolicyMissing as error:
+            return keep_nothing(capability, outcome, str(error), opaque=opaque)
+        if not deciding.policy.plans.examines_output:
+            return NOTHING_ASKED
+        return await keep(deciding.policy, deciding.evaluators, capability, outcome, opaque=opaque)
+
+    async def _withheld(self, grant: Grant) -> Withheld | None:
+        """What is on record as withheld of a settled grant."""
+        steps = await self.storage.runs.steps(grant.tenant_id, grant.run_id, since=grant.step_index)
+        return next((withheld_of(step) for step in steps if step.grant_id == grant.id), None)
 
     async def finish(
         self,
@@ -671,3 +751,20 @@ class ControlPlane:
 
 def _agent_id(agent: Mapping[str, Any]) -> str:
     return str(agent.get("name") or "")
+
+
+def _limits(policy: PolicySnapshot, asked: Mapping[str, Decimal], principal: Principal) -> dict[str, Decimal]:
+    limits = dict(policy.budgets.run)
+    for unit, amount in asked.items():
+        if unit not in limits:
+            known = " or ".join(repr(str(each)) for each in limits)
+            raise InvalidRequest(f"a run has a budget in {known}, not {unit!r}", field=f"budget.{unit}")
+        check_amount(amount, field=f"budget.{unit}")
+        if amount > limits[unit] and OVERRIDE_SCOPE not in principal.scopes:
+            raise Forbidden(
+                f"the policy allows {limits[unit]} {unit} a run; more needs the OAuth scope {OVERRIDE_SCOPE}",
+                reason="missing_scopes",
+                missing_scopes=(OVERRIDE_SCOPE,),
+            )
+        limits[unit] = amount
+    return limits

@@ -54,6 +54,7 @@ class SyncControlPlane:
     ask = _waiting(ControlPlane.ask)
     begin = _waiting(ControlPlane.begin)
     settle = _waiting(ControlPlane.settle)
+    close_abandoned = _waiting(ControlPlane.close_abandoned)
     finish = _waiting(ControlPlane.finish)
     cancel = _waiting(ControlPlane.cancel)
     mark = _waiting(ControlPlane.mark)

@@ -115,6 +115,14 @@ class RoutingResolutionStep(StrEnum):
     DEFAULT_AGENT = "default_agent"  # reserved
 
 
+class EvaluationPhase(StrEnum):
+    """What an evaluator is asked about."""
+
+    INPUT = "input"  # what a run is given, before it is created
+    CALL = "call"  # a proposal, before it is decided
+    OUTPUT = "output"  # what a call gave back, before it is recorded
+
+
 class EvaluationStatus(StrEnum):
     """How an evaluator ended; only `allowed` lets a proposal pass."""
 
@@ -322,6 +330,7 @@ class EventKind(StrEnum):
     """Kinds of event in a run's or a tenant's stream."""
 
     RUN_CREATED = "run_created"
+    RUN_REFUSED = "run_refused"  # in the tenant's stream: the run was not created
     RUN_TAKEN = "run_taken"
     RUN_PARKED = "run_parked"
     RUN_RESUMED = "run_resumed"

@@ -18,6 +18,7 @@ from uuid import UUID
 from plm_shared.canonical_json import compact_json
 
 from plm_engine_core.control_plane.admission.grants import Begun
+from plm_engine_core.control_plane.admission.withheld import withheld_of
 from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl import ApprovalTicket
@@ -27,6 +28,7 @@ from plm_engine_core.control_plane.storage.ports import Storage
 from plm_engine_core.control_plane.vocabulary import (
     PROVIDE_INPUT,
     BudgetScope,
+    EvaluationPhase,
     HaltScope,
     Period,
     Reason,
@@ -311,15 +313,18 @@ def of_run(run: Run, last: Why | None, halt: Halt | None = None) -> Why:
 def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
     """Why one attempt was decided as it was; what was booked counts before what the policy had said."""
     decision = _readable(step.decision)
-    booked = step.error if step.state in _REFUSED and step.error else {}
+    withheld = withheld_of(step)
+    booked = step.error if (step.state in _REFUSED or withheld is not None) and step.error else {}
     reason = booked.get("reason") or decision.get("reason")
     waiting, asks = step.state is StepState.AWAITING_APPROVAL, step.capability == PROVIDE_INPUT
     if waiting:
         reason = (Reason.INPUT_REQUIRED if asks else Reason.APPROVAL_REQUIRED).value
-    blocked = waiting or step.state in _REFUSED
+    blocked = waiting or step.state in _REFUSED or withheld is not None
     by_policy = reason == decision.get("reason") or waiting
     decided = waiting and ticket is not None and ticket.state is not TicketState.PENDING
     known = booked.get("unblock") or (decision.get("unblock", "") if by_policy else "")
+    stage = _stage(reason, decision) if blocked and decision else None
+    unblocked_by = (known or UNBLOCKED_BY.get(reason or "", "")) if blocked and not decided else ""
     return Why(
         kind="attempt",
         id=f"{run_id}/{step.step_index}/{step.attempt}",
@@ -331,11 +336,11 @@ def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
             or decision.get("message")
             or ("" if decision else "what was decided cannot be read from its record")
         ),
-        stage=_stage(reason, decision) if blocked and decision else None,
+        stage=EvaluationPhase.OUTPUT.value if withheld is not None else stage,
         rule=booked.get("rule") or decision.get("rule") or None,
         limit=booked.get("limit") or {},
         lock=booked.get("lock") or {},
-        unblocked_by=(known or UNBLOCKED_BY.get(reason or "", "")) if blocked and not decided else "",
+        unblocked_by=unblocked_by,
         because=of_ticket(ticket) if ticket is not None else None,
     )
 

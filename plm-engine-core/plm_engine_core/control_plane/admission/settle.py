@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import ROUND_UP, Decimal
 from typing import Any, Final
 from uuid import UUID
@@ -14,8 +14,10 @@ from plm_shared.pricing import COSTLIEST
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.admission.proposal import content_hash
+from plm_engine_core.control_plane.admission.withheld import Withheld
 from plm_engine_core.control_plane.amounts import SMALLEST, plain
 from plm_engine_core.control_plane.errors import InvalidRequest
+from plm_engine_core.control_plane.policy.facts import Evaluation
 from plm_engine_core.control_plane.record_types import wrong_type
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.storage.ports import AdmissionStore, Connection, SettleCommand
@@ -123,10 +125,16 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Settlement:
-    """What settlement wrote."""
+    """What settlement wrote.
+
+    Where something of what the call gave back was `withheld`, whoever settles must not hand that on: it is in no book,
+    and the agent is not to see it. `replayed` says that the grant was settled before, with this outcome.
+    """
 
     status: OutcomeStatus
     spent: Mapping[str, str]
+    withheld: Withheld | None = None
+    replayed: bool = field(default=False, compare=False, repr=False)
 
 
 async def settle(
@@ -138,9 +146,15 @@ async def settle(
     trace_id: str,
     actor: str,
     storage: AdmissionStore,
+    withheld: Withheld | None = None,
+    evaluations: Sequence[Evaluation] = (),
     connection: Connection | None = None,
 ) -> Settlement:
     """Close a grant with what its call did.
+
+    What is `withheld` of it stands in no book: neither output nor error nor artifacts; its status and cost do, and it
+    is told apart from other outcomes by its own digest all the same. `evaluations` are what evaluators said of it, and
+    stand in its ledger rows.
 
     `fencing_token` is that of the lease the caller holds now, which may be later than the grant's own. An overspend is
     charged in full. What never started, or is superseded by a repeat under the same step key, costs nothing.
@@ -153,6 +167,9 @@ async def settle(
         StorageUnavailable: nothing was written; settling again is safe.
     """
     charges = _charges(outcome, capability)
+    digest = outcome.digest
+    if withheld is not None:
+        outcome = replace(outcome, output=None, error=withheld.in_place_of(outcome.error), artifacts=())
     answer = await storage.settle(
         SettleCommand(
             tenant_id=grant.tenant_id,
@@ -162,7 +179,7 @@ async def settle(
             grant_id=grant.id,
             fencing_token=fencing_token,
             status=outcome.status,
-            outcome_digest=outcome.digest,
+            outcome_digest=digest,
             evidence=outcome.evidence,
             output=outcome.output,
             error=dict(outcome.error) if outcome.error is not None else None,
@@ -171,11 +188,16 @@ async def settle(
             artifacts=[artifact.to_json() for artifact in outcome.artifacts],
             trace_id=trace_id,
             actor=actor,
-            ledger=_ledger(grant, outcome, capability, trace_id, charges),
+            ledger=_ledger(grant, outcome, capability, trace_id, charges, evaluations),
         ),
         connection=connection,
     )
-    return Settlement(status=OutcomeStatus(answer["status"]), spent=answer.get("spent") or {})
+    return Settlement(
+        status=OutcomeStatus(answer["status"]),
+        spent=answer.get("spent") or {},
+        withheld=withheld,
+        replayed=bool(answer.get("replayed")),
+    )
 
 
 def _charges(outcome: Outcome, capability: CapabilityDescriptor) -> dict[str, str]:
@@ -216,11 +238,17 @@ def _rounded_up(amount: Decimal) -> str:
 
 
 def _ledger(
-    grant: Grant, outcome: Outcome, capability: CapabilityDescriptor, trace_id: str, charges: Mapping[str, str]
+    grant: Grant,
+    outcome: Outcome,
+    capability: CapabilityDescriptor,
+    trace_id: str,
+    charges: Mapping[str, str],
+    evaluations: Sequence[Evaluation],
 ) -> tuple[LedgerRecord, ...]:
     """One telemetry row and one connector row for a call that left the host, keyed by the grant's own span."""
     if outcome.status in UNSPENT:
         return ()
+    asked = {"evaluations": [each.to_json() for each in evaluations]} if evaluations else {}
     try:
         return call_records(
             tenant_id=grant.tenant_id,
@@ -237,6 +265,7 @@ def _ledger(
                 "status": str(outcome.status),
                 "evidence": str(outcome.evidence),
                 "layers": list(outcome.layers),
+                **asked,
             },
             cost_eur=charges.get(_EUR),
         )

@@ -31,6 +31,7 @@ _MOST_UNREADABLE = 1_000
 
 CHANGES_NOTHING = frozenset(
     {
+        EventKind.RUN_REFUSED,
         EventKind.STEP_STEERED,
         EventKind.STEP_STARTED,
         EventKind.APPROVAL_VOTED,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
@@ -37,11 +37,12 @@ class Proposed(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What one evaluator answered."""
+    """What one evaluator answered; `metadata` is what it told beside, a small JSON object that nothing decides by."""
 
     name: str
     status: EvaluationStatus
     reason: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def allows(self) -> bool | None:
@@ -49,13 +50,21 @@ class Evaluation:
         return {EvaluationStatus.ALLOWED: True, EvaluationStatus.DENIED: False}.get(self.status)
 
     def to_json(self) -> dict[str, Any]:
-        """The stored form."""
-        return {"name": self.name, "status": self.status.value, "reason": self.reason}
+        """The stored form; metadata that says nothing is left out."""
+        record: dict[str, Any] = {"name": self.name, "status": self.status.value, "reason": self.reason}
+        if self.metadata:
+            record["metadata"] = dict(self.metadata)
+        return record
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Evaluation:
         """Back from the stored form."""
-        return cls(name=stored["name"], status=EvaluationStatus(stored["status"]), reason=stored["reason"])
+        return cls(
+            name=stored["name"],
+            status=EvaluationStatus(stored["status"]),
+            reason=stored["reason"],
+            metadata=stored.get("metadata", {}),
+        )
 
 
 def described(capability: CapabilityDescriptor) -> dict[str, Any]:
@@ -84,6 +93,21 @@ def stored_capability(capability: CapabilityDescriptor) -> dict[str, Any]:
     return record
 
 
+def who(user_id: UUID, actor_kind: str, scopes: Iterable[str]) -> dict[str, Any]:
+    """A principal as paths see it."""
+    return {"user_id": str(user_id), "actor_kind": actor_kind, "scopes": sorted(scopes)}
+
+
+def document_of_input(agent: str, given: Mapping[str, Any], principal: Mapping[str, Any]) -> dict[str, Any]:
+    """The roots of paths in the phase `input`."""
+    return {"agent": agent, "input": given, "principal": principal}
+
+
+def document_of_output(capability: CapabilityDescriptor, given_back: Mapping[str, Any]) -> dict[str, Any]:
+    """The roots of paths in the phase `output`; `given_back` has `output`, `error` and `artifacts`, or some of them."""
+    return {"capability": described(capability), **given_back}
+
+
 def document_of(proposal: Proposed, facts: Facts, capability: Mapping[str, Any]) -> dict[str, Any]:
     """The roots that paths start from, for conditions and evaluators alike."""
     return {
@@ -92,11 +116,7 @@ def document_of(proposal: Proposed, facts: Facts, capability: Mapping[str, Any])
         "autonomy": facts.autonomy.value,
         "capability": capability,
         "claims": facts.claims,
-        "principal": {
-            "user_id": str(facts.requester),
-            "actor_kind": facts.actor_kind,
-            "scopes": sorted(facts.principal_scopes),
-        },
+        "principal": who(facts.requester, facts.actor_kind, facts.principal_scopes),
         "resource": proposal.resource,
     }
 

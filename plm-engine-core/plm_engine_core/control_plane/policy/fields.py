@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from plm_engine_core.control_plane.vocabulary import EvaluationPhase
+
 FieldPath = str | tuple[str, ...]
 
 ROOTS = {
@@ -17,6 +19,22 @@ ROOTS = {
     "resource": "the resource the call is for",
 }
 """The first part of every path, and what stands there."""
+
+PHASE_ROOTS = {
+    EvaluationPhase.INPUT: {
+        "agent": ROOTS["agent"],
+        "input": "what the run is given",
+        "principal": ROOTS["principal"],
+    },
+    EvaluationPhase.CALL: ROOTS,
+    EvaluationPhase.OUTPUT: {
+        "artifacts": "the files that the call left: name, mime_type, size_bytes, sha256; not there without any",
+        "capability": ROOTS["capability"],
+        "error": "how the call failed; not there where it did not",
+        "output": "what the call returned; not there where it failed",
+    },
+}
+"""By phase, the first part of every path that an evaluator may look at."""
 
 _PLAIN = frozenset({"agent", "autonomy", "resource"})
 _MEMBERS = {
@@ -51,13 +69,23 @@ def check_path(path: FieldPath) -> FieldPath:
     Raises:
         ValueError: naming the paths there are.
     """
+    return check_path_of(EvaluationPhase.CALL, path)
+
+
+def check_path_of(phase: EvaluationPhase, path: FieldPath) -> FieldPath:
+    """The same for what an evaluator looks at in a phase.
+
+    Raises:
+        ValueError: naming the paths there are.
+    """
+    roots = PHASE_ROOTS[phase]
     if not path:
-        raise ValueError(f"the path is empty; it starts with one of {', '.join(sorted(ROOTS))}")
+        raise ValueError(f"the path is empty; it starts with one of {', '.join(sorted(roots))}")
     root, *rest = parts(path)
-    if root not in ROOTS:
-        raise ValueError(f"{shown(path)!r} starts with none of {', '.join(sorted(ROOTS))}")
+    if root not in roots:
+        raise ValueError(f"{shown(path)!r} starts with none of {', '.join(sorted(roots))}")
     if not all(rest) or (root in _PLAIN and rest):
-        raise ValueError(f"{shown(path)!r} leads nowhere: {root} is {ROOTS[root]}")
+        raise ValueError(f"{shown(path)!r} leads nowhere: {root} is {roots[root]}")
     if root in _MEMBERS and (len(rest) != 1 or rest[0] not in _MEMBERS[root]):
         raise ValueError(f"{shown(path)!r} leads nowhere: {root} has {', '.join(sorted(_MEMBERS[root]))}")
     return path

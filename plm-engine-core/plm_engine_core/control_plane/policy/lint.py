@@ -13,7 +13,7 @@ from plm_engine_core.control_plane.policy.conditions import TimeOfDay, leaves
 from plm_engine_core.control_plane.policy.rules import Effect, Rule
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot, evaluators_in
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
-from plm_engine_core.control_plane.vocabulary import ActionTier, AutonomyLevel, CapabilityMode
+from plm_engine_core.control_plane.vocabulary import ActionTier, AutonomyLevel, CapabilityMode, EvaluationPhase
 
 _STRICTNESS = {Effect.DENY: 0, Effect.STEER: 1, Effect.ASK: 2, Effect.RAISE_RISK: 3}
 
@@ -46,6 +46,7 @@ def lint(policy: PolicySnapshot, capabilities: Iterable[CapabilityDescriptor]) -
         *_unreachable(policy, known),
         *_never_holding(policy),
         *_idle(policy),
+        *_never_given_back(policy, known),
         *_writes_without_a_human(policy, known),
         *_never_running(policy, known),
         *_without_cost_bound(policy, known),
@@ -171,6 +172,17 @@ def _idle(policy: PolicySnapshot) -> Iterator[Remark]:
     for name in policy.guidance:
         if policy.tiers.get(name) is not ActionTier.STEER:
             yield _warning("idle", f"guidance.{name}", "nobody is given it: the capability is not steered")
+
+
+def _never_given_back(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> Iterator[Remark]:
+    """Evaluators of outputs of capabilities that never run."""
+    still = (ActionTier.BLOCKED, ActionTier.STEER)
+    running = [each for each in known if policy.tier_of(each.id, each.mode) not in still]
+    for spec in policy.evaluators:
+        named = spec.phase is EvaluationPhase.OUTPUT and _covered(spec.capabilities, known)
+        if named and not _covered(spec.capabilities, running):
+            words = "every capability it names is blocked or steered, so none gives anything back"
+            yield _warning("idle", f"evaluators.{spec.name}", words)
 
 
 def _writes_without_a_human(policy: PolicySnapshot, known: Sequence[CapabilityDescriptor]) -> Iterator[Remark]:

@@ -8,7 +8,7 @@ from decimal import Decimal
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from plm_engine_core.control_plane.matching import Match, any_of
+from plm_engine_core.control_plane.matching import Match, Matcher, any_of
 from plm_engine_core.control_plane.policy.approval import Demand
 from plm_engine_core.control_plane.policy.compiled import Test, compile_condition
 from plm_engine_core.control_plane.policy.conditions import EvaluatorSays, leaves
@@ -21,6 +21,7 @@ from plm_engine_core.control_plane.vocabulary import (
     AutonomyLevel,
     BudgetUnit,
     CapabilityMode,
+    EvaluationPhase,
     RiskLevel,
     RoutingResolutionStep,
     Stage,
@@ -71,7 +72,12 @@ class Plans:
     def __init__(self, policy: PolicySnapshot) -> None:
         self._policy = policy
         self._rules = [(any_of(rule.capabilities, Match.GLOB), _compiled(rule)) for rule in policy.rules]
-        self._gates = [(any_of(each.capabilities, Match.GLOB), each.name) for each in policy.evaluators if each.gate]
+        self._gates = _gates(policy, EvaluationPhase.CALL)
+        self._output_gates = _gates(policy, EvaluationPhase.OUTPUT)
+        self.examines_output = bool(self._output_gates)
+        """Whether any evaluator is asked about what calls gave back."""
+        self.input_gates = tuple(name for _, name in _gates(policy, EvaluationPhase.INPUT))
+        """The evaluators that are asked about what a run is given."""
         self.auto_approve_rank = policy.auto_approve_max_risk.rank
         tree = policy.auto_approve_when
         self.auto_approve = compile_condition(tree, "auto_approve_when") if tree is not None else None
@@ -89,6 +95,17 @@ class Plans:
         if plan is None or (plan.capability is not capability and plan.capability != capability):
             plan = self._plans[capability.id] = self._make(capability)
         return plan
+
+    def output_gates(self, capability_id: str) -> tuple[str, ...]:
+        """The evaluators that are asked about what a call of this capability gave back, whatever its tier is.
+
+        A tier says what may be done without being asked; what comes back of it is another question.
+        """
+        return tuple(name for matches, name in self._output_gates if matches(capability_id))
+
+    def gates_of(self, phase: EvaluationPhase, capability_id: str) -> tuple[str, ...]:
+        """The evaluators that are asked in the phase `input`, or in `output` about this capability."""
+        return self.input_gates if phase is EvaluationPhase.INPUT else self.output_gates(capability_id)
 
     def demand(self, tier: ActionTier | None, risk: RiskLevel | None) -> Demand:
         """What a ticket of this tier and risk needs."""
@@ -136,6 +153,15 @@ class Plans:
             reserve=MappingProxyType(reserve),
             cost=_cost(policy, reserve),
         )
+
+
+def _gates(policy: PolicySnapshot, phase: EvaluationPhase) -> list[tuple[Matcher, str]]:
+    """The gates of a phase, with which capabilities each is about."""
+    return [
+        (any_of(spec.capabilities, Match.GLOB), spec.name)
+        for spec in policy.evaluators
+        if spec.gate and spec.phase is phase
+    ]
 
 
 def _compiled(rule: Rule) -> CompiledRule:

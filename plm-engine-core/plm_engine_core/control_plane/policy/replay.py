@@ -14,7 +14,7 @@ from plm_engine_core.control_plane.policy.decision import Decision, Needs, Verdi
 from plm_engine_core.control_plane.policy.facts import Facts, Proposed
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
-from plm_engine_core.control_plane.vocabulary import BudgetUnit
+from plm_engine_core.control_plane.vocabulary import BudgetUnit, EvaluationPhase
 
 MOST_EXAMPLES = 20
 UNDECIDED = "undecided"
@@ -99,6 +99,11 @@ class Replay:
     _shown: Counter[tuple[str, str]] = field(default_factory=Counter)
     _reserved_before: Counter[_Reserve] = field(default_factory=Counter)
     _reserved_after: Counter[_Reserve] = field(default_factory=Counter)
+
+    @property
+    def not_asked(self) -> tuple[str, ...]:
+        """The evaluators of which a replay tells nothing: those of the phases in which nothing is proposed."""
+        return tuple(spec.name for spec in self.policy.evaluators if spec.phase is not EvaluationPhase.CALL)
 
     def feed(self, attempts: Iterable[Attempt]) -> None:
         """Decide these attempts again."""
@@ -195,6 +200,7 @@ class Replay:
                 for unit, each in self.reserved.items()
             },
             "examples": [each.to_json() for each in self.examples],
+            "not_asked": list(self.not_asked),
         }
 
 
@@ -211,6 +217,10 @@ def _asks_anew(decision: Decision, policy: PolicySnapshot, facts: Facts) -> bool
     if facts.evaluations is None or not policy.evaluators:
         return False
     answered = {each.name for each in facts.evaluations}
-    missing = {f"evaluators.{spec.name}" for spec in policy.evaluators if spec.name not in answered}
+    missing = {
+        f"evaluators.{spec.name}"
+        for spec in policy.evaluators
+        if spec.phase is EvaluationPhase.CALL and spec.name not in answered
+    }
     undecided = any(leaf.holds is None and leaf.says.startswith("evaluator ") for leaf in decision.leaves)
     return decision.rule in missing or (bool(missing) and undecided)

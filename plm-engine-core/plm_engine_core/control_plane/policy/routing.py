@@ -9,13 +9,14 @@ from typing import Any
 from plm_engine_core.control_plane.policy.compiled import Finding, View
 from plm_engine_core.control_plane.policy.decision import Needs, RoutingDecision
 from plm_engine_core.control_plane.policy.facts import Evaluation, Facts, Proposed, document_of
+from plm_engine_core.control_plane.policy.gates import first_refusal
 from plm_engine_core.control_plane.policy.plan import CompiledRule, Plan
 from plm_engine_core.control_plane.policy.rules import Effect
 from plm_engine_core.control_plane.policy.run_risk import RunSoFar
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot
 from plm_engine_core.control_plane.vocabulary import (
     ActionTier,
-    EvaluationStatus,
+    EvaluationPhase,
     Reason,
     RiskLevel,
     RoutingResolutionStep,
@@ -168,27 +169,17 @@ def _approval(
 
 def _refused_by_gate(plan: Plan, risk: RiskLevel, evaluations: Iterable[Evaluation]) -> RoutingDecision | None:
     """The first gate, in declared order, that did not allow; one that was cancelled never hides the one that denied."""
-    if not plan.gates:
+    refusal = first_refusal(plan.gates, evaluations, EvaluationPhase.CALL) if plan.gates else None
+    if refusal is None:
         return None
-    answers = {each.name: each for each in evaluations}
-    missing = EvaluationStatus.FAILED
-    refusals = [
-        answers.get(name, Evaluation(name=name, status=missing, reason="it was not asked")) for name in plan.gates
-    ]
-    refusals = [each for each in refusals if each.status is not EvaluationStatus.ALLOWED]
-    if not refusals:
-        return None
-    first = min(refusals, key=lambda each: each.status is EvaluationStatus.CANCELLED)
-    denied = first.status is EvaluationStatus.DENIED
-    words = f"evaluator {first.name} {'denies' if denied else f'gives no answer ({first.status.value})'}"
     return RoutingDecision(
         tier=ActionTier.BLOCKED,
         risk_level=risk,
-        reason=f"{words}: {first.reason}" if first.reason else words,
+        reason=refusal.message,
         resolution_step=RoutingResolutionStep.EXPLICIT_ASSIGNMENT,
-        rule=f"evaluators.{first.name}",
-        refusal=Reason.EVALUATOR_DENIED if denied else Reason.EVALUATOR_FAILED,
-        unblock="propose what the evaluator allows" if denied else f"mend the evaluator {first.name}, or try again",
+        rule=refusal.rule,
+        refusal=refusal.reason,
+        unblock=refusal.unblock,
     )
 
 

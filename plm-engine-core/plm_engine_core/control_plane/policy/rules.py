@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from plm_engine_core.control_plane.documents import Flag, Whole
 from plm_engine_core.control_plane.policy.conditions import ConditionTree, EvaluatorSays, RiskLevelIs, leaves
 from plm_engine_core.control_plane.policy.frozen import Table
-from plm_engine_core.control_plane.vocabulary import RiskLevel
+from plm_engine_core.control_plane.vocabulary import EvaluationPhase, RiskLevel
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=80)]
 Globs = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
@@ -55,7 +55,9 @@ class Rule(BaseModel):
 class EvaluatorSpec(BaseModel):
     """One evaluator: a registered kind with its configuration, under a name of its own.
 
-    A `gate` must allow every proposal of its capabilities; others are asked only where a condition names them.
+    In the phase `call` a `gate` must allow every proposal of its capabilities; others are asked only where a condition
+    names them. In the phases `input` and `output` every evaluator is a gate: it must allow what each run is given, or
+    what each call of its capabilities gave back.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,3 +68,19 @@ class EvaluatorSpec(BaseModel):
     capabilities: Globs = ("*",)
     gate: Flag = True
     timeout_ms: Whole = Field(default=1000, gt=0, le=60_000)
+    phase: EvaluationPhase = EvaluationPhase.CALL
+
+    @model_validator(mode="after")
+    def _fits_its_phase(self) -> Self:
+        if self.phase is EvaluationPhase.CALL:
+            return self
+        if not self.gate:
+            raise ValueError(
+                f"evaluator {self.name}: gate: false goes with phase: call; no condition asks about {self.phase}"
+            )
+        if self.phase is EvaluationPhase.INPUT and self.capabilities != ("*",):
+            raise ValueError(
+                f"evaluator {self.name}: capabilities goes with the phases call and output; which ones a run will use "
+                "is not known when it is created"
+            )
+        return self

@@ -18,10 +18,12 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from plm_engine_core.control_plane.amounts import Amount
 from plm_engine_core.control_plane.documents import Number, load_document, parse_document
@@ -41,6 +43,7 @@ from plm_engine_core.control_plane.vocabulary import (
     AutonomyLevel,
     BudgetUnit,
     CapabilityMode,
+    EvaluationPhase,
     RiskLevel,
 )
 
@@ -180,12 +183,25 @@ class PolicySnapshot(_Frozen):
     def _named_once_and_known(self) -> Self:
         _once("rules", (rule.id for rule in self.rules))
         _once("evaluators", (spec.name for spec in self.evaluators))
-        known = {spec.name for spec in self.evaluators}
+        phases = {spec.name: spec.phase for spec in self.evaluators}
         for place, tree in self.conditions().items():
-            unknown = sorted(evaluators_in(tree) - known)
-            if unknown:
-                raise ValueError(f"{place} asks the evaluator {unknown[0]}, which evaluators does not declare")
+            for name in sorted(evaluators_in(tree)):
+                if name not in phases:
+                    raise ValueError(f"{place} asks the evaluator {name}, which evaluators does not declare")
+                if phases[name] is not EvaluationPhase.CALL:
+                    words = (
+                        f"{place} asks the evaluator {name}, which is for the phase {phases[name]}; conditions are "
+                        "about calls, so declare one of phase call for them"
+                    )
+                    raise _at(self._location(place), words)
         return self
+
+    def _location(self, place: str) -> tuple[int | str, ...]:
+        """Where the condition at `place` stands in the document."""
+        for index, rule in enumerate(self.rules):
+            if place == f"rules.{rule.id}.when":
+                return ("rules", index, "when")
+        return (place,)
 
     @model_validator(mode="after")
     def _counted_in_known_units(self) -> Self:
@@ -214,6 +230,11 @@ class PolicySnapshot(_Frozen):
         """The canonical text, which says everything and nothing twice; `read_policy` reads it back."""
         unsaid: dict[str, Any] = {name: True for name in ADDED if not getattr(self, name)}
         exclude = {**unsaid, "approval": self.approval.unsaid()}
+        by_default = {
+            index: {"phase"} for index, spec in enumerate(self.evaluators) if spec.phase is EvaluationPhase.CALL
+        }
+        if by_default and "evaluators" not in unsaid:
+            exclude["evaluators"] = by_default
         if self.models is not None:
             exclude["models"] = self.models.unsaid()
         return canonical_json(self.model_dump(mode="json", exclude=exclude))
@@ -260,6 +281,13 @@ class PolicySnapshot(_Frozen):
     def tier_of(self, capability_id: str, mode: CapabilityMode) -> ActionTier:
         """The tier a capability falls in: its own, else that of its mode."""
         return self.tiers.get(capability_id, self.tier_by_mode[mode])
+
+
+def _at(location: tuple[int | str, ...], message: str) -> ValidationError:
+    """What a check of the whole policy finds in one place of it, so that readers of a file are led there."""
+    words = message.replace("{", "{{").replace("}", "}}")
+    problem = InitErrorDetails(type=PydanticCustomError("value_error", words), loc=location, input={})
+    return ValidationError.from_exception_data("policy", [problem])
 
 
 def evaluators_in(tree: Condition) -> frozenset[str]:

@@ -5,20 +5,36 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 from uuid import UUID
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from plm_engine_core.control_plane.documents import Whole
 from plm_engine_core.control_plane.policy.decision import Decision, Verdict
-from plm_engine_core.control_plane.policy.facts import Evaluation, Facts
+from plm_engine_core.control_plane.policy.facts import Evaluation, Facts, document_of_input, document_of_output, who
 from plm_engine_core.control_plane.policy.run_risk import RunSoFar
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
-from plm_engine_core.control_plane.vocabulary import AutonomyLevel, EvaluationStatus, Reason, RiskLevel, TenantAccess
+from plm_engine_core.control_plane.vocabulary import (
+    AutonomyLevel,
+    EvaluationPhase,
+    EvaluationStatus,
+    Reason,
+    RiskLevel,
+    TenantAccess,
+)
 
 _NOBODY = UUID(int=0)
 _A_MONDAY = datetime(2024, 1, 1, 12, tzinfo=UTC)
+_ALWAYS = frozenset({"phase", "evaluations"})
+_WHO = frozenset({"agent", "actor_kind", "scopes", "user_id"})
+_OF_CALL = frozenset({"capability", "resource", "arguments", "autonomy", "tenant_id", "at", "claims", "run"})
+_GIVEN = {
+    EvaluationPhase.INPUT: _ALWAYS | _WHO | {"input"},
+    EvaluationPhase.CALL: _ALWAYS | _WHO | _OF_CALL,
+    EvaluationPhase.OUTPUT: _ALWAYS | {"capability", "output", "error"},
+}
+"""By phase, the members of a trial that say something."""
 
 
 class _Written(BaseModel):
@@ -33,14 +49,18 @@ class EarlierSteps(_Written):
 
 
 class Trial(_Written):
-    """A proposal with the facts that a real one would be given.
+    """A proposal with the facts that a real one would be given, or with `phase` what else evaluators are asked about.
+
+    In the phase `input` that is a run that `agent` would be given `input` in; in the phase `output` what a call of
+    `capability` gave back: `output`, or `error` where it failed.
 
     Without `scopes` the principal holds what the capability needs. `evaluations` says what each evaluator answers;
     without it the policy's evaluators are asked. Without `at` it is noon of a Monday. Without `tenant_id` the tenant is
     one that may use the capability.
     """
 
-    capability: str
+    phase: EvaluationPhase = EvaluationPhase.CALL
+    capability: str = ""
     resource: str = ""
     arguments: Mapping[str, Any] = Field(default_factory=dict)
     agent: str = ""
@@ -53,6 +73,33 @@ class Trial(_Written):
     claims: Mapping[str, Any] = Field(default_factory=dict)
     evaluations: Mapping[str, EvaluationStatus] | None = None
     run: EarlierSteps | None = None
+    input: Mapping[str, Any] = Field(default_factory=dict)
+    output: Any = None
+    error: Mapping[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _of_its_phase(self) -> Self:
+        if self.phase is not EvaluationPhase.INPUT and not self.capability:
+            raise ValueError(f"in the phase {self.phase} it needs a capability")
+        if self.error is not None and self.output is not None:
+            raise ValueError("a call gives back an output, or an error where it failed; leave one of them out")
+        useless = sorted(self.model_fields_set - _GIVEN[self.phase])
+        if useless:
+            raise ValueError(f"{useless[0]} says nothing in the phase {self.phase}; leave it out")
+        return self
+
+    def examined(self, capability: CapabilityDescriptor | None) -> dict[str, Any]:
+        """What evaluators are shown in the phase `output` of a capability, and without one in `input`."""
+        if capability is None:
+            return document_of_input(self.agent, self.input, who(self.user_id, self.actor_kind, self.scopes or ()))
+        given: dict[str, Any] = {"error": self.error} if self.error is not None else {"output": self.output}
+        return document_of_output(capability, given)
+
+    def answers(self) -> tuple[Evaluation, ...] | None:
+        """What each evaluator is said to answer; None where they are to be asked."""
+        if self.evaluations is None:
+            return None
+        return tuple(Evaluation(name=name, status=status) for name, status in self.evaluations.items())
 
     def facts(self, capability: CapabilityDescriptor | None) -> Facts:
         """The facts of this proposal for a capability, or for one that is not registered."""
@@ -68,9 +115,7 @@ class Trial(_Written):
             claims=self.claims,
             at=self.at if self.at.tzinfo is None else self.at.astimezone(UTC),
             tenant_access=_access(capability, self.tenant_id) if capability is not None else None,
-            evaluations=None
-            if self.evaluations is None
-            else tuple(Evaluation(name=name, status=status) for name, status in self.evaluations.items()),
+            evaluations=self.answers(),
             run=None if self.run is None else RunSoFar(points=self.run.points, recent=self.run.recent),
         )
 

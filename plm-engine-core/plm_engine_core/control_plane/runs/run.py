@@ -35,7 +35,10 @@ class ArtifactRow:
 
 @dataclass(frozen=True, kw_only=True)
 class NewRun:
-    """Everything needed to create a run. `budget` replaces the policy's limits per unit."""
+    """Everything needed to create a run.
+
+    `budget` replaces the policy's limits per unit; `evaluations` are what evaluators said of its input.
+    """
 
     tenant_id: UUID
     run_id: UUID
@@ -52,6 +55,7 @@ class NewRun:
     artifacts: Sequence[ArtifactRow] = ()
     idempotency_key: str | None = None
     request_digest: str = ""
+    evaluations: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,10 @@ from uuid import UUID
 
 from plm_shared.ledger import uuid_text
 
+from plm_engine_core.control_plane.admission.proposal import content_hash
 from plm_engine_core.control_plane.errors import FencingLost
+from plm_engine_core.control_plane.policy.gates import GateRefusal
+from plm_engine_core.control_plane.runs.run import NewRun
 from plm_engine_core.control_plane.storage.ports import (
     AdmitCommand,
     AskCommand,
@@ -85,6 +88,32 @@ def settle_json(command: SettleCommand) -> dict[str, Any]:
         "artifacts": list(command.artifacts),
         "trace_id": command.trace_id,
         "actor": command.actor,
+    }
+
+
+def creation_json(new: NewRun) -> dict[str, Any]:
+    """What the event of a run's creation says; its input stands in the run."""
+    told: dict[str, Any] = {
+        "agent": {key: value for key, value in new.agent.items() if key != "plan"},
+        "policy_digest": new.policy_digest,
+        "trace_id": new.trace_id,
+        "budget": {str(unit): str(amount) for unit, amount in new.budget.items()},
+    }
+    return {**told, "evaluations": list(new.evaluations)} if new.evaluations else told
+
+
+def refusal_json(new: NewRun, refusal: GateRefusal) -> dict[str, Any]:
+    """What the event says of a run that was not created: of its input, only the digest."""
+    return {
+        "agent": {key: value for key, value in new.agent.items() if key != "plan"},
+        "policy_digest": new.policy_digest,
+        "trace_id": new.trace_id,
+        "input_digest": content_hash(dict(new.input)),
+        "reason": refusal.reason.value,
+        "evaluator": refusal.evaluation.name,
+        "rule": refusal.rule,
+        "message": refusal.message,
+        "evaluations": list(new.evaluations),
     }
 
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.halts import Halt, HaltDrill
     from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, ScopeTerms, Vote
     from plm_engine_core.control_plane.policy import PolicySnapshot
+    from plm_engine_core.control_plane.policy.gates import GateRefusal
     from plm_engine_core.control_plane.policy.replay import Attempt
     from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Orphan, Run, Step
     from plm_engine_core.control_plane.sweeping import ExpiredBatch
@@ -228,6 +229,17 @@ class RunStore(Protocol):
 
     async def create(self, new: NewRun) -> tuple[Run, bool]:
         """Create a run and enqueue its drive job in one commit; the flag says whether the key was replayed."""
+        ...
+
+    async def refuse(self, new: NewRun, refusal: GateRefusal) -> Run | None:
+        """Record in the stream of the tenant that this run is not created; there is no other trace of it.
+
+        Answers the run that the same request with its key created before, and then records nothing.
+
+        Raises:
+            IdempotencyConflict: the key was used for another request.
+            NotFound: the tenant does not exist.
+        """
         ...
 
     async def now(self) -> datetime:

@@ -1,7 +1,10 @@
-"""Evaluators: second opinions on a proposal, asked side by side before it is decided. Only their allowing allows."""
+"""Evaluators: second opinions on a proposal, on what a run is given and on what a call gave back.
+
+They are asked side by side, and only their allowing allows.
+"""
 
 from plm_engine_core.control_plane.admission.evaluators.cedar import CedarEvaluator
-from plm_engine_core.control_plane.admission.evaluators.evaluator import Evaluator, EvaluatorResult
+from plm_engine_core.control_plane.admission.evaluators.evaluator import Evaluator, EvaluatorResult, Examined
 from plm_engine_core.control_plane.admission.evaluators.json_schema import JsonSchemaEvaluator
 from plm_engine_core.control_plane.admission.evaluators.lists import ListEvaluator
 from plm_engine_core.control_plane.admission.evaluators.parallel import Configured, ParallelPolicyEvaluator
@@ -16,6 +19,7 @@ __all__ = [
     "Evaluator",
     "EvaluatorRegistry",
     "EvaluatorResult",
+    "Examined",
     "JsonSchemaEvaluator",
     "ListEvaluator",
     "ParallelPolicyEvaluator",

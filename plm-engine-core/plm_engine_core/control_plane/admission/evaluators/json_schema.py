@@ -7,11 +7,11 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult
-from plm_engine_core.control_plane.admission.evaluators.values import seen_by_paths
+from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult, Examined
+from plm_engine_core.control_plane.admission.evaluators.values import Found, LooksAt, check_field
 from plm_engine_core.control_plane.json_schemas import first_problem, schema_validator
 from plm_engine_core.control_plane.policy import Facts, Proposed
-from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath, check_path, lookup, shown
+from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath
 
 
 class JsonSchemaConfig(BaseModel):
@@ -22,7 +22,7 @@ class JsonSchemaConfig(BaseModel):
     json_schema: Mapping[str, Any] = Field(alias="schema")
     field: FieldPath = "arguments"
 
-    _path_known = field_validator("field")(check_path)
+    _path_known = field_validator("field")(check_field)
 
 
 class JsonSchemaEvaluator:
@@ -32,14 +32,21 @@ class JsonSchemaEvaluator:
     config_schema: ClassVar[type[BaseModel]] = JsonSchemaConfig
 
     def __init__(self, config: JsonSchemaConfig) -> None:
-        self._name = shown(config.field)
-        self._find = lookup(config.field)
+        self._field = LooksAt(config)
         self._validator = schema_validator(dict(config.json_schema))
 
     def evaluate(self, proposal: Proposed, facts: Facts) -> EvaluatorResult:
         """Name the first entry that breaks the schema, without its value."""
-        value = self._find(seen_by_paths(proposal, facts))
-        if value is MISSING:
-            return EvaluatorResult(allow=False, reason=f"{self._name} is missing")
-        problem = first_problem(self._validator, value, root=self._name)
+        return self._checked(self._field.of_call(proposal, facts))
+
+    def examine(self, examined: Examined) -> EvaluatorResult:
+        """The same for another phase."""
+        return self._checked(self._field.of(examined))
+
+    def _checked(self, found: Found | None) -> EvaluatorResult:
+        if found is None:
+            return EvaluatorResult(allow=True)
+        if found.value is MISSING:
+            return EvaluatorResult(allow=False, reason=f"{found.name} is missing")
+        problem = first_problem(self._validator, found.value, root=found.name)
         return EvaluatorResult(allow=True) if problem is None else EvaluatorResult(allow=False, reason=problem)

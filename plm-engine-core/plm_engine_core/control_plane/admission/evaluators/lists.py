@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
-from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult
-from plm_engine_core.control_plane.admission.evaluators.values import seen_by_paths
+from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult, Examined
+from plm_engine_core.control_plane.admission.evaluators.values import Found, LooksAt, check_field
 from plm_engine_core.control_plane.policy import Facts, Proposed
-from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath, check_path, lookup, shown
+from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath
 
 
 class ListConfig(BaseModel):
@@ -21,7 +21,7 @@ class ListConfig(BaseModel):
     blocklist: tuple[str, ...] = ()
     field: FieldPath = "capability.id"
 
-    _path_known = field_validator("field")(check_path)
+    _path_known = field_validator("field")(check_field)
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -37,18 +37,26 @@ class ListEvaluator:
     config_schema: ClassVar[type[BaseModel]] = ListConfig
 
     def __init__(self, config: ListConfig) -> None:
-        self._name = shown(config.field)
-        self._find = lookup(config.field)
+        self._field = LooksAt(config)
         self._allowed = frozenset(map(_folded, config.allowlist))
         self._blocked = frozenset(map(_folded, config.blocklist))
 
     async def evaluate(self, proposal: Proposed, facts: Facts) -> EvaluatorResult:
         """Look the value up; each one, where the field is a list of them."""
-        value = self._find(seen_by_paths(proposal, facts))
+        return self._looked_up(self._field.of_call(proposal, facts))
+
+    async def examine(self, examined: Examined) -> EvaluatorResult:
+        """The same for another phase."""
+        return self._looked_up(self._field.of(examined))
+
+    def _looked_up(self, found: Found | None) -> EvaluatorResult:
+        if found is None:
+            return EvaluatorResult(allow=True)
+        value = found.value
         for each in value if isinstance(value, list | tuple) else [value]:
             refusal = self._refusal(each)
             if refusal:
-                return EvaluatorResult(allow=False, reason=f"{self._name} {refusal}")
+                return EvaluatorResult(allow=False, reason=f"{found.name} {refusal}")
         return EvaluatorResult(allow=True)
 
     def _refusal(self, value: Any) -> str:

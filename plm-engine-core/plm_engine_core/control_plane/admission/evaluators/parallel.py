@@ -6,12 +6,14 @@ import asyncio
 import inspect
 import logging
 import threading
-from collections.abc import Awaitable, Mapping, Sequence
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from plm_engine_core.control_plane.admission.evaluators.evaluator import Evaluator, EvaluatorResult
+from plm_engine_core.control_plane.admission.evaluators.evaluator import Evaluator, EvaluatorResult, Examined
+from plm_engine_core.control_plane.admission.evaluators.values import kept_metadata
 from plm_engine_core.control_plane.policy import Evaluation, Facts, Proposed
 from plm_engine_core.control_plane.vocabulary import EvaluationStatus
 
@@ -19,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 MOST_THREADS = 32
 _LONGEST_REASON = 500
+
+_Ask = Callable[[Evaluator], tuple[Callable[..., Any], tuple[Any, ...]]]
+"""The method of an evaluator that is called, and with what."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +48,23 @@ class ParallelPolicyEvaluator:
         self._left_behind: set[asyncio.Task[Any]] = set()
 
     async def evaluate_all(self, names: Sequence[str], proposal: Proposed, facts: Facts) -> tuple[Evaluation, ...]:
-        """Ask these evaluators; the answers come in the order of `names`, none is missing, and none is raised.
+        """Ask these evaluators about a proposal.
+
+        The answers come in the order of `names`, none is missing, and none is raised.
 
         Answers when all have answered or run out of time, or at once when a gate did not allow; what still runs then is
         cancelled. A plain function cannot be stopped: its thread is left to end, and its answer is dropped.
         """
+        return await self._all(names, lambda each: (each.evaluate, (proposal, facts)), told=True)
+
+    async def examine_all(self, names: Sequence[str], examined: Examined) -> tuple[Evaluation, ...]:
+        """Ask these evaluators in another phase, in the same way.
+
+        Of an evaluator that raises only the type of its error is kept: its text may repeat what was examined.
+        """
+        return await self._all(names, lambda each: (_examination(each), (examined,)), told=False)
+
+    async def _all(self, names: Sequence[str], ask: _Ask, *, told: bool) -> tuple[Evaluation, ...]:
         loop = asyncio.get_running_loop()
         chosen = [self._evaluators.get(name) for name in names]
         answers: dict[str, Evaluation] = {}
@@ -56,7 +73,7 @@ class ParallelPolicyEvaluator:
             if each is None:
                 answers[name] = _evaluation(name, EvaluationStatus.FAILED, "it is not configured")
             else:
-                task = asyncio.ensure_future(self._ask(each.evaluator, proposal, facts))
+                task = asyncio.ensure_future(self._ask(each.evaluator, ask))
                 running[task] = (each, loop.time() + each.timeout_seconds)
         settled = any(each is None for each in chosen)
         try:
@@ -65,7 +82,7 @@ class ParallelPolicyEvaluator:
                 await asyncio.wait(
                     running, timeout=max(0.0, soonest - loop.time()), return_when=asyncio.FIRST_COMPLETED
                 )
-                settled = self._collect(running, answers, loop.time())
+                settled = self._collect(running, answers, loop.time(), told=told)
         finally:
             for task in running:
                 self._leave(task)
@@ -75,13 +92,18 @@ class ParallelPolicyEvaluator:
         )
 
     def _collect(
-        self, running: dict[asyncio.Task[Any], tuple[Configured, float]], answers: dict[str, Evaluation], now: float
+        self,
+        running: dict[asyncio.Task[Any], tuple[Configured, float]],
+        answers: dict[str, Evaluation],
+        now: float,
+        *,
+        told: bool,
     ) -> bool:
         """Take over what is done or late; answers whether a gate did not allow."""
         settled = False
         for task, (each, deadline) in list(running.items()):
             if task.done():
-                answer = _outcome(each.name, task)
+                answer = _outcome(each.name, task, told=told)
             elif now >= deadline:
                 words = f"no answer within {each.timeout_seconds:g} s"
                 answer = _evaluation(each.name, EvaluationStatus.TIMED_OUT, words)
@@ -93,13 +115,14 @@ class ParallelPolicyEvaluator:
             settled = settled or (each.gate and answer.status is not EvaluationStatus.ALLOWED)
         return settled
 
-    async def _ask(self, evaluator: Evaluator, proposal: Proposed, facts: Facts) -> Any:
-        if inspect.iscoroutinefunction(evaluator.evaluate):
-            return await _contained(evaluator.evaluate(proposal, facts))
-        answer = await self._in_thread(evaluator, proposal, facts)
+    async def _ask(self, evaluator: Evaluator, ask: _Ask) -> Any:
+        function, arguments = ask(evaluator)
+        if inspect.iscoroutinefunction(function):
+            return await _contained(function(*arguments))
+        answer = await self._in_thread(evaluator.kind, function, arguments)
         return await _contained(answer) if isinstance(answer, Awaitable) else answer
 
-    async def _in_thread(self, evaluator: Evaluator, proposal: Proposed, facts: Facts) -> Any:
+    async def _in_thread(self, kind: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """Run a plain function in a daemon thread, which no shutdown waits for; it keeps its place until it ends."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()
         # Once somebody waited at it, a semaphore is of use to its own event loop only.
@@ -114,7 +137,7 @@ class ParallelPolicyEvaluator:
 
         def work() -> None:
             try:
-                answer.append(evaluator.evaluate(proposal, facts))
+                answer.append(function(*arguments))
             except BaseException as error:  # noqa: BLE001  # handed to whoever awaits it
                 failure.append(error)
             try:
@@ -123,7 +146,7 @@ class ParallelPolicyEvaluator:
                 logger.warning("an evaluator ended after the event loop that had asked it")
 
         try:
-            threading.Thread(target=work, name=f"evaluator-{evaluator.kind}", daemon=True).start()
+            threading.Thread(target=work, name=f"evaluator-{kind}", daemon=True).start()
         except RuntimeError:  # the machine has no thread left
             threads.release()
             raise
@@ -151,23 +174,51 @@ async def _contained(answer: Awaitable[Any]) -> Any:
         raise RuntimeError(f"SystemExit: {error}") from error
 
 
-def _outcome(name: str, task: asyncio.Task[Any]) -> Evaluation:
+def _examination(evaluator: Evaluator) -> Callable[..., Any]:
+    examine: Callable[..., Any] = getattr(evaluator, "examine")  # noqa: B009  # not every evaluator has it; those here do
+    return examine
+
+
+def _outcome(name: str, task: asyncio.Task[Any], *, told: bool) -> Evaluation:
     if task.cancelled():
         return _evaluation(name, EvaluationStatus.FAILED, "it cancelled itself")
     error = task.exception()
     if error is not None:
-        logger.warning("the evaluator %s failed", name, exc_info=error)
-        return _evaluation(name, EvaluationStatus.FAILED, f"{type(error).__name__}: {_words(error)}")
+        if told:
+            logger.warning("the evaluator %s failed", name, exc_info=error)
+            return _evaluation(name, EvaluationStatus.FAILED, f"{type(error).__name__}: {_words(error)}")
+        cause = error.__cause__ or error
+        place = "".join(traceback.format_tb(cause.__traceback__))
+        logger.warning("the evaluator %s failed with %s\n%s", name, type(cause).__name__, place)
+        return _evaluation(name, EvaluationStatus.FAILED, type(cause).__name__)
     result = task.result()
-    if not isinstance(result, EvaluatorResult) or not isinstance(result.allow, bool):
+    try:
+        return _answer(name, result)
+    except Exception as problem:  # noqa: BLE001  # an evaluator's own object, or one that it still changes
+        words = f"its answer cannot be read ({type(problem).__name__})"
+        return _evaluation(name, EvaluationStatus.INVALID, words)
+
+
+def _answer(name: str, result: Any) -> Evaluation:
+    if not isinstance(result, EvaluatorResult):
         return _evaluation(name, EvaluationStatus.INVALID, f"it answered with {type(result).__name__}")
-    return _evaluation(name, EvaluationStatus.ALLOWED if result.allow else EvaluationStatus.DENIED, result.reason)
+    allow, reason, metadata = (getattr(result, name) for name in ("allow", "reason", "metadata"))  # each read once
+    if not isinstance(allow, bool):
+        return _evaluation(name, EvaluationStatus.INVALID, f"it answered with {type(result).__name__}")
+    try:
+        kept = kept_metadata(metadata)
+    except ValueError as problem:
+        return _evaluation(name, EvaluationStatus.INVALID, problem)
+    status = EvaluationStatus.ALLOWED if allow else EvaluationStatus.DENIED
+    return _evaluation(name, status, reason, metadata=kept)
 
 
-def _evaluation(name: str, status: EvaluationStatus, reason: object) -> Evaluation:
+def _evaluation(
+    name: str, status: EvaluationStatus, reason: object, *, metadata: Mapping[str, Any] | None = None
+) -> Evaluation:
     """With a reason that can be stored, whatever the evaluator put into it."""
     text = _words(reason)[:_LONGEST_REASON].encode(errors="backslashreplace").decode().replace("\x00", "\\x00")
-    return Evaluation(name=name, status=status, reason=text)
+    return Evaluation(name=name, status=status, reason=text, metadata=metadata or {})
 
 
 def _words(value: object) -> str:

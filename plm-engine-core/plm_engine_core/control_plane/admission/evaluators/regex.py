@@ -6,12 +6,12 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult
-from plm_engine_core.control_plane.admission.evaluators.values import TooLarge, seen_by_paths, texts_in
+from plm_engine_core.control_plane.admission.evaluators.evaluator import EvaluatorResult, Examined
+from plm_engine_core.control_plane.admission.evaluators.values import Found, LooksAt, TooLarge, check_field, texts_in
 from plm_engine_core.control_plane.documents import Flag
 from plm_engine_core.control_plane.matching import Match, matcher
 from plm_engine_core.control_plane.policy import Facts, Proposed
-from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath, check_path, lookup, shown
+from plm_engine_core.control_plane.policy.fields import MISSING, FieldPath
 
 
 class RegexConfig(BaseModel):
@@ -26,7 +26,7 @@ class RegexConfig(BaseModel):
     field: FieldPath = "resource"
     deny_on_match: Flag = True
 
-    _path_known = field_validator("field")(check_path)
+    _path_known = field_validator("field")(check_field)
 
 
 class RegexEvaluator:
@@ -37,12 +37,21 @@ class RegexEvaluator:
 
     def __init__(self, config: RegexConfig) -> None:
         self._config = config
-        self._find = lookup(config.field)
+        self._field = LooksAt(config)
         self._searches = [matcher(pattern, Match.REGEX, anywhere=True) for pattern in config.patterns]
 
     def evaluate(self, proposal: Proposed, facts: Facts) -> EvaluatorResult:
         """Search; a text that cannot be searched denies."""
-        value, name = self._find(seen_by_paths(proposal, facts)), shown(self._config.field)
+        return self._searched(self._field.of_call(proposal, facts))
+
+    def examine(self, examined: Examined) -> EvaluatorResult:
+        """The same for another phase."""
+        return self._searched(self._field.of(examined, whole=True))
+
+    def _searched(self, found: Found | None) -> EvaluatorResult:
+        if found is None:
+            return EvaluatorResult(allow=True)
+        name, value = found
         try:
             texts = [] if value is MISSING else list(texts_in(value))
         except TooLarge as error:

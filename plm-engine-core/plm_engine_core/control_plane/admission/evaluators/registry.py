@@ -14,9 +14,11 @@ from plm_engine_core.control_plane.admission.evaluators.json_schema import JsonS
 from plm_engine_core.control_plane.admission.evaluators.lists import ListEvaluator
 from plm_engine_core.control_plane.admission.evaluators.parallel import Configured, ParallelPolicyEvaluator
 from plm_engine_core.control_plane.admission.evaluators.regex import RegexEvaluator
+from plm_engine_core.control_plane.admission.evaluators.values import PHASE
 from plm_engine_core.control_plane.documents import problem_of
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import EvaluatorSpec, PolicySnapshot
+from plm_engine_core.control_plane.vocabulary import EvaluationPhase
 
 EVALUATORS_GROUP = "plm.evaluators"
 """Entry points of this group name evaluator classes; the entry point's name is only for messages."""
@@ -62,7 +64,8 @@ class EvaluatorRegistry:
         """The evaluators that a policy declares, configured.
 
         Raises:
-            InvalidRequest: a kind is unknown, or a configuration is wrong; names the evaluator.
+            InvalidRequest: a kind is unknown or cannot be asked in the phase, or a configuration is wrong; names the
+                evaluator.
         """
         return ParallelPolicyEvaluator([self._configured(spec) for spec in policy.evaluators])
 
@@ -74,8 +77,14 @@ class EvaluatorRegistry:
             raise InvalidRequest(
                 f"{place}: no evaluator of kind {spec.kind} is installed; there are {there}", field=place
             )
+        if spec.phase is not EvaluationPhase.CALL and not callable(getattr(kind, "examine", None)):
+            raise InvalidRequest(
+                f"{place}: evaluators of kind {spec.kind} are asked about calls only, not in the phase {spec.phase}; "
+                "leave phase out, or choose another kind",
+                field=place,
+            )
         try:
-            evaluator = kind(kind.config_schema.model_validate(dict(spec.config)))
+            evaluator = kind(kind.config_schema.model_validate(dict(spec.config), context={PHASE: spec.phase}))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join([place, "config", *map(str, first["loc"])])

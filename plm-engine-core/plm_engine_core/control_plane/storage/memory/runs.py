@@ -9,12 +9,14 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, InvalidRequest, NotFound
-from plm_engine_core.control_plane.events.event import run_stream
+from plm_engine_core.control_plane.events.event import TENANT_STREAM, run_stream
 from plm_engine_core.control_plane.limits.budgets import Budget
 from plm_engine_core.control_plane.limits.windows import ALWAYS
+from plm_engine_core.control_plane.policy.gates import GateRefusal
 from plm_engine_core.control_plane.policy.replay import Attempt
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Step
 from plm_engine_core.control_plane.runs.states import sources_of
+from plm_engine_core.control_plane.storage.commands import creation_json, refusal_json
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
 from plm_engine_core.control_plane.storage.memory.budgets import open_budget, runs
 from plm_engine_core.control_plane.storage.memory.leases import MemoryLeases, close_books
@@ -54,17 +56,21 @@ class MemoryRuns(MemoryLeases):
             if earlier is not None:
                 return _read(books.run(new.tenant_id, earlier)), True
             _insert(books, new)
-            payload = {
-                "agent": {key: value for key, value in new.agent.items() if key != "plan"},
-                "policy_digest": new.policy_digest,
-                "trace_id": new.trace_id,
-                "budget": {str(unit): str(amount) for unit, amount in new.budget.items()},
-            }
-            actor = new.principal.actor
-            books.append(new.tenant_id, run_stream(new.run_id), EventKind.RUN_CREATED, actor, payload)
+            actor, told = new.principal.actor, creation_json(new)
+            books.append(new.tenant_id, run_stream(new.run_id), EventKind.RUN_CREATED, actor, told)
             if new.kind is RunKind.HOSTED:
                 books.deliver(new.tenant_id, new.run_id)
             return _read(books.run(new.tenant_id, new.run_id)), False
+
+    async def refuse(self, new: NewRun, refusal: GateRefusal) -> Run | None:
+        """Record that a run is not created, unless its key made one before."""
+        async with self._books.turn() as books:
+            earlier = _run_of_key(books, new) if new.idempotency_key is not None else None
+            if earlier is not None:
+                return _read(books.run(new.tenant_id, earlier))
+            told = refusal_json(new, refusal)
+            books.append(new.tenant_id, TENANT_STREAM, EventKind.RUN_REFUSED, new.principal.actor, told)
+            return None
 
     async def now(self) -> datetime:
         """The time by the clock of the books."""
@@ -224,13 +230,24 @@ class MemoryRuns(MemoryLeases):
 
 
 def _claim_key(books: Books, new: NewRun) -> UUID | None:
+    """Take the key; when an earlier creation has it, the run that it made."""
+    earlier = _run_of_key(books, new)
+    if earlier is None:
+        result = {"run_id": str(new.run_id)}
+        record = {"digest": new.request_digest, "result": result}
+        books.idempotency_records.put(new.tenant_id, _key_of(new), record)
+    return earlier
+
+
+def _key_of(new: NewRun) -> tuple[str, str]:
+    return (_CREATE_OPERATION, storable_text(new.idempotency_key or ""))
+
+
+def _run_of_key(books: Books, new: NewRun) -> UUID | None:
     """The run that the key already stands for."""
     books.require_tenant(new.tenant_id)
-    name = (_CREATE_OPERATION, storable_text(new.idempotency_key or ""))
-    record = books.idempotency_records.get(new.tenant_id, name)
+    record = books.idempotency_records.get(new.tenant_id, _key_of(new))
     if record is None:
-        result = {"run_id": str(new.run_id)}
-        books.idempotency_records.put(new.tenant_id, name, {"digest": new.request_digest, "result": result})
         return None
     if record["digest"] != new.request_digest:
         raise IdempotencyConflict(

@@ -8,11 +8,13 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, NotFound, StorageUnavailable
-from plm_engine_core.control_plane.events.event import run_stream
+from plm_engine_core.control_plane.events.event import TENANT_STREAM, run_stream
 from plm_engine_core.control_plane.limits.budgets import Budget
+from plm_engine_core.control_plane.policy.gates import GateRefusal
 from plm_engine_core.control_plane.policy.replay import Attempt
 from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Step
 from plm_engine_core.control_plane.runs.states import sources_of
+from plm_engine_core.control_plane.storage.commands import creation_json, refusal_json
 from plm_engine_core.control_plane.storage.ports import MarkCommand
 from plm_engine_core.control_plane.storage.postgres.gateway import Session, jsonb
 from plm_engine_core.control_plane.storage.postgres.leases import PostgresLeases, close_books, queue_again
@@ -62,16 +64,23 @@ class PostgresRuns(PostgresLeases):
                 run_stream(new.run_id),
                 EventKind.RUN_CREATED,
                 new.principal.actor,
-                {
-                    "agent": {key: value for key, value in new.agent.items() if key != "plan"},
-                    "policy_digest": new.policy_digest,
-                    "trace_id": new.trace_id,
-                    "budget": {str(unit): str(amount) for unit, amount in new.budget.items()},
-                },
+                creation_json(new),
             )
             if new.kind is RunKind.HOSTED:
                 await self._delivery.enqueue(connection, new.tenant_id, new.run_id)
             return await _get(connection, new.tenant_id, new.run_id), False
+
+    async def refuse(self, new: NewRun, refusal: GateRefusal) -> Run | None:
+        """Record that a run is not created, unless its key made one before."""
+        async with self._gateway.transaction(new.tenant_id) as connection:
+            earlier = await _run_of_key(connection, new) if new.idempotency_key is not None else None
+            if earlier is not None:
+                return await _get(connection, new.tenant_id, earlier)
+            told = refusal_json(new, refusal)
+            await self._gateway.append(
+                connection, new.tenant_id, TENANT_STREAM, EventKind.RUN_REFUSED, new.principal.actor, told
+            )
+            return None
 
     async def _claim_key(self, connection: Session, new: NewRun) -> UUID | None:
         """Take the key; when an earlier creation has it, the run that it made.
@@ -93,21 +102,12 @@ class PostgresRuns(PostgresLeases):
         )
         if claimed.rowcount:
             return None
-        cursor = await connection.execute(
-            "SELECT digest, result FROM idempotency_records "
-            "WHERE tenant_id = %s AND operation = %s AND command_id = %s",
-            [new.tenant_id, _CREATE_OPERATION, new.idempotency_key],
-        )
-        record = await cursor.fetchone()
-        if record is None:
+        earlier = await _run_of_key(connection, new)
+        if earlier is None:
             raise StorageUnavailable(
                 f"what Idempotency-Key {new.idempotency_key!r} stood for expired just now; send the request again"
             )
-        if record["digest"] != new.request_digest:
-            raise IdempotencyConflict(
-                f"Idempotency-Key {new.idempotency_key!r} was already used for another request; send a new key"
-            )
-        return UUID(record["result"]["run_id"])
+        return earlier
 
     async def _insert(self, connection: Session, new: NewRun) -> None:
         await connection.execute(
@@ -348,6 +348,26 @@ class PostgresRuns(PostgresLeases):
                 [list(artifact_ids), tenant_id, tenant_id],
             )
             return [row["id"] for row in await cursor.fetchall()]
+
+
+async def _run_of_key(connection: Session, new: NewRun) -> UUID | None:
+    """The run that the key already stands for.
+
+    Raises:
+        IdempotencyConflict: that one was of another request.
+    """
+    cursor = await connection.execute(
+        "SELECT digest, result FROM idempotency_records WHERE tenant_id = %s AND operation = %s AND command_id = %s",
+        [new.tenant_id, _CREATE_OPERATION, new.idempotency_key],
+    )
+    record = await cursor.fetchone()
+    if record is None:
+        return None
+    if record["digest"] != new.request_digest:
+        raise IdempotencyConflict(
+            f"Idempotency-Key {new.idempotency_key!r} was already used for another request; send a new key"
+        )
+    return UUID(record["result"]["run_id"])
 
 
 async def _get(connection: Session, tenant_id: UUID, run_id: UUID, *, lock: bool = False) -> Run:
