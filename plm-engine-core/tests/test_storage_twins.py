@@ -32,6 +32,7 @@ from plm_engine_core.control_plane.vocabulary import (
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
 RUNS, STEPS = 2, 2
+PHASES = ("input", "output")
 ENDS = [RunState.QUEUED, RunState.HALTED, RunState.SUCCEEDED, RunState.FAILED]
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -68,13 +69,18 @@ RICH = {
         "input": {"by_requester": False, "max_per_run": 3},
     },
 }
+# A third one, whose evaluators allow neither inputs nor outputs with an a or an x.
+_NO_A = {"kind": "regex", "config": {"patterns": ["[ax]"]}}
+STRICT = {"version": "strict", "evaluators": [{"name": f"no-a-{phase}", "phase": phase, **_NO_A} for phase in PHASES]}
 BUDGETS = [(BudgetScope.AGENT, Period.DAY), (BudgetScope.TENANT, Period.TOTAL)]
 run_at, step_at = st.integers(0, RUNS - 1), st.integers(0, STEPS - 1)
 capabilities = st.sampled_from(["thing.read", "thing.write", "thing.fire", "thing.unknown"])
 errors = st.none() | st.fixed_dictionaries({"category": st.just("x"), "message": leaves})
 
 operations = st.one_of(
-    st.tuples(st.just("create"), run_at, st.sampled_from([None, "k"]), st.sampled_from(["d", "e"]), values),
+    st.tuples(
+        st.just("create"), run_at, st.sampled_from([None, "k"]), st.sampled_from(["d", "e"]), values, st.booleans()
+    ),
     st.tuples(st.just("take"), run_at),
     st.tuples(st.just("renew"), run_at),
     st.tuples(
@@ -90,7 +96,13 @@ operations = st.one_of(
     ),
     st.tuples(st.just("begin"), run_at),
     st.tuples(
-        st.just("settle"), run_at, st.sampled_from(OutcomeStatus), values, errors, st.none() | st.integers(0, 900)
+        st.just("settle"),
+        run_at,
+        st.sampled_from(OutcomeStatus),
+        values,
+        errors,
+        st.none() | st.integers(0, 900),
+        st.booleans(),
     ),
     st.tuples(st.just("finish"), run_at, st.sampled_from(ENDS), values),
     st.tuples(
@@ -132,6 +144,7 @@ class World:
         self.bench = bench
         self.plane = bench.locking("thing.fire").locking("thing.write", scope=LockScope.RUN).control_plane
         self.rich = bench.with_policy(**RICH).control_plane
+        self.strict = bench.with_policy(**STRICT).control_plane
         self.people = people
         self.treasurer = replace(people[1], scopes=people[1].scopes | {"plm.budgets"})
         self.names: dict[str, str] = {}
@@ -160,7 +173,7 @@ class World:
         except KeyError as missing:
             return f"nothing yet: {missing}"
 
-    async def create(self, at, key, digest, value):
+    async def create(self, at, key, digest, value, strict=False):
         request = self.bench.request(
             trace_id=f"{at:032x}",
             root_span_id=f"{at:016x}",
@@ -169,7 +182,8 @@ class World:
             idempotency_key=key,
             request_digest=digest,
         )
-        run, replayed = await self.plane.create_run(request, principal=self.bench.requester)
+        plane = self.strict if strict else self.plane
+        run, replayed = await plane.create_run(request, principal=self.bench.requester)
         self.runs[at] = run
         return run, replayed
 
@@ -200,14 +214,14 @@ class World:
     async def begin(self, at):
         return await self.bench.begin(self.grants[at][0], self.leases[at])
 
-    async def settle(self, at, status, output, error, things):
+    async def settle(self, at, status, output, error, things, strict=False):
         grant, capability = self.grants[at]
         usage = {"thing": things} if things is not None else None
         outcome = Outcome(
             status=status, output=output, error=error, usage=usage and _decimals(usage), evidence=Evidence.MEASURED
         )
         lease = self.leases[at]
-        return await self.plane.settle(
+        return await (self.strict if strict else self.plane).settle(
             grant,
             outcome,
             capability=self.plane.capability(capability),
@@ -457,6 +471,25 @@ def _without_times(row):
         ("halt", HaltScope.RUN, 0),
         ("end_halted",),
         ("sweep_locks", 9),
+    ]
+)
+@example(
+    [
+        ("create", 0, "k", "d", ["axe"], True),
+        ("create", 0, "k", "d", 7, True),
+        ("create", 1, "k", "d", ["axe"], True),
+        ("create", 1, "k", "e", ["axe"], True),
+        ("take", 0),
+        ("admit", 0, 0, 1, "thing.fire", 1, False),
+        ("begin", 0),
+        ("settle", 0, OutcomeStatus.SUCCEEDED, {"a": 1}, None, 7, True),
+        ("settle", 0, OutcomeStatus.SUCCEEDED, {"a": 1}, None, 7, False),
+        ("admit", 0, 1, 1, "thing.fire", 1, False),
+        ("begin", 0),
+        ("settle", 0, OutcomeStatus.FAILED, None, {"category": "x", "message": "b"}, None, True),
+        ("admit", 0, 1, 2, "thing.fire", 1, False),
+        ("begin", 0),
+        ("settle", 0, OutcomeStatus.SUCCEEDED, 7, None, 7, True),
     ]
 )
 @example(

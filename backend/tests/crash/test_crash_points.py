@@ -153,6 +153,17 @@ def a_dead_worker(cluster: Any, journal: Any, trap: Any) -> None:
     assert journal.effects() == EFFECTS
 
 
+def a_refused_run(cluster: Any, journal: Any, trap: Any) -> None:  # noqa: ARG001  # its point is reached by asking
+    """What an evaluator does not let a run be given creates none, and is on record once it is answered."""
+    request = {"agent": "filed", "inputs": {"journal": "poisoned"}, "files": {"file": FILE}}
+    key = str(journal.folder)
+    answer = cluster.ask("POST", "/v1/runs", json=request, headers={"Idempotency-Key": key})
+    assert (answer.status_code, answer.json()["reason"]) == (403, "evaluator_denied"), answer.text
+    assert cluster.query("SELECT 1 FROM run_states WHERE idempotency_key = %s", key) == []
+    ((recorded,),) = cluster.query("SELECT count(*) FROM events WHERE stream = 'tenant' AND kind = 'run_refused'")
+    assert recorded >= 1
+
+
 def a_clock_set_back(cluster: Any, journal: Any, trap: Any) -> None:
     """A worker dies while the database's clock is twelve years ahead, which is then set back."""
     journal.close("act")
@@ -181,6 +192,7 @@ STORIES: dict[str, Story] = {
     "halts.lift": a_halt,
     "halts.trigger": a_halt,
     "runs.reconcile": an_unknown_outcome,
+    "runs.refuse": a_refused_run,
     "runs.request_cancel": a_cancel,
     "runs.revive": a_dead_worker,
     "runs.set_back": a_clock_set_back,
