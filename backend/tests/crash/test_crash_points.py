@@ -153,7 +153,7 @@ def a_dead_worker(cluster: Any, journal: Any, trap: Any) -> None:
     assert journal.effects() == EFFECTS
 
 
-def a_refused_run(cluster: Any, journal: Any, trap: Any) -> None:  # noqa: ARG001  # its point is reached by asking
+def a_refused_run(cluster: Any, journal: Any, trap: Any) -> None:
     """What an evaluator does not let a run be given creates none, and is on record once it is answered."""
     request = {"agent": "filed", "inputs": {"journal": "poisoned"}, "files": {"file": FILE}}
     key = str(journal.folder)
