@@ -121,6 +121,22 @@ class Cases:
         policy = self._altered_policy(approval={"timeout_seconds": 0.2, "required_scope": "plm.hitl.resolve"})
         return self._under(policy, "write", "the approval")
 
+    def agent_that_asks_for_an_input(self) -> Left:
+        return self._run("ask", says="How many are wanted?")
+
+    def input_denied(self) -> Left:
+        run_id = self._client.run("ask")["run_id"]
+        self._decide(self._client, self._approver, run_id, "deny", "nobody knows")
+        return self._platform, self._client, run_id, "step many: no input was given: nobody knows"
+
+    def input_not_given_in_time(self) -> Left:
+        policy = self._altered_policy(approval={"input": {"timeout_seconds": 0.2}})
+        return self._under(policy, "ask", "nobody gave the input until")
+
+    def agent_that_asks_without_leave(self) -> Left:
+        policy = self._altered_policy(approval={"required_scope": "plm.hitl.resolve"})
+        return self._under(policy, "ask", "the policy lets no agent ask")
+
     def approval_under_another_policy(self) -> Left:
         with self._launch() as asked:
             run_id = asked.client().run("write")["run_id"]
