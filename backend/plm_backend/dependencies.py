@@ -20,7 +20,7 @@ from plm_shared.trace_context import TraceContext, current_context, new_root_con
 
 from plm_backend.wiring import Platform
 
-_ONE_VALUED = frozenset({"content-encoding", "content-type", "idempotency-key", "last-event-id"})
+_ONE_VALUED = frozenset({"content-encoding", "content-type", "idempotency-key", "if-match", "last-event-id"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from plm_backend.artifacts import ArtifactStoreUnavailable
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
-NOT_FOUND, NOT_ALLOWED, TOO_LARGE = 404, 405, 413
+NOT_FOUND, NOT_ALLOWED, CONFLICT, PRECONDITION_FAILED, TOO_LARGE = 404, 405, 409, 412, 413
 TYPE_BASE = "urn:plm:problem:"
 
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
@@ -42,6 +42,7 @@ _TITLES = {
     "validation/idempotency_conflict": "The Idempotency-Key was used for another request",
     "validation/impossible_transition": "The present state does not allow this",
     "validation/media_type_unsupported": "The request body is of a kind this API does not take",
+    "validation/precondition_failed": "What was looked at has changed since",
     "validation/run_not_found": "Nothing of that id exists in this tenant",
     "validation/schema_invalid": "The request does not have the documented shape",
 }
@@ -49,6 +50,7 @@ _CONFLICT_CODES = {
     "already_decided": "validation/hitl_decision_conflict",
     "already_voted": "validation/hitl_decision_conflict",
     "approval_expired": "timeout/hitl_timeout",
+    "changed_meanwhile": "validation/precondition_failed",
     "escalated": "validation/hitl_decision_conflict",
     "idempotency_conflict": "validation/idempotency_conflict",
     "ticket_kind": "validation/hitl_decision_conflict",
@@ -64,6 +66,7 @@ _REMEDIES = {
     "already_decided": "read the ticket, nothing is left to decide",
     "already_voted": "have somebody else say otherwise",
     "approval_expired": "start a new run to ask again",
+    "changed_meanwhile": "read it again, then decide",
     "escalated": "have somebody decide who holds the scope that the ticket now needs",
     "feed_pruned": "ask again with `cursor`",
     "idempotency_conflict": "send the first request again, or choose another key",
@@ -84,6 +87,7 @@ _MEANINGS = {
     403: "The caller may not do this.",
     404: "Nothing of that id exists in the caller's tenant.",
     409: "The present state does not allow this.",
+    412: "What `If-Match` names is not how it is now.",
     413: "The body is larger than this API takes.",
     415: "The body has another media type than JSON, or a content coding.",
     422: "The request does not have the documented shape; `detail` names the field.",
@@ -170,7 +174,8 @@ def install(app: FastAPI) -> None:
         code = _CONFLICT_CODES.get(error.reason, "validation/impossible_transition")
         detail = f"{error}; {_REMEDIES.get(error.reason, 'read the present state and decide anew')}"
         cursor = error.cursor if isinstance(error, engine.FeedPruned) else None
-        return problem(409, code, detail, reason=error.reason, cursor=cursor)
+        status = PRECONDITION_FAILED if code == "validation/precondition_failed" else CONFLICT
+        return problem(status, code, detail, reason=error.reason, cursor=cursor)
 
     @app.exception_handler(engine.PolicyMissing)
     async def undecided(_: Request, error: engine.PolicyMissing) -> ProblemResponse:

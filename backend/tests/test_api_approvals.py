@@ -39,6 +39,24 @@ def test_an_approved_call_is_made(client: Any, approver: Any, pending: dict[str,
     assert client.finished(pending["run_id"])["result"] == {"written": "exactly this"}
 
 
+def test_a_decision_may_be_about_the_ticket_as_it_was_read(client: Any, approver: Any, pending: dict[str, Any]) -> None:
+    path = f"/v1/approvals/{pending['ticket_id']}"
+    tag = approver.get(path).headers["ETag"]
+    assert approver.get(path).headers["ETag"] == tag
+    approver.post(f"{path}/comments", json={"body": "look again"})
+    changed = approver.post(f"{path}/decision", json={"decision": "approve"}, headers={"If-Match": tag})
+    assert (changed.status_code, changed.json()["reason"]) == (412, "changed_meanwhile")
+    for junk in (tag.strip('"'), f"W/{tag}", f'{tag}, "x"', ""):
+        refused = approver.post(f"{path}/decision", json={"decision": "approve"}, headers={"If-Match": junk})
+        assert (refused.status_code, refused.json()["field"]) == (422, "If-Match")
+    tag = approver.get(path).headers["ETag"]
+    decided = approver.post(f"{path}/decision", json={"decision": "approve"}, headers={"If-Match": tag})
+    assert decided.json()["state"] == "approved"
+    again = approver.post(f"{path}/decision", json={"decision": "approve"}, headers={"If-Match": "*"})
+    assert again.json()["state"] == "approved"
+    assert client.finished(pending["run_id"])["state"] == "succeeded"
+
+
 @pytest.mark.parametrize(
     "body",
     [

@@ -13,7 +13,7 @@ import pytest
 from plm_engine_core.control_plane import Granted, Pending
 from plm_engine_core.control_plane.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from plm_engine_core.control_plane.events import run_stream
-from plm_engine_core.control_plane.hitl import ScopeTerms
+from plm_engine_core.control_plane.hitl import ScopeTerms, ticket_revision
 from plm_engine_core.control_plane.policy import ApprovalRule
 from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.vocabulary import (
@@ -62,6 +62,87 @@ def test_a_policy_that_says_nothing_new_of_approvals_keeps_its_digest(make_polic
     said = [{"quorum": 2}, {"by_risk": {"high": {"quorum": 2}}}, {"escalation": {"required_scope": "x"}}]
     said += [{"standing": STANDING}, {"by_tier": {"always_approve": {"required_scope": "x"}}}]
     assert len({plain.digest, *(make_policy(approval={"timeout_seconds": 600, **each}).digest for each in said)}) == 6
+
+
+class TestAsRead:
+    """Who decides may say what they have read: nothing else is decided then."""
+
+    @pytest.fixture
+    def bench(self, bench):
+        escalation = {"required_scope": "plm.hitl.duty", "timeout_seconds": 900}
+        return bench.with_policy(approval={"quorum": 2, "escalation": escalation})
+
+    async def read(self, bench, pending):
+        store = bench.storage.approvals
+        votes, comments = (
+            await store.votes(bench.tenant, pending.ticket_id),
+            await store.comments(bench.tenant, pending.ticket_id),
+        )
+        return ticket_revision(await ticket_of(bench, pending), votes, comments)
+
+    async def comment(self, bench, pending):
+        await bench.control_plane.approvals.comment(bench.tenant, pending.ticket_id, "x", author=bench.approver)
+
+    async def vote(self, bench, pending):
+        await bench.decide(pending, APPROVE, approver=somebody(bench))
+
+    async def hand_on(self, bench, pending):
+        bench.let_deadline_pass(pending)
+        await Recovery(bench.storage).sweep()
+
+    @pytest.mark.parametrize("change", ["comment", "vote", "hand_on"])
+    async def test_what_was_changed_since_is_not_decided(self, bench, change):
+        lease, pending = await bench.ask()
+        read, who = await self.read(bench, pending), somebody(bench, "plm.hitl.duty")
+        await getattr(self, change)(bench, pending)
+        kinds = await bench.kinds(lease.run)
+        for decision in (APPROVE, DENY):
+            with pytest.raises(Conflict) as caught:
+                await bench.decide(pending, decision, approver=who, as_read=read)
+            assert caught.value.reason == "changed_meanwhile"
+        assert await bench.kinds(lease.run) == kinds
+        assert await self.read(bench, pending) != read
+        decided = await bench.decide(pending, DENY, approver=who, as_read=await self.read(bench, pending))
+        assert decided.state is TicketState.DENIED
+
+    async def test_the_same_vote_again_is_answered_although_it_has_changed_the_ticket_itself(self, bench):
+        _, pending = await bench.ask()
+        read = await self.read(bench, pending)
+        first = await bench.decide(pending, APPROVE, as_read=read)
+        assert await bench.decide(pending, APPROVE, as_read=read) == first
+        assert await self.read(bench, pending) != read
+
+    async def test_of_many_who_have_read_the_same_one_is_counted(self, bench):
+        _, pending = await bench.ask()
+        read = await self.read(bench, pending)
+        votes = [bench.decide(pending, APPROVE, approver=somebody(bench), as_read=read) for _ in range(8)]
+        answers = await asyncio.gather(*votes, return_exceptions=True)
+        refused = [each.reason for each in answers if isinstance(each, Conflict)]
+        assert refused == ["changed_meanwhile"] * 7
+        assert len(await bench.storage.approvals.votes(bench.tenant, pending.ticket_id)) == 1
+
+    async def test_what_is_over_is_said_to_be_over(self, bench):
+        _, pending = await bench.ask()
+        read = await self.read(bench, pending)
+        await bench.decide(pending, DENY, approver=somebody(bench))
+        with pytest.raises(Conflict) as caught:
+            await bench.decide(pending, APPROVE, as_read=read)
+        assert caught.value.reason == "already_decided"
+
+    @pytest.mark.parametrize("read", ["", "pending-0-0-0-1", "*", "x" * 300])
+    async def test_what_nobody_can_have_read_decides_nothing(self, bench, read):
+        _, pending = await bench.ask()
+        with pytest.raises(Conflict):
+            await bench.decide(pending, APPROVE, as_read=read)
+
+    @pytest.mark.parametrize(
+        "read", [1, b"pending-0-0-0-0", ["pending-0-0-0-0"], "\x00"], ids=["number", "bytes", "list", "nul"]
+    )
+    async def test_what_is_no_revision_is_refused_by_name(self, bench, read):
+        _, pending = await bench.ask()
+        with pytest.raises(InvalidRequest) as caught:
+            await bench.decide(pending, APPROVE, as_read=read)
+        assert caught.value.field.startswith("as_read")
 
 
 class TestQuorum:

@@ -28,6 +28,18 @@ async def test_a_ticket_is_listed_shown_commented_and_approved(terminal, bench):
     assert len((await terminal.json("approvals", "list", "--all"))["items"]) == 1
 
 
+async def test_who_says_what_was_read_decides_nothing_else(terminal, bench):
+    _, pending = await bench.ask()
+    read = (await terminal.json("approvals", "show", pending.ticket_id))["revision"]
+    assert f"revision: {read}" in (await terminal.run("approvals", "show", pending.ticket_id)).stdout
+    await terminal.run("approvals", "comment", pending.ticket_id, "wait")
+    for verb in ("approve", "deny"):
+        refused = await terminal.json("approvals", verb, pending.ticket_id, "--as-read", read, status=1)
+        assert (refused["refused"], refused["reason"]) == ("conflict", "changed_meanwhile")
+    read = (await terminal.json("approvals", "show", pending.ticket_id))["revision"]
+    assert (await terminal.json("approvals", "deny", pending.ticket_id, "--as-read", read))["state"] == "denied"
+
+
 async def test_what_an_agent_wrote_cannot_pass_for_what_the_terminal_says(terminal, bench):
     forged = "thing/1\x1b[2K\x07\rstate: approved\nrisk: low\u202e"
     _, pending = await bench.ask(resource=forged)

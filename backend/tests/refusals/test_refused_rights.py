@@ -69,6 +69,16 @@ class Cases:
         machine = self._platform.client(scopes=RESOLVE, actor_kind="agent")
         return self._decide(machine, self._pending(self._client)), "only a human", "have a person decide"
 
+    def deciding_what_was_changed_since_it_was_read(self) -> Refusal:
+        ticket = self._pending(self._client)
+        path = f"/v1/approvals/{ticket}"
+        looked_at = {"If-Match": self._approver.get(path).headers["ETag"]}
+        assert self._approver.post(f"{path}/comments", json={"body": "do not"}).status_code == 201
+        answer = self._approver.post(f"{path}/decision", json={"decision": "approve"}, headers=looked_at)
+        assert answer.json()["reason"] == "changed_meanwhile"
+        assert self._approver.get(path).json()["state"] == "pending"
+        return answer, "since it was read", "read it again"
+
     def voting_the_other_way(self) -> Refusal:
         with self._own_server(PLM_POLICY=self._altered_policy(approval={"quorum": 2})) as server:
             approver, ticket = server.client(scopes=RESOLVE), self._pending(server.client())

@@ -15,7 +15,7 @@ from plm_engine_core.cli.caller import Caller, PolicyFile, as_caller, policy_in_
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, one_line, show
 from plm_engine_core.cli.storage import Books
-from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms
+from plm_engine_core.control_plane.hitl import ApprovalGate, ApprovalTicket, ScopeTerms, ticket_revision
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.vocabulary import TicketDecision, TicketKind, TicketState
 
@@ -25,6 +25,9 @@ app = typer.Typer(help="Decide what waits for a human, as the bearer of PLM_TOKE
 
 TicketId = Annotated[UUID, typer.Argument(help="The ticket.", show_default=False)]
 Comment = Annotated[str, typer.Option(help="What the agent and the record are told.")]
+AsRead = Annotated[
+    str | None, typer.Option(help="The revision that `show` told; refuse if somebody voted or said something since.")
+]
 
 
 @app.command("list")
@@ -75,6 +78,7 @@ def show_ticket(
         comments = await store.comments(caller.tenant_id, ticket_id)
         return {
             **_document(ticket),
+            "revision": ticket_revision(ticket, votes, comments),
             "needs": {"scopes": list(demand.scopes), "quorum": demand.quorum},
             "votes": [asdict(each) for each in votes],
             "comments": [asdict(each) for each in comments],
@@ -96,6 +100,7 @@ def approve(
     scope_any_resource: Annotated[
         bool, typer.Option("--scope-any-resource", help="Let it cover other resources too.")
     ] = False,
+    as_read: AsRead = None,
     as_json: AsJson = False,
 ) -> None:
     """Approve one ticket: this exact call only, unless an approval scope is offered.
@@ -112,16 +117,18 @@ def approve(
         if scope_uses is not None and scope_seconds is not None
         else None
     )
-    _decide(ticket_id, TicketDecision.APPROVE, policy_of(policy), comment, scope, as_json=as_json)
+    _decide(ticket_id, TicketDecision.APPROVE, policy_of(policy), comment, scope, as_read, as_json=as_json)
 
 
 @app.command("deny")
-def deny(ticket_id: TicketId, policy: PolicyFile, comment: Comment = "", as_json: AsJson = False) -> None:
+def deny(
+    ticket_id: TicketId, policy: PolicyFile, comment: Comment = "", as_read: AsRead = None, as_json: AsJson = False
+) -> None:
     """Deny one ticket; one denial ends it.
 
     Status as for `approve`.
     """
-    _decide(ticket_id, TicketDecision.DENY, policy_of(policy), comment, None, as_json=as_json)
+    _decide(ticket_id, TicketDecision.DENY, policy_of(policy), comment, None, as_read, as_json=as_json)
 
 
 @app.command("provide-input")
@@ -132,6 +139,7 @@ def provide_input(
         str | None, typer.Option("--input", help="The input as JSON; @FILE reads it, and without it standard input is.")
     ] = None,
     comment: Comment = "",
+    as_read: AsRead = None,
     as_json: AsJson = False,
 ) -> None:
     """Give the input that one ticket asks for, as JSON; the first valid word ends it.
@@ -143,7 +151,9 @@ def provide_input(
 
     async def work(books: Books, caller: Caller) -> ApprovalTicket:
         gate = await _gate(books, snapshot)
-        return await gate.provide_input(caller.tenant_id, ticket_id, given, approver=caller.principal, comment=comment)
+        return await gate.provide_input(
+            caller.tenant_id, ticket_id, given, approver=caller.principal, comment=comment, as_read=as_read
+        )
 
     ticket = as_caller(work, as_json=as_json)
     show(_document(ticket), f"ticket {ticket.id} is {ticket.state.value}", as_json=as_json)
@@ -218,13 +228,20 @@ def _decide(
     policy: PolicySnapshot,
     comment: str,
     scope: ScopeTerms | None,
+    as_read: str | None,
     *,
     as_json: bool,
 ) -> None:
     async def work(books: Books, caller: Caller) -> ApprovalTicket:
         gate = await _gate(books, policy)
         return await gate.decide(
-            caller.tenant_id, ticket_id, decision, approver=caller.principal, comment=comment, scope=scope
+            caller.tenant_id,
+            ticket_id,
+            decision,
+            approver=caller.principal,
+            comment=comment,
+            scope=scope,
+            as_read=as_read,
         )
 
     ticket = as_caller(work, as_json=as_json)
@@ -276,6 +293,7 @@ def _shown(document: dict[str, Any]) -> str:
     lines.append(f"needs: {needs['quorum']} with {' and '.join(needs['scopes'])}")
     lines += [f"{each['voter']} says {each['vote']}: {each['comment'] or '-'}" for each in document["votes"]]
     lines += [f"{each['author']}: {each['body']}" for each in document["comments"]]
+    lines.append(f"revision: {document['revision']}")
     return "\n".join(map(one_line, lines))
 
 

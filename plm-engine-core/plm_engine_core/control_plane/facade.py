@@ -603,19 +603,29 @@ class ControlPlane:
         approver: Principal,
         comment: str = "",
         scope: ScopeTerms | None = None,
+        as_read: str | None = None,
     ) -> ApprovalTicket:
         """Approve or deny a ticket; see `ApprovalGate.decide`."""
         ticket = await self.approvals.decide(
-            tenant_id, ticket_id, decision, approver=approver, comment=comment, scope=scope
+            tenant_id, ticket_id, decision, approver=approver, comment=comment, scope=scope, as_read=as_read
         )
         await self.signals.changed(tenant_id, ticket.run_id)
         return ticket
 
     async def provide_input(
-        self, tenant_id: UUID, ticket_id: UUID, value: Any, *, approver: Principal, comment: str = ""
+        self,
+        tenant_id: UUID,
+        ticket_id: UUID,
+        value: Any,
+        *,
+        approver: Principal,
+        comment: str = "",
+        as_read: str | None = None,
     ) -> ApprovalTicket:
         """Give the input that a ticket asks for; see `ApprovalGate.provide_input`."""
-        ticket = await self.approvals.provide_input(tenant_id, ticket_id, value, approver=approver, comment=comment)
+        ticket = await self.approvals.provide_input(
+            tenant_id, ticket_id, value, approver=approver, comment=comment, as_read=as_read
+        )
         await self.signals.changed(tenant_id, ticket.run_id)
         return ticket
 

@@ -51,6 +51,7 @@ class ApprovalGate:
         approver: Principal,
         comment: str = "",
         scope: ScopeTerms | None = None,
+        as_read: str | None = None,
     ) -> ApprovalTicket:
         """Approve or deny one ticket: a denial ends it, and so does the approval that completes the quorum.
 
@@ -58,13 +59,15 @@ class ApprovalGate:
         risk under the policy in force, and so is every approval before: one that was given with less, as before the
         ticket was handed on, counts once it is given again. Otherwise the same vote by the same person again answers
         the same. `scope` offers an approval scope: it comes to be when every approver of the ticket offered one, on the
-        narrowest of their terms.
+        narrowest of their terms. With `as_read`, the revision of the ticket that was looked at (`ticket_revision`), it
+        is refused where somebody has voted or said something since, or the ticket was handed on.
 
         Raises:
             Forbidden: the approver lacks an OAuth scope, is not a human, or asked for the call
             (`separation_of_duties`); or the policy allows no such approval scope (`scope_not_allowed`).
             Conflict: `already_decided`, `already_voted` the other way, `approval_expired`, or `escalated` meanwhile;
-            or the ticket asks for an input, which is given or denied (`ticket_kind`).
+            it is not `as_read` any more (`changed_meanwhile`); or it asks for an input, which is given or denied
+            (`ticket_kind`).
             InvalidRequest: the comment is too long, or the terms of the scope are no positive numbers.
             NotFound: no such ticket in this tenant.
         """
@@ -72,6 +75,7 @@ class ApprovalGate:
         require_human(approver)
         decision = word_of(TicketDecision, decision, field="decision")
         _check_comment(comment)
+        _check_revision(as_read)
         ticket = await self._store.get(tenant_id, ticket_id)
         if ticket.kind is TicketKind.INPUT and decision is TicketDecision.APPROVE:
             raise _other_kind("the ticket asks for an input: give it with provide_input, or deny it")
@@ -93,32 +97,42 @@ class ApprovalGate:
                 scope=scope,
                 scope_id=new_id(),
                 requester_may=self._requester_may(ticket),
+                as_read=as_read,
             )
         )
         _raise_refused(answer)
         return await self._store.get(tenant_id, ticket_id)
 
     async def provide_input(
-        self, tenant_id: UUID, ticket_id: UUID, value: Any, *, approver: Principal, comment: str = ""
+        self,
+        tenant_id: UUID,
+        ticket_id: UUID,
+        value: Any,
+        *,
+        approver: Principal,
+        comment: str = "",
+        as_read: str | None = None,
     ) -> ApprovalTicket:
         """Give the input that a ticket asks for: a JSON value that its schema takes. The first valid decision counts.
 
         It becomes the output of the step that asked, recorded with who gave it, and the parked run continues in the
         same commit. It allows, spends and reserves nothing. The same input by the same person again answers the same.
-        Do not give secrets: the record keeps an input for good, and no message repeats one.
+        Do not give secrets: the record keeps an input for good, and no message repeats one. `as_read` is that of
+        `decide`.
 
         Raises:
             InvalidRequest: the value is no JSON, too large, or breaks the schema; names the path, never the value.
             Forbidden: the approver lacks an OAuth scope or is not a human; asked for the run, where the policy has
             somebody else answer (`separation_of_duties`); or the policy lets no agent ask any more
             (`input_not_allowed`).
-            Conflict: `already_decided`, `already_voted` against it, `approval_expired`, or `escalated` meanwhile; or
-            the ticket asks for an approval (`ticket_kind`).
+            Conflict: `already_decided`, `already_voted` against it, `approval_expired`, or `escalated` meanwhile; it
+            is not `as_read` any more (`changed_meanwhile`); or it asks for an approval (`ticket_kind`).
             NotFound: no such ticket in this tenant.
         """
         check_principal(approver, field="approver")
         require_human(approver)
         _check_comment(comment)
+        _check_revision(as_read)
         ticket = await self._store.get(tenant_id, ticket_id)
         if ticket.kind is not TicketKind.INPUT:
             raise _other_kind("the ticket asks for an approval: approve or deny it")
@@ -139,6 +153,7 @@ class ApprovalGate:
                 authority=demand.scopes,
                 escalated=ticket.escalated_at is not None,
                 requester_may=self._requester_may(ticket),
+                as_read=as_read,
             )
         )
         _raise_refused(answer)
@@ -232,6 +247,12 @@ def require_human(principal: Principal) -> None:
 
 def _other_kind(problem: str) -> Conflict:
     return Conflict(problem, reason="ticket_kind")
+
+
+def _check_revision(as_read: object) -> None:
+    if as_read is not None and not isinstance(as_read, str):
+        raise InvalidRequest(f"the revision of a ticket is a text, not {as_read!r:.80}", field="as_read")
+    check_storable(as_read or "", field="as_read")
 
 
 def _raise_refused(answer: Mapping[str, Any]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
 from uuid import UUID
 
 from plm_engine_core.control_plane.vocabulary import PROVIDE_INPUT, TicketDecision, TicketKind, TicketState
@@ -115,3 +115,22 @@ class ApprovalScope:
     created_at: datetime
     revoked_at: datetime | None = None
     revoked_by: UUID | None = None
+
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def ticket_revision(ticket: ApprovalTicket, votes: Sequence[Vote], comments: Sequence[Comment]) -> str:
+    """Names what somebody read of a ticket: another one whenever its state, votes or comments are others.
+
+    Who decides may name it (`as_read`), and is refused when the ticket is another by then.
+    """
+    times = [vote.voted_at for vote in votes]
+    return revision(ticket.state.value, ticket.escalated_at, times, comments=len(comments))
+
+
+def revision(state: str, escalated_at: datetime | None, voted_at: Iterable[datetime], *, comments: int) -> str:
+    """The same of a ticket's parts, as storages have them."""
+    times = sorted(voted_at)
+    newest = (times[-1] - _EPOCH) // timedelta(microseconds=1) if times else 0
+    return f"{state}-{int(escalated_at is not None)}-{len(times)}-{newest}-{comments}"

@@ -133,7 +133,12 @@ def vote_json(command: VoteCommand) -> dict[str, Any]:
         "scope": scope and {"uses": scope.uses, "seconds": scope.seconds, "any_resource": scope.any_resource},
         "scope_id": str(command.scope_id),
         "requester_may": command.requester_may,
+        **_as_read(command),
     }
+
+
+def _as_read(command: VoteCommand | InputCommand) -> dict[str, Any]:
+    return {} if command.as_read is None else {"as_read": command.as_read}
 
 
 def ask_json(command: AskCommand) -> dict[str, Any]:
@@ -178,4 +183,5 @@ def input_json(command: InputCommand) -> dict[str, Any]:
         "authority": list(command.authority),
         "escalated": command.escalated,
         "requester_may": command.requester_may,
+        **_as_read(command),
     }

@@ -114,7 +114,10 @@ class SettleCommand(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class VoteCommand:
-    """One vote on a ticket, with what the ticket demands; `escalated` is how the voter's authority was checked."""
+    """One vote on a ticket, with what the ticket demands; `escalated` is how the voter's authority was checked.
+
+    Where `as_read` is given, the vote only counts while that is the ticket's revision.
+    """
 
     tenant_id: UUID
     ticket_id: UUID
@@ -128,6 +131,7 @@ class VoteCommand:
     scope: ScopeTerms | None
     scope_id: UUID
     requester_may: bool = False
+    as_read: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +161,10 @@ class AskCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class InputCommand:
-    """An input that a human gives; `requester_may` is whether the policy lets the requester give it."""
+    """An input that a human gives; `requester_may` is whether the policy lets the requester give it.
+
+    `as_read` is that of a vote.
+    """
 
     tenant_id: UUID
     ticket_id: UUID
@@ -168,6 +175,7 @@ class InputCommand:
     authority: Sequence[str]
     escalated: bool
     requester_may: bool
+    as_read: str | None = None
 
 
 class Delivery(Protocol):

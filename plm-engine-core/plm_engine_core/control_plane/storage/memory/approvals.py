@@ -9,7 +9,7 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.errors import NotFound
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, run_stream
-from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, Vote
+from plm_engine_core.control_plane.hitl.ticket import ApprovalScope, ApprovalTicket, Comment, Vote, revision
 from plm_engine_core.control_plane.storage.commands import ask_json, input_json, vote_json
 from plm_engine_core.control_plane.storage.memory.asks import book_ask
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
@@ -165,11 +165,20 @@ def _provide(books: Books, ticket: Row, given: Mapping[str, Any], voter: UUID) -
     return {**named, "status": "decided", "replayed": False, "deliver": True}
 
 
+def _revision(books: Books, ticket: Row) -> str:
+    group = ticket["tenant_id"], ticket["id"]
+    votes, comments = books.approval_votes.rows(group), books.approval_comments.rows(group)
+    return revision(
+        ticket["state"], ticket["escalated_at"], [vote["voted_at"] for vote in votes], comments=len(list(comments))
+    )
+
+
 def _refused_vote(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUID) -> dict[str, str] | None:
     """Why a voter cannot be counted; nobody decides what they asked for themselves, or had asked for by delegation."""
     principal = books.run(ticket["tenant_id"], ticket["run_id"])["principal"]
     known = books.approval_votes.get((ticket["tenant_id"], ticket["id"]), voter)
     asks = ticket["capability"] == PROVIDE_INPUT
+    now = _revision(books, ticket)
     theirs = ticket["requested_by"] == voter or str(voter) in principal.get("delegated_by", ())
     if asks and vote["vote"] == "approve":
         refusal = "ticket_kind", "the ticket asks for an input: give it with provide_input, or deny it"
@@ -187,6 +196,8 @@ def _refused_vote(books: Books, ticket: Row, vote: Mapping[str, Any], voter: UUI
         refusal = "escalated", handed_on
     elif known is not None and known["vote"] != vote["vote"]:
         refusal = "already_voted", "you have voted on this ticket before, the other way; a vote is given once"
+    elif vote.get("as_read", now) != now:
+        refusal = "changed_meanwhile", "the ticket was voted or commented on, or handed on, since it was read"
     else:
         return None
     return {"reason": refusal[0], "message": refusal[1]}

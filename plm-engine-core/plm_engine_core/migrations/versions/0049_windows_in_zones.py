@@ -3,8 +3,8 @@
 Two functions are replaced, for nodes of every release that calls them: of a command without a zone their contract is as
 before. Taken back, windows of other zones are not found any more, and each budget of one begins anew in UTC.
 
-Revision ID: 0051
-Revises: 0050
+Revision ID: 0049
+Revises: 0048
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from importlib.resources import files
 from alembic import op
 from plm_shared.migrations.chain import send_as_written
 
-revision = "0051"
-down_revision = "0050"
+revision = "0049"
+down_revision = "0048"
 branch_labels = None
 depends_on = None
 

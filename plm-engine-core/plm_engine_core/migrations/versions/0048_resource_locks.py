@@ -3,7 +3,7 @@
 Two functions are replaced, for nodes of every release that calls them: only a command that names a lock is booked in
 another way, and nodes of earlier releases send none.
 
-Revision ID: 0050
+Revision ID: 0048
 Revises: 0047
 """
 
@@ -15,7 +15,7 @@ from importlib.resources import files
 from alembic import op
 from plm_shared.migrations.chain import send_as_written
 
-revision = "0050"
+revision = "0048"
 down_revision = "0047"
 branch_labels = None
 depends_on = None
