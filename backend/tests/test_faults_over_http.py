@@ -208,9 +208,9 @@ ODD: dict[str, Callable[[], Any]] = {
 
 def with_evaluators(platform: Platform, kinds: list[type[Any]], *evaluators: dict[str, Any]) -> None:
     """Have these evaluators asked by the policy that decides."""
-    policy = platform.control_plane.policy
-    changed = PolicySnapshot.model_validate({**policy.model_dump(mode="json"), "evaluators": evaluators})
-    platform.control_plane.in_force = PolicyInForce(changed, EvaluatorRegistry([*BUILT_IN, *kinds]))
+    plane = platform.control_plane
+    changed = PolicySnapshot.model_validate({**plane.policy.model_dump(mode="json"), "evaluators": evaluators})
+    plane.in_force = PolicyInForce(changed, EvaluatorRegistry([*BUILT_IN, *kinds]), plane.registry)
 
 
 @pytest.mark.parametrize("behaviour", ODD)
