@@ -197,7 +197,7 @@ class TestPlan:
             ({}, "a step names a capability, or says what to ask"),
             ({"capability": "thing.read", "ask": {"question": "q"}}, "has no capability"),
             ({"ask": {"question": ""}}, "'question' must be"),
-            ({"ask": {"question": "q", "schema": {"$ref": "#"}}}, "must not refer"),
+            ({"ask": {"question": "q", "schema": {"$ref": "#"}}}, r"must not have \$ref"),
             ({"ask": {"question": "q", "schema": {"type": "strange"}}}, "'schema' cannot be used"),
         ],
         ids=range(5),

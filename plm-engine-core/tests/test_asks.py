@@ -579,13 +579,15 @@ class TestBounds:
             ({"schema": {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {}}}}, "schema"),
             ({"schema": {"$ref": "http://127.0.0.1/schema"}}, "schema"),
             ({"schema": {"$dynamicRef": "#a"}}, "schema"),
+            ({"schema": {"allOf": [{"unevaluatedItems": {}}]}}, "schema"),
+            ({"schema": {"properties": {"a": {"unevaluatedProperties": False}}}}, "schema"),
             ({"schema": {"description": "x" * LARGEST_SCHEMA}}, "schema"),
             ({"schema": {"enum": [0] * MOST_IN_SCHEMA}}, "schema"),
             ({"schema": {"const": float("nan")}}, "schema.const"),
             ({"schema": deep(600)}, None),
             ({"step_id": ""}, "step_id"),
         ],
-        ids=range(19),
+        ids=range(21),
     )
     async def test_what_cannot_be_asked_is_refused_by_its_name(self, asking, changes, field):
         lease = await asking.lease()
@@ -626,9 +628,15 @@ class TestBounds:
             ({"oneOf": [{"uniqueItems": True}] * 90}, [{"a": n} for n in range(140)], False),
             ({"pattern": "^(a+)+$"}, "a" * 5000 + "b", False),
             ({"patternProperties": {"^(a|a)*$": False}}, {"a" * 5000 + "b": 1}, True),
+            (
+                {"patternProperties": {"^(a+)+$": {}}, "additionalProperties": False},
+                {"a" * 5000 + "!": 1},
+                False,
+            ),
+            ({"patternProperties": {"^(a+)+$": {}}, "additionalProperties": {}}, {"a" * 5000 + "!": 1}, True),
             ({"multipleOf": 1e-300}, 10**300, None),
         ],
-        ids=range(5),
+        ids=range(7),
     )
     def test_no_schema_keeps_the_one_who_answers_waiting(self, schema, value, taken):
         """One that could be made to take exponential time would not come back from here."""

@@ -318,6 +318,46 @@ async def test_arguments_keep_to_their_schema_and_a_refusal_tells_no_value(make_
     assert "s3cr3t" not in why
 
 
+@pytest.mark.parametrize(
+    ("schema", "arguments"),
+    [
+        ({"not": {"pattern": "drop table"}}, {"text": " " * 70_000 + "drop table"}),
+        ({"not": {"pattern": "drop table"}}, {"text": "drop table\ud800"}),
+        ({"if": {"pattern": "drop"}, "then": False}, {"text": " " * 70_000 + "drop table"}),
+        ({"not": {"patternProperties": {"drop": False}}, "type": "object"}, {"text": {" " * 70_000: 1}}),
+    ],
+    ids=range(4),
+)
+async def test_a_text_that_a_pattern_cannot_be_tried_on_is_not_allowed_under_not_either(make_policy, schema, arguments):
+    config = {"schema": {"properties": {"text": schema}}}
+    allows, why = await answer_of(make_policy, "json_schema", config, arguments=arguments)
+    assert not allows
+    assert "cannot be tried" in why
+
+
+@pytest.mark.parametrize(
+    ("schema", "value", "allowed"),
+    [
+        ({"patternProperties": {r"^\d+$": {"type": "string"}}, "additionalProperties": False}, {"1": "x"}, True),
+        ({"patternProperties": {r"^\d+$": {"type": "string"}}, "additionalProperties": False}, {"\u0661": 1}, False),
+        ({"patternProperties": {"^(a+)+$": {}}, "additionalProperties": False}, {"a" * 60 + "!": 1}, False),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "string"}}, {"a": 1, "b": "x"}, True),
+        ({"properties": {"a": {}}, "additionalProperties": {"type": "string"}}, {"a": 1, "b": 1}, False),
+        ({"additionalProperties": True}, {"b": 1}, True),
+        ({"uniqueItems": True}, [1, True, "1", [1], [True], {"a": 1}, {"a": True}, None, 0, False], True),
+        ({"uniqueItems": True}, [{"a": [1, {"b": 2}]}, {"a": [1.0, {"b": 2}]}], False),
+        ({"uniqueItems": True}, [1, 1.0], False),
+        ({"uniqueItems": False}, [1, 1], True),
+    ],
+    ids=range(10),
+)
+async def test_properties_and_items_are_told_apart_as_json_schema_says(make_policy, schema, value, allowed):
+    """Patterns are RE2's in every keyword: one that another engine took for a match would go unchecked."""
+    config = {"schema": {"properties": {"value": schema}}}
+    allows, why = await answer_of(make_policy, "json_schema", config, arguments={"value": value})
+    assert allows is allowed, why
+
+
 CEDAR = """
 permit(principal, action == Action::"mail.send", resource) when {
   principal.scopes.contains("mail.use") && context.arguments.amount < 100
@@ -358,6 +398,11 @@ async def test_cedar_permits_and_what_it_cannot_evaluate_denies(make_policy, pro
         ("json_schema", {"schema": {"$ref": "http://127.0.0.1:1/x"}}, "http://127.0.0.1:1/x.*nothing is fetched"),
         ("json_schema", {"schema": {"items": {"$ref": "#/$defs/gone"}}}, r"'#/\$defs/gone', which is not in it"),
         ("json_schema", {"schema": {"x": {"pattern": "(?=a)"}, "$ref": "#/x"}}, "no RE2 pattern"),
+        (
+            "json_schema",
+            {"schema": {"allOf": [{"patternProperties": {"a": {}}}], "unevaluatedProperties": False}},
+            "unevaluatedProperties beside patternProperties",
+        ),
         ("cedar", {"policies": "permit("}, "the Cedar policies cannot be read"),
     ],
 )

@@ -27,8 +27,9 @@ class Propose:
 class AskInput:
     """A question to a human, in place of a proposal; its answer is the output of the step, and data like any other.
 
-    `schema` is the JSON Schema of the wanted answer, without references; an empty one takes any JSON value. An ask that
-    is denied, or that nobody answers in time, is a refused step with the reason `input_denied` or `input_expired`.
+    `schema` is the JSON Schema of the wanted answer, without `$ref` and `unevaluated...`; an empty one takes any JSON
+    value. An ask that is denied, or that nobody answers in time, is a refused step with the reason `input_denied` or
+    `input_expired`.
     """
 
     step_id: str

@@ -25,23 +25,49 @@ def schema_validator(schema: dict[str, Any]) -> Any:
     except SchemaError as error:
         raise ValueError(f"the schema is none: {error.message}") from error
     _check_below(schema)
-    linear = extend(jsonschema.Draft202012Validator, {"pattern": _pattern, "patternProperties": _pattern_properties})
-    return linear(schema, registry=EMPTY_REGISTRY)
+    linear = {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+        "uniqueItems": _unique_items,
+    }
+    return extend(jsonschema.Draft202012Validator, linear)(schema, registry=EMPTY_REGISTRY)
 
 
 def first_problem(validator: Any, value: Any, *, root: str) -> str | None:
-    """The first entry that breaks the schema, by its path from `root` and without its value; None where none does."""
-    error = next(validator.iter_errors(_plain(value)), None)
+    """The first entry that breaks the schema, by its path from `root` and without its value; None where none does.
+
+    A text that a pattern cannot be tried on breaks it, wherever that pattern stands: under `not` as well.
+    """
+    try:
+        error = next(validator.iter_errors(_plain(value)), None)
+    except _Undecided:
+        return f"{root} holds a text that a pattern of its schema cannot be tried on"
     if error is None:
         return None
     place = ".".join([root, *map(str, error.absolute_path)])
     return f"{place} breaks {error.validator!r} of its schema"
 
 
+class _Undecided(Exception):  # it is no error of the schema, nor of the value
+    """A text is too long, or no text that can be encoded."""
+
+
+def _matches(pattern: str, text: str) -> bool:
+    """Whether a pattern is found in a text; to say no where nobody knows would be a yes under `not`."""
+    answer = _search(pattern)(text)
+    if answer is None:
+        raise _Undecided
+    return answer
+
+
+# The keywords that `jsonschema` would try patterns for with `re`, or compare every item with every other.
+
+
 def _pattern(validator: Any, pattern: str, instance: Any, schema: Any) -> Iterator[Any]:  # noqa: ARG001  # its interface
     from jsonschema.exceptions import ValidationError
 
-    if isinstance(instance, str) and not _search(pattern)(instance):
+    if isinstance(instance, str) and not _matches(pattern, instance):
         yield ValidationError("the text does not match")
 
 
@@ -50,8 +76,39 @@ def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: An
         return
     for pattern, below in patterns.items():
         for name, value in instance.items():
-            if _search(pattern)(name) is not False:
+            if _matches(pattern, name):
                 yield from validator.descend(value, below, path=name, schema_path=pattern)
+
+
+def _additional_properties(validator: Any, below: Any, instance: Any, schema: Any) -> Iterator[Any]:
+    from jsonschema.exceptions import ValidationError
+
+    if not isinstance(instance, dict) or below is True:
+        return
+    named, patterns = schema.get("properties", ()), schema.get("patternProperties", ())
+    for name, value in instance.items():
+        if name in named or any(_matches(pattern, name) for pattern in patterns):
+            continue
+        if below is False:
+            yield ValidationError("there is a property that the schema does not name")
+            return
+        yield from validator.descend(value, below, path=name)
+
+
+def _unique_items(validator: Any, unique: Any, instance: Any, schema: Any) -> Iterator[Any]:  # noqa: ARG001
+    from jsonschema.exceptions import ValidationError
+
+    if unique and isinstance(instance, list) and len(set(map(_comparable, instance))) < len(instance):
+        yield ValidationError("an item stands twice")
+
+
+def _comparable(value: Any) -> Any:
+    """Equal and hashable where two JSON values are equal: 1 is 1.0, and neither is true."""
+    if isinstance(value, dict):
+        return dict, frozenset((name, _comparable(each)) for name, each in value.items())
+    if isinstance(value, list):
+        return list, tuple(map(_comparable, value))
+    return isinstance(value, bool), value
 
 
 @lru_cache(maxsize=1024)
@@ -60,7 +117,9 @@ def _search(pattern: str) -> Matcher:
 
 
 def _check_below(schema: dict[str, Any]) -> None:
-    """Refuse what only a proposal would meet: a bad pattern, and a reference to what is not in the schema.
+    """Refuse what only a value would meet: a bad pattern, and a reference to what is not in the schema.
+
+    So is `unevaluatedProperties` beside patterns: `jsonschema` would try these with `re`, for as long as that takes.
 
     Raises:
         ValueError: naming it.
@@ -72,12 +131,14 @@ def _check_below(schema: dict[str, Any]) -> None:
     root = DRAFT202012.create_resource(schema)
     todo = [(root, REGISTRY.resolver_with_root(root))]
     seen: set[int] = set()
+    used: set[str] = set()
     while todo:
         resource, resolver = todo.pop()
         below = resource.contents
         if id(below) in seen or not isinstance(below, Mapping):
             continue
         seen.add(id(below))
+        used.update({"unevaluatedProperties", "patternProperties"} & below.keys())
         for pattern in (below.get("pattern"), *(below.get("patternProperties") or ())):
             if isinstance(pattern, str):
                 _search(pattern)
@@ -92,6 +153,11 @@ def _check_below(schema: dict[str, Any]) -> None:
                     ) from error
                 todo.append((DRAFT202012.create_resource(found.contents), found.resolver))
         todo += [(each, resolver.in_subresource(each)) for each in resource.subresources()]
+    if len(used) > 1:
+        raise ValueError(
+            "the schema has unevaluatedProperties beside patternProperties, whose patterns would not be tried in "
+            "linear time; use additionalProperties"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -20,7 +20,13 @@ MOST_IN_SCHEMA: Final = 200
 MOST_IN_INPUT: Final = 300
 """How many JSON values either may hold: to hold one against the other takes their product in steps."""
 
-_REFERRING = ("$ref", "$dynamicRef")  # with them a small schema could take for ever to check
+_WITHOUT_BOUND: Final = {
+    "$ref": "write out what it stands for",
+    "$dynamicRef": "write out what it stands for",
+    "unevaluatedProperties": "use additionalProperties",
+    "unevaluatedItems": "use items",
+}
+"""Keywords with which a small schema could take for ever to check, and what to write instead."""
 
 
 def check_ask(question: object, schema: object) -> dict[str, Any]:
@@ -28,7 +34,7 @@ def check_ask(question: object, schema: object) -> dict[str, Any]:
 
     Raises:
         InvalidRequest: the question is no text of 1 to 2000 characters, or the schema no JSON Schema that can be
-            checked within bounds, without references; names the field.
+            checked within bounds, so without `$ref` and `unevaluated...`; names the field.
     """
     check_text(question, field="question", longest=LONGEST_QUESTION)  # type: ignore[arg-type]  # it looks
     if not isinstance(schema, Mapping):
@@ -59,8 +65,10 @@ def check_input(value: Any, asked: Mapping[str, Any]) -> None:
 
 
 def _validator(schema: dict[str, Any]) -> Any:
-    if _refers(schema):
-        raise InvalidRequest("'schema' must not refer to anything: write out what $ref stands for", field="schema")
+    keyword = _without_bound(schema)
+    if keyword is not None:
+        instead = _WITHOUT_BOUND[keyword]
+        raise InvalidRequest(f"'schema' must not have {keyword}: {instead}", field="schema")
     try:
         return schema_validator(schema)
     except (RecursionError, ValueError) as error:
@@ -86,8 +94,9 @@ def _count(value: Any) -> int:
     return 1 + sum(map(_count, value)) if isinstance(value, list | tuple) else 1
 
 
-def _refers(value: Any) -> bool:
-    """Whether a reference stands anywhere, be it only as the name of a property."""
+def _without_bound(value: Any) -> str | None:
+    """The first of these keywords that stands anywhere, be it only as the name of a property."""
     if isinstance(value, Mapping):
-        return any(name in value for name in _REFERRING) or any(map(_refers, value.values()))
-    return any(map(_refers, value)) if isinstance(value, list | tuple) else False
+        found = next((name for name in _WITHOUT_BOUND if name in value), None)
+        return found or next(filter(None, map(_without_bound, value.values())), None)
+    return next(filter(None, map(_without_bound, value)), None) if isinstance(value, list | tuple) else None
