@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any, ClassVar
 
+import psycopg
 import pytest
 from plm_engine_core.control_plane import ArtifactRecord, ControlPlane, Outcome
 from plm_engine_core.control_plane.admission.evaluators import BUILT_IN, EvaluatorRegistry, EvaluatorResult
@@ -330,6 +331,57 @@ class TestOutput:
         says.append(True)
         with pytest.raises(IdempotencyConflict):
             await gated.settle(grant, lease, output={"a": 2})
+
+    async def test_an_evaluator_that_changes_what_it_is_shown_hides_nothing_and_changes_no_record(self, bench):
+        def hides(examined):
+            examined.document["output"].clear()
+            return EvaluatorResult(allow=True)
+
+        hiding = {"name": "a-hiding", "kind": "stub", "phase": "output"}
+        gated = under(bench, hiding, OUTPUT_GATE, kinds=(stub(hides),))
+        outputs: tuple[dict[str, Any], ...] = ({"key": SECRET}, {"key": "none", "n": [1, {"a": 0.5}]})
+        for output in outputs:
+            lease = await gated.lease()
+            grant = await gated.begun(lease)
+            once = await gated.settle(grant, lease, output=output)
+            assert (once.withheld is None) is ("n" in output)
+            recorded = await step(gated, lease)
+            assert recorded.output == (output if once.withheld is None else None)
+            assert output["key"] in (SECRET, "none"), "what its caller has is as it was"
+            assert (await gated.settle(grant, lease, output=output)).replayed
+
+    async def test_a_run_is_given_what_was_asked_about_whoever_changes_it_meanwhile(self, bench):
+        given = {"note": "fine"}
+
+        def changes(examined):
+            examined.document["input"]["note"] = "changed by the evaluator"
+            given["note"] = SECRET
+            return EvaluatorResult(allow=True)
+
+        gated = under(bench, {"name": "one", "kind": "stub", "phase": "input"}, kinds=(stub(changes),))
+        run = await gated.run(input=given)
+        assert run.input == {"note": "fine"}
+
+    async def test_an_input_that_is_no_json_is_refused_by_its_place(self, bench):
+        gated = under(bench, INPUT_GATE)
+        with pytest.raises(InvalidRequest) as caught:
+            await gated.run(input={"a": [1, {2}]})
+        assert caught.value.field == "input.a[1]"
+
+    @pytest.mark.postgres_only
+    async def test_settling_again_in_a_transaction_of_the_callers_answers_what_was_said_first(self, bench):
+        says = [False, True, True, False]
+        kind = stub(lambda _: EvaluatorResult(allow=says.pop(0)))
+        gated = under(bench, {"name": "odd", "kind": "stub", "phase": "output"}, kinds=(kind,))
+        for first in (False, True):
+            lease = await gated.lease()
+            grant = await gated.begun(lease)
+            async with await psycopg.AsyncConnection.connect(bench.database.app) as connection:
+                once = await gated.settle(grant, lease, output={"a": 1}, connection=connection)
+            async with await psycopg.AsyncConnection.connect(bench.database.app) as connection:
+                again = await gated.settle(grant, lease, output={"a": 1}, connection=connection)
+            assert ((once.withheld is None), again.replayed) == (first, True)
+            assert again == replace(once, replayed=True)
 
     async def test_while_the_policy_cannot_be_loaded_everything_is_withheld_and_settled(self, bench):
         lease = await bench.lease()

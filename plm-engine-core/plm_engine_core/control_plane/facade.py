@@ -19,6 +19,7 @@ from uuid import UUID
 
 from plm_engine_core.control_plane.activation import Activation, PolicyDesk
 from plm_engine_core.control_plane.admission.abandoned import (
+    OPEN,
     capability_of,
     decided_capability,
     grant_of,
@@ -27,6 +28,7 @@ from plm_engine_core.control_plane.admission.abandoned import (
 from plm_engine_core.control_plane.admission.admit import Admission, Denied, Pending, admit
 from plm_engine_core.control_plane.admission.ask import InputRequest, ask
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
+from plm_engine_core.control_plane.admission.evaluators.values import apart
 from plm_engine_core.control_plane.admission.expected import Expectations
 from plm_engine_core.control_plane.admission.grants import Begun, Grant
 from plm_engine_core.control_plane.admission.phases import NOTHING_ASKED, Kept, examine_input, keep, keep_nothing
@@ -310,6 +312,7 @@ class ControlPlane:
 
     async def _create_as_allowed(self, new: NewRun, deciding: Deciding) -> tuple[Run, bool]:
         """Create a run where its input is allowed. The same request again answers the run it made, come what may."""
+        new = replace(new, input=apart(new.input, root="input"))  # what is asked about is what the run gets
         found = await examine_input(
             deciding.policy,
             deciding.evaluators,
@@ -486,8 +489,8 @@ class ControlPlane:
             evaluations=kept.evaluations,
             connection=connection,
         )
-        if settlement.replayed and connection is None:  # what was said then counts, whatever is said now
-            settlement = replace(settlement, withheld=await self._withheld(grant))
+        if settlement.replayed:  # what was said then counts, whatever is said now
+            settlement = replace(settlement, withheld=await self._withheld(grant, said=kept.withheld))
         if connection is None:
             await self.signals.changed(grant.tenant_id, grant.run_id)
         return settlement
@@ -525,10 +528,11 @@ class ControlPlane:
             return NOTHING_ASKED
         return await keep(deciding.policy, deciding.evaluators, capability, outcome, opaque=opaque)
 
-    async def _withheld(self, grant: Grant) -> Withheld | None:
-        """What is on record as withheld of a settled grant."""
+    async def _withheld(self, grant: Grant, *, said: Withheld | None) -> Withheld | None:
+        """What is on record as withheld of a settled grant, or `said` now where a transaction still hides that."""
         steps = await self.storage.runs.steps(grant.tenant_id, grant.run_id, since=grant.step_index)
-        return next((withheld_of(step) for step in steps if step.grant_id == grant.id), None)
+        settled = (step for step in steps if step.grant_id == grant.id and step.state not in OPEN)
+        return next(map(withheld_of, settled), said)
 
     async def finish(
         self,

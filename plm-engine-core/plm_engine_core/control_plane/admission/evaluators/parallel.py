@@ -8,12 +8,12 @@ import logging
 import threading
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from plm_engine_core.control_plane.admission.evaluators.evaluator import Evaluator, EvaluatorResult, Examined
-from plm_engine_core.control_plane.admission.evaluators.values import kept_metadata
+from plm_engine_core.control_plane.admission.evaluators.values import apart, kept_metadata
 from plm_engine_core.control_plane.policy import Evaluation, Facts, Proposed
 from plm_engine_core.control_plane.vocabulary import EvaluationStatus
 
@@ -60,9 +60,16 @@ class ParallelPolicyEvaluator:
     async def examine_all(self, names: Sequence[str], examined: Examined) -> tuple[Evaluation, ...]:
         """Ask these evaluators in another phase, in the same way.
 
-        Of an evaluator that raises only the type of its error is kept: its text may repeat what was examined.
+        Each is shown a copy of its own, so that what one changes is hidden from no other, and recorded nowhere. Of an
+        evaluator that raises only the type of its error is kept: its text may repeat what was examined.
+
+        Raises:
+            InvalidRequest: the document holds what is no JSON; names the path.
         """
-        return await self._all(names, lambda each: (_examination(each), (examined,)), told=False)
+        document = _apart(examined.document)  # its holder may change it while they are asked
+        return await self._all(
+            names, lambda each: (_examination(each), (replace(examined, document=_apart(document)),)), told=False
+        )
 
     async def _all(self, names: Sequence[str], ask: _Ask, *, told: bool) -> tuple[Evaluation, ...]:
         loop = asyncio.get_running_loop()
@@ -172,6 +179,10 @@ async def _contained(answer: Awaitable[Any]) -> Any:
         return await answer
     except SystemExit as error:
         raise RuntimeError(f"SystemExit: {error}") from error
+
+
+def _apart(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {root: apart(value, root=root) for root, value in document.items()}
 
 
 def _examination(evaluator: Evaluator) -> Callable[..., Any]:

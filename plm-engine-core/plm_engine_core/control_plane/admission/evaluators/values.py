@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
-from plm_shared.canonical_json import storable_json
+from plm_shared.canonical_json import JsonRefused, storable_json
 from pydantic import ValidationInfo
 
 from plm_engine_core.control_plane.admission.evaluators.evaluator import Examined
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import Facts, Proposed
 from plm_engine_core.control_plane.policy.facts import described, document_of
 from plm_engine_core.control_plane.policy.fields import FieldPath, check_path_of, lookup, parts, shown
@@ -113,6 +114,20 @@ class LooksAt:
             given = [document[root] for root in ("output", "error", "artifacts") if root in document]
             return Found("what it gave back", given)
         return Found(phase, document[phase]) if phase in document else None
+
+
+def apart(value: Any, *, root: str) -> Any:
+    """A copy of a JSON value, out of reach of who holds it.
+
+    Raises:
+        InvalidRequest: it is no JSON; names the path, from `root`.
+    """
+    try:
+        return json.loads(storable_json(value, root=root))
+    except JsonRefused as error:
+        raise InvalidRequest(str(error), field=error.path) from error
+    except ValueError as error:
+        raise InvalidRequest(f"{root} holds a number of too many digits", field=root) from error
 
 
 def kept_metadata(metadata: object) -> dict[str, Any]:
