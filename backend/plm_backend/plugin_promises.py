@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from plm_engine_core.control_plane.registry import CapabilityRegistry
-from plugin_substrate.manager import PluginManager
+from plugin_substrate.metadata import PluginMeta
 
 from plm_backend.errors import SetupError
 
 logger = logging.getLogger(__name__)
 
 
-def check_capabilities(registry: CapabilityRegistry, manager: PluginManager) -> None:
+def check_capabilities(registry: CapabilityRegistry, plugin: Callable[[str], PluginMeta | None]) -> None:
     """Refuse a registration that promises more than its plugin does; one without a plugin here is told of.
+
+    `plugin` answers what this node has of a name.
 
     Raises:
         SetupError: naming the capability and the plugin.
     """
     for capability in registry:
-        meta = manager.get_discovered_meta(capability.plugin)
+        meta = plugin(capability.plugin)
         if meta is None:
             logger.warning(
                 "plugin %s of %s is not installed on this node; install it with `cjm-ctl install-all`",

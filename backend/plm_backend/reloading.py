@@ -6,7 +6,7 @@ import asyncio
 import logging
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.identity.audit import AuditError, reload_record
 from plm_engine_core.control_plane.registry import CapabilityRegistry, RegistryChanges
 from plugin_substrate.manager import PluginManager
+from plugin_substrate.metadata import PluginMeta
 
 from plm_backend.errors import SetupError
 from plm_backend.operator_files import OperatorFiles, read_files
@@ -48,9 +49,11 @@ class Reloading:
         """
         platform, source = self._platform, str(self._platform.settings.capabilities)
         try:
-            files = await asyncio.to_thread(self._read)
+            files, found = await asyncio.to_thread(self._read)
             made = await platform.control_plane.reload(files.registry, record=partial(self._record, by))
             platform.agents.replace(files.agents)  # nothing was awaited since the capabilities were exchanged
+            if self._manager is not None:
+                self._manager.add_discovered(found)
         except (ControlPlaneError, SetupError, AuditError, OSError) as error:
             await self._refused(by, str(error))
             return None
@@ -61,22 +64,25 @@ class Reloading:
         logger.info("%s was read anew, as %s asked: %s", source, by, made)
         return made
 
-    def _read(self) -> OperatorFiles:
-        """What the files say now, checked as at the start; nothing is in force yet.
+    def _read(self) -> tuple[OperatorFiles, Sequence[PluginMeta]]:
+        """What the files say now, checked as at the start, and plugins installed since; nothing is in force yet.
 
         Raises:
             InvalidRequest, SetupError: naming the file and what is wrong with it.
         """
-        files = read_files(self._platform.settings)
-        if self._manager is not None:
-            self._find_plugins(self._manager, files.registry)
-            check_capabilities(files.registry, self._manager)
-        return files
+        files, manager = read_files(self._platform.settings), self._manager
+        if manager is None:
+            return files, ()
+        found = self._installed_since(manager, files.registry)
+        new = {meta.name: meta for meta in found}
+        # Of a plugin that is known, what was found at first counts: its workers may run that.
+        check_capabilities(files.registry, lambda name: manager.get_discovered_meta(name) or new.get(name))
+        return files, found
 
-    def _find_plugins(self, manager: PluginManager, registry: CapabilityRegistry) -> None:
-        """Look for plugins that were installed since; those that are known stay as they were found."""
-        if any(manager.get_discovered_meta(each.plugin) is None for each in registry):
-            manager.discover_manifests()
+    def _installed_since(self, manager: PluginManager, registry: CapabilityRegistry) -> Sequence[PluginMeta]:
+        if all(manager.get_discovered_meta(each.plugin) is not None for each in registry):
+            return ()
+        return manager.look_for_new()
 
     async def _record(self, by: str, made: RegistryChanges) -> None:
         """Write down what is about to be exchanged; where audit records are required, nothing is without.

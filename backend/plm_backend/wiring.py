@@ -154,7 +154,7 @@ async def run_worker(platform: Platform) -> AsyncIterator[PluginManager | None]:
             max_tenant_workers=settings.plugin_tenant_workers,
         )
         manager.discover_manifests()
-        check_capabilities(platform.control_plane.registry, manager)
+        check_capabilities(platform.control_plane.registry, manager.get_discovered_meta)
         await stack.enter_async_context(manager)
         queue = JobQueue(manager)
         await queue.start()

@@ -16,13 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from plm_backend.operator_files import read_files
+from plm_backend.reloading import Reloading
+from plm_backend.settings import Settings
 from plm_backend.stopping import ReloadRequest, StopRequest
+from plm_engine_core.control_plane import ControlPlane
+from plm_engine_core.control_plane.identity.audit import InMemoryAuditSink
+from plm_engine_core.control_plane.storage.memory import MemoryStorage
+from plugin_substrate.manager import PluginManager
 
 PLATFORM = Path(__file__).parent / "platform"
+DEV = Path(__file__).parents[2] / "dev"
 DESCRIBED = yaml.safe_load((PLATFORM / "capabilities.yaml").read_text(encoding="utf-8"))["capabilities"]
 USED = {"unit": "page", "amount": "1"}
 
@@ -347,7 +356,10 @@ class TestRequest:
 
 WAITING = textwrap.dedent("""
     import asyncio, sys
-    from plm_backend.stopping import ReloadRequest, StopRequest
+    from plm_backend.operator_files import read_files
+from plm_backend.reloading import Reloading
+from plm_backend.settings import Settings
+from plm_backend.stopping import ReloadRequest, StopRequest
 
     stop = StopRequest()
     reload = ReloadRequest(stop)
@@ -387,6 +399,86 @@ def test_a_terminal_that_is_gone_ends_the_command_as_it_always_did(
     os.waitpid(pid, 0)
     if not hang_up:
         os.close(terminal)
+
+
+class TestPlugins:
+    """A node whose plugins change while it works; nothing but its files, its plugins and its control plane is there."""
+
+    @pytest.fixture
+    def manifests(self, tmp_path: Path) -> Path:
+        folder = tmp_path / "plugins" / "manifests"
+        folder.mkdir(parents=True)
+        return folder
+
+    @pytest.fixture
+    def install(self, manifests: Path, plugins_dir: Path) -> Callable[..., None]:
+        def put(name: str, **code: Any) -> None:
+            manifest = json.loads((plugins_dir / "manifests" / f"{name}.json").read_text(encoding="utf-8"))
+            manifest["code"] |= code
+            (manifests / f"{name}.json").write_text(json.dumps(manifest), encoding="utf-8")
+
+        return put
+
+    @pytest.fixture
+    def reloading(self, manifests: Path, install: Callable[..., None], tmp_path: Path) -> Reloading:
+        """Of a node that has two of three plugins, one of them not idempotent."""
+        install("bom-reader", idempotent=False)
+        install("license-reviewer")
+        settings = Settings(capabilities=tmp_path / "capabilities.yaml")
+        self._write(settings, idempotent=False)
+        manager = PluginManager(data_dir=manifests.parent)
+        manager.discover_manifests()
+        files = read_files(settings)
+        plane = ControlPlane(policy=files.policy, registry=files.registry, storage=MemoryStorage())
+        platform = SimpleNamespace(
+            settings=settings, control_plane=plane, agents=files.agents, audit=InMemoryAuditSink()
+        )
+        return Reloading(platform, manager)  # type: ignore[arg-type]  # all of it that a reload asks
+
+    @staticmethod
+    def _write(settings: Settings, **of_reader: Any) -> None:
+        described = yaml.safe_load((DEV / "capabilities.yaml").read_text(encoding="utf-8"))
+        (reader,) = [each for each in described["capabilities"] if each["id"] == "bom.read"]
+        reader |= of_reader
+        settings.capabilities.write_text(yaml.safe_dump(described), encoding="utf-8")
+
+    async def test_one_that_was_replaced_promises_nothing_before_a_restart(
+        self, reloading: Reloading, install: Callable[..., None]
+    ) -> None:
+        manager, settings = reloading._manager, reloading._platform.settings
+        assert manager is not None
+        known = manager.get_discovered_meta("bom-reader")
+        install("bom-reader", idempotent=True)
+        self._write(settings, idempotent=True)
+        assert await reloading.reload(by="test") is None, "its workers may be those of what was there before"
+        self._write(settings, idempotent=False, description="Other words")
+        assert await reloading.reload(by="test") is not None
+        assert manager.get_discovered_meta("bom-reader") is known
+
+    async def test_one_that_is_known_stays_though_its_manifest_cannot_be_read(
+        self, reloading: Reloading, manifests: Path
+    ) -> None:
+        manager = reloading._manager
+        assert manager is not None
+        (manifests / "license-reviewer.json").write_text("{", encoding="utf-8")
+        assert await reloading.reload(by="test") is not None
+        assert manager.get_discovered_meta("license-reviewer") is not None
+
+    async def test_a_new_one_is_taken_in_with_the_files_and_not_without_them(
+        self, reloading: Reloading, install: Callable[..., None]
+    ) -> None:
+        manager, settings = reloading._manager, reloading._platform.settings
+        assert manager is not None
+        install("report-writer", idempotent=False)
+        assert await reloading.reload(by="test") is None, "the file says that it is idempotent"
+        assert manager.get_discovered_meta("report-writer") is None
+        install("report-writer")
+        self._write(settings, colour="red")
+        assert await reloading.reload(by="test") is None
+        assert manager.get_discovered_meta("report-writer") is None
+        self._write(settings, idempotent=False)
+        assert await reloading.reload(by="test") is not None
+        assert manager.get_discovered_meta("report-writer") is not None
 
 
 def test_the_record_is_plain_json(started: Any) -> None:

@@ -17,6 +17,7 @@ from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
     CapabilityMode,
     CapabilityStatus,
+    LockScope,
     OutcomeStatus,
     Reason,
     RunState,
@@ -151,6 +152,7 @@ class TestApprovals:
             {"timeout_seconds": 1.0},
             {"security_relevant": ("size",)},
             {"network": True, "cost": DEARER},
+            {"lock": LockScope.TENANT},
         ],
         ids=lambda changes: next(iter(changes)),
     )

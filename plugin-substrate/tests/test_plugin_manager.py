@@ -492,6 +492,26 @@ async def test_the_recorded_hash_counts_and_the_check_can_be_switched_off(meta: 
 # -- finding
 
 
+def test_new_plugins_are_taken_in_beside_those_that_are_known_which_stay(
+    probe_meta: MetaFactory, tmp_path: Path
+) -> None:
+    def put(name: str, **code: object) -> None:
+        write_manifest(tmp_path / "manifests" / f"{name}.json", probe_meta(name=name, **code).manifest)
+
+    put("a", idempotent=False)
+    manager = PluginManager(data_dir=tmp_path)
+    (known,) = manager.discover_manifests()
+    put("a", idempotent=True)
+    put("b")
+    (new,) = manager.look_for_new()
+    assert new.name == "b"
+    assert manager.get_discovered_meta("b") is None, "it was looked for, and not taken in"
+    manager.add_discovered([new, probe_meta(name="a")])
+    assert manager.get_discovered_meta("a") is known
+    assert manager.get_discovered_meta("b") is new
+    assert manager.look_for_new() == []
+
+
 async def test_plugins_are_found_by_what_they_are_for(
     probe_meta: MetaFactory, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

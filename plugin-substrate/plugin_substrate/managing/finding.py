@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from plugin_substrate.discovery import find_manifests
@@ -25,6 +25,15 @@ class FindingVerbs(ManagerState):
         for bad in rejected:
             _logger.error("manifest %s is not used: %s", bad.path, bad.reason)
         return found
+
+    def look_for_new(self) -> list[PluginMeta]:
+        """Read the manifest folders and return plugins of names that are not discovered; takes in none."""
+        found, _ = find_manifests(self._folders)
+        return [meta for meta in found if meta.name not in self._discovered]
+
+    def add_discovered(self, found: Iterable[PluginMeta]) -> None:
+        """Take in what `look_for_new` found. A plugin that is discovered already stays as it was found."""
+        self._discovered = {**{meta.name: meta for meta in found}, **self._discovered}
 
     @property
     def rejected_manifests(self) -> tuple[RejectedManifest, ...]:
