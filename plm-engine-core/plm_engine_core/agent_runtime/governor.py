@@ -21,13 +21,14 @@ from plm_engine_core.control_plane.admission.proposal import Principal, Proposal
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.admission.withheld import Withheld
 from plm_engine_core.control_plane.errors import Conflict, ControlPlaneError, StorageUnavailable
-from plm_engine_core.control_plane.facade import CREATE_SCOPE, ControlPlane
+from plm_engine_core.control_plane.facade import ControlPlane
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits.leases import check_seconds
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.policy.starter import policy_of
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry
 from plm_engine_core.control_plane.registry.written import Written, registry_of
+from plm_engine_core.control_plane.run_desk import CREATE_SCOPE
 from plm_engine_core.control_plane.runs import Lease, Run
 from plm_engine_core.control_plane.runs.request import RunRequest
 from plm_engine_core.control_plane.storage.memory import MemoryStorage
