@@ -236,7 +236,9 @@ async def evaluators() -> dict[str, Figure]:
 class NoDelivery:
     """The benchmark moves its runs itself."""
 
-    async def enqueue(self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID) -> None:
+    async def enqueue(
+        self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID, *, after_seconds: float = 0.0
+    ) -> None:
         pass
 
 

@@ -39,7 +39,9 @@ ROWS = "CREATE TABLE bench_events (tenant_id uuid NOT NULL, id bigint NOT NULL, 
 class NoDelivery:
     """Nothing is driven here."""
 
-    async def enqueue(self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID) -> None:
+    async def enqueue(
+        self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID, *, after_seconds: float = 0.0
+    ) -> None:
         pass
 
 

@@ -66,7 +66,9 @@ def plan_of(steps: int) -> Plan:
 class NoDelivery:
     """The benchmark drives its runs itself."""
 
-    async def enqueue(self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID) -> None:
+    async def enqueue(
+        self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID, *, after_seconds: float = 0.0
+    ) -> None:
         pass
 
 

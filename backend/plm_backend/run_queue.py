@@ -26,6 +26,13 @@ Drive = Callable[[UUID, UUID], Awaitable[object]]
 
 # The jobs that a killed worker left behind; its runs have long come back by recovery.
 _FORGET_ABANDONED = "DELETE FROM procrastinate_jobs WHERE status = 'doing' AND worker_id IS NULL"
+# Of jobs with one `queueing_lock` one at most may be waiting. The run is locked, so nobody comes between.
+_LATER = """
+SELECT delivery.procrastinate_defer_jobs_v1(ARRAY[ROW(%(queue)s, %(task)s, 0, NULL, %(waits)s,
+    jsonb_build_object('tenant_id', %(tenant)s::uuid, 'run_id', %(run)s::uuid),
+    clock_timestamp() + make_interval(secs => %(seconds)s))::delivery.procrastinate_job_to_defer_v1])
+WHERE NOT EXISTS (SELECT FROM delivery.procrastinate_jobs WHERE queueing_lock = %(waits)s AND status = 'todo')
+"""
 _RECONNECT_SECONDS = 1.0
 _GRACE_SECONDS = 3.0
 _CANCEL_AGAIN_SECONDS = 10.0  # a plugin is given some seconds to end its call
@@ -34,9 +41,16 @@ _CANCEL_AGAIN_SECONDS = 10.0  # a plugin is given some seconds to end its call
 class ProcrastinateDelivery:
     """Enqueues in the caller's transaction: the job exists exactly when the change it follows from does."""
 
-    async def enqueue(self, connection: Any, tenant_id: UUID, run_id: UUID) -> None:
-        """Enqueue one drive job. Doubles are harmless: the run's lease decides."""
-        await connection.execute("SELECT delivery.enqueue_drive_v1(%s, %s)", [tenant_id, run_id])
+    async def enqueue(self, connection: Any, tenant_id: UUID, run_id: UUID, *, after_seconds: float = 0.0) -> None:
+        """Enqueue one drive job. Doubles are harmless: the run's lease decides.
+
+        One that is for later is none beside another such job: a double of a run that waits would have a double, too.
+        """
+        if after_seconds <= 0:
+            await connection.execute("SELECT delivery.enqueue_drive_v1(%s, %s)", [tenant_id, run_id])
+            return
+        named = {"tenant": tenant_id, "run": run_id, "waits": f"waits/{tenant_id}/{run_id}"}
+        await connection.execute(_LATER, {**named, "queue": QUEUE, "task": TASK, "seconds": after_seconds})
 
 
 async def deliver(dsn: str, drive: Drive, *, concurrency: int) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -38,6 +39,32 @@ def test_a_job_exists_exactly_when_its_transaction_commits_and_wakes_a_worker_th
         writer.commit()
         assert listener.execute(COUNT).fetchone() == (1,)
         assert len(list(listener.notifies(timeout=30, stop_after=1))) == 1
+
+
+async def test_a_job_for_later_is_one_for_each_run_and_waits_for_its_time(new_database: Any) -> None:
+    """A run that waits for a resource is driven again and again: a double would have one of its own each time."""
+    database, delivery = new_database(), run_queue.ProcrastinateDelivery()
+    tenant, first, second = uuid.uuid4(), uuid.uuid4(), uuid.uuid4()
+    due = "SELECT args ->> 'run_id' FROM delivery.procrastinate_fetch_job_v2(ARRAY['drive'], NULL) WHERE id IS NOT NULL"
+    async with await psycopg.AsyncConnection.connect(database.app) as connection:
+
+        async def count() -> int:
+            row = await (await connection.execute(COUNT)).fetchone()
+            assert row is not None
+            return int(row[0])
+
+        for run_id in (first, first, second, first):
+            await delivery.enqueue(connection, tenant, run_id, after_seconds=3600)
+        assert await count() == 2
+        assert await (await connection.execute(due)).fetchall() == []
+        await delivery.enqueue(connection, tenant, first)
+        assert await (await connection.execute(due)).fetchall() == [(str(first),)], "others do not wait for it"
+        await connection.execute(
+            "UPDATE delivery.procrastinate_jobs SET scheduled_at = now() WHERE args ->> 'run_id' = %s", [str(second)]
+        )
+        assert await (await connection.execute(due)).fetchall() == [(str(second),)]
+        await delivery.enqueue(connection, tenant, second, after_seconds=3600)
+        assert await count() == 4, "the one that is begun is none that waits"
 
 
 def test_doubled_jobs_change_nothing(platform: Any, client: Any, gate: Any, until: Any) -> None:

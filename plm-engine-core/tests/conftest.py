@@ -71,7 +71,7 @@ class TableDelivery:
 
     TABLE = "CREATE TABLE deliveries (tenant_id uuid, run_id uuid); GRANT INSERT ON deliveries TO plm_engine_writer"
 
-    async def enqueue(self, connection: Any, tenant_id: UUID, run_id: UUID) -> None:
+    async def enqueue(self, connection: Any, tenant_id: UUID, run_id: UUID, *, after_seconds: float = 0.0) -> None:
         await connection.execute("INSERT INTO deliveries VALUES (%s, %s)", [tenant_id, run_id])
 
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 from plm_engine_core.agent_runtime import Driver, Finish, Plan, PlanAgent, Propose, Selector, hold
 from plm_engine_core.agent_runtime.hold import Hold
-from plm_engine_core.agent_runtime.retry import MAX_LOSSES, MAX_PROPOSALS
+from plm_engine_core.agent_runtime.retry import MAX_LOSSES, MAX_PROPOSALS, pause_seconds
 from plm_engine_core.control_plane import Outcome
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.events import rebuild
@@ -590,13 +590,31 @@ def locks(bench):
 HELD = {"capability": READ, "resource": "thing/1"}
 
 
-async def test_a_run_whose_resource_is_locked_waits_for_its_turn_and_uses_up_no_refusal(scene, locks):
+@pytest.fixture
+def waits(monkeypatch):
+    """For how long runs gave their place back; they may have it again at once. Nobody waits in a place."""
+    asked = []
+
+    def at_once(code, attempt, *, retry_after_ms=0):
+        asked.append(pause_seconds(code, attempt, retry_after_ms=retry_after_ms))
+        return 0.0
+
+    async def in_its_place(hold, seconds):
+        raise AssertionError(f"{hold.run.id} keeps its place for {seconds} s")
+
+    monkeypatch.setattr("plm_engine_core.agent_runtime.driver.pause_seconds", at_once)
+    monkeypatch.setattr(Hold, "pause", in_its_place)
+    return asked
+
+
+async def test_a_run_whose_resource_is_locked_waits_for_its_turn_and_uses_up_no_refusal(scene, locks, waits):
     holder = await locks.lease()
     grant = await locks.begun(holder)
     acts = await scene(plan(HELD, HELD), using=locks)
     for refusals in range(1, MAX_PROPOSALS + 2):
         assert await acts.drive() is RunState.QUEUED, "somebody else may have its place meanwhile"
         assert locks.deliveries(acts.run) == 1 + refusals
+    assert waits == [1] * len(waits), "no sooner than it was told"
     waiting = await acts.fresh()
     assert waiting.reason == "resource_locked"
     assert f"is locked by step 0 of run {holder.run.id}" in waiting.message
@@ -610,23 +628,50 @@ async def test_a_run_whose_resource_is_locked_waits_for_its_turn_and_uses_up_no_
     assert await acts.consistent()
 
 
-async def test_a_run_that_waits_for_a_resource_hears_of_a_cancel(scene, locks, monkeypatch):
+async def test_a_run_that_waits_for_a_resource_is_cancelled_at_once(scene, locks, waits):
     await locks.begun(await locks.lease())
     acts = await scene(plan(HELD), using=locks)
-    waiting = asyncio.Event()
-
-    async def until_it_is_heard(hold, seconds):
-        waiting.set()
-        await hold.stop.wait()
-
-    monkeypatch.setattr(Hold, "pause", until_it_is_heard)
-    task = acts.start(lease_seconds=0.3)
-    await waiting.wait()
+    assert await acts.drive() is RunState.QUEUED
     await locks.control_plane.cancel(locks.tenant, acts.run.id, by=locks.requester)
-    assert await task is RunState.CANCELLED
+    assert (await acts.fresh()).state is RunState.CANCELLED
 
 
-async def test_the_lock_of_a_lost_run_worker_goes_to_whoever_repeats_its_call(scene, locks):
+async def test_a_run_that_is_being_cancelled_does_not_wait_for_a_resource(scene, locks, waits, monkeypatch):
+    await locks.begun(await locks.lease())
+    acts = await scene(plan(HELD), using=locks)
+    waiting = Driver._wait_for_resource
+
+    async def once_it_is_heard(driver, hold, place, refusal):
+        await locks.control_plane.cancel(locks.tenant, acts.run.id, by=locks.requester)
+        await hold.stop.wait()
+        return await waiting(driver, hold, place, refusal)
+
+    monkeypatch.setattr(Driver, "_wait_for_resource", once_it_is_heard)
+    assert await acts.start(lease_seconds=0.3) is RunState.CANCELLED
+
+
+async def test_a_run_waits_longer_for_what_somebody_has_to_say_first(scene, locks, waits):
+    holder = await locks.lease()
+    await locks.settle(await locks.begun(holder), holder, OutcomeStatus.OUTCOME_UNKNOWN)
+    acts = await scene(plan(HELD), using=locks)
+    assert await acts.drive() is RunState.QUEUED
+    assert waits == [20]
+
+
+async def test_a_run_that_is_given_back_for_later_is_delivered_then(locks, storage_kind):
+    lease = await locks.lease()
+    before = locks.deliveries(lease.run)
+    left = await locks.control_plane.finish(
+        lease.run, fencing_token=lease.fencing_token, state=RunState.QUEUED, actor="test", again_after_seconds=0.05
+    )
+    assert left is RunState.QUEUED
+    if storage_kind == "memory":
+        assert locks.deliveries(lease.run) == before
+    await asyncio.sleep(0.05)  # a timer of the same loop, so it is over after that of the delivery
+    assert locks.deliveries(lease.run) == before + 1
+
+
+async def test_the_lock_of_a_lost_run_worker_goes_to_whoever_repeats_its_call(scene, locks, waits):
     lost = await scene(plan(HELD), using=locks, thing_read=["hang"])
     task = lost.start()
     await lost.executor.entered.wait()

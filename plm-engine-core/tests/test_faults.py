@@ -102,7 +102,7 @@ ODD = {"raises": broken, "hangs": lambda: asyncio.sleep(600), "answers nonsense"
 class Nobody:
     """A delivery that nobody waits for."""
 
-    async def enqueue(self, connection: Any, tenant_id: Any, run_id: Any) -> None:
+    async def enqueue(self, connection: Any, tenant_id: Any, run_id: Any, *, after_seconds: float = 0.0) -> None:
         """Deliver nothing."""
 
 

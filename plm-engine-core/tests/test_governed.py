@@ -79,7 +79,7 @@ def _opened(database):
     from contextlib import asynccontextmanager
 
     class NoDelivery:
-        async def enqueue(self, connection, tenant_id, run_id):
+        async def enqueue(self, connection, tenant_id, run_id, *, after_seconds=0.0):
             raise AssertionError("a run of kind external is not delivered before its ticket is decided")
 
     @asynccontextmanager

@@ -79,7 +79,7 @@ def both(request, make_policy, registry, people):
 
 
 class NoDelivery:
-    async def enqueue(self, connection, tenant_id, run_id):
+    async def enqueue(self, connection, tenant_id, run_id, *, after_seconds=0.0):
         """Nobody drives."""
 
 

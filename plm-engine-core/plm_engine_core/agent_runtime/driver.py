@@ -31,7 +31,7 @@ from plm_engine_core.control_plane.facade import ControlPlane
 from plm_engine_core.control_plane.limits.leases import check_seconds
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.runs.run import Run, Step
-from plm_engine_core.control_plane.vocabulary import OutcomeStatus, Reason, RunState, StepState
+from plm_engine_core.control_plane.vocabulary import LockHolder, OutcomeStatus, Reason, RunState, StepState
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ _NOT_REPEATED = (
     "its run worker was lost in a call that may have had its effect, and as the capability is defined now it cannot be "
     "repeated safely; look at what it acts on, then start a new run"
 )
+_UNKNOWN_MS = 20_000  # somebody has to say first what became of the call that holds the resource
 _NOT_NOW = (Reason.STORAGE_BUSY, Reason.POLICY_MISSING, Reason.POLICY_CHANGED)  # nothing was booked
 
 
@@ -194,12 +195,8 @@ class Driver:
                 return await self._park_halted(hold, admission)
             case Denied(reason=Reason.RATE_LIMIT_EXCEEDED as reason, retry_after_ms=wait):
                 await hold.pause(pause_seconds(reason.value, place.attempt, retry_after_ms=wait))
-            case Denied(reason=Reason.RESOURCE_LOCKED as reason, message=message, retry_after_ms=wait):
-                await hold.pause(pause_seconds(reason.value, place.attempt, retry_after_ms=wait))
-                if not hold.stop.is_set():
-                    # The run that holds it may wait for the place of this one, as when its worker was lost.
-                    waiting = Finish(succeeded=False, reason=reason.value, message=message)
-                    return await self._finish(hold, RunState.QUEUED, waiting)
+            case Denied(reason=Reason.RESOURCE_LOCKED) as locked:
+                return await self._wait_for_resource(hold, place, locked)
             case Granted(grant=grant, capability=decided_on):
                 if decided_on is not capability:  # it was defined anew meanwhile
                     repeatable = all(repeats(decided_on, each) for each in lost)
@@ -220,6 +217,16 @@ class Driver:
     async def _park_halted(self, hold: Hold, refusal: Denied) -> RunState:
         halted = Finish(succeeded=False, reason=Reason.HALTED.value, message=refusal.message)
         return await self._finish(hold, RunState.HALTED, halted)
+
+    async def _wait_for_resource(self, hold: Hold, place: Place, refusal: Denied) -> RunState | None:
+        """Give the run's place to others meanwhile, as to the run that holds the resource and whose worker was lost."""
+        if hold.stop.is_set():
+            return None
+        unknown = refusal.lock.get("held") == LockHolder.UNKNOWN
+        least = max(refusal.retry_after_ms, _UNKNOWN_MS if unknown else 0)
+        wait = pause_seconds(refusal.reason.value, place.attempt, retry_after_ms=least)
+        waiting = Finish(succeeded=False, reason=refusal.reason.value, message=refusal.message)
+        return await self._finish(hold, RunState.QUEUED, waiting, again_after_seconds=wait)
 
     async def _admit(self, proposal: Proposal) -> Admission:
         return await patiently(lambda: _booked(self._control_plane.admit(proposal)))
@@ -276,7 +283,7 @@ class Driver:
     async def _fail(self, hold: Hold, reason: str, message: str) -> RunState:
         return await self._finish(hold, RunState.FAILED, Finish(succeeded=False, reason=reason, message=message))
 
-    async def _finish(self, hold: Hold, state: RunState, end: Finish) -> RunState:
+    async def _finish(self, hold: Hold, state: RunState, end: Finish, *, again_after_seconds: float = 0.0) -> RunState:
         return await patiently(
             lambda: self._control_plane.finish(
                 hold.run,
@@ -286,6 +293,7 @@ class Driver:
                 reason=end.reason,
                 message=_printable(end.message),
                 result=end.result,
+                again_after_seconds=again_after_seconds,
             )
         )
 

@@ -41,7 +41,7 @@ _NOT_PREPARED = (
 class RecoveryDelivers:
     """For an installation without a delivery engine: recovery finds a queued run within its interval."""
 
-    async def enqueue(self, connection: Any, tenant_id: UUID, run_id: UUID) -> None:
+    async def enqueue(self, connection: Any, tenant_id: UUID, run_id: UUID, *, after_seconds: float = 0.0) -> None:
         """Enqueue nothing; the run's own row says that it waits."""
 
 

@@ -407,10 +407,12 @@ class ControlPlane:
         reason: str | None = None,
         message: str | None = None,
         result: Any = None,
+        again_after_seconds: float = 0.0,
     ) -> RunState:
         """Give a run's lease back with the run in `state`, and answer where it stands now.
 
-        A run that is to be parked as halted is queued again when no halt stands any more.
+        A run that is to be parked as halted is queued again when no halt stands any more. A queued one is driven again,
+        and not before `again_after_seconds`.
 
         Raises:
             FencingLost: another run worker holds the run.
@@ -429,6 +431,7 @@ class ControlPlane:
             reason=reason,
             message=message,
             result=result,
+            again_after_seconds=again_after_seconds,
         )
         await self.signals.changed(run.tenant_id, run.id)
         return left

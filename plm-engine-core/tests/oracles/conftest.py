@@ -30,7 +30,9 @@ Machine = Callable[[SyncControlPlane, uuid.UUID], RuleBasedStateMachine]
 class NoDelivery:
     """A machine moves its runs itself."""
 
-    async def enqueue(self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID) -> None:
+    async def enqueue(
+        self, connection: Any, tenant_id: uuid.UUID, run_id: uuid.UUID, *, after_seconds: float = 0.0
+    ) -> None:
         """Deliver nothing."""
 
 

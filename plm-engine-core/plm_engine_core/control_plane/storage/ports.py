@@ -181,8 +181,14 @@ class InputCommand:
 class Delivery(Protocol):
     """Tells some run worker to drive a run; trusted to deliver at least once in the end, never once only."""
 
-    async def enqueue(self, connection: Connection, tenant_id: UUID, run_id: UUID) -> None:
-        """Enqueue in the transaction of `connection`, so that the job exists exactly when the change does."""
+    async def enqueue(
+        self, connection: Connection, tenant_id: UUID, run_id: UUID, *, after_seconds: float = 0.0
+    ) -> None:
+        """Enqueue in the transaction of `connection`, so that the job exists exactly when the change does.
+
+        With `after_seconds` it is not due before. Of such jobs a run has one at most, or each double would go on for
+        ever; the run is locked meanwhile.
+        """
         ...
 
 
@@ -307,10 +313,12 @@ class RunStore(Protocol):
         reason: str | None = None,
         message: str | None = None,
         result: Any = None,
+        again_after_seconds: float = 0.0,
     ) -> RunState:
         """Give the lease back with the run in `state` (queued, halted or terminal), and answer where it stands.
 
-        A run that is to be parked as halted is queued again when no halt stands any more.
+        A run that is to be parked as halted is queued again when no halt stands any more. A queued one is delivered
+        again, and not before `again_after_seconds`.
         """
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -80,6 +81,7 @@ class MemoryLeases:
         reason: str | None = None,
         message: str | None = None,
         result: Any = None,
+        again_after_seconds: float = 0.0,
     ) -> RunState:
         """Give the lease back; a run is parked as halted only while a halt stands, else it is queued again."""
         kept = kept_json(result, root="result") if result is not None else None
@@ -97,7 +99,9 @@ class MemoryLeases:
                 close_books(books, tenant_id, run_id)
             payload = {key: value for key, value in left.items() if value is not None}
             books.append(tenant_id, run_stream(run_id), FINISH_KINDS[state], actor, payload)
-            if state is RunState.QUEUED:
+            if state is RunState.QUEUED and again_after_seconds > 0:
+                asyncio.get_running_loop().call_later(again_after_seconds, books.deliver, tenant_id, run_id)
+            elif state is RunState.QUEUED:
                 books.deliver(tenant_id, run_id)
             return state
 

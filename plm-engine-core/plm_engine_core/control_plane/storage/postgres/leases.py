@@ -118,6 +118,7 @@ class PostgresLeases:
         reason: str | None = None,
         message: str | None = None,
         result: Any = None,
+        again_after_seconds: float = 0.0,
     ) -> RunState:
         """Give the lease back; a run is parked as halted only while a halt stands, else it is queued again."""
         async with self._gateway.transaction(tenant_id) as connection:
@@ -153,7 +154,9 @@ class PostgresLeases:
                 actor,
                 {key: value for key, value in payload.items() if value is not None},
             )
-            if state is RunState.QUEUED:
+            if state is RunState.QUEUED and again_after_seconds > 0:
+                await self._delivery.enqueue(connection, tenant_id, run_id, after_seconds=again_after_seconds)
+            elif state is RunState.QUEUED:
                 await self._delivery.enqueue(connection, tenant_id, run_id)
             return state
 
