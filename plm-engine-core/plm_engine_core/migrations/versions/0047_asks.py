@@ -2,7 +2,8 @@
 
 No column is added: a step and a ticket that ask have the word `provide_input` where others have a capability, and no
 capability can have that id. The functions that end tickets are replaced, so that nodes of the release before end an
-ask's step with its ticket, and can deny one, but never answer it with an approval. Of approvals all is as it was.
+ask's step with its ticket, and can deny one, but never answer it with an approval. Of approvals all is as it was, but
+that who decides a ticket may say as which revision it was read.
 
 Revision ID: 0047
 Revises: 0046
@@ -26,6 +27,7 @@ SIGNATURES = (
     "engine_end_ask_v1(approval_tickets, jsonb, text, text)",
     "engine_asked_v1(jsonb, run_steps)",
     "engine_ask_v1(jsonb)",
+    "engine_ticket_revision_v1(approval_tickets)",
 )
 
 REPLACED = {

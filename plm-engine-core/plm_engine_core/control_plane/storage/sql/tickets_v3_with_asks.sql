@@ -32,9 +32,19 @@ BEGIN
 END
 $$;
 
+-- What a ticket looked like to who read it: another one whenever its state, votes or comments are others. hitl/ticket.py makes
+-- the same of what it reads. A comment is added without holding the ticket: one that comes at the very moment of a vote stands beside it.
+CREATE FUNCTION engine_ticket_revision_v1(p_ticket approval_tickets) RETURNS text
+LANGUAGE sql STABLE SECURITY INVOKER SET search_path = pg_catalog, public, pg_temp AS $$
+    SELECT concat_ws('-', p_ticket.state, CASE WHEN p_ticket.escalated_at IS NULL THEN 0 ELSE 1 END, count(*),
+        COALESCE((extract(epoch FROM max(v.voted_at)) * 1000000)::bigint, 0),
+        (SELECT count(*) FROM approval_comments AS c WHERE c.tenant_id = p_ticket.tenant_id AND c.ticket_id = p_ticket.id))
+    FROM approval_votes AS v WHERE v.tenant_id = p_ticket.tenant_id AND v.ticket_id = p_ticket.id
+$$;
+
 -- Why a voter cannot be counted, or null. Nobody decides what they asked for themselves, or had asked for by delegation;
 -- an input, which allows nothing, they may give where the command says that the policy lets them. A command of a node that knows
--- no asks says nothing of it, and can only deny one.
+-- no asks says nothing of it, and can only deny one. Who says as which revision it was read is refused when it is another now.
 CREATE OR REPLACE FUNCTION engine_refused_vote_v3(p_ticket approval_tickets, p_principal jsonb, c jsonb) RETURNS jsonb
 LANGUAGE plpgsql STABLE SECURITY INVOKER SET search_path = pg_catalog, public, pg_temp AS $$
 DECLARE
@@ -64,6 +74,9 @@ BEGIN
                     AND vote <> c ->> 'vote') THEN
         RETURN jsonb_build_object('reason', 'already_voted',
             'message', 'you have voted on this ticket before, the other way; a vote is given once');
+    ELSIF c ->> 'as_read' <> engine_ticket_revision_v1(p_ticket) THEN
+        RETURN jsonb_build_object('reason', 'changed_meanwhile',
+            'message', 'the ticket was voted or commented on, or handed on, since it was read');
     END IF;
     RETURN NULL;
 END
