@@ -306,7 +306,7 @@ SCHEMA = {
         ({"amount": 100, "code": "AB", "x_1": "y"}, ""),
         ({"amount": 101}, "arguments.amount breaks 'maximum'"),
         ({"amount": 1, "code": "ab"}, "arguments.code breaks 'pattern'"),
-        ({"amount": 1, "x_1": 1}, "arguments.x_1 breaks 'type'"),
+        ({"amount": 1, "x_1": 1}, "arguments.* breaks 'type'"),
         ({"amount": 1, "secret": "s3cr3t"}, "arguments breaks 'additionalProperties'"),
         ({}, "arguments breaks 'required'"),
     ],
@@ -356,6 +356,17 @@ async def test_properties_and_items_are_told_apart_as_json_schema_says(make_poli
     config = {"schema": {"properties": {"value": schema}}}
     allows, why = await answer_of(make_policy, "json_schema", config, arguments={"value": value})
     assert allows is allowed, why
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"additionalProperties": {"type": "string"}}, {"patternProperties": {"^s3": {"type": "string"}}}],
+    ids=["additional", "pattern"],
+)
+async def test_a_name_that_the_schema_does_not_have_is_not_told_either(make_policy, schema):
+    config = {"schema": {"properties": {"by_key": schema}}}
+    allows, why = await answer_of(make_policy, "json_schema", config, arguments={"by_key": {"s3cr3t": 1}})
+    assert (allows, why) == (False, "arguments.by_key.* breaks 'type' of its schema")
 
 
 CEDAR = """

@@ -8,6 +8,9 @@ from typing import Any
 
 from plm_engine_core.control_plane.matching import Match, Matcher, matcher
 
+_UNNAMED = "*"
+"""In a path, a property that the schema has no name for."""
+
 
 def schema_validator(schema: dict[str, Any]) -> Any:
     """A validator of `jsonschema` for a schema. Nothing is fetched, and a pattern is matched in linear time.
@@ -37,6 +40,7 @@ def schema_validator(schema: dict[str, Any]) -> Any:
 def first_problem(validator: Any, value: Any, *, root: str) -> str | None:
     """The first entry that breaks the schema, by its path from `root` and without its value; None where none does.
 
+    A name that the schema does not have is part of the value too, and shown as `*`.
     A text that a pattern cannot be tried on breaks it, wherever that pattern stands: under `not` as well.
     """
     try:
@@ -77,7 +81,7 @@ def _pattern_properties(validator: Any, patterns: Any, instance: Any, schema: An
     for pattern, below in patterns.items():
         for name, value in instance.items():
             if _matches(pattern, name):
-                yield from validator.descend(value, below, path=name, schema_path=pattern)
+                yield from validator.descend(value, below, path=_UNNAMED, schema_path=pattern)
 
 
 def _additional_properties(validator: Any, below: Any, instance: Any, schema: Any) -> Iterator[Any]:
@@ -92,7 +96,7 @@ def _additional_properties(validator: Any, below: Any, instance: Any, schema: An
         if below is False:
             yield ValidationError("there is a property that the schema does not name")
             return
-        yield from validator.descend(value, below, path=name)
+        yield from validator.descend(value, below, path=_UNNAMED)
 
 
 def _unique_items(validator: Any, unique: Any, instance: Any, schema: Any) -> Iterator[Any]:  # noqa: ARG001
