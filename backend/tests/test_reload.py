@@ -356,10 +356,7 @@ class TestRequest:
 
 WAITING = textwrap.dedent("""
     import asyncio, sys
-    from plm_backend.operator_files import read_files
-from plm_backend.reloading import Reloading
-from plm_backend.settings import Settings
-from plm_backend.stopping import ReloadRequest, StopRequest
+    from plm_backend.stopping import ReloadRequest, StopRequest
 
     stop = StopRequest()
     reload = ReloadRequest(stop)
