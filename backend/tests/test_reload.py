@@ -366,7 +366,7 @@ WAITING = textwrap.dedent("""
     async def work():
         ends = {asyncio.create_task(stop.wait(), name="stopped"), asyncio.create_task(reload.wait(), name="reloaded")}
         await asyncio.sleep(0)  # both are begun
-        print("waiting", flush=True)
+        open(sys.argv[1] + ".ready", "x").close()
         (first, *_), _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         open(sys.argv[1], "w").write(first.get_name())
         for each in ends:
@@ -384,9 +384,8 @@ def test_a_terminal_that_is_gone_ends_the_command_as_it_always_did(
     pid, terminal = pty.fork()
     if pid == 0:
         os.execv(sys.executable, [sys.executable, "-c", WAITING, str(answer)])  # noqa: S606  # as the child
-    seen = b""
-    while b"waiting" not in seen:
-        seen += os.read(terminal, 1024)
+    # It is not told by the terminal: who closes that while the process writes there has its write fail.
+    until(tmp_path.joinpath("answer.ready").exists, "the process waits")
     if hang_up:
         os.close(terminal)
     else:
