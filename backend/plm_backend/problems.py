@@ -78,6 +78,7 @@ _REMEDIES = {
     "outcome_unknown": "an operator does that with `plm-cli run reconcile`",
     "scope_not_allowed": "approve this call only, or offer less",
     "separation_of_duties": "have somebody else decide",
+    "ticket_kind": "its `kind` says which",
 }
 """What to do about a reason; the reason itself is the engine's word."""
 
