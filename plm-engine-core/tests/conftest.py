@@ -149,6 +149,10 @@ class PostgresBehind:
         put = [Jsonb(value) if isinstance(value, dict) else value for value in values.values()]
         self.sql(f"UPDATE {table} SET {columns} WHERE {self._where(where)}", *put, *where.values())  # noqa: S608  # names from these tests
 
+    def forge(self, table: str, where: dict[str, Any], **values: Any) -> None:
+        self.sql(f"ALTER TABLE {table} DISABLE TRIGGER ALL")
+        self.set_rows(table, where, **values)
+
     def set_time(self, table: str, column: str, seconds: float, where: dict[str, Any]) -> None:
         change = f"{column} = clock_timestamp() + make_interval(secs => %s)"
         self.sql(f"UPDATE {table} SET {change} WHERE {self._where(where)}", seconds, *where.values())  # noqa: S608  # names from these tests
@@ -198,6 +202,9 @@ class MemoryBehind:
     def set_rows(self, table: str, where: dict[str, Any], **values: Any) -> None:
         for rows, key in self._places(table, where):
             rows[key] = {**rows[key], **values}
+
+    def forge(self, table: str, where: dict[str, Any], **values: Any) -> None:
+        self.set_rows(table, where, **values)
 
     def set_time(self, table: str, column: str, seconds: float, where: dict[str, Any]) -> None:
         self.set_rows(table, where, **{column: datetime.now(UTC) + timedelta(seconds=seconds)})

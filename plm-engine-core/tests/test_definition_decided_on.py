@@ -12,7 +12,9 @@ from plm_engine_core import Governor, SyncControlPlane, governed
 from plm_engine_core.agent_runtime import Driver, Plan, PlanAgent, Selector
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted, Outcome, Pending
 from plm_engine_core.control_plane.errors import IdempotencyConflict, InvalidRequest
-from plm_engine_core.control_plane.registry import CapabilityRegistry, CostBound
+from plm_engine_core.control_plane.hitl.ticket import ScopeTerms
+from plm_engine_core.control_plane.policy.facts import WHO_MAY
+from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, CostBound
 from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
     CapabilityMode,
@@ -100,15 +102,13 @@ async def test_a_grant_of_which_nothing_is_recorded_is_not_settled_by_guessing(b
         )
 
 
-async def test_what_was_decided_and_asked_is_read_in_its_own_tenant_only(bench):
-    lease, pending = await bench.ask()
+async def test_what_was_decided_is_read_in_its_own_tenant_only(bench):
+    lease, _ = await bench.ask()
     books, place = bench.storage.admission, (lease.run.id, 0, 1)
     described = await books.decided_on(bench.tenant, *place)
     assert described["id"] == WRITE
-    assert await books.asked_for(bench.tenant, lease.run.id, pending.ticket_id) == described
     other = bench.behind.new_tenant()
     assert await books.decided_on(other, *place) is None
-    assert await books.asked_for(other, lease.run.id, pending.ticket_id) is None
 
 
 @pytest.mark.postgres_only
@@ -138,24 +138,35 @@ async def test_on_a_connection_of_the_callers_it_is_the_same_but_for_a_digest_th
         assert settled.spent["EUR"] == "0.01"
 
 
+ANOTHER_CALL = [
+    {"version": "2"},
+    {"mode": CapabilityMode.PLAN_WRITE, "approval": True, "certified": False},
+    {"plugin": "others"},
+    {"idempotent": False},
+    {"stateless": True},
+    {"model_argument": "name"},
+    {"cost": DEARER},
+    {"timeout_seconds": 1.0},
+    {"security_relevant": ("size",)},
+    {"network": True, "cost": DEARER},
+    {"lock": LockScope.TENANT},
+]
+THE_SAME_CALL = [
+    {"description": "Change one thing"},
+    {"status": CapabilityStatus.DEPRECATED},
+    {"required_scopes": frozenset({"things.read", "things.write"})},
+]
+UNREADABLE = '{"decision": {"facts": {"capability": "?"}}}'
+
+
+def first_key(changes):
+    return next(iter(changes))
+
+
 class TestApprovals:
     """An approval is of the call as it was defined when somebody was asked."""
 
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {"version": "2"},
-            {"mode": CapabilityMode.PLAN_WRITE, "approval": True},
-            {"plugin": "others"},
-            {"idempotent": False},
-            {"cost": DEARER},
-            {"timeout_seconds": 1.0},
-            {"security_relevant": ("size",)},
-            {"network": True, "cost": DEARER},
-            {"lock": LockScope.TENANT},
-        ],
-        ids=lambda changes: next(iter(changes)),
-    )
+    @pytest.mark.parametrize("changes", ANOTHER_CALL, ids=first_key)
     async def test_it_authorises_no_call_that_means_something_else_by_now(self, bench, changes):
         lease, pending = await bench.ask()
         await bench.decide(pending, TicketDecision.APPROVE)
@@ -177,15 +188,7 @@ class TestApprovals:
         assert granted.capability == anew.control_plane.registry.get(WRITE)
         assert await bench.control_plane.admit(bench.proposal(lease, attempt=3, **asked)) == granted
 
-    @pytest.mark.parametrize(
-        "changes",
-        [
-            {"description": "Change one thing"},
-            {"status": CapabilityStatus.DEPRECATED},
-            {"required_scopes": frozenset({"things.read", "things.write"})},
-        ],
-        ids=lambda changes: next(iter(changes)),
-    )
+    @pytest.mark.parametrize("changes", THE_SAME_CALL, ids=first_key)
     async def test_it_stands_where_only_words_changed_or_who_may_call(self, bench, changes):
         lease, pending = await bench.ask()
         await bench.decide(pending, TicketDecision.APPROVE)
@@ -194,17 +197,64 @@ class TestApprovals:
         granted = await anew.admit(bench.proposal(lease, capability=WRITE, ticket_id=pending.ticket_id))
         assert isinstance(granted, Granted)
 
-    async def test_one_whose_question_cannot_be_read_authorises_nothing(self, bench, monkeypatch):
+    async def test_one_whose_question_cannot_be_read_authorises_nothing(self, bench):
         lease, pending = await bench.ask()
         await bench.decide(pending, TicketDecision.APPROVE)
         lease = await bench.lease(lease.run)
-
-        async def unreadable(*_):
-            return {"id": "?"}
-
-        monkeypatch.setattr(bench.storage.admission, "asked_for", unreadable)
+        bench.behind.forge("events", {"kind": "approval_requested"}, payload=UNREADABLE)
         denied = await bench.control_plane.admit(bench.proposal(lease, capability=WRITE, ticket_id=pending.ticket_id))
         assert denied.reason is Reason.APPROVAL_MISMATCH
+
+
+class TestApprovalScopes:
+    """An approval scope covers the call as it was defined when somebody was asked, and left it behind."""
+
+    @pytest.fixture
+    async def standing(self, bench):
+        """A bench where one stands, for five calls on one resource."""
+        bench = bench.with_policy(approval={"standing": {"max_uses": 5, "max_seconds": 600, "max_risk": "high"}})
+        self.lease, self.asked = await bench.ask()
+        await bench.decide(self.asked, TicketDecision.APPROVE, scope=ScopeTerms(uses=5, seconds=600))
+        return bench
+
+    async def admitted(self, bench):
+        return await bench.control_plane.admit(bench.proposal(await bench.lease(), capability=WRITE))
+
+    @pytest.mark.parametrize("changes", ANOTHER_CALL, ids=first_key)
+    async def test_of_a_call_that_means_something_else_by_now_somebody_is_asked_anew(self, standing, changes):
+        anew = defined(standing, WRITE, changes)
+        assert isinstance(await self.admitted(standing), Granted)
+        asked = await self.admitted(anew)
+        assert isinstance(asked, Pending)
+        assert isinstance(await self.admitted(standing), Granted)  # by a node that has not read its file anew yet
+        await anew.decide(asked, TicketDecision.APPROVE, scope=ScopeTerms(uses=1, seconds=600))
+        assert isinstance(await self.admitted(anew), Granted)
+        assert isinstance(await self.admitted(anew), Pending)
+        (first, second) = await standing.storage.approvals.scopes(standing.tenant, limit=9, after=None)
+        assert (first.used, second.used) == (2, 1)
+
+    @pytest.mark.parametrize("changes", THE_SAME_CALL, ids=first_key)
+    async def test_it_stands_where_only_words_changed_or_who_may_call(self, standing, changes):
+        assert isinstance(await self.admitted(defined(standing, WRITE, changes)), Granted)
+
+    async def test_it_is_of_the_question_and_not_of_what_its_attempt_became(self, standing):
+        anew = defined(standing, WRITE, {"version": "2"})
+        lease = await standing.lease(self.lease.run)
+        again = standing.proposal(lease, capability=WRITE, ticket_id=self.asked.ticket_id)
+        assert (await anew.control_plane.admit(again)).reason is Reason.APPROVAL_MISMATCH
+        assert isinstance(await self.admitted(anew), Pending)
+        assert isinstance(await self.admitted(standing), Granted)
+
+    async def test_one_whose_question_cannot_be_read_covers_nothing(self, standing):
+        standing.behind.forge("events", {"kind": "approval_requested"}, payload=UNREADABLE)
+        assert isinstance(await self.admitted(standing), Pending)
+
+
+def test_of_each_member_of_a_capability_it_is_said_whether_its_change_asks_anew():
+    anew = {name for changes in ANOTHER_CALL for name in changes} | {"id"}
+    stays = {name for changes in THE_SAME_CALL for name in changes}
+    assert stays == WHO_MAY
+    assert anew | stays | {"allowed_tenants", "denied_tenants"} == set(CapabilityDescriptor.model_fields)
 
 
 class Exchanging:

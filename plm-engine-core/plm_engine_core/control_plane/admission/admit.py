@@ -27,7 +27,6 @@ from plm_engine_core.control_plane.storage.ports import AdmissionStore, AdmitCom
 from plm_engine_core.control_plane.vocabulary import Reason
 
 AGAIN_MS = 200
-_ASKED_OTHERWISE = "asked for under another definition"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,15 +189,10 @@ class _Admitting:
     agents: AgentRegistry | None
     shadow: PolicySnapshot | None
     begin: bool
-    asked_otherwise: bool = False
-    """Whether the approval it comes with was asked for under a definition by which the call would be another one."""
 
     async def answer(self, expectations: Expectations, connection: Connection | None) -> Mapping[str, Any]:
         """What is booked, or was when this was asked before."""
         proposal = self.proposal
-        if proposal.ticket_id is not None:
-            asked = await self.storage.asked_for(proposal.tenant_id, proposal.run_id, proposal.ticket_id)
-            self.asked_otherwise = not _same_call(asked, self.capability)
         expected = expectations.of(proposal.tenant_id, proposal.run_id) if connection is None else None
         try:
             answer = await self.as_expected(expected) if expected is not None else None
@@ -279,7 +273,7 @@ class _Admitting:
             capability=proposal.capability,
             resource=proposal.resource,
             arguments=proposal.arguments,
-            digest=self.digest if not self.asked_otherwise else content_hash([self.digest, _ASKED_OTHERWISE]),
+            digest=self.digest,
             policy_digest=policy.digest,
             executor_kind=proposal.executor_kind,
             requester=proposal.principal.user_id,
@@ -315,15 +309,6 @@ def _model(proposal: Proposal, facts: Facts) -> str | None:
     named = facts.capability.model_argument if facts.capability is not None else ""
     model = proposal.arguments.get(named) if named else None
     return normal(model) if isinstance(model, str) else None
-
-
-def _same_call(asked: Any, capability: CapabilityDescriptor | None) -> bool:
-    """Whether a call that somebody was asked about is the same under the definition of now."""
-    try:
-        then = CapabilityDescriptor.model_validate(asked)
-    except ValueError:  # it cannot be told, so nobody was asked about this one
-        return False
-    return capability is not None and capability.calls_as(then)
 
 
 def policy_changed(answer: Mapping[str, Any]) -> Denied:

@@ -95,7 +95,8 @@ class ApprovalScope:
     """A standing approval: calls of one capability by one agent for one requester, under one policy, so many times.
 
     `resource` is None where any is covered. It never covers another tier or a higher risk than those of the ticket it
-    came from, and it ends with its time, its uses, its revocation or the policy.
+    came from, nor the capability under a definition by which a call would mean something else, and it ends with its
+    time, its uses, its revocation or the policy.
     """
 
     id: UUID

@@ -93,6 +93,21 @@ def stored_capability(capability: CapabilityDescriptor) -> dict[str, Any]:
     return record
 
 
+WHO_MAY = frozenset({"status", "description", "required_scopes"})
+"""Members of a stored capability that say who may call it, and how it is called in words, and nothing of the call."""
+
+
+def calls_alike(one: Any, other: Any) -> bool:
+    """Whether a call means the same under two stored capabilities: they differ in words, or in who may call, at most.
+
+    What is no definition, as where none is on record, is like no other.
+    """
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return False
+    mine, others = ({key: value for key, value in each.items() if key not in WHO_MAY} for each in (one, other))
+    return mine == others
+
+
 def who(user_id: UUID, actor_kind: str, scopes: Iterable[str]) -> dict[str, Any]:
     """A principal as paths see it."""
     return {"user_id": str(user_id), "actor_kind": actor_kind, "scopes": sorted(scopes)}

@@ -36,7 +36,6 @@ from plm_engine_core.control_plane.vocabulary import (
 Tenants = Annotated[frozenset[UUID], Field(min_length=1)]
 
 _LISTS = ("allowed_tenants", "denied_tenants")
-_WHO_MAY = frozenset({"status", "description", "required_scopes", *_LISTS})
 _NOT_EMPTY = {
     **dict.fromkeys(_LISTS, "name at least one tenant"),
     "lock": f"say {' or '.join(LockScope)}",
@@ -140,11 +139,6 @@ class CapabilityDescriptor(BaseModel):
         if self.denied_tenants is not None:
             return TenantAccess.DENIED if tenant_id in self.denied_tenants else TenantAccess.NOT_DENIED
         return None
-
-    def calls_as(self, other: CapabilityDescriptor) -> bool:
-        """Whether a call means the same under both: they differ in words, or in who may call, at the most."""
-        mine, others = (each.model_dump(exclude=set(_WHO_MAY)) for each in (self, other))
-        return mine == others
 
     def seen_by(self, tenant_id: UUID) -> CapabilityDescriptor | None:
         """As this tenant may see it, without the names of others; None when it is not for this tenant."""

@@ -209,10 +209,6 @@ class AdmissionStore(Protocol):
         """The capability as the recorded decision of an attempt describes it; None where it describes none."""
         ...
 
-    async def asked_for(self, tenant_id: UUID, run_id: UUID, ticket_id: UUID) -> Any:
-        """The capability as the decision that opened a ticket describes it; None where it describes none."""
-        ...
-
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book a decision; the answer has `status` granted, pending, steered or denied.
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.errors import FencingLost, IdempotencyConflict
-from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.limits import Assumed, Bucket, Prepared
 from plm_engine_core.control_plane.storage.commands import admit_json
 from plm_engine_core.control_plane.storage.memory.admit import AdmitBooking, start
 from plm_engine_core.control_plane.storage.memory.books import Books, Row, halted, refuse_connection
 from plm_engine_core.control_plane.storage.memory.rates import take_tokens
 from plm_engine_core.control_plane.storage.memory.settlement import MemorySettlement
+from plm_engine_core.control_plane.storage.memory.tickets import described_by
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, text_time
 from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection
 from plm_engine_core.control_plane.storage.rows import subjects_row
@@ -64,18 +63,8 @@ class MemoryAdmission(MemorySettlement):
         refuse_connection(connection)
         async with self._books.turn() as books:
             step = books.run_steps.get((tenant_id, run_id), (step_index, attempt))
-            described = _described(step["decision"]) if step is not None else None
+            described = described_by(step["decision"]) if step is not None else None
             return fresh(described) if isinstance(described, Mapping) else described
-
-    async def asked_for(self, tenant_id: UUID, run_id: UUID, ticket_id: UUID) -> Any:
-        """The capability as the decision that opened a ticket describes it."""
-        async with self._books.turn() as books:
-            for event in books.events.rows((tenant_id, run_stream(run_id))):
-                if event["kind"] == "approval_requested":
-                    payload = json.loads(event["payload"])
-                    if payload.get("answer", {}).get("ticket_id") == str(ticket_id):
-                        return _described(payload.get("decision"))
-        return None
 
     async def admit(self, command: AdmitCommand, *, connection: Connection | None = None) -> Mapping[str, Any]:
         """Book a decision; the same command again answers the same."""
@@ -143,12 +132,6 @@ def _recalled(books: Books, command: AdmitCommand, answer: Row) -> Row:
     kept = books.grant_of(command.tenant_id, command.run_id, attempt, grant_id)
     _compare_holder(kept, command.fencing_token)
     return answer if kept["state"] == "begun" else {**_used(kept), "status": "denied"}
-
-
-def _described(decision: Any) -> Any:
-    """The capability of a recorded decision."""
-    facts = decision.get("facts") if isinstance(decision, Mapping) else None
-    return facts.get("capability") if isinstance(facts, Mapping) else None
 
 
 def _compare_holder(grant: Row, fencing_token: int) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 from plm_engine_core.control_plane.events.event import run_stream
+from plm_engine_core.control_plane.policy.facts import calls_alike
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
 from plm_engine_core.control_plane.storage.memory.values import json_time, text_at, text_time
 from plm_engine_core.control_plane.vocabulary import PROVIDE_INPUT, Reason, RiskLevel, RunState
@@ -75,7 +77,7 @@ def approval_now(books: Books, c: Mapping[str, Any]) -> dict[str, Any]:
     ticket = books.approval_tickets.get(UUID(c["tenant_id"]), UUID(c["ticket_id"]))
     if ticket is None or ticket["run_id"] != UUID(c["run_id"]):
         return _refusal(None, "approval_mismatch", _MISMATCH)
-    if not _is_for(ticket, c):
+    if not _is_for(ticket, c) or not calls_alike(_asked_for(books, ticket), described_by(c["decision"])):
         return _refusal(ticket, "approval_mismatch", _MISMATCH)
     ticket = time_out_ticket(books, ticket, c["actor"])
     named, deadline = {"ticket_id": str(ticket["id"])}, ticket["deadline"]
@@ -99,6 +101,22 @@ _MISMATCH = "the approval is for another call, another policy, or was already us
 def _is_for(ticket: Row, c: Mapping[str, Any]) -> bool:
     unused = ticket["consumed_at"] is None and ticket["superseded_by"] is None
     return unused and all(ticket[name] == c[name] for name in ("step_index", "digest", "policy_digest"))
+
+
+def _asked_for(books: Books, ticket: Row) -> Any:
+    """The capability as the decision that opened a ticket describes it, by the event of the question."""
+    for event in books.events.rows((ticket["tenant_id"], run_stream(ticket["run_id"]))):
+        if event["kind"] == "approval_requested":
+            payload = json.loads(event["payload"])
+            if payload.get("answer", {}).get("ticket_id") == str(ticket["id"]):
+                return described_by(payload.get("decision"))
+    return None
+
+
+def described_by(decision: Any) -> Any:
+    """The capability of a recorded decision."""
+    facts = decision.get("facts") if isinstance(decision, Mapping) else None
+    return facts.get("capability") if isinstance(facts, Mapping) else None
 
 
 def _refusal(ticket: Row | None, reason: str, message: str) -> dict[str, Any]:
@@ -125,8 +143,14 @@ def _standing_scope(books: Books, c: Mapping[str, Any]) -> Row | None:
         and scope["revoked_at"] is None
         and scope["expires_at"] > books.now()
         and scope["used"] < scope["max_uses"]
+        and calls_alike(_asked_for_by(books, scope), described_by(c["decision"]))
     ]
     return min(covering, key=lambda scope: (scope["expires_at"], scope["id"]), default=None)
+
+
+def _asked_for_by(books: Books, scope: Row) -> Any:
+    ticket = books.approval_tickets.get(scope["tenant_id"], scope["ticket_id"])
+    return _asked_for(books, ticket) if ticket is not None else None
 
 
 def open_ticket(books: Books, c: Mapping[str, Any]) -> dict[str, Any]:

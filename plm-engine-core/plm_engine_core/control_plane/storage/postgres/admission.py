@@ -13,7 +13,6 @@ from plm_shared.ledger import uuid_text
 
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.errors import StorageUnavailable
-from plm_engine_core.control_plane.events.event import run_stream
 from plm_engine_core.control_plane.limits import Assumed, Bucket, Dimension, Prepared, RateReading, Subjects
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
 from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection, SettleCommand
@@ -27,11 +26,6 @@ _NOT_AS_ASSUMED = "PLA01"
 _DECIDED_ON = (
     "SELECT decision #> '{facts,capability}' AS capability FROM run_steps "
     "WHERE tenant_id = %s AND run_id = %s AND step_index = %s AND attempt = %s"
-)
-_ASKED_FOR = (
-    "SELECT payload::jsonb #> '{decision,facts,capability}' AS capability FROM events "
-    "WHERE tenant_id = %s AND stream = %s AND kind = 'approval_requested' "
-    "AND payload::jsonb #>> '{answer,ticket_id}' = %s ORDER BY seq LIMIT 1"
 )
 
 
@@ -75,10 +69,6 @@ class PostgresAdmission:
     ) -> Any:
         """The capability as the recorded decision of an attempt describes it."""
         return await self._described(_DECIDED_ON, [tenant_id, run_id, step_index, attempt], connection)
-
-    async def asked_for(self, tenant_id: UUID, run_id: UUID, ticket_id: UUID) -> Any:
-        """The capability as the decision that opened a ticket describes it: by its event, which nothing changes."""
-        return await self._described(_ASKED_FOR, [tenant_id, run_stream(run_id), str(ticket_id)])
 
     async def _described(self, query: str, parameters: list[Any], connection: Connection | None = None) -> Any:
         if connection is not None:
