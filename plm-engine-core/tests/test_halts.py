@@ -11,6 +11,7 @@ import psycopg
 import pytest
 from plm_engine_core.control_plane import ControlPlane, Granted
 from plm_engine_core.control_plane.errors import Conflict, FencingLost, Forbidden, InvalidRequest, NotFound
+from plm_engine_core.control_plane.events import run_stream
 from plm_engine_core.control_plane.events.signals import NoSignals
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.recovery import Recovery
@@ -213,6 +214,16 @@ class TestWhatItEnds:
         assert await bench.storage.halts.unfinished(9) == []
 
 
+STREAM_DAMAGE = {
+    "its head is that of an earlier event": ["UPDATE event_streams SET last_seq = 0 WHERE stream = 'tenant'"],
+    "its head has no next": ["UPDATE event_streams SET last_seq = 9223372036854775807 WHERE stream = 'tenant'"],
+    "it takes no event": [
+        "CREATE FUNCTION damage() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RAISE 'damaged'; END $$",
+        "CREATE TRIGGER a BEFORE INSERT ON events FOR EACH ROW WHEN (NEW.stream = 'tenant') EXECUTE FUNCTION damage()",
+    ],
+}
+
+
 @pytest.mark.postgres_only
 class TestDamage:
     """A halt stands whatever state other rows are in."""
@@ -233,13 +244,29 @@ class TestDamage:
         for grant, lease in zip(grants, leases, strict=True):
             assert (await bench.begin(grant, lease)).reason is Reason.HALTED
 
-    async def test_a_damaged_stream_of_the_tenant_does_not_keep_it_from_standing(self, bench, caplog):
+    @pytest.mark.parametrize("damage", STREAM_DAMAGE)
+    async def test_a_damaged_stream_of_the_tenant_does_not_keep_it_from_standing(self, bench, caplog, damage):
         await lift(bench, await bench.halt(HaltScope.TENANT))
-        bench.sql("UPDATE event_streams SET last_seq = 0 WHERE stream = 'tenant'")
+        for statement in STREAM_DAMAGE[damage]:
+            bench.sql(statement)
         lease = await bench.lease()
         await bench.halt(HaltScope.TENANT)
         assert "its event is missing" in caplog.text
         assert (await bench.control_plane.admit(bench.proposal(lease))).reason is Reason.HALTED
+
+    async def test_a_damaged_run_does_not_keep_a_halt_from_being_lifted(self, bench, caplog):
+        halt = await bench.halt(HaltScope.TENANT)
+        runs = [(await park(bench))[0] for _ in range(3)]
+        damage = "UPDATE event_streams SET last_seq = last_seq {} WHERE stream = %s"
+        bench.sql(damage.format("- 1"), run_stream(runs[1].id))
+        assert (await lift(bench, halt)).lifted_at is not None
+        assert [await bench.state(run) for run in runs] == [RunState.QUEUED, RunState.HALTED, RunState.QUEUED]
+        assert [bench.deliveries(run) for run in runs] == [2, 1, 2]
+        assert "a run could not be queued when its halt was lifted" in caplog.text
+        assert await Recovery(bench.storage).sweep() == 0
+        bench.sql(damage.format("+ 1"), run_stream(runs[1].id))
+        assert await Recovery(bench.storage).sweep() == 1
+        assert await bench.state(runs[1]) is RunState.QUEUED
 
 
 async def test_a_halt_names_something_that_exists(bench):

@@ -234,6 +234,8 @@ class KillSwitch:
     async def lift(self, tenant_id: UUID, halt_id: UUID, *, by: Principal) -> Halt:
         """Lift a halt; the runs it parked are queued again in the same commit. Lifting twice answers the same.
 
+        A run whose record is damaged is left to recovery, so that the others go on.
+
         Raises:
             Forbidden: as for `trigger`.
             NotFound: no such halt.

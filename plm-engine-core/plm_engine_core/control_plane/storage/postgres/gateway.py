@@ -86,6 +86,11 @@ def _translate(error: psycopg.Error) -> ControlPlaneError | None:
             return None
 
 
+def is_damage(error: psycopg.Error) -> bool:
+    """Whether a stored row is what is wrong: not the connection, a wait for somebody, or the server."""
+    return not isinstance(error, psycopg.OperationalError | psycopg.InterfaceError)
+
+
 @contextmanager
 def translated(longest: float | None = None) -> Iterator[None]:
     """Raise the control plane's errors in place of the driver's; what has none is a defect and passes.

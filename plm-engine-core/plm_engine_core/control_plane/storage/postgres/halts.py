@@ -14,7 +14,7 @@ from plm_engine_core.control_plane.events.event import TENANT_STREAM, run_stream
 from plm_engine_core.control_plane.halts import Halt, HaltDrill
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.storage.ports import Delivery
-from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session
+from plm_engine_core.control_plane.storage.postgres.gateway import Gateway, Session, is_damage
 from plm_engine_core.control_plane.storage.rows import halt_row
 from plm_engine_core.control_plane.vocabulary import TERMINAL_RUN_STATES, EventKind, HaltScope, RunState
 
@@ -41,6 +41,8 @@ _LIST = (
     _HALTS + " WHERE (%(at)s::timestamptz IS NULL OR (h.triggered_at, h.id) < (%(at)s, %(halt)s::uuid)) "
     "AND (NOT %(standing)s OR h.lifted_at IS NULL) ORDER BY h.triggered_at DESC, h.id DESC LIMIT %(limit)s"
 )
+
+_PARKED = "SELECT run_id FROM run_states WHERE tenant_id = %(tenant)s AND state = 'halted'"
 
 _KNOWN = {
     HaltScope.RUN: "SELECT FROM run_states WHERE tenant_id = %(tenant)s AND run_id = %(scope_id)s LIMIT 1",
@@ -212,11 +214,34 @@ class PostgresHalts:
             return lifted
 
     async def _queue_parked(self, connection: Session, tenant_id: UUID, halt: Halt, actor: str) -> None:
+        """Queue what no halt stands over any more; a damaged run is left to recovery, and keeps no other back."""
+        try:
+            async with connection.transaction():
+                await self._queue(connection, tenant_id, halt, actor)
+        except psycopg.Error as error:
+            if not is_damage(error):
+                raise
+        else:
+            return
+        cursor = await connection.execute(_PARKED, {"tenant": tenant_id})
+        for each in await cursor.fetchall():
+            try:
+                async with connection.transaction():
+                    await self._queue(connection, tenant_id, halt, actor, run_id=each["run_id"])
+            except psycopg.Error as error:
+                if not is_damage(error):
+                    raise
+                logger.exception("a run could not be queued when its halt was lifted", extra={"run_id": each["run_id"]})
+
+    async def _queue(
+        self, connection: Session, tenant_id: UUID, halt: Halt, actor: str, *, run_id: UUID | None = None
+    ) -> None:
+        """Of all parked runs of the tenant, or of one, those that no halt stands over any more."""
         parked = await connection.execute(
             "UPDATE run_states SET state = 'queued', reason = NULL, message = NULL, updated_at = clock_timestamp() "
-            "WHERE tenant_id = %(tenant)s AND state = 'halted' "
+            "WHERE tenant_id = %(tenant)s AND state = 'halted' AND (%(run)s::uuid IS NULL OR run_id = %(run)s) "
             "AND engine_run_halt_v2(%(tenant)s, run_id, false) IS NULL RETURNING run_id",
-            {"tenant": tenant_id},
+            {"tenant": tenant_id, "run": run_id},
         )
         for each in await parked.fetchall():
             await self._delivery.enqueue(connection, tenant_id, each["run_id"])
@@ -230,12 +255,12 @@ class PostgresHalts:
             )
 
     async def _record(self, connection: Session, tenant_id: UUID, kind: EventKind, actor: str, halt: Halt) -> None:
-        """The halt's event; a stream that is damaged must not keep a halt from standing."""
+        """The halt's event; a stream that is damaged, in whatever way, must not keep a halt from standing."""
         try:
             async with connection.transaction():
                 await self._gateway.append(connection, tenant_id, TENANT_STREAM, kind, actor, halt.to_json())
-        except psycopg.errors.IntegrityError:
-            if kind is not EventKind.HALT_TRIGGERED:
+        except psycopg.Error as error:
+            if kind is not EventKind.HALT_TRIGGERED or not is_damage(error):
                 raise
             logger.exception("the stream of the tenant is damaged; the halt stands, its event is missing")
 
