@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry
 from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy
 from plm_engine_core.control_plane.policy.lint import require_known_names
 from plm_engine_core.control_plane.registry import CapabilityRegistry, load_capabilities
@@ -25,9 +26,11 @@ def read_files(settings: Settings) -> OperatorFiles:
     """Read capabilities, policy and plans.
 
     Raises:
-        InvalidRequest: naming the file that cannot be used, and what in it is wrong or names no registered capability.
+        InvalidRequest: naming the file that cannot be used, and what in it is wrong or names no registered capability
+            and no installed kind of evaluator.
     """
     registry = load_capabilities(settings.capabilities)
     policy = load_policy(settings.policy)
     require_known_names(policy, registry, source=str(settings.policy))
+    EvaluatorRegistry.installed().build(policy, file=settings.policy)
     return OperatorFiles(registry=registry, policy=policy, agents=load_catalog(settings.agents, registry))

@@ -248,7 +248,8 @@ def test_an_answer_of_an_evaluator_that_is_not_declared_is_refused_and_not_left_
     assert "it declares none" in files.run("explain", none, proposal).stderr
     given["evaluations"] = {"short": "allowed"}
     known = files.write("cases", {"cases": [{"name": "one", "given": given, "expect": {"outcome": "allow"}}]})
-    assert files.run("diff", none, policy, "--cases", known).exit_code == 0, "one of the two declares it"
+    told = json.loads(files.run("diff", none, policy, "--cases", known, "--json").stdout)
+    assert told["changed"] == [], "one of the two declares it"
 
 
 def test_diff_names_the_capabilities_and_cases_that_are_decided_differently(files):
@@ -265,6 +266,58 @@ def test_diff_names_the_capabilities_and_cases_that_are_decided_differently(file
         "capability thing.write": ("ask", "deny"),
         "case a big one asks": ("allow", "ask"),
     }
+
+
+ONE, TWO = {"id": "one", "then": "ask"}, {"id": "two", "then": "deny", "capabilities": ["thing.write"]}
+SHORT: dict[str, Any] = {"name": "short", "kind": "list", "config": {"blocklist": ["a"]}}
+TENANT = {"EUR": "1", "calls": "1"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "at", "values"),
+    [
+        ({}, {"approval": {"quorum": 3}}, "approval.quorum", [1, 3]),
+        ({}, {"budgets": {"run": TENANT, "tenant": {**TENANT, "EUR": "9"}}}, "budgets.tenant.EUR", ["1", "9"]),
+        ({}, {"rate_limit": {"per_second": 900}}, "rate_limit.per_second", [30, 900]),
+        ({}, {"units": ["mails"]}, "units", [[], ["mails"]]),
+        ({"rules": [TWO]}, {"rules": [{**TWO, "then": "ask"}]}, "rules.two.then", ["deny", "ask"]),
+        ({"rules": [ONE, TWO]}, {"rules": [TWO, ONE]}, "rules, in their order", [["one", "two"], ["two", "one"]]),
+        (
+            {"evaluators": [SHORT]},
+            {"evaluators": [{**SHORT, "config": {"blocklist": ["a", "b"]}}]},
+            "evaluators.short.config.blocklist",
+            [["a"], ["a", "b"]],
+        ),
+    ],
+    ids=["quorum", "budget", "rate", "unit", "rule", "order", "evaluator"],
+)
+def test_diff_names_every_entry_that_differs_whatever_decisions_show(files, old, new, at, values):
+    arguments = ["diff", files.policy("old", **old), files.policy("new", **new)]
+    result = files.run(*arguments, "--json")
+    assert result.exit_code == 1
+    assert [[each["old"], each["new"]] for each in json.loads(result.stdout)["entries"] if each["at"] == at] == [values]
+    assert f"  {at}: " in files.run(*arguments).stdout
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "place"),
+    [
+        ("{name: b, kind: nope}", ":2:3: evaluators.b: no evaluator of kind nope"),
+        ("{name: b, kind: list}", ":2:3: evaluators.b.config: give an allowlist"),
+        ("{name: b, kind: regex, config: {patterns: [x, '(y']}}", ":2:26: evaluators.b.config"),
+        ("{name: b, kind: regex, config: {patterns: [x], field: thing}}", ":2:50: evaluators.b.config.field"),
+        ("{name: b, kind: json_schema, config: {schema: {type: strng}}}", ":2:32: evaluators.b.config"),
+    ],
+    ids=["kind", "list", "pattern", "field", "schema"],
+)
+def test_an_evaluator_that_cannot_work_is_named_with_its_line_and_column(files, evaluator, place):
+    good = "{name: a.1, kind: list, config: {blocklist: [x]}}"
+    rest = yaml.safe_dump({**POLICY, "rules": []})
+    path = files.folder / "policy.yaml"
+    path.write_text(f"evaluators: [{good},\n  {evaluator}]\n{rest}", encoding="utf-8")
+    result = files.run("lint", str(path))
+    assert result.exit_code == 1
+    assert f"{path}{place}" in result.stderr
 
 
 # --- schema ----------------------------------------------------------------------------------------------------------

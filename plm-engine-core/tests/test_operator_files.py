@@ -105,7 +105,7 @@ def test_a_policy_that_stands_in_no_file_is_refused_by_its_entry_and_names_no_pl
     content = load_policy(write(tmp_path, POLICY)).content
     for changes, message in (
         ({"tiers": 5}, "policy: tiers: must be a mapping of entries (given: 5)"),
-        ({"tiers": {"bom.read": "steer"}}, "policy: guidance is missing for the steered capabilities bom.read"),
+        ({"tiers": {"a.b": "steer"}}, "policy: tiers.a.b: guidance is missing for the steered capabilities a.b"),
     ):
         with pytest.raises(InvalidRequest) as refused:
             read_policy(json.dumps({**json.loads(content), **changes}), source="policy")
@@ -134,6 +134,9 @@ rules:
 """
 
 
+UNDECLARED = "rules:\n  - id: a\n    when: {type: evaluator, evaluator_name: ghost}\n    then: deny\n"
+
+
 @pytest.mark.parametrize(
     ("text", "place"),
     [
@@ -142,6 +145,16 @@ rules:
         (POLICY.replace("version:", "extra: 1\nversion:"), ":2:1: extra"),
         (POLICY.replace("EUR: 1, calls: 1}, tenant", "calls: 1}, tenant"), ":5:11: budgets.run"),
         (POLICY + "tiers: {blocked: [a.b], unrestricted: [a.b]}\n", ":6:1: tiers: a.b is both"),
+        (POLICY + "tiers: {blocked: [a.c], steer: [a.b]}\n", ":6:1: tiers.a.b: guidance is missing"),
+        (POLICY + "tiers: {a.c: blocked, a.b: steer}\n", ":6:23: tiers.a.b: guidance is missing"),
+        (POLICY.replace("plan-write: auto_approve", "plan-write: steer"), ":3:36: tier_by_mode.plan-write: "),
+        (POLICY.replace("read: low, ", ""), ":4:1: risk_by_mode: risk_by_mode has no entry for read"),
+        (POLICY + "rules:\n- {id: a, then: deny}\n- {id: a, then: ask}\n", ":8:3: rules.1: rules has a twice"),
+        (POLICY + "evaluators:\n- {name: a, kind: k}\n- {name: a, kind: k}\n", ":8:3: evaluators.1: "),
+        (POLICY + "units: [rows, EUR]\n", ":6:15: units.1: units has EUR twice"),
+        (POLICY + "limits:\n- {scope: user, per: day, unit: mails, limit: 1}\n", ":7:27: limits.0.unit: "),
+        (POLICY.replace("calls: 1}, tenant", "calls: 1, mails: 1}, tenant"), ":5:35: budgets.run.mails: "),
+        (POLICY + UNDECLARED, ":8:5: rules.0.when: rules.a.when asks the evaluator ghost"),
     ],
 )
 def test_an_error_is_named_with_its_line_and_column(tmp_path, text, place):

@@ -20,7 +20,7 @@ from plm_engine_core.cli.storage import Books, refused, with_books
 from plm_engine_core.control_plane.admission.admit import decided
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, Examined, ParallelPolicyEvaluator
 from plm_engine_core.control_plane.amounts import plain
-from plm_engine_core.control_plane.documents import load_document
+from plm_engine_core.control_plane.documents import differences, load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import Decision, EvaluatorSpec, PolicySnapshot, load_policy
 from plm_engine_core.control_plane.policy.gates import decision_of, first_refusal
@@ -51,10 +51,10 @@ def _refusals(*, as_json: bool) -> Iterator[None]:
 class Bench:
     """A policy with the capabilities and evaluators to ask it about a trial."""
 
-    def __init__(self, policy: PolicySnapshot, registry: CapabilityRegistry) -> None:
-        self.policy = policy
+    def __init__(self, file: Path, registry: CapabilityRegistry) -> None:
+        self.policy: PolicySnapshot = load_policy(file)
         self.registry = registry
-        self._evaluators: ParallelPolicyEvaluator = EvaluatorRegistry.installed().build(policy)
+        self._evaluators: ParallelPolicyEvaluator = EvaluatorRegistry.installed().build(self.policy, file=file)
 
     def decide(self, trial: Trial) -> Decision:
         """What the policy decides; its evaluators are asked unless the trial says what they answer."""
@@ -101,7 +101,7 @@ def lint_command(
     Status 0: nothing, or only warnings; 1: errors, or the policy cannot be read; 2: wrong arguments.
     """
     with _refusals(as_json=as_json):
-        bench = Bench(load_policy(policy), load_capabilities(capabilities))
+        bench = Bench(policy, load_capabilities(capabilities))
     remarks = lint(bench.policy, bench.registry)
     bad = [each for each in remarks if strict or each.severity is Severity.ERROR]
     answer = {"digest": bench.policy.digest, "remarks": [vars(each) for each in remarks]}
@@ -125,7 +125,7 @@ def explain(
     Status 0: it was decided, whatever the verdict; 1: a file cannot be read; 2: wrong arguments.
     """
     with _refusals(as_json=as_json):
-        bench = Bench(load_policy(policy), load_capabilities(capabilities))
+        bench = Bench(policy, load_capabilities(capabilities))
         trial = load_document(proposal, Trial, "proposal")
         _require_asked(str(proposal), trial, bench)
         decision = bench.decide(trial)
@@ -157,7 +157,7 @@ def compare(
     Status 0: all as expected; 1: not, or a file cannot be read; 2: wrong arguments.
     """
     with _refusals(as_json=as_json):
-        bench = Bench(load_policy(policy), load_capabilities(capabilities))
+        bench = Bench(policy, load_capabilities(capabilities))
         read = load_document(cases, CaseFile, "case file").cases
         for case in read:
             _require_asked(f"{cases}: case {case.name!r}", case.given, bench)
@@ -197,13 +197,14 @@ def diff(
 ) -> None:
     """Say which capabilities, proposed without arguments, and which cases two policies decide differently.
 
-    And which evaluators of the phases input and output differ.
+    And every entry that is not the same in both, as no decision shows a quorum, a budget, a rate or what depends on
+    arguments. Their version alone is no difference.
 
-    Status 0: none; 1: some, or a file cannot be read; 2: wrong arguments.
+    Status 0: no difference; 1: some, or a file cannot be read; 2: wrong arguments.
     """
     with _refusals(as_json=as_json):
         registry = load_capabilities(capabilities)
-        before, after = Bench(load_policy(old), registry), Bench(load_policy(new), registry)
+        before, after = Bench(old, registry), Bench(new, registry)
         trials = {f"capability {each.id}": Trial(capability=each.id) for each in registry}
         if cases is not None:
             read = load_document(cases, CaseFile, "case file").cases
@@ -213,6 +214,8 @@ def diff(
         pairs = {name: (before.decide(trial), after.decide(trial)) for name, trial in trials.items()}
     changed = {name: pair for name, pair in pairs.items() if _treated(pair[0]) != _treated(pair[1])}
     asked = _asked_otherwise(before.policy, after.policy)
+    old_entries, new_entries = (each.policy.model_dump(mode="json", exclude={"version"}) for each in (before, after))
+    entries = tuple(differences(old_entries, new_entries))
     answer = {
         "old": before.policy.digest,
         "new": after.policy.digest,
@@ -220,11 +223,13 @@ def diff(
             *({"what": name, "old": _brief(one), "new": _brief(two)} for name, (one, two) in changed.items()),
             *({"what": f"evaluator {name}", "old": one, "new": two} for name, (one, two) in asked.items()),
         ],
+        "entries": [{"at": at, "old": one, "new": two} for at, one, two in entries],
     }
     lines = [f"{name}: {_line(one)} -> {_line(two)}" for name, (one, two) in changed.items()]
     lines += [f"evaluator {name}: {_asked(one)} -> {_asked(two)}" for name, (one, two) in asked.items()]
+    lines += [f"  {at}: {_entry(one)} -> {_entry(two)}" for at, one, two in entries]
     show(answer, "\n".join(lines) or "no difference", as_json=as_json)
-    if changed or asked:
+    if changed or asked or entries:
         raise typer.Exit(int(ExitCode.FAILED))
 
 
@@ -250,6 +255,10 @@ def _asked(brief: dict[str, Any]) -> str:
         return "not there"
     config = json.dumps(brief["config"], ensure_ascii=False, sort_keys=True)
     return f"{brief['phase']} of {', '.join(brief['capabilities'])} ({brief['kind']} {config:.200})"
+
+
+def _entry(value: Any) -> str:
+    return "nothing" if value is None else f"{json.dumps(value, ensure_ascii=False):.200}"
 
 
 def _treated(decision: Decision) -> tuple[Any, ...]:

@@ -133,9 +133,12 @@ def _act(
     previous: str | None = None,
     as_json: bool,
 ) -> Activation:
+    evaluators = EvaluatorRegistry.installed()
     try:
         policy = load_policy(file) if file is not None else None
         registry = load_capabilities(capabilities)
+        if file is not None and policy is not None:
+            evaluators.build(policy, file=file)  # which says where it stands, where one of them is wrong
     except InvalidRequest as error:
         refused(error, as_json=as_json)
 
@@ -143,7 +146,7 @@ def _act(
         policies = books.storage.policies
         # A shadow decides nothing, so the newest word counts.
         replaced = (await policies.standing()).digests[1] if role is PolicyRole.SHADOW else previous
-        desk = PolicyDesk(policies, registry=registry, evaluators=EvaluatorRegistry.installed())
+        desk = PolicyDesk(policies, registry=registry, evaluators=evaluators)
         return await desk.activate(
             caller.tenant_id, policy, role=role, previous=replaced, reason=reason, by=caller.principal
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -102,6 +102,35 @@ def place_in(path: Path, location: Sequence[int | str]) -> str:
         return f"{path}{_place(path.read_text(encoding='utf-8'), location)}"
     except (OSError, UnicodeDecodeError):
         return str(path)
+
+
+def differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two documents of JSON values differ: the place, and what stands there in each, None for nothing.
+
+    Entries of a list that have an `id` or a `name` are told apart by it, and so is their order as a whole; of any other
+    list that differs, the whole is told.
+    """
+    one, two = (_by_name(each) for each in (old, new))
+    if one is None or two is None:
+        if old != new:
+            yield at, old, new
+        return
+    for key in [*one, *(key for key in two if key not in one)]:
+        yield from differences(one.get(key), two.get(key), f"{at}.{key}" if at else key)
+    if not isinstance(old, Mapping):
+        names = [[key for key in each if key in one and key in two] for each in (one, two)]
+        if names[0] != names[1]:
+            yield f"{at}, in their order", names[0], names[1]
+
+
+def _by_name(value: Any) -> Mapping[str, Any] | None:
+    """A mapping, or a list of mappings that all have a name of their own, by key; None for anything else."""
+    if isinstance(value, Mapping):
+        return value
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) for each in value):
+        return None
+    names = [each.get("id", each.get("name")) for each in value]
+    return dict(zip(names, value, strict=True)) if all(names) and len(set(names)) == len(names) else None
 
 
 def _place(text: str, location: Sequence[int | str]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from functools import cached_property
@@ -171,12 +170,15 @@ class PolicySnapshot(_Frozen):
         for name, table in (("tier_by_mode", self.tier_by_mode), ("risk_by_mode", self.risk_by_mode)):
             missing = [mode.value for mode in CapabilityMode if mode not in table]
             if missing:
-                raise ValueError(f"{name} has no entry for {', '.join(missing)}")
-        if ActionTier.STEER in self.tier_by_mode.values():
-            raise ValueError("tier_by_mode cannot steer: guidance is given per capability, so steer it under tiers")
+                raise _at((name,), f"{name} has no entry for {', '.join(missing)}")
+        steering = [mode.value for mode, tier in self.tier_by_mode.items() if tier is ActionTier.STEER]
+        if steering:
+            words = "tier_by_mode cannot steer: guidance is given per capability, so steer it under tiers"
+            raise _at(("tier_by_mode", steering[0]), words)
         unguided = [key for key, tier in self.tiers.items() if tier is ActionTier.STEER and key not in self.guidance]
         if unguided:
-            raise ValueError(f"guidance is missing for the steered capabilities {', '.join(sorted(unguided))}")
+            words = f"guidance is missing for the steered capabilities {', '.join(sorted(unguided))}"
+            raise _at(("tiers", unguided[0]), words)
         return self
 
     @model_validator(mode="after")
@@ -187,7 +189,8 @@ class PolicySnapshot(_Frozen):
         for place, tree in self.conditions().items():
             for name in sorted(evaluators_in(tree)):
                 if name not in phases:
-                    raise ValueError(f"{place} asks the evaluator {name}, which evaluators does not declare")
+                    words = f"{place} asks the evaluator {name}, which evaluators does not declare"
+                    raise _at(self._location(place), words)
                 if phases[name] is not EvaluationPhase.CALL:
                     words = (
                         f"{place} asks the evaluator {name}, which is for the phase {phases[name]}; conditions are "
@@ -206,18 +209,18 @@ class PolicySnapshot(_Frozen):
     @model_validator(mode="after")
     def _counted_in_known_units(self) -> Self:
         known = {*BudgetUnit, TOKENS, *self.units}
-        _once("units", (*BudgetUnit, TOKENS, *self.units))
+        _once("units", (*BudgetUnit, TOKENS, *self.units), before=len(BudgetUnit) + 1)
         _once("limits", (_shown(each) for each in self.limits))
         _once("time_zones", (".".join(each.key) for each in self.time_zones))
-        _once("teams", (str(user) for members in self.teams.values() for user in members))
-        used = {
-            **{f"budgets.run.{unit}": unit for unit in self.budgets.run},
-            **{f"budgets.tenant.{unit}": unit for unit in self.budgets.tenant},
-            **{_shown(each): each.unit for each in self.limits},
-        }
-        for place, unit in used.items():
+        _once("teams", (str(user) for members in self.teams.values() for user in members), before=None)
+        used: list[tuple[tuple[int | str, ...], str, str]] = [
+            *((("budgets", "run", unit), f"budgets.run.{unit}", unit) for unit in self.budgets.run),
+            *((("budgets", "tenant", unit), f"budgets.tenant.{unit}", unit) for unit in self.budgets.tenant),
+            *((("limits", index, "unit"), _shown(each), each.unit) for index, each in enumerate(self.limits)),
+        ]
+        for location, place, unit in used:
             if unit not in known:
-                raise ValueError(f"{place} counts {unit}, which units does not register")
+                raise _at(location, f"{place} counts {unit}, which units does not register")
         return self
 
     def conditions(self) -> dict[str, Condition]:
@@ -299,10 +302,17 @@ def _shown(limit: Limit) -> str:
     return ".".join(["limits", limit.scope, *([limit.subject] if limit.subject else []), limit.per, limit.unit])
 
 
-def _once(member: str, names: Iterable[str]) -> None:
-    doubled = [name for name, count in Counter(names).items() if count > 1]
-    if doubled:
-        raise ValueError(f"{member} has {doubled[0]} twice; names are what records refer to")
+def _once(member: str, names: Iterable[str], *, before: int | None = 0) -> None:
+    """Refuse a name that comes again, at its entry in `member`, before whose own names `before` others come.
+
+    None where the names are no entries of it.
+    """
+    seen: set[str] = set()
+    for index, name in enumerate(names):
+        if name in seen:
+            location = (member,) if before is None else (member, index - before)
+            raise _at(location, f"{member} has {name} twice; names are what records refer to")
+        seen.add(name)
 
 
 def load_policy(path: Path) -> PolicySnapshot:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -15,7 +16,7 @@ from plm_engine_core.control_plane.admission.evaluators.lists import ListEvaluat
 from plm_engine_core.control_plane.admission.evaluators.parallel import Configured, ParallelPolicyEvaluator
 from plm_engine_core.control_plane.admission.evaluators.regex import RegexEvaluator
 from plm_engine_core.control_plane.admission.evaluators.values import PHASE
-from plm_engine_core.control_plane.documents import problem_of
+from plm_engine_core.control_plane.documents import place_in, problem_of
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import EvaluatorSpec, PolicySnapshot
 from plm_engine_core.control_plane.vocabulary import EvaluationPhase
@@ -60,14 +61,24 @@ class EvaluatorRegistry:
         """The kinds by name."""
         return tuple(sorted(self._kinds))
 
-    def build(self, policy: PolicySnapshot) -> ParallelPolicyEvaluator:
-        """The evaluators that a policy declares, configured.
+    def build(self, policy: PolicySnapshot, *, file: Path | None = None) -> ParallelPolicyEvaluator:
+        """The evaluators that a policy declares, configured. `file` is where the policy stands, where it does in one.
 
         Raises:
             InvalidRequest: a kind is unknown or cannot be asked in the phase, or a configuration is wrong; names the
-                evaluator.
+                evaluator, and its line and column in the file.
         """
-        return ParallelPolicyEvaluator([self._configured(spec) for spec in policy.evaluators])
+        configured: list[Configured] = []
+        for index, spec in enumerate(policy.evaluators):
+            try:
+                configured.append(self._configured(spec))
+            except InvalidRequest as error:
+                if file is None:
+                    raise
+                within = error.field.removeprefix(f"evaluators.{spec.name}").strip(".").split(".")
+                location = ("evaluators", index, *(int(part) if part.isdecimal() else part for part in within))
+                raise InvalidRequest(f"{place_in(file, location)}: {error}", field=error.field) from error
+        return ParallelPolicyEvaluator(configured)
 
     def _configured(self, spec: EvaluatorSpec) -> Configured:
         place = f"evaluators.{spec.name}"
