@@ -136,7 +136,7 @@ async def test_a_queued_run_over_which_a_halt_stands_waits_for_no_run_worker(ben
     answer = await asked(bench, run.id)
     assert (answer.state, answer.reason) == ("queued", "halted")
     assert answer.message == f"a {scope} halt stands: look first"
-    assert answer.unblocked_by == UNBLOCKED_BY[Reason.HALTED]
+    assert answer.unblocked_by == f"lifting the halt {halt.id}, or cancelling the run"
     assert ((await asked(bench, other.id)).reason == "halted") is (scope not in ("run", "run_group"))
     await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
     assert "run worker" in (await asked(bench, run.id)).unblocked_by
@@ -154,6 +154,47 @@ async def test_a_halt_is_where_it_stopped_and_lifting_it_the_way_on(bench: Any) 
     assert (answer.kind, answer.state, answer.reason) == ("run", "halted", "halted")
     assert "lifting the halt" in answer.unblocked_by
     assert (answer.because.stage, answer.because.reason) == ("halt", "halted")
+
+
+async def test_each_halt_that_stands_over_a_parked_run_now_is_named_from_wide_to_narrow(bench: Any) -> None:
+    lease = await bench.lease()
+    narrow = await bench.halt(HaltScope.CAPABILITY, subject="thing.read", reason="look first")
+    await bench.control_plane.admit(bench.proposal(lease))
+    await bench.control_plane.finish(
+        lease.run, fencing_token=lease.fencing_token, state=RunState.HALTED, actor="worker:w", reason="halted",
+        message="a capability halt stands: look first",
+    )  # fmt: skip
+    wide = await bench.halt(HaltScope.TENANT, reason="and think")
+    await bench.halt(HaltScope.CAPABILITY, subject="thing.fire")
+    answer = await asked(bench, lease.run.id)
+    assert answer.message == "a tenant halt stands: and think; a capability halt stands: look first"
+    assert answer.unblocked_by == f"lifting the halt {wide.id} and the halt {narrow.id}, or cancelling the run"
+    await bench.control_plane.lift(bench.tenant, narrow.id, by=bench.approver)
+    answer = await asked(bench, lease.run.id)
+    assert (answer.state, answer.message) == ("halted", "a tenant halt stands: and think")
+    assert str(narrow.id) not in answer.unblocked_by
+
+
+async def test_a_run_that_waits_for_an_approval_under_a_halt_is_told_of_both(bench: Any) -> None:
+    lease, _ = await bench.ask()
+    halt = await bench.halt(HaltScope.CAPABILITY, subject="thing.write")
+    answer = await asked(bench, lease.run.id)
+    assert (answer.state, answer.reason) == ("awaiting_approval", "approval_required")
+    assert "approval by a person" in answer.unblocked_by
+    assert answer.unblocked_by.endswith(f", and lifting the halt {halt.id}")
+
+
+async def test_a_run_whose_halt_was_lifted_elsewhere_waits_for_recovery(bench: Any) -> None:
+    halt = await bench.halt(HaltScope.SYSTEM)
+    neighbour = bench.other()
+    run = await neighbour.run()
+    assert await neighbour.storage.runs.take(neighbour.tenant, run.id, owner="w", seconds=60) is None
+    assert str(halt.id) in (await asked(neighbour, run.id)).unblocked_by
+    await bench.control_plane.lift(bench.tenant, halt.id, by=bench.approver)
+    answer = await asked(neighbour, run.id)
+    assert (answer.state, "recovery" in answer.unblocked_by) == ("halted", True)
+    assert await Recovery(bench.storage).sweep() == 1
+    assert "run worker" in (await asked(neighbour, run.id)).unblocked_by
 
 
 async def test_a_ticket_is_told_through_its_life(bench: Any) -> None:

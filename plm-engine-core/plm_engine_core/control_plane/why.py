@@ -23,7 +23,7 @@ from plm_engine_core.control_plane.errors import InvalidRequest, NotFound
 from plm_engine_core.control_plane.halts import Halt
 from plm_engine_core.control_plane.hitl import ApprovalTicket
 from plm_engine_core.control_plane.limits.budgets import Budget, BudgetKey
-from plm_engine_core.control_plane.runs.run import Run, Step
+from plm_engine_core.control_plane.runs.run import Run, Step, still_wants
 from plm_engine_core.control_plane.storage.ports import Storage
 from plm_engine_core.control_plane.vocabulary import (
     PROVIDE_INPUT,
@@ -84,6 +84,7 @@ UNBLOCKED_BY: Mapping[str, str] = {
 _BY_RUN_STATE: Mapping[RunState, str] = {
     RunState.QUEUED: "a run worker that takes it: is one running, with the plugins it needs?",
     RunState.RUNNING: "nothing: a run worker moves it forward",
+    RunState.HALTED: "time: its halt was lifted, and recovery queues it again",
     RunState.OUTCOME_UNKNOWN: "finding out whether the effect took place, then plm-cli run reconcile",
 }
 _BY_EXTERNAL_RUN_STATE: Mapping[RunState, str] = {
@@ -101,6 +102,7 @@ _BY_ASK_STATE: Mapping[TicketState, str] = {
     TicketState.DENIED: UNBLOCKED_BY[Reason.INPUT_DENIED],
     TicketState.EXPIRED: UNBLOCKED_BY[Reason.INPUT_EXPIRED],
 }
+_WAITING = (RunState.QUEUED, RunState.HALTED, RunState.AWAITING_APPROVAL)
 _LONGEST_SHOWN = 200
 
 _BOOKED_AT: Mapping[str, str] = {
@@ -235,17 +237,19 @@ async def _of_run_or_ticket(storage: Storage, tenant_id: UUID, identifier: UUID)
             raise NotFound("run or ticket", identifier) from None
     steps = await storage.runs.steps(tenant_id, identifier)
     last = await _of_step(storage, tenant_id, run.id, steps[-1]) if steps else None
-    halt = await _halt_over(storage, run) if run.state is RunState.QUEUED else None
-    return of_run(run, last, halt)
+    halts = await _halts_over(storage, run, steps[-1] if steps else None) if run.state in _WAITING else ()
+    return of_run(run, last, halts)
 
 
-async def _halt_over(storage: Storage, run: Run) -> Halt | None:
-    """What a run worker that takes the run would park it for."""
+async def _halts_over(storage: Storage, run: Run, last: Step | None) -> Sequence[Halt]:
+    """What keeps the run from going on, or will once it is its turn, from wide to narrow."""
+    wanted = last.capability if last is not None and still_wants(last.state, last.error) else None
     standing = await storage.halts.list(run.tenant_id, limit=_MOST_OF_ONE, before=None, standing=True)
-    return next((halt for halt in standing if _stands_over(halt, run)), None)
+    over = [halt for halt in standing if _stands_over(halt, run, wanted)]
+    return sorted(over, key=lambda halt: [*HaltScope].index(halt.scope))
 
 
-def _stands_over(halt: Halt, run: Run) -> bool:
+def _stands_over(halt: Halt, run: Run, wanted: str | None) -> bool:
     match halt.scope:
         case HaltScope.SYSTEM | HaltScope.TENANT:
             return True
@@ -255,7 +259,7 @@ def _stands_over(halt: Halt, run: Run) -> bool:
             return halt.scope_id == run.subjects.run_group_id
         case HaltScope.RUN:
             return halt.scope_id == run.id
-    return False  # which capability comes next is not known yet
+    return halt.subject == wanted  # which capability comes after it is not known yet
 
 
 async def _of_step(storage: Storage, tenant_id: UUID, run_id: UUID, step: Step) -> Why:
@@ -277,17 +281,18 @@ def _name_of(budget: Budget | BudgetKey) -> str:
     return "/".join((budget.scope.value, str(budget.subject or budget.scope_id), budget.unit, *window))
 
 
-def of_run(run: Run, last: Why | None, halt: Halt | None = None) -> Why:
-    """Why a run stands where it stands; `last` is about its last attempt, `halt` stands over a run that is queued."""
-    if halt is not None:
+def of_run(run: Run, last: Why | None, halts: Sequence[Halt] = ()) -> Why:
+    """Why a run stands where it stands; `last` is about its last attempt, `halts` stand over a run that waits."""
+    lifting = "lifting " + " and ".join(f"the halt {halt.id}" for halt in halts) if halts else ""
+    if halts and run.state is not RunState.AWAITING_APPROVAL:
         return Why(
             kind="run",
             id=str(run.id),
             state=run.state.value,
             reason=Reason.HALTED.value,
-            message=f"a {halt.scope.value} halt stands: {halt.reason}",
+            message="; ".join(f"a {halt.scope.value} halt stands: {halt.reason}" for halt in halts),
             policy_digest=run.policy_digest,
-            unblocked_by=UNBLOCKED_BY[Reason.HALTED],
+            unblocked_by=f"{lifting}, or cancelling the run",
             because=last,
         )
     reason = run.reason or None
@@ -298,6 +303,8 @@ def of_run(run: Run, last: Why | None, halt: Halt | None = None) -> Why:
     if blocked and not unblocked_by:
         of_last = last.unblocked_by if last is not None and last.reason == reason else ""
         unblocked_by = of_last or UNBLOCKED_BY.get(reason or "", "a new run, once what the message says is mended")
+    if lifting:
+        unblocked_by += f", and {lifting}"
     return Why(
         kind="run",
         id=str(run.id),

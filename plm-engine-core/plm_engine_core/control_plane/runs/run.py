@@ -88,6 +88,14 @@ class Run:
         return self.state in TERMINAL_RUN_STATES
 
 
+_OPEN = frozenset({"awaiting_approval", "granted", "running", "not_started", "cancelled", "superseded"})
+
+
+def still_wants(state: str, error: Mapping[str, Any] | None) -> bool:
+    """Whether a run whose newest attempt stands so wants to use its capability, as `engine_run_halt_v2` has it."""
+    return state in _OPEN or (error or {}).get("reason") == "halted"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Step:
     """One attempt of one step as it stands."""

@@ -13,6 +13,7 @@ from uuid import UUID
 from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, NotFound
 from plm_engine_core.control_plane.events.chain import link_hash
 from plm_engine_core.control_plane.events.event import microseconds
+from plm_engine_core.control_plane.runs.run import still_wants
 from plm_engine_core.control_plane.storage.memory.values import json_text, kept_json, storable_text
 from plm_engine_core.control_plane.vocabulary import PolicyRole, RunState
 
@@ -35,9 +36,6 @@ def system_clock() -> datetime:
 
 def deliver_nothing(tenant_id: UUID, run_id: UUID) -> None:
     """For who drives runs without being told."""
-
-
-_OPEN = frozenset({"awaiting_approval", "granted", "running", "not_started", "cancelled", "superseded"})
 
 
 class Table:
@@ -207,8 +205,7 @@ class Books:
         """The capability that the newest attempt of a run still wants to use."""
         steps = self.run_steps.rows((tenant_id, run_id))
         last = max(steps, key=lambda step: (step["step_index"], step["attempt"]), default=None)
-        wanted = last is not None and (last["state"] in _OPEN or (last["error"] or {}).get("reason") == "halted")
-        return last["capability"] if last is not None and wanted else None
+        return last["capability"] if last is not None and still_wants(last["state"], last["error"]) else None
 
     def queue_again(self, tenant_id: UUID, run_id: UUID, *, was: RunState) -> None:
         """Queue a parked run; the caller delivers it and records why."""
