@@ -21,7 +21,7 @@ import pytest
 from plm_backend.app import create_app
 from plm_backend.settings import Settings
 from plm_backend.wiring import Platform, open_platform
-from plm_engine_core.control_plane import Denied, Pending, Principal, Proposal, RunRequest
+from plm_engine_core.control_plane import Denied, InputRequest, Pending, Principal, Proposal, RunRequest
 from plm_engine_core.control_plane.admission.evaluators import BUILT_IN, EvaluatorRegistry
 from plm_engine_core.control_plane.errors import PolicyMissing
 from plm_engine_core.control_plane.ids import new_id
@@ -34,7 +34,7 @@ from plm_shared.testing.databases import create_tenants
 from pydantic import BaseModel
 
 TABLE = read_fault_table((Path(__file__).parents[2] / "docs" / "reasons.md").read_text(encoding="utf-8"))
-REQUESTS = ("verify", "create a run", "decide a ticket", "lift", "halt")
+REQUESTS = ("verify", "create a run", "decide a ticket", "give an input", "lift", "halt")
 SCOPES = ("plm.runs.create", "plm.halt", "plm.hitl.resolve", "probe.write")
 EXPIRIES = (("run_states", "lease_expires_at"), ("approval_tickets", "deadline"))
 UNREADABLE = json.dumps({"of": "a later release"})
@@ -50,6 +50,7 @@ class Scene:
     tenant: uuid.UUID
     run: uuid.UUID
     ticket: uuid.UUID
+    asked: uuid.UUID
     halt: str
     until: Callable[[Callable[[], Any], str], Any]
 
@@ -59,6 +60,11 @@ class Scene:
             "verify": ("GET", "/v1/events/verification", None),
             "create a run": ("POST", "/v1/runs", {"agent": "echo"}),
             "decide a ticket": ("POST", f"/v1/approvals/{self.ticket}/decision", {"decision": "approve"}),
+            "give an input": (
+                "POST",
+                f"/v1/approvals/{self.asked}/decision",
+                {"decision": "provide_input", "input": 3},
+            ),
             "lift": ("DELETE", f"/v1/halts/{self.halt}", None),
             "halt": ("POST", "/v1/halts", {"scope": "tenant", "reason": "stop"}),
         }[operation]
@@ -89,7 +95,9 @@ async def scene(
     async with open_platform(Settings(), database.app) as platform, client_of(platform, tokens.issue(tenant)) as client:
         requester = Principal(user_id=uuid.uuid4(), actor_kind="human", scopes=frozenset(SCOPES))
         run, pending = await ask(platform, tenant, requester, "probe.write")
+        asked = await question(platform, tenant, requester)
         assert isinstance(pending, Pending)
+        assert isinstance(asked, Pending)
         other = (await client.post("/v1/runs", json={"agent": "echo"})).json()["run_id"]
         stopped = await client.post("/v1/halts", json={"scope": "run", "scope_id": other, "reason": "look"})
         client.headers["Authorization"] = f"Bearer {tokens.issue(tenant, scopes=SCOPES)}"
@@ -100,6 +108,7 @@ async def scene(
             tenant=tenant,
             run=run,
             ticket=pending.ticket_id,
+            asked=asked.ticket_id,
             halt=stopped.json()["halt_id"],
             until=until,
         )
@@ -112,8 +121,8 @@ def client_of(platform: Platform, token: str) -> httpx.AsyncClient:
     )
 
 
-async def ask(platform: Platform, tenant: uuid.UUID, by: Principal, capability: str) -> tuple[uuid.UUID, Any]:
-    """A run that a run worker has taken, and what its first proposal was answered."""
+async def taken(platform: Platform, tenant: uuid.UUID, by: Principal) -> dict[str, Any]:
+    """The first step of a new run that a run worker has taken, as far as proposals and questions have it alike."""
     plane = platform.control_plane
     request = RunRequest(
         tenant_id=tenant, run_id=new_id(), agent={"name": "probe"}, input={}, trace_id=secrets.token_hex(16)
@@ -121,19 +130,28 @@ async def ask(platform: Platform, tenant: uuid.UUID, by: Principal, capability: 
     run, _ = await plane.create_run(request, principal=by)
     lease = await plane.storage.runs.take(tenant, run.id, owner="test", seconds=60)
     assert lease is not None
-    proposal = Proposal(
-        tenant_id=tenant,
-        run_id=run.id,
-        fencing_token=lease.fencing_token,
-        step_index=0,
-        attempt=1,
-        step_id="first",
-        capability=capability,
-        resource="probe",
-        arguments={},
-        principal=by,
-    )
-    return run.id, await plane.admit(proposal)
+    return {
+        "tenant_id": tenant,
+        "run_id": run.id,
+        "fencing_token": lease.fencing_token,
+        "step_index": 0,
+        "attempt": 1,
+        "step_id": "first",
+        "principal": by,
+    }
+
+
+async def ask(platform: Platform, tenant: uuid.UUID, by: Principal, capability: str) -> tuple[uuid.UUID, Any]:
+    """Such a run, and what its first proposal was answered."""
+    first = await taken(platform, tenant, by)
+    proposal = Proposal(**first, capability=capability, resource="probe", arguments={})
+    return first["run_id"], await platform.control_plane.admit(proposal)
+
+
+async def question(platform: Platform, tenant: uuid.UUID, by: Principal) -> Any:
+    """What a question of such a run to humans was answered."""
+    first = await taken(platform, tenant, by)
+    return await platform.control_plane.ask(InputRequest(**first, question="How many?"))
 
 
 @asynccontextmanager
