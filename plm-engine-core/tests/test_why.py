@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import uuid
 from dataclasses import replace
@@ -206,6 +207,8 @@ async def test_a_ticket_is_told_through_its_life(bench: Any) -> None:
     assert "approval by a person" in run.unblocked_by
     waiting = await asked(bench, pending.ticket_id)
     assert (waiting.kind, waiting.state) == ("ticket", "pending")
+    assert waiting.unblocked_by == f"{run.unblocked_by}, none of whom asked for it"
+    assert run.because.because == waiting
     await bench.decide(pending, TicketDecision.DENY, comment="not today")
     denied = await asked(bench, pending.ticket_id)
     assert denied.state == "denied"
@@ -213,6 +216,41 @@ async def test_a_ticket_is_told_through_its_life(bench: Any) -> None:
     queued = await asked(bench, lease.run.id)
     assert "run worker" in queued.unblocked_by
     assert queued.because.unblocked_by == ""  # the attempt waits for no human any more
+
+
+async def test_a_ticket_says_how_many_people_it_needs(bench: Any) -> None:
+    _, pending = await bench.with_policy(approval={"quorum": 2}).ask()
+    waiting = await asked(bench, pending.ticket_id)
+    assert "approval by 2 people with plm.hitl.resolve" in waiting.unblocked_by
+
+
+async def test_no_approval_is_said_to_help_once_another_policy_is_active(bench: Any, make_policy: Any) -> None:
+    lease, pending = await bench.ask()
+    operator = replace(bench.approver, scopes=bench.approver.scopes | {"plm.policy.activate"})
+    activate = functools.partial(bench.control_plane.activate_policy, bench.tenant, reason="to try", by=operator)
+    same = await activate(bench.control_plane.policy, previous=None)
+    assert "approval by a person" in (await asked(bench, pending.ticket_id)).unblocked_by
+    await activate(make_policy(version="other"), previous=same.digest)
+    run = await asked(bench, lease.run.id)
+    for each in (run, run.because, run.because.because, await asked(bench, pending.ticket_id)):
+        assert "another policy was activated since" in each.unblocked_by
+    await bench.decide(pending, TicketDecision.APPROVE)
+    assert (await asked(bench, pending.ticket_id)).unblocked_by == ""
+
+
+async def test_what_a_run_that_failed_would_need_is_for_a_new_one(bench: Any) -> None:
+    lease = await bench.lease()
+    denied = await bench.control_plane.admit(bench.proposal(lease, capability="thing.gone"))
+    await bench.control_plane.finish(
+        lease.run,
+        fencing_token=lease.fencing_token,
+        state=RunState.FAILED,
+        actor="worker:test",
+        reason=denied.reason.value,
+    )
+    told = await asked(bench, lease.run.id)
+    assert told.because.unblocked_by == denied.unblock
+    assert told.unblocked_by == f"{denied.unblock}, and a new run"
 
 
 async def test_a_ticket_that_nobody_can_decide_any_more_is_told_with_its_cause(bench: Any) -> None:

@@ -103,6 +103,10 @@ _BY_ASK_STATE: Mapping[TicketState, str] = {
     TicketState.EXPIRED: UNBLOCKED_BY[Reason.INPUT_EXPIRED],
 }
 _WAITING = (RunState.QUEUED, RunState.HALTED, RunState.AWAITING_APPROVAL)
+_REPLACED = (
+    "proposing the call anew, which a plan does in a new run: another policy was activated since, under which this "
+    "approval counts for nothing"
+)
 _LONGEST_SHOWN = 200
 
 _BOOKED_AT: Mapping[str, str] = {
@@ -232,7 +236,7 @@ async def _of_run_or_ticket(storage: Storage, tenant_id: UUID, identifier: UUID)
         run = await storage.runs.get(tenant_id, identifier)
     except NotFound:
         try:
-            return of_ticket(await storage.approvals.get(tenant_id, identifier))
+            return await _of_ticket(storage, tenant_id, await storage.approvals.get(tenant_id, identifier))
         except NotFound:
             raise NotFound("run or ticket", identifier) from None
     steps = await storage.runs.steps(tenant_id, identifier)
@@ -263,8 +267,31 @@ def _stands_over(halt: Halt, run: Run, wanted: str | None) -> bool:
 
 
 async def _of_step(storage: Storage, tenant_id: UUID, run_id: UUID, step: Step) -> Why:
-    ticket = await storage.approvals.get(tenant_id, step.ticket_id) if step.ticket_id is not None else None
-    return of_step(run_id, step, ticket)
+    if step.ticket_id is None:
+        return of_step(run_id, step, None)
+    ticket = await storage.approvals.get(tenant_id, step.ticket_id)
+    return of_step(run_id, step, ticket, replaced=await _is_replaced(storage, ticket))
+
+
+async def _of_ticket(storage: Storage, tenant_id: UUID, ticket: ApprovalTicket) -> Why:
+    if ticket.state is not TicketState.PENDING:
+        return of_ticket(ticket)
+    steps = await storage.runs.steps(tenant_id, ticket.run_id, since=ticket.step_index)
+    needs = next((_needs(step, ticket) for step in steps if step.ticket_id == ticket.id), "")
+    return of_ticket(ticket, needs=needs, replaced=await _is_replaced(storage, ticket))
+
+
+async def _is_replaced(storage: Storage, ticket: ApprovalTicket) -> bool:
+    """Whether a ticket waits for an approval that would count for nothing: another policy is active than asked."""
+    if ticket.state is not TicketState.PENDING or ticket.kind is TicketKind.INPUT:
+        return False
+    active, _ = (await storage.policies.standing()).digests
+    return active is not None and active != ticket.policy_digest
+
+
+def _needs(step: Step, ticket: ApprovalTicket) -> str:
+    """Whose approval it was decided that the call needs; nothing where it is others' by now."""
+    return str(_readable(step.decision).get("unblock", "")) if ticket.escalated_at is None else ""
 
 
 async def _of_budget(storage: Storage, tenant_id: UUID, key: BudgetKey) -> Why:
@@ -305,6 +332,8 @@ def of_run(run: Run, last: Why | None, halts: Sequence[Halt] = ()) -> Why:
         unblocked_by = of_last or UNBLOCKED_BY.get(reason or "", "a new run, once what the message says is mended")
     if lifting:
         unblocked_by += f", and {lifting}"
+    if run.state is RunState.FAILED and not unblocked_by.startswith("nothing") and "new run" not in unblocked_by:
+        unblocked_by += ", and a new run"
     return Why(
         kind="run",
         id=str(run.id),
@@ -317,8 +346,11 @@ def of_run(run: Run, last: Why | None, halts: Sequence[Halt] = ()) -> Why:
     )
 
 
-def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
-    """Why one attempt was decided as it was; what was booked counts before what the policy had said."""
+def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None, *, replaced: bool = False) -> Why:
+    """Why one attempt was decided as it was; what was booked counts before what the policy had said.
+
+    `replaced` says that the policy under which its ticket was opened is not the active one any more.
+    """
     decision = _readable(step.decision)
     withheld = withheld_of(step)
     booked = step.error if (step.state in _REFUSED or withheld is not None) and step.error else {}
@@ -332,6 +364,9 @@ def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
     known = booked.get("unblock") or (decision.get("unblock", "") if by_policy else "")
     stage = _stage(reason, decision) if blocked and decision else None
     unblocked_by = (known or UNBLOCKED_BY.get(reason or "", "")) if blocked and not decided else ""
+    of_its_ticket = of_ticket(ticket, needs=_needs(step, ticket), replaced=replaced) if ticket is not None else None
+    if waiting and replaced and of_its_ticket is not None:
+        unblocked_by = of_its_ticket.unblocked_by
     return Why(
         kind="attempt",
         id=f"{run_id}/{step.step_index}/{step.attempt}",
@@ -348,7 +383,7 @@ def of_step(run_id: UUID, step: Step, ticket: ApprovalTicket | None) -> Why:
         limit=booked.get("limit") or {},
         lock=booked.get("lock") or {},
         unblocked_by=unblocked_by,
-        because=of_ticket(ticket) if ticket is not None else None,
+        because=of_its_ticket,
     )
 
 
@@ -369,8 +404,12 @@ def _stage(reason: str | None, decision: Mapping[str, Any]) -> str:
     return str(refused[0]) if refused else Stage.CLASSIFY.value
 
 
-def of_ticket(ticket: ApprovalTicket) -> Why:
-    """Where a ticket stands, and who said what."""
+def of_ticket(ticket: ApprovalTicket, *, needs: str = "", replaced: bool = False) -> Why:
+    """Where a ticket stands, and who said what.
+
+    `needs` is whose approval lets the call pass, as it was decided; `replaced` that this was by a policy which is not
+    the active one any more.
+    """
     said = f": {ticket.comment}" if ticket.comment else ""
     asks = ticket.kind is TicketKind.INPUT
     by_state = _BY_ASK_STATE if asks else _BY_TICKET_STATE
@@ -397,8 +436,17 @@ def of_ticket(ticket: ApprovalTicket) -> Why:
         message=message,
         rule="approval.input" if asks else f"tier {ticket.tier}",
         policy_digest=ticket.policy_digest,
-        unblocked_by=by_state.get(ticket.state, ""),
+        unblocked_by=_unblocks(ticket, needs, replaced=replaced) or by_state.get(ticket.state, ""),
     )
+
+
+def _unblocks(ticket: ApprovalTicket, needs: str, *, replaced: bool) -> str:
+    """What lets a call pass whose ticket is open, where more is known of it than its state."""
+    if ticket.state is not TicketState.PENDING or ticket.kind is TicketKind.INPUT:
+        return ""
+    if replaced:
+        return _REPLACED
+    return f"{needs}, none of whom asked for it" if needs else ""
 
 
 def _asked(ticket: ApprovalTicket) -> str:
