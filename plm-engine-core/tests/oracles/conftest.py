@@ -6,9 +6,11 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from typing import Any
 
+import psycopg
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, run_state_machine_as_test
@@ -24,7 +26,11 @@ WIDE = {"EUR": "1000", "calls": "1000"}
 
 Opened = ControlPlane | AbstractAsyncContextManager[ControlPlane]
 NewTenant = Callable[[], uuid.UUID]
+Lapse = Callable[[str, str, uuid.UUID], None]
+"""Has the time in a column of the row of this id be over."""
+
 Machine = Callable[[SyncControlPlane, uuid.UUID], RuleBasedStateMachine]
+LapsingMachine = Callable[[SyncControlPlane, uuid.UUID, Lapse], RuleBasedStateMachine]
 
 
 class NoDelivery:
@@ -48,13 +54,21 @@ def against_oracle(
 ) -> Callable[..., None]:
     """Plays a machine, under a policy whose limits are wide unless the machine is about them."""
 
-    def play(machine: Machine, *, steps: int, budgets: dict[str, Any] | None = None, **policy: Any) -> None:
+    def play(
+        machine: Machine | LapsingMachine,
+        *,
+        steps: int,
+        budgets: dict[str, Any] | None = None,
+        lapsing: bool = False,
+        **policy: Any,
+    ) -> None:
         policy = make_policy(
             budgets=budgets or {"run": WIDE, "tenant": WIDE}, rate_limit={"per_second": 1e6, "burst": 1e6}, **policy
         )
-        with opened(storage, request, policy, registry) as (plane, new_tenant):
+        with opened(storage, request, policy, registry) as (plane, new_tenant, lapse):
+            more = (lapse,) if lapsing else ()
             run_state_machine_as_test(
-                lambda: machine(plane, new_tenant()),
+                lambda: machine(plane, new_tenant(), *more),
                 settings=settings(
                     max_examples=max(25, int(100 * SOAK)),
                     stateful_step_count=steps,
@@ -69,22 +83,28 @@ def against_oracle(
 @contextmanager
 def opened(
     storage: str, request: pytest.FixtureRequest, policy: Any, registry: CapabilityRegistry
-) -> Iterator[tuple[SyncControlPlane, NewTenant]]:
+) -> Iterator[tuple[SyncControlPlane, NewTenant, Lapse]]:
     made = in_memory(policy, registry) if storage == "memory" else over_postgres(request, policy, registry)
-    core, new_tenant = made
+    core, new_tenant, lapse = made
     with SyncControlPlane(core) as plane:
-        yield plane, new_tenant
+        yield plane, new_tenant, lapse
 
 
-def in_memory(policy: Any, registry: CapabilityRegistry) -> tuple[Opened, NewTenant]:
+def in_memory(policy: Any, registry: CapabilityRegistry) -> tuple[Opened, NewTenant, Lapse]:
     memory = MemoryStorage()
     core = ControlPlane(policy=policy, registry=registry, storage=memory)
-    return core, lambda: memory.add_tenant(uuid.uuid4())
+
+    def lapse(table: str, column: str, identifier: uuid.UUID) -> None:
+        for rows in getattr(memory.books, table)._groups.values():
+            if identifier in rows:
+                rows[identifier] = {**rows[identifier], column: datetime.now(UTC) - timedelta(seconds=1)}
+
+    return core, lambda: memory.add_tenant(uuid.uuid4()), lapse
 
 
 def over_postgres(
     request: pytest.FixtureRequest, policy: Any, registry: CapabilityRegistry
-) -> tuple[Opened, NewTenant]:
+) -> tuple[Opened, NewTenant, Lapse]:
     database: DatabaseUrls = request.getfixturevalue("engine_database")
     numbers = count()
 
@@ -93,4 +113,9 @@ def over_postgres(
         async with open_pool(database.app, max_size=2) as pool:
             yield ControlPlane(policy=policy, registry=registry, storage=PostgresStorage(pool, NoDelivery()))
 
-    return core(), lambda: create_tenants(database, f"t{next(numbers)}")[0]
+    def lapse(table: str, column: str, identifier: uuid.UUID) -> None:
+        change = f"UPDATE {table} SET {column} = clock_timestamp() - interval '1 second' WHERE id = %s"  # noqa: S608  # names from these tests
+        with psycopg.connect(database.admin, autocommit=True) as connection:
+            connection.execute(change.encode(), [identifier])
+
+    return core(), lambda: create_tenants(database, f"t{next(numbers)}")[0], lapse

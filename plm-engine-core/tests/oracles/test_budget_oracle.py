@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
 from itertools import count
@@ -37,9 +38,11 @@ FREE = {OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED}
 class Spending(RuleBasedStateMachine):
     """One tenant's budget in calls, and the grants that draw on it."""
 
-    def __init__(self, plane: SyncControlPlane, tenant: uuid.UUID) -> None:
+    def __init__(
+        self, plane: SyncControlPlane, tenant: uuid.UUID, lapse: Callable[[str, str, uuid.UUID], None]
+    ) -> None:
         super().__init__()
-        self.plane, self.tenant = plane, tenant
+        self.plane, self.tenant, self.lapse = plane, tenant, lapse
         request = RunRequest(
             tenant_id=tenant, run_id=new_id(), agent={"name": "a"}, input={}, trace_id=uuid.uuid4().hex
         )
@@ -96,6 +99,17 @@ class Spending(RuleBasedStateMachine):
         assert begun.accepted == (self.states[which] == "issued")
         if begun.accepted:
             self.states[which] = "begun"
+        elif self.states[which] == "expired":
+            assert begun.reason is Reason.GRANT_EXPIRED
+
+    @precondition(lambda self: "issued" in self.states)
+    @rule(which=st.integers(0, 99))
+    def expire(self, which: int) -> None:
+        """It is never made, and what it holds stays held until whoever has the run says so."""
+        issued = [number for number, state in enumerate(self.states) if state == "issued"]
+        which = issued[which % len(issued)]
+        self.lapse("grants", "expires_at", self.grants[which].id)
+        self.states[which] = "expired"
 
     @precondition(lambda self: self.grants)
     @rule(which=st.integers(0, 99), status=st.sampled_from(STATUSES))
@@ -113,7 +127,7 @@ class Spending(RuleBasedStateMachine):
         if self.states[which] == "settled" and self.outcomes[which] is not status:
             with pytest.raises(IdempotencyConflict):
                 settle()
-        elif self.states[which] in ("issued", "revoked") and status is not OutcomeStatus.NOT_STARTED:
+        elif self.states[which] in ("issued", "expired", "revoked") and status is not OutcomeStatus.NOT_STARTED:
             with pytest.raises(Conflict):
                 settle()
         else:
@@ -129,7 +143,7 @@ class Spending(RuleBasedStateMachine):
     def halt(self, stays: bool) -> None:
         """What has begun goes on to its end; what has not is never made, also when the halt is lifted."""
         self.halted = self.plane.halt(self.tenant, HaltScope.TENANT, None, reason="x", by=WHO).id
-        self.states = ["revoked" if state == "issued" else state for state in self.states]
+        self.states = ["revoked" if state in ("issued", "expired") else state for state in self.states]
         if not stays:
             self.lift()
 
@@ -178,4 +192,4 @@ async def capability(core: ControlPlane) -> Any:
 
 def test_any_sequence_leaves_what_plain_sums_say(against_oracle: Any) -> None:
     limits = {"run": {"EUR": "1000", "calls": "1000"}, "tenant": {"EUR": "1000", "calls": FIRST_LIMIT}}
-    against_oracle(Spending, steps=25, budgets=limits)
+    against_oracle(Spending, steps=25, budgets=limits, lapsing=True)
