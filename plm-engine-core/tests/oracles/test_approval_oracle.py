@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from hypothesis import strategies as st
@@ -41,9 +42,11 @@ HALTS = tuple(scope for scope in HaltScope if scope is not HaltScope.SYSTEM)  # 
 class Governed(RuleBasedStateMachine):
     """One run of one tenant. What should be true of it is in plain attributes, and held against the books each time."""
 
-    def __init__(self, plane: SyncControlPlane, tenant: uuid.UUID) -> None:
+    def __init__(
+        self, plane: SyncControlPlane, tenant: uuid.UUID, lapse: Callable[[str, str, uuid.UUID], None]
+    ) -> None:
         super().__init__()
-        self.plane, self.tenant = plane, tenant
+        self.plane, self.tenant, self.lapse = plane, tenant, lapse
         request = RunRequest(
             tenant_id=tenant,
             run_id=new_id(),
@@ -62,6 +65,7 @@ class Governed(RuleBasedStateMachine):
         self.ticket: uuid.UUID | None = None  # goes along with the next proposal
         self.newest: uuid.UUID | None = None
         self.ticket_state = ""
+        self.late = False  # its deadline has passed
         self.votes: dict[int, TicketDecision] = {}
         self.asking = False  # what the newest ticket asks for: an input, or else an approval
         self.given: tuple[int, int] | None = None  # by whom, and what
@@ -71,6 +75,11 @@ class Governed(RuleBasedStateMachine):
         return bool(self.halts.keys() - {HaltScope.CAPABILITY}) or (
             HaltScope.CAPABILITY in self.halts and capability == WRITE
         )
+
+    @property
+    def over(self) -> str:
+        """How who comes too late to the newest ticket is refused."""
+        return "approval_expired" if self.ticket_state == "expired" else "already_decided"
 
     @rule()
     def take(self) -> None:
@@ -111,10 +120,15 @@ class Governed(RuleBasedStateMachine):
             assert isinstance(answer, Pending)
             self.ticket = self.newest = answer.ticket_id
             self.ticket_state, self.votes, self.state = "pending", {}, RunState.AWAITING_APPROVAL
+            self.late = False
             self.asking = False
         elif self.ticket is not None and self.ticket_state == "denied":
             assert isinstance(answer, Denied)
             assert answer.reason is Reason.APPROVAL_DENIED
+            self.attempt, self.ticket, self.wanted = self.attempt + 1, None, None
+        elif self.ticket is not None and self.late:
+            assert isinstance(answer, Denied)
+            assert answer.reason is Reason.APPROVAL_EXPIRED, "also where it was approved in time"
             self.attempt, self.ticket, self.wanted = self.attempt + 1, None, None
         else:
             assert isinstance(answer, Granted)
@@ -148,6 +162,23 @@ class Governed(RuleBasedStateMachine):
             RunState.AWAITING_APPROVAL,
         )
         self.asking, self.given, self.wanted, self.refused_by_halt = True, None, None, False
+        self.late = False
+
+    @precondition(lambda self: self.ticket_state == "pending" or (self.ticket_state == "approved" and self.ticket))
+    @precondition(lambda self: self.newest is not None and not self.late)
+    @rule()
+    def pass_the_deadline(self) -> None:
+        """A ticket that is pending expires when somebody looks after the run; a decided one stays what it is."""
+        newest = self.newest
+        assert newest is not None
+        self.lapse("approval_tickets", "deadline", newest)
+        self.late = True
+        if self.ticket_state == "pending":
+            assert self.plane.call(
+                lambda core: core.storage.runs.revive(self.tenant, self.run.id, patience_seconds=600)
+            )
+            self.ticket_state, self.state = "expired", RunState.QUEUED
+            self.attempt += self.asking
 
     @precondition(lambda self: self.newest is not None)
     @rule(person=st.integers(0, len(PEOPLE) - 1), value=st.integers(0, 1))
@@ -166,7 +197,7 @@ class Governed(RuleBasedStateMachine):
         elif self.given == (person, value):
             assert refusal == "", "the same word again"
         else:
-            assert refusal == "already_decided"
+            assert refusal == self.over
 
     def _call(self, granted: Granted) -> None:
         token = self.lease.fencing_token
@@ -205,7 +236,7 @@ class Governed(RuleBasedStateMachine):
         elif self.votes.get(person) is decision:
             assert refusal == "", "the same word again"
         elif self.ticket_state != "pending":
-            assert refusal == "already_decided"
+            assert refusal == self.over
         elif person in self.votes:
             assert refusal == "already_voted"
         else:
@@ -222,7 +253,7 @@ class Governed(RuleBasedStateMachine):
         elif self.votes.get(person) is decision:
             assert refusal == "", "the same word again"
         elif self.ticket_state != "pending":
-            assert refusal == "already_decided"
+            assert refusal == self.over
         else:
             assert refusal == ""
             self.votes[person], self.ticket_state = decision, "denied"
@@ -276,4 +307,4 @@ async def described(core: ControlPlane) -> Any:
 
 
 def test_any_sequence_leaves_what_the_oracle_says(against_oracle: Any) -> None:
-    against_oracle(Governed, steps=40, approval={"quorum": QUORUM, "input": {"max_per_run": 1000}})
+    against_oracle(Governed, steps=40, lapsing=True, approval={"quorum": QUORUM, "input": {"max_per_run": 1000}})
