@@ -13,6 +13,7 @@ from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.storage.postgres import open_pool
 from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
+    Evidence,
     HaltScope,
     OutcomeStatus,
     Reason,
@@ -176,6 +177,26 @@ async def test_an_overspend_is_charged_in_full_and_the_next_call_is_denied(bench
     denied = await bench.control_plane.admit(bench.proposal(lease, step_index=1, step_id="second"))
     assert denied.reason is Reason.BUDGET_EXCEEDED
     assert Decimal(denied.limit["spent"]) == Decimal("7.77")
+
+
+@pytest.mark.parametrize(
+    ("usage", "spent"),
+    [
+        ({}, "0.50"),
+        (THREE, "0.50"),
+        ({"thing": Decimal(50)}, "0.50"),
+        ({"thing": Decimal(51)}, "0.51"),
+        (None, "0.50"),
+    ],
+    ids=["nothing", "less", "as reserved", "more", "unknown"],
+)
+async def test_what_somebody_says_of_their_own_call_costs_no_less_than_was_reserved(bench, usage, spent):
+    lease = await bench.lease()
+    grant = await bench.begun(lease)
+    await bench.settle(grant, lease, usage=usage, evidence=Evidence.REPORTED)
+    for scope in ("run", "tenant"):
+        assert await bench.budget(lease.run, scope, EUR) == (Decimal(spent), 0)
+        assert await bench.budget(lease.run, scope, CALLS) == (1, 0)
 
 
 @pytest.mark.parametrize("status", [OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED])

@@ -71,8 +71,9 @@ class Outcome:
     """What became of one granted call.
 
     `usage` is measured, in the plugin's units; None means it could not be, and the reservation is charged, as it is for
-    amounts that are negative, no numbers, or 10^11 and more, which the books cannot hold. `output` and `error` are JSON
-    values; `error` has `category`, `message` and whatever the executor knows beyond that.
+    amounts that are negative, no numbers, or 10^11 and more, which the books cannot hold. Where the evidence is
+    `REPORTED`, nobody but who made the call says so: an amount counts where it is more than was reserved. `output` and
+    `error` are JSON values; `error` has `category`, `message` and whatever the executor knows beyond that.
 
     Raises:
         InvalidRequest: a member is of another type; names it.
@@ -207,14 +208,17 @@ def _charges(outcome: Outcome, capability: CapabilityDescriptor) -> dict[str, st
     usage = None if outcome.status is OutcomeStatus.OUTCOME_UNKNOWN else _measured(outcome.usage)
     if usage is None:
         return {_CALLS: "1"}
-    if not usage:
+    if not usage and outcome.evidence is not Evidence.REPORTED:
         return {_EUR: "0", _CALLS: "1"}
-    charges = {unit: _rounded_up(amount) for unit, amount in usage.items() if amount < _LARGEST}
-    charges.pop(_EUR, None)  # what a call cost follows from our prices, never from what it says
+    amounts = {unit: amount for unit, amount in usage.items() if amount < _LARGEST}
+    amounts.pop(_EUR, None)  # what a call cost follows from our prices, never from what it says
     cost = capability.cost.price(usage)
     if cost < COSTLIEST:
-        charges[_EUR] = _rounded_up(cost)
-    return {**charges, _CALLS: "1"}
+        amounts[_EUR] = cost
+    if outcome.evidence is Evidence.REPORTED:
+        bounds = {_EUR: capability.cost.max_eur, **capability.cost.max_usage}
+        amounts = {unit: amount for unit, amount in amounts.items() if amount > bounds.get(unit, 0)}
+    return {**{unit: _rounded_up(amount) for unit, amount in amounts.items()}, _CALLS: "1"}
 
 
 def _measured(usage: Mapping[str, Decimal] | None) -> Mapping[str, Decimal] | None:
