@@ -173,7 +173,7 @@ def test_a_call_under_a_halt_is_refused_and_does_not_come_back_when_it_is_lifted
     halt = governor.plane.halt(governor.tenant_id, HaltScope.TENANT, None, reason="smoke", by=BOSS)
     with pytest.raises(CallDenied, match="a tenant halt stands: smoke") as caught:
         look()
-    assert (caught.value.reason, caught.value.unblock) == (Reason.HALTED, "lifting the halt")
+    assert (caught.value.reason, caught.value.unblock) == (Reason.HALTED, f"lifting the halt {halt.id}")
     governor.plane.lift(governor.tenant_id, halt.id, by=BOSS)
     (run,) = runs(governor)
     assert (run.id, run.state) == (caught.value.run_id, RunState.CANCELLED)

@@ -34,6 +34,7 @@ from plm_engine_core.control_plane.runs.request import RunRequest
 from plm_engine_core.control_plane.storage.memory import MemoryStorage
 from plm_engine_core.control_plane.sync import SyncControlPlane
 from plm_engine_core.control_plane.vocabulary import ExecutorKind, OutcomeStatus, Reason, RunKind, RunState
+from plm_engine_core.control_plane.why import halts_over, lifting_of
 
 logger = logging.getLogger(__name__)
 
@@ -285,10 +286,13 @@ class Governor:
         if current.state is RunState.AWAITING_APPROVAL:
             return await _undecided(core, run)
         if current.state is RunState.HALTED:
+            steps = await core.storage.runs.steps(run.tenant_id, run.id)
+            halts = await halts_over(core.storage, current, steps[-1] if steps else None)
             if not resumed:
                 await core.cancel(run.tenant_id, run.id, by=self.principal)
             words = current.message or "a halt stands"
-            return CallDenied(words, run_id=run.id, reason=Reason.HALTED, unblock="lifting the halt")
+            unblock = lifting_of(halts) if halts else "calling the function anew"  # it was lifted just now
+            return CallDenied(words, run_id=run.id, reason=Reason.HALTED, unblock=unblock)
         words = f"run {run.id} is {current.state.value}, so its call cannot be made"
         return CallDenied(words, run_id=run.id, reason=Reason.APPROVAL_MISMATCH, unblock="calling the function anew")
 

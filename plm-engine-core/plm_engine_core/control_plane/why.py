@@ -241,16 +241,21 @@ async def _of_run_or_ticket(storage: Storage, tenant_id: UUID, identifier: UUID)
             raise NotFound("run or ticket", identifier) from None
     steps = await storage.runs.steps(tenant_id, identifier)
     last = await _of_step(storage, tenant_id, run.id, steps[-1]) if steps else None
-    halts = await _halts_over(storage, run, steps[-1] if steps else None) if run.state in _WAITING else ()
+    halts = await halts_over(storage, run, steps[-1] if steps else None) if run.state in _WAITING else ()
     return of_run(run, last, halts)
 
 
-async def _halts_over(storage: Storage, run: Run, last: Step | None) -> Sequence[Halt]:
+async def halts_over(storage: Storage, run: Run, last: Step | None) -> Sequence[Halt]:
     """What keeps the run from going on, or will once it is its turn, from wide to narrow."""
     wanted = last.capability if last is not None and still_wants(last.state, last.error) else None
     standing = await storage.halts.list(run.tenant_id, limit=_MOST_OF_ONE, before=None, standing=True)
     over = [halt for halt in standing if _stands_over(halt, run, wanted)]
     return sorted(over, key=lambda halt: [*HaltScope].index(halt.scope))
+
+
+def lifting_of(halts: Sequence[Halt]) -> str:
+    """What lets go on what these halts stand over; some of them, in the words of `UNBLOCKED_BY`."""
+    return "lifting " + " and ".join(f"the halt {halt.id}" for halt in halts)
 
 
 def _stands_over(halt: Halt, run: Run, wanted: str | None) -> bool:
@@ -310,7 +315,7 @@ def _name_of(budget: Budget | BudgetKey) -> str:
 
 def of_run(run: Run, last: Why | None, halts: Sequence[Halt] = ()) -> Why:
     """Why a run stands where it stands; `last` is about its last attempt, `halts` stand over a run that waits."""
-    lifting = "lifting " + " and ".join(f"the halt {halt.id}" for halt in halts) if halts else ""
+    lifting = lifting_of(halts) if halts else ""
     if halts and run.state is not RunState.AWAITING_APPROVAL:
         return Why(
             kind="run",
