@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from decimal import Decimal
 
@@ -13,7 +14,7 @@ from plm_engine_core.agent_runtime import Driver, Plan, PlanAgent, Selector
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted, Outcome, Pending
 from plm_engine_core.control_plane.errors import IdempotencyConflict, InvalidRequest
 from plm_engine_core.control_plane.hitl.ticket import ScopeTerms
-from plm_engine_core.control_plane.policy.facts import WHO_MAY
+from plm_engine_core.control_plane.policy.facts import WHO_MAY, calls_alike, stored_capability
 from plm_engine_core.control_plane.registry import CapabilityDescriptor, CapabilityRegistry, CostBound
 from plm_engine_core.control_plane.vocabulary import (
     BudgetUnit,
@@ -25,6 +26,7 @@ from plm_engine_core.control_plane.vocabulary import (
     RunState,
     TicketDecision,
 )
+from psycopg.types.json import Jsonb
 
 pytestmark = pytest.mark.every_storage
 
@@ -255,6 +257,56 @@ def test_of_each_member_of_a_capability_it_is_said_whether_its_change_asks_anew(
     stays = {name for changes in THE_SAME_CALL for name in changes}
     assert stays == WHO_MAY
     assert anew | stays | {"allowed_tenants", "denied_tenants"} == set(CapabilityDescriptor.model_fields)
+
+
+def in_full(capability):
+    """As earlier releases recorded a definition: with what is as by default."""
+    later = {"lock", "allowed_tenants", "denied_tenants"}
+    return {**capability.model_dump(mode="json", exclude=later), "required_scopes": sorted(capability.required_scopes)}
+
+
+class TestRecordedByAnEarlierRelease:
+    """What was asked before an upgrade, or beside it by a node of the release before, stands all the same."""
+
+    async def asked(self, bench, **keywords):
+        lease, pending = await bench.ask()
+        await bench.decide(pending, TicketDecision.APPROVE, **keywords)
+        (event,) = [row for row in bench.behind.rows("events") if row["kind"] == "approval_requested"]
+        payload = json.loads(event["payload"])
+        payload["decision"]["facts"]["capability"] = in_full(bench.control_plane.registry.get(WRITE))
+        bench.behind.forge("events", {"kind": "approval_requested"}, payload=json.dumps(payload))
+        return await bench.lease(lease.run), pending
+
+    async def test_a_ticket_authorises_its_call(self, bench):
+        lease, pending = await self.asked(bench)
+        again = bench.proposal(lease, capability=WRITE, ticket_id=pending.ticket_id)
+        assert isinstance(await bench.control_plane.admit(again), Granted)
+
+    async def test_an_approval_scope_covers_its_calls(self, bench):
+        bench = bench.with_policy(approval={"standing": {"max_uses": 5, "max_seconds": 600, "max_risk": "high"}})
+        await self.asked(bench, scope=ScopeTerms(uses=5, seconds=600))
+        call = bench.proposal(await bench.lease(), capability=WRITE)
+        assert isinstance(await bench.control_plane.admit(call), Granted)
+        other = defined(bench, WRITE, {"version": "2"}).control_plane
+        assert isinstance(await other.admit(bench.proposal(await bench.lease(), capability=WRITE)), Pending)
+
+    @pytest.mark.postgres_only
+    @pytest.mark.parametrize(
+        "changes", [{}, *ANOTHER_CALL, *THE_SAME_CALL], ids=lambda each: first_key(each or {"": 0})
+    )
+    async def test_the_database_and_the_policy_read_it_alike(self, bench, changes):
+        before = bench.control_plane.registry.get(WRITE)
+        after = CapabilityDescriptor.model_validate({**before.model_dump(), **changes})
+        for one, other, alike in (
+            (in_full(before), stored_capability(after), changes in [{}, *THE_SAME_CALL]),
+            (in_full(before), stored_capability(before), True),
+            (stored_capability(after), in_full(after) | ({"lock": "tenant"} if after.lock else {}), True),
+        ):
+            assert calls_alike(one, other) is calls_alike(other, one) is alike
+            asked = "SELECT engine_calls_alike_v1(%s, %s)"
+            assert (
+                bench.sql(asked, Jsonb(one), Jsonb(other)) == bench.sql(asked, Jsonb(other), Jsonb(one)) == [(alike,)]
+            )
 
 
 class Exchanging:

@@ -100,12 +100,34 @@ WHO_MAY = frozenset({"status", "description", "required_scopes"})
 def calls_alike(one: Any, other: Any) -> bool:
     """Whether a call means the same under two stored capabilities: they differ in words, or in who may call, at most.
 
-    What is no definition, as where none is on record, is like no other.
+    What is no definition, as where none is on record, is like no other. What is as by default may be said or not.
     """
     if not isinstance(one, Mapping) or not isinstance(other, Mapping):
         return False
-    mine, others = ({key: value for key, value in each.items() if key not in WHO_MAY} for each in (one, other))
+    mine, others = (
+        {key: value for key, value in _in_full(each).items() if key not in WHO_MAY} for each in (one, other)
+    )
     return mine == others
+
+
+_UNSAID: Mapping[str, Any] = {
+    "version": "1",
+    "certified": False,
+    "idempotent": False,
+    "stateless": False,
+    "network": False,
+    "approval": False,
+    "security_relevant": [],
+    "model_argument": "",
+    "timeout_seconds": 300.0,
+}
+_UNSAID_COST: Mapping[str, Any] = {"max_eur": "0", "eur_per_unit": {}, "max_usage": {}}
+"""What earlier releases stored although it is as by default; members that came later were never stored so."""
+
+
+def _in_full(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    cost = stored.get("cost", {})
+    return {**_UNSAID, **stored, "cost": {**_UNSAID_COST, **cost} if isinstance(cost, Mapping) else cost}
 
 
 def who(user_id: UUID, actor_kind: str, scopes: Iterable[str]) -> dict[str, Any]:
