@@ -26,6 +26,7 @@ from plm_engine_core.control_plane.admission.evaluators.parallel import MOST_THR
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.matching import LONGEST_TEXT
 from plm_engine_core.control_plane.policy import Facts
+from plm_engine_core.control_plane.policy.snapshot import read_policy
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import AutonomyLevel, CapabilityMode, EvaluationStatus, Reason
 from pydantic import BaseModel
@@ -444,6 +445,38 @@ async def test_references_within_a_schema_and_to_its_own_draft_are_followed(make
 
 def entry(name, value):
     return EntryPoint(name=name, value=value, group=EVALUATORS_GROUP)
+
+
+def test_nobody_changes_a_policy_once_it_is_read_not_even_within_an_evaluators_configuration(make_policy):
+    patterns, schema = ["secret"], {"properties": {"a": {"type": "string"}}}
+    policy = make_policy(
+        evaluators=[
+            {"name": "one", "kind": "regex", "config": {"patterns": patterns, "field": "arguments"}},
+            {"name": "two", "kind": "json_schema", "config": {"schema": schema}},
+        ]
+    )
+    patterns.append("more")  # by who gave it
+    schema["properties"].clear()
+    one, two = (spec.config for spec in policy.evaluators)
+    with pytest.raises(AttributeError):
+        one["patterns"].append("more")
+    with pytest.raises(TypeError):
+        two["schema"]["properties"]["a"] = {}
+    said = json.loads(policy.content)["evaluators"]
+    assert [each["config"] for each in said] == [
+        {"patterns": ["secret"], "field": "arguments"},
+        {"schema": {"properties": {"a": {"type": "string"}}}},
+    ]
+    assert read_policy(policy.content, source="it").digest == policy.digest
+    EvaluatorRegistry().build(policy)
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_refused(make_policy):
+    deep: dict[str, Any] = {}
+    for _ in range(3000):
+        deep = {"not": deep}
+    with pytest.raises(ValueError, match="more than 100 deep"):
+        make_policy(evaluators=[{"name": "one", "kind": "json_schema", "config": {"schema": deep}}])
 
 
 def test_installed_packages_add_kinds_and_one_that_fails_prevents_the_start(monkeypatch):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from plm_engine_core.control_plane.documents import Flag, Whole
 from plm_engine_core.control_plane.policy.conditions import ConditionTree, EvaluatorSays, RiskLevelIs, leaves
-from plm_engine_core.control_plane.policy.frozen import Table
+from plm_engine_core.control_plane.policy.frozen import Document
 from plm_engine_core.control_plane.vocabulary import EvaluationPhase, RiskLevel
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]*$", max_length=80)]
@@ -64,7 +64,7 @@ class EvaluatorSpec(BaseModel):
 
     name: Name
     kind: Name
-    config: Table[str, Any] = Field(default_factory=lambda: MappingProxyType({}))
+    config: Document = Field(default_factory=lambda: MappingProxyType({}))
     capabilities: Globs = ("*",)
     gate: Flag = True
     timeout_ms: Whole = Field(default=1000, gt=0, le=60_000)

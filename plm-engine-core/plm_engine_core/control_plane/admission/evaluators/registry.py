@@ -19,6 +19,7 @@ from plm_engine_core.control_plane.admission.evaluators.values import PHASE
 from plm_engine_core.control_plane.documents import place_in, problem_of
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import EvaluatorSpec, PolicySnapshot
+from plm_engine_core.control_plane.policy.frozen import thawed
 from plm_engine_core.control_plane.vocabulary import EvaluationPhase
 
 EVALUATORS_GROUP = "plm.evaluators"
@@ -95,7 +96,7 @@ class EvaluatorRegistry:
                 field=place,
             )
         try:
-            evaluator = kind(kind.config_schema.model_validate(dict(spec.config), context={PHASE: spec.phase}))
+            evaluator = kind(kind.config_schema.model_validate(thawed(spec.config), context={PHASE: spec.phase}))
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join([place, "config", *map(str, first["loc"])])
