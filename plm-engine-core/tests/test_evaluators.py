@@ -224,6 +224,19 @@ def test_more_of_them_than_there_are_threads_serve_one_event_loop_after_the_othe
         assert {each.reason for each in asyncio.run(parallel.evaluate_all(names, Proposed(), FACTS))} == {""}
 
 
+def test_one_that_was_left_behind_by_a_denial_ends_later_without_a_word(caplog):
+    """As at the terminal, where the event loop ends with the answer."""
+    release = threading.Event()
+    before = set(threading.enumerate())
+    _, denied = asyncio.run(ask(Computing(release), Stub(DENY)))
+    assert denied.status is EvaluationStatus.DENIED
+    (left,) = set(threading.enumerate()) - before
+    release.set()
+    left.join(10)
+    assert not left.is_alive()
+    assert not caplog.records
+
+
 async def test_an_evaluator_that_is_not_configured_denies():
     parallel = ParallelPolicyEvaluator([])
     (evaluation,) = await parallel.evaluate_all(["gone"], Proposed(), FACTS)

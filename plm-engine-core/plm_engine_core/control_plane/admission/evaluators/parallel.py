@@ -150,7 +150,7 @@ class ParallelPolicyEvaluator:
             try:
                 loop.call_soon_threadsafe(finish)
             except RuntimeError:
-                logger.warning("an evaluator ended after the event loop that had asked it")
+                logger.debug("an evaluator ended after the event loop that had asked it")  # whose answer stands
 
         try:
             threading.Thread(target=work, name=f"evaluator-{kind}", daemon=True).start()
