@@ -284,8 +284,9 @@ def replay(
 
     Evaluators of the phases input and output are not asked, as proposals say nothing to them; the report names them.
 
-    Nothing is written. Budgets, halts and rates are as they were. Status 0: done; 1: the policy cannot be read, there
-    is no such tenant, or the database refused; 2: wrong arguments; 3: no address.
+    Nothing is written. Budgets, halts and rates are as they were. How many people approve what is asked, and who, is
+    not compared: `policy diff` shows it. Status 0: done; 1: the policy cannot be read, there is no such tenant, or the
+    database refused; 2: wrong arguments; 3: no address.
     """
     with _refusals(as_json=as_json):
         report = Replay(policy=load_policy(policy))
