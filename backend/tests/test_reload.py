@@ -225,24 +225,30 @@ def test_a_call_ends_as_what_it_began_and_the_next_one_is_decided_anew(started: 
         assert ("version" in first[0], second[0]["version"]) == (False, "2")
 
 
-def test_what_was_approved_is_not_done_as_something_else(started: Any) -> None:
+def test_what_was_approved_is_not_done_as_something_else(started: Any, until: Any) -> None:
     with started() as node:
         approver = node.server.client(scopes=("plm.hitl.resolve",))
 
-        def decided(**members: Any) -> dict[str, Any]:
+        def approve() -> str:
+            (ticket,) = approver.get("/v1/approvals", params={"state": "pending"}).json()["items"]
+            answer = approver.post(f"/v1/approvals/{ticket['ticket_id']}/decision", json={"decision": "approve"})
+            assert answer.status_code == 200, answer.text
+            return str(ticket["ticket_id"])
+
+        def approved(**members: Any) -> tuple[str, str]:
             run_id = node.client.run("write")["run_id"]
             node.client.wait(run_id, "approval_requested")
             node.files.change("probe.write", **members)
             assert node.reload()["outcome"] == "reloaded"
-            (ticket,) = approver.get("/v1/approvals", params={"state": "pending"}).json()["items"]
-            answer = approver.post(f"/v1/approvals/{ticket['ticket_id']}/decision", json={"decision": "approve"})
-            assert answer.status_code == 200, answer.text
-            document: dict[str, Any] = node.client.finished(run_id)
-            return document
+            return run_id, approve()
 
-        assert decided(description="Write, with other words")["state"] == "succeeded"
-        dearer = decided(description="Write, with other words", cost={"max_eur": "0.9"})
-        assert (dearer["state"], dearer["reason"]) == ("failed", "approval_mismatch")
+        reworded, _ = approved(description="Write, with other words")
+        assert node.client.finished(reworded)["state"] == "succeeded"
+        dearer, before = approved(description="Write, with other words", cost={"max_eur": "0.9"})
+        assert node.client.wait(dearer, "step_denied")["answer"]["reason"] == "approval_mismatch"
+        until(lambda: node.client.get(f"/v1/runs/{dearer}").json()["state"] == "awaiting_approval", "it asks anew")
+        assert approve() != before
+        assert node.client.finished(dearer)["state"] == "succeeded"
 
 
 def _of_version(number: int) -> list[dict[str, Any]]:

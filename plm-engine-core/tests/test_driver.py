@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
 from plm_engine_core.agent_runtime import Driver, Finish, Plan, PlanAgent, Propose, Selector, hold
 from plm_engine_core.agent_runtime.hold import Hold
 from plm_engine_core.agent_runtime.retry import MAX_LOSSES, MAX_PROPOSALS, pause_seconds
-from plm_engine_core.control_plane import Outcome
+from plm_engine_core.control_plane import ControlPlane, Outcome
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.events import rebuild
 from plm_engine_core.control_plane.registry import CapabilityRegistry
@@ -20,6 +21,7 @@ from plm_engine_core.control_plane.vocabulary import (
     RunState,
     StepState,
     TicketDecision,
+    TicketState,
 )
 from plm_engine_core.control_plane.why import why
 
@@ -260,6 +262,11 @@ async def test_doubled_and_late_calls_of_drive_are_harmless(scene):
     assert len(acts.executor.calls) == 3
 
 
+async def pending(bench):
+    """The tickets that wait for a decision."""
+    return await bench.storage.approvals.list(bench.tenant, limit=9, after=None, state=TicketState.PENDING)
+
+
 class TestApproval:
     """The run is parked as a row, and goes on with exactly what was shown."""
 
@@ -290,6 +297,40 @@ class TestApproval:
         await bench.control_plane.decide(
             bench.tenant, ticket.id, TicketDecision.DENY, approver=bench.approver, comment="no"
         )
+        assert await acts.drive() is RunState.FAILED
+        run = await acts.fresh()
+        assert (run.reason, run.message) == ("approval_denied", "step s0: denied by the approver: no")
+
+    @pytest.mark.parametrize("change", ["policy", "definition"])
+    async def test_what_was_approved_as_something_else_is_asked_for_anew_by_the_same_run(self, scene, bench, change):
+        acts = await scene(plan(WRITE))
+        await acts.drive()
+        plane = bench.control_plane
+        for time in range(4):  # as often as it takes: no agent did anything wrong
+            registry, policy = plane.registry, bench.with_policy(version=f"{time}").control_plane.policy
+            if change == "definition":
+                policy = plane.policy
+                registry = CapabilityRegistry(each.model_copy(update={"version": f"{time}"}) for each in registry)
+            anew = ControlPlane(policy=policy, registry=registry, storage=plane.storage)
+            acts.bench = replace(bench, control_plane=anew)
+            (ticket,) = await pending(bench)
+            await anew.decide(bench.tenant, ticket.id, TicketDecision.APPROVE, approver=bench.approver)
+            assert await acts.drive() is RunState.AWAITING_APPROVAL
+            assert acts.executor.calls == []
+            (next_one,) = await pending(bench)
+            assert (next_one.supersedes, next_one.arguments) == (ticket.id, ticket.arguments)
+        await anew.decide(bench.tenant, next_one.id, TicketDecision.APPROVE, approver=bench.approver)
+        assert await acts.drive() is RunState.SUCCEEDED
+        assert [key for key, _, _ in acts.executor.calls] == [f"{acts.run.id}/0"]
+        assert await acts.steps() == [*[("s0", attempt, "denied") for attempt in range(1, 5)], ("s0", 5, "succeeded")]
+
+    async def test_a_denial_stands_under_another_policy(self, scene, bench):
+        acts = await scene(plan(WRITE))
+        await acts.drive()
+        (ticket,) = await pending(bench)
+        deny = {"approver": bench.approver, "comment": "no"}
+        await bench.control_plane.decide(bench.tenant, ticket.id, TicketDecision.DENY, **deny)
+        acts.bench = bench.with_policy(version="2")
         assert await acts.drive() is RunState.FAILED
         run = await acts.fresh()
         assert (run.reason, run.message) == ("approval_denied", "step s0: denied by the approver: no")

@@ -143,8 +143,9 @@ class Cases:
             asked.client().wait(run_id, "approval_requested")
         policy = self._altered_policy(version="another")
         server = self._cleanup.enter_context(self._own_server(like=asked, PLM_POLICY=policy))
-        self._decide(server.client(), server.client(scopes=("plm.hitl.resolve",)), run_id, "approve")
-        return server, server.client(), run_id, "another policy"
+        client = server.client()
+        self._decide(client, server.client(scopes=("plm.hitl.resolve",)), run_id, "approve", then=("step_denied",))
+        return server, client, run_id, "probe.write needs the approval of a human"
 
     def cancelled_while_a_call_runs(self) -> Left:
         run_id = self._holding()
@@ -273,13 +274,15 @@ class Cases:
         self._cleanup.callback(client.delete, f"/v1/halts/{answer.json()['halt_id']}")
 
     @staticmethod
-    def _decide(client: Any, approver: Any, run_id: str, word: str, comment: str = "") -> None:
+    def _decide(
+        client: Any, approver: Any, run_id: str, word: str, comment: str = "", then: tuple[str, ...] = ()
+    ) -> None:
         client.wait(run_id, "approval_requested")
         tickets = client.get("/v1/approvals", params={"state": "pending", "limit": 200}).json()["items"]
         ticket = next(each["ticket_id"] for each in tickets if each["run_id"] == run_id)
         body = {"decision": word, "comment": comment}
         assert approver.post(f"/v1/approvals/{ticket}/decision", json=body).status_code == 200
-        client.wait(run_id)
+        client.wait(run_id, *then)
 
 
 @pytest.fixture

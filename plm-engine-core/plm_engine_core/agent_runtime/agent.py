@@ -94,8 +94,13 @@ def is_deferred(step: Step) -> bool:
     return step.state in (StepState.DENIED, StepState.CANCELLED) and refusal(step)[0] in _NOT_NOW
 
 
+def asks_anew(step: Step) -> bool:
+    """Whether an attempt was only told that its approval counts no more, which says nothing of the call."""
+    return step.state is StepState.DENIED and refusal(step)[0] == Reason.APPROVAL_MISMATCH
+
+
 def is_open(step: Step) -> bool:
     """Whether an attempt settled nothing: the same proposal is made again, under the same step key."""
     if step.state is StepState.NOT_STARTED:
         return refusal(step)[0] != ARGUMENTS_REFUSED
-    return is_deferred(step) or step.state in (StepState.AWAITING_APPROVAL, StepState.SUPERSEDED)
+    return is_deferred(step) or asks_anew(step) or step.state in (StepState.AWAITING_APPROVAL, StepState.SUPERSEDED)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 from uuid import UUID
 
-from plm_engine_core.agent_runtime.agent import is_deferred, is_open, refusal
+from plm_engine_core.agent_runtime.agent import asks_anew, is_deferred, is_open, refusal
 from plm_engine_core.agent_runtime.retry import MAX_ATTEMPTS, MAX_LOSSES, MAX_PROPOSALS
 from plm_engine_core.control_plane.admission.abandoned import ABANDONED, capability_of
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
@@ -71,7 +71,9 @@ def exhausted(steps: Sequence[Step], place: Place) -> str:
     tries = [
         step
         for step in steps
-        if step.step_index == place.step_index and step.attempt < place.attempt and not is_deferred(step)
+        if step.step_index == place.step_index
+        and step.attempt < place.attempt
+        and not (is_deferred(step) or asks_anew(step))
     ]
     lost = sum(refusal(step)[0] == ABANDONED for step in tries)
     if lost >= MAX_LOSSES:

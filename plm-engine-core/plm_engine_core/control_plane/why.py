@@ -104,8 +104,8 @@ _BY_ASK_STATE: Mapping[TicketState, str] = {
 }
 _WAITING = (RunState.QUEUED, RunState.HALTED, RunState.AWAITING_APPROVAL)
 _REPLACED = (
-    "proposing the call anew, which a plan does in a new run: another policy was activated since, under which this "
-    "approval counts for nothing"
+    "a decision, after which the call is asked for anew, by a run of an agent itself: another policy was activated "
+    "since, under which this approval counts for nothing"
 )
 _LONGEST_SHOWN = 200
 

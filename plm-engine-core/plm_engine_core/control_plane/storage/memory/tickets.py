@@ -77,22 +77,24 @@ def approval_now(books: Books, c: Mapping[str, Any]) -> dict[str, Any]:
     ticket = books.approval_tickets.get(UUID(c["tenant_id"]), UUID(c["ticket_id"]))
     if ticket is None or ticket["run_id"] != UUID(c["run_id"]):
         return _refusal(None, "approval_mismatch", _MISMATCH)
-    if not _is_for(ticket, c) or not calls_alike(_asked_for(books, ticket), described_by(c["decision"])):
+    if not _is_for(ticket, c):
         return _refusal(ticket, "approval_mismatch", _MISMATCH)
     ticket = time_out_ticket(books, ticket, c["actor"])
     named, deadline = {"ticket_id": str(ticket["id"])}, ticket["deadline"]
     match ticket["state"]:
-        case "approved" if deadline > books.now():
-            return {**named, "outcome": "allow"}
-        case "pending":
-            return {**named, "deadline": json_time(deadline)}
         case "denied":
             said = f": {ticket['comment']}" if ticket["comment"] else ""
             return _refusal(ticket, "approval_denied", f"denied by the approver{said}")
         case "cancelled":
             return _refusal(ticket, "approval_expired", "the approval ticket is cancelled")
-        case _:
+        case state if state == "expired" or deadline <= books.now():
             return _refusal(ticket, "approval_expired", f"the approval was good until {text_time(deadline)}")
+        case _ if not _stands(books, ticket, c):
+            return _refusal(ticket, "approval_mismatch", _MISMATCH)
+        case "approved":
+            return {**named, "outcome": "allow"}
+        case _:
+            return {**named, "deadline": json_time(deadline)}
 
 
 _MISMATCH = "the approval is for another call, another policy, or was already used"
@@ -100,7 +102,14 @@ _MISMATCH = "the approval is for another call, another policy, or was already us
 
 def _is_for(ticket: Row, c: Mapping[str, Any]) -> bool:
     unused = ticket["consumed_at"] is None and ticket["superseded_by"] is None
-    return unused and all(ticket[name] == c[name] for name in ("step_index", "digest", "policy_digest"))
+    return unused and all(ticket[name] == c[name] for name in ("step_index", "digest"))
+
+
+def _stands(books: Books, ticket: Row, c: Mapping[str, Any]) -> bool:
+    """Whether a decision of a ticket counts under the policy and the definition of now."""
+    return ticket["policy_digest"] == c["policy_digest"] and calls_alike(
+        _asked_for(books, ticket), described_by(c["decision"])
+    )
 
 
 def _asked_for(books: Books, ticket: Row) -> Any:

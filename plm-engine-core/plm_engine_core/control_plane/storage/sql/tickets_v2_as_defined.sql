@@ -1,5 +1,6 @@
 -- An approval counts for the capability as it was defined when somebody was asked: where a call means something else by now,
--- it is asked for anew. Ticket and approval scope are as before in all else, for nodes of every release that admit.
+-- it is asked for anew. What was denied, or nobody decided in time, stays so under whatever definition and policy. Ticket and
+-- approval scope are as before in all else, for nodes of every release that admit.
 
 -- The capability as the decision that opened a ticket describes it, by the event of the question, which nothing changes; null
 -- where it describes none, or its event was pruned.
@@ -32,35 +33,32 @@ LANGUAGE plpgsql VOLATILE SECURITY INVOKER SET search_path = pg_catalog, public,
 DECLARE
     v_tenant uuid := (c ->> 'tenant_id')::uuid;
     v_ticket approval_tickets;
-    v_reason text;
-    v_text   text;
+    v_reason text := 'approval_mismatch';
+    v_text   text := 'the approval is for another call, another policy, or was already used';
 BEGIN
     IF c ->> 'ticket_id' IS NULL THEN
         RETURN engine_approval_scope_v2(c);
     END IF;
     SELECT * INTO v_ticket FROM approval_tickets
         WHERE tenant_id = v_tenant AND id = (c ->> 'ticket_id')::uuid AND run_id = (c ->> 'run_id')::uuid FOR UPDATE;
-    IF v_ticket.id IS NULL OR v_ticket.step_index <> (c ->> 'step_index')::integer OR v_ticket.digest <> c ->> 'digest'
-       OR v_ticket.policy_digest <> c ->> 'policy_digest' OR v_ticket.consumed_at IS NOT NULL
-       OR v_ticket.superseded_by IS NOT NULL
-       OR NOT engine_calls_alike_v1(engine_asked_for_v1(v_tenant, v_ticket.run_id, v_ticket.id), c #> '{decision,facts,capability}')
-    THEN
-        RETURN jsonb_build_object('outcome', 'deny', 'reason', 'approval_mismatch', 'ticket_id', v_ticket.id,
-            'message', 'the approval is for another call, another policy, or was already used',
-            'unblock', 'an approval of this very call, asked for anew');
-    END IF;
-    v_ticket := engine_time_out_ticket_v2(v_ticket, c ->> 'actor');
-    IF v_ticket.state = 'approved' AND v_ticket.deadline > clock_timestamp() THEN
-        RETURN jsonb_build_object('outcome', 'allow', 'ticket_id', v_ticket.id);
-    ELSIF v_ticket.state = 'pending' THEN
-        RETURN jsonb_build_object('ticket_id', v_ticket.id, 'deadline', v_ticket.deadline);
-    ELSIF v_ticket.state = 'denied' THEN
-        v_reason := 'approval_denied';
-        v_text := COALESCE('denied by the approver: ' || NULLIF(v_ticket.comment, ''), 'denied by the approver');
-    ELSE
-        v_reason := 'approval_expired';
-        v_text := CASE WHEN v_ticket.state = 'cancelled' THEN 'the approval ticket is cancelled'
-                       ELSE format('the approval was good until %s', v_ticket.deadline) END;
+    IF v_ticket.step_index = (c ->> 'step_index')::integer AND v_ticket.digest = c ->> 'digest'
+       AND v_ticket.consumed_at IS NULL AND v_ticket.superseded_by IS NULL THEN
+        v_ticket := engine_time_out_ticket_v2(v_ticket, c ->> 'actor');
+        IF v_ticket.state = 'denied' THEN
+            v_reason := 'approval_denied';
+            v_text := COALESCE('denied by the approver: ' || NULLIF(v_ticket.comment, ''), 'denied by the approver');
+        ELSIF v_ticket.state = 'cancelled' THEN
+            v_reason := 'approval_expired';
+            v_text := 'the approval ticket is cancelled';
+        ELSIF v_ticket.state = 'expired' OR v_ticket.deadline <= clock_timestamp() THEN
+            v_reason := 'approval_expired';
+            v_text := format('the approval was good until %s', v_ticket.deadline);
+        ELSIF v_ticket.policy_digest = c ->> 'policy_digest' AND engine_calls_alike_v1(
+            engine_asked_for_v1(v_tenant, v_ticket.run_id, v_ticket.id), c #> '{decision,facts,capability}')
+        THEN
+            RETURN CASE v_ticket.state WHEN 'approved' THEN jsonb_build_object('outcome', 'allow', 'ticket_id', v_ticket.id)
+                ELSE jsonb_build_object('ticket_id', v_ticket.id, 'deadline', v_ticket.deadline) END;
+        END IF;
     END IF;
     RETURN jsonb_build_object('outcome', 'deny', 'reason', v_reason, 'message', v_text, 'ticket_id', v_ticket.id,
         'unblock', 'an approval of this very call, asked for anew');
