@@ -30,6 +30,7 @@ from plm_shared.idempotency import IdempotencyKey
 from plm_shared.kernel_api import EmitLlmCallArgs, EmitTelemetryArgs
 from plm_shared.provisioning import provision
 from plm_shared.sqlalchemy_kernel_emitter import SqlAlchemyKernelEmitter
+from server_log import recycle_the_log
 
 MILLION = 1_000_000
 EVENTS_PER_RUN = 100
@@ -164,18 +165,6 @@ def produce(
     return len(events) / seconds, [sample for samples in latencies for sample in samples]
 
 
-def recycle_the_log(admin: str) -> None:
-    """Bring the server's log to where it is on a server that has run for a while.
-
-    A new segment of it is filled with zeros and flushed inside the commit that needs it, about every fifty batches on a
-    server that was made a minute ago. Once there were checkpoints, old segments are renamed instead.
-    """
-    with psycopg.connect(admin, autocommit=True) as connection:
-        for _ in range(SEGMENTS):
-            connection.execute("SELECT pg_logical_emit_message(false, 'bench', repeat('x', 14 << 20)), pg_switch_wal()")
-        connection.execute("CHECKPOINT")
-
-
 def batched(tenant: str, app: str, admin: str, numbers: Numbers, folder: Path, plain: float) -> dict[str, Figure]:
     figures = {}
     with opened(tenant, app) as emitter:
@@ -184,7 +173,7 @@ def batched(tenant: str, app: str, admin: str, numbers: Numbers, folder: Path, p
         figures["ack, 64 outstanding, p99 while the server's log grows"] = Figure(
             value=percentile(latencies, 0.99) * 1000, unit="ms", better="lower"
         )
-        recycle_the_log(admin)
+        recycle_the_log(admin, SEGMENTS)
         # After a checkpoint the first change of a page is logged with all of it.
         produce(emitter, [telemetry(tenant, number) for number in numbers.take(5000)], OUTSTANDING)
         events = [telemetry(tenant, number) for number in numbers.take(WINDOWED)]

@@ -215,7 +215,8 @@ async def test_a_flood_holds_up_neither_its_own_cancel_nor_a_neighbours_calls(
     async with asyncio.timeout(20):
         for _ in range(50):
             await hostile.execute_plugin_async("neighbour", action="hostile.echo")
-    assert await hostile.cancel_call("hostile", "c") == "forced"
+    # Within the grace it ends by itself where the flood broke a frame, for which its worker is ended.
+    assert await hostile.cancel_call("hostile", "c") in ("forced", "cooperative")
     with pytest.raises(PluginError):
         await flood
 
