@@ -11,6 +11,7 @@ from decimal import Decimal
 
 import pytest
 from plm_engine_core.control_plane import Granted, InputRequest, Pending
+from plm_engine_core.control_plane.admission.ask import Failure
 from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.events import Event, Projections, rebuild, run_stream
 from plm_engine_core.control_plane.events.projections import CHANGES_NOTHING
@@ -26,6 +27,7 @@ from plm_engine_core.control_plane.vocabulary import (
 pytestmark = pytest.mark.every_storage
 
 SOAK = float(os.environ.get("SOAK", "0.05"))
+_FAILURE = Failure(step=0, attempt=1, reason="attempts_exhausted", message="nothing càme of it")
 
 
 def test_every_kind_of_event_is_folded_or_known_to_change_nothing():
@@ -170,6 +172,7 @@ class Walk:
             step_id=f"s{self.step}",
             question="Well?",
             principal=self.run.principal,
+            escalates=_FAILURE if self.step % 2 else None,
         )
         answer = await self.asking.control_plane.ask(request)
         self.asked = answer if isinstance(answer, Pending) else self.asked

@@ -16,7 +16,7 @@ from plm_shared.sqlalchemy_kernel_emitter import ledger_function, quick_ledger_f
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = tuple(f"{number:04}" for number in range(13, 52))
+REVISIONS = tuple(f"{number:04}" for number in range(13, 53))
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text

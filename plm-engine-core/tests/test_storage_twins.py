@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from plm_engine_core.control_plane import Granted, InputRequest, Outcome, Pending
+from plm_engine_core.control_plane.admission.ask import Failure
 from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.events import run_stream
 from plm_engine_core.control_plane.hitl import ScopeTerms
@@ -33,6 +34,7 @@ from plm_engine_core.control_plane.vocabulary import (
 SOAK = float(os.environ.get("SOAK", "0.05"))
 RUNS, STEPS = 2, 2
 PHASES = ("input", "output")
+_FAILURE = Failure(step=0, attempt=1, reason="attempts_exhausted", message="nothing càme of it")
 ENDS = [RunState.QUEUED, RunState.HALTED, RunState.SUCCEEDED, RunState.FAILED]
 
 _UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
@@ -257,6 +259,7 @@ class World:
                 question=question,
                 schema={"not": {"type": "null", "default": None}},
                 principal=lease.run.principal,
+                escalates=_FAILURE if question == "r" else None,
             )
         )
         if isinstance(answer, Pending):

@@ -49,7 +49,10 @@ class Finish:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A run's recorded past: what it was given and every attempt of every step, refusals included."""
+    """A run's recorded past: what it was given and every attempt of every step, refusals included.
+
+    An agent is not shown what the driver asked humans before it would have failed the run: no step of its is that.
+    """
 
     run: Run
     steps: Sequence[Step]

@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from plm_engine_core.agent_runtime.agent import asks_anew, is_deferred, is_open, refusal
+from plm_engine_core.agent_runtime.escalation import escalates
 from plm_engine_core.agent_runtime.retry import MAX_ATTEMPTS, MAX_LOSSES, MAX_PROPOSALS
 from plm_engine_core.control_plane.admission.abandoned import ABANDONED, capability_of
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
@@ -36,14 +37,15 @@ def claims_of(step: Step) -> Mapping[str, Any] | None:
 def next_place(last: Step | None) -> Place:
     """The place after the last recorded attempt.
 
-    An open one is repeated, an approved one as the same attempt; a refused agent tries again at the same step; after
-    anything else the next step begins. An approval that was not used yet goes along.
+    An open one is repeated, an approved one as the same attempt; a refused agent tries again at the same step, and so
+    it goes on after an escalation; after anything else the next step begins. An approval that was not used yet goes
+    along.
     """
     if last is None:
         return Place(step_index=0, attempt=1)
     if last.state is StepState.AWAITING_APPROVAL:
         return Place(step_index=last.step_index, attempt=last.attempt, ticket_id=last.ticket_id)
-    if is_open(last) or last.state in _REFUSED:
+    if is_open(last) or last.state in _REFUSED or escalates(last) is not None:
         unused = last.ticket_id if is_deferred(last) and last.state is StepState.DENIED else None
         return Place(step_index=last.step_index, attempt=last.attempt + 1, ticket_id=unused)
     return Place(step_index=last.step_index + 1, attempt=1)
@@ -67,14 +69,10 @@ def lost_calls(steps: Sequence[Step], place: Place) -> Sequence[CapabilityDescri
 
 
 def exhausted(steps: Sequence[Step], place: Place) -> str:
-    """Why a step is not tried once more, or nothing when it may be."""
-    tries = [
-        step
-        for step in steps
-        if step.step_index == place.step_index
-        and step.attempt < place.attempt
-        and not (is_deferred(step) or asks_anew(step))
-    ]
+    """Why a step is not tried once more, or nothing when it may be; only what came after its last escalation counts."""
+    earlier = [step for step in steps if step.step_index == place.step_index and step.attempt < place.attempt]
+    answered = max((step.attempt for step in earlier if escalates(step) is not None), default=0)
+    tries = [step for step in earlier if step.attempt > answered and not (is_deferred(step) or asks_anew(step))]
     lost = sum(refusal(step)[0] == ABANDONED for step in tries)
     if lost >= MAX_LOSSES:
         return f"its run worker was lost {lost} times; the step may be what takes them down"

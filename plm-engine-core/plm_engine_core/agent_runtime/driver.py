@@ -15,6 +15,15 @@ from uuid import UUID
 from plm_engine_core.agent_runtime.agent import Agent, AskInput, Finish, History, Propose, is_open
 from plm_engine_core.agent_runtime.attempts import Place, claims_of, exhausted, lost_calls, next_place, repeats
 from plm_engine_core.agent_runtime.dispatcher import Dispatcher
+from plm_engine_core.agent_runtime.escalation import (
+    ATTEMPTS_EXHAUSTED,
+    Escalation,
+    end_of,
+    escalates,
+    of_denied,
+    of_exhausted,
+    proposed_again,
+)
 from plm_engine_core.agent_runtime.executor import Executor
 from plm_engine_core.agent_runtime.hold import Hold, held, moment
 from plm_engine_core.agent_runtime.retry import TRANSIENT, patiently, pause_seconds
@@ -38,6 +47,7 @@ logger = logging.getLogger(__name__)
 AgentFactory = Callable[[Run], Agent]
 """Makes the agent of a run from what the run recorded of it."""
 
+_AGENT_FAILED = "agent_failed"
 _CAME_TO_NOTHING = (OutcomeStatus.NOT_STARTED, OutcomeStatus.SUPERSEDED)
 _NOT_REPEATED = (
     "its run worker was lost in a call that may have had its effect, and as the capability is defined now it cannot be "
@@ -142,39 +152,52 @@ class Driver:
             if left is not None:
                 return left
 
-    def _next(self, history: History) -> Propose | AskInput | Finish:
-        """What is open is repeated exactly as it was recorded; else the agent says what comes next."""
+    def _next(self, history: History) -> Propose | AskInput | Escalation | Finish:
+        """What is open, or escalated, is repeated exactly as it was recorded; else the agent says what comes next."""
         last = history.steps[-1] if history.steps else None
+        failure = escalates(last) if last is not None else None
+        if last is not None and failure is not None:
+            if last.state is not StepState.SUCCEEDED:
+                return end_of(last, failure)
+            return _as_recorded(history, proposed_again(history.steps, failure) or last)
         if last is not None and is_open(last):
-            claims = claims_of(last)
-            if claims is None:
-                problem = f"what was decided of attempt {last.attempt} of step {last.step_id} cannot be read any more"
-                logger.error("a record cannot be read", extra={"run_id": str(history.run.id)})
-                return Finish(succeeded=False, reason="record_damaged", message=problem)
-            return Propose(
-                step_id=last.step_id,
-                capability=last.capability,
-                resource=last.resource,
-                arguments=last.arguments,
-                claims=claims,
-            )
+            return _as_recorded(history, last)
+        move = self._turn(history)
+        if isinstance(move, Finish) and not move.succeeded and move.reason != _AGENT_FAILED and self._escalates():
+            return of_denied(history.steps) or move
+        return move
+
+    def _turn(self, history: History) -> Propose | AskInput | Finish:
+        """What the agent says comes next."""
+        own = replace(history, steps=tuple(step for step in history.steps if escalates(step) is None))
         try:
-            move = self._agents(history.run).next(history)
+            move = self._agents(history.run).next(own)
             if not isinstance(move, Propose | AskInput | Finish):
                 raise TypeError(f"an agent proposes, asks or finishes, this one answered {type(move).__name__}")  # noqa: TRY301  # the handler is the answer
         except Exception as error:  # an agent's defect ends its run
             logger.exception("the agent failed", extra={"run_id": str(history.run.id)})
-            return Finish(succeeded=False, reason="agent_failed", message=f"{type(error).__name__}: {error}")
+            return Finish(succeeded=False, reason=_AGENT_FAILED, message=f"{type(error).__name__}: {error}")
         return move
 
-    async def _step(self, hold: Hold, history: History, move: Propose | AskInput) -> RunState | None:
+    def _escalates(self) -> bool:
+        """Whether humans are asked before a run fails, by the policy that decides now.
+
+        Raises:
+            StorageUnavailable: this process cannot load it.
+        """
+        return self._control_plane.policy.approval.asks_on_failure
+
+    async def _step(self, hold: Hold, history: History, move: Propose | AskInput | Escalation) -> RunState | None:
         """Admit and carry out one proposal, or ask; answers a state when the run is to be left there."""
         place = next_place(history.steps[-1] if history.steps else None)
-        problem = exhausted(history.steps, place)
+        problem = exhausted(history.steps, place) if not isinstance(move, Escalation) else ""
         if problem:
-            return await self._fail(hold, "attempts_exhausted", f"step {move.step_id}: {problem}")
+            raised = of_exhausted(history.steps, problem) if self._escalates() else None
+            if raised is None:
+                return await self._fail(hold, ATTEMPTS_EXHAUSTED, f"step {move.step_id}: {problem}")
+            move = raised
         try:
-            if isinstance(move, AskInput):
+            if isinstance(move, AskInput | Escalation):
                 return await self._ask(hold, place, move)
             proposal = _proposal(hold, place, move)
             capability = self._control_plane.registry.get(proposal.capability)
@@ -206,7 +229,7 @@ class Driver:
                     await hold.pause(pause_seconds(TRANSIENT, place.attempt))
         return None
 
-    async def _ask(self, hold: Hold, place: Place, move: AskInput) -> RunState | None:
+    async def _ask(self, hold: Hold, place: Place, move: AskInput | Escalation) -> RunState | None:
         """Put a question to humans; what ends its ticket ends the step, so that it is not asked again."""
         request = _question(hold, place, move)
         answer = await patiently(lambda: _booked(self._control_plane.ask(request)))
@@ -310,8 +333,24 @@ async def _booked(answering: Awaitable[Admission]) -> Admission:
     return answer
 
 
-def _question(hold: Hold, place: Place, move: AskInput) -> InputRequest:
-    """What the agent asks, at its place in the run."""
+def _as_recorded(history: History, step: Step) -> Propose | Finish:
+    """The same proposal as that of an attempt, word for word."""
+    claims = claims_of(step)
+    if claims is None:
+        problem = f"what was decided of attempt {step.attempt} of step {step.step_id} cannot be read any more"
+        logger.error("a record cannot be read", extra={"run_id": str(history.run.id)})
+        return Finish(succeeded=False, reason="record_damaged", message=problem)
+    return Propose(
+        step_id=step.step_id,
+        capability=step.capability,
+        resource=step.resource,
+        arguments=step.arguments,
+        claims=claims,
+    )
+
+
+def _question(hold: Hold, place: Place, move: AskInput | Escalation) -> InputRequest:
+    """What the agent asks, or the driver before it fails the run, at its place in the run."""
     return InputRequest(
         tenant_id=hold.run.tenant_id,
         run_id=hold.run.id,
@@ -323,6 +362,7 @@ def _question(hold: Hold, place: Place, move: AskInput) -> InputRequest:
         schema=move.schema,
         principal=hold.run.principal,
         agent=str(hold.run.agent.get("name", "")),
+        escalates=move.failure if isinstance(move, Escalation) else None,
     )
 
 

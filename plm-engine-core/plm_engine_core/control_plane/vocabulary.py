@@ -344,6 +344,7 @@ class EventKind(StrEnum):
     STEP_STARTED = "step_started"
     STEP_SETTLED = "step_settled"
     STEP_RECONCILED = "step_reconciled"
+    ESCALATION_RAISED = "escalation_raised"  # a run would have failed, and a human is asked first
     APPROVAL_REQUESTED = "approval_requested"
     APPROVAL_VOTED = "approval_voted"
     APPROVAL_DECIDED = "approval_decided"

@@ -7,7 +7,7 @@ an agent may ask at all, and who answers, `approval.input` of the policy says.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 from uuid import UUID
@@ -29,10 +29,21 @@ _RULE = "approval.input"
 
 
 @dataclass(frozen=True, kw_only=True)
+class Failure:
+    """What would end a run: the attempt that came to nothing, why, and the words in which the run would say so."""
+
+    step: int
+    attempt: int
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class InputRequest:
     """One question of an agent to humans, at a place of its run: in words, with the JSON Schema of the wanted answer.
 
-    An empty schema takes any JSON value. Question and schema are the agent's words, and shown to people as such.
+    An empty schema takes any JSON value. Question and schema are the agent's words, and shown to people as such. Where
+    the run would fail otherwise, whoever drives it says with `escalates` what would end it; no agent can.
 
     Raises:
         InvalidRequest: the step or the attempt has a number that none can have, or a member is of another type.
@@ -48,6 +59,7 @@ class InputRequest:
     principal: Principal
     schema: Mapping[str, Any] = field(default_factory=dict)
     agent: str = ""
+    escalates: Failure | None = None
 
     def __post_init__(self) -> None:
         check_place(self.step_index, self.attempt)
@@ -57,6 +69,8 @@ class InputRequest:
                 raise InvalidRequest(f"'{name}' must be a UUID, not {getattr(self, name)!r:.80}", field=name)
         if not isinstance(self.agent, str):
             raise InvalidRequest(f"'agent' must be a text, not {self.agent!r:.80}", field="agent")
+        if self.escalates is not None and not isinstance(self.escalates, Failure):
+            raise InvalidRequest(f"'escalates' must be a Failure, not {self.escalates!r:.80}", field="escalates")
 
     @property
     def step_key(self) -> str:
@@ -83,6 +97,7 @@ async def ask(
     demand = policy.approval.input_demand()
     refusal = await _refusal(request, policy, storage, agents)
     allowed = policy.approval.input
+    escalated = {"escalates": asdict(request.escalates)} if request.escalates is not None else {}
     command = AskCommand(
         tenant_id=request.tenant_id,
         run_id=request.run_id,
@@ -97,11 +112,13 @@ async def ask(
         policy_digest=policy.digest,
         requester=request.principal.user_id,
         actor=request.principal.actor,
-        decision=refusal
-        or _said("ask", Reason.INPUT_REQUIRED, asked["question"], _unblock(demand.scopes, demand.timeout_seconds)),
-        beyond=_not_allowed(
-            f"the policy lets a run ask {allowed.max_per_run} times" if allowed else "", ".max_per_run"
+        decision=escalated
+        | (
+            refusal
+            or _said("ask", Reason.INPUT_REQUIRED, asked["question"], _unblock(demand.scopes, demand.timeout_seconds))
         ),
+        beyond=escalated
+        | _not_allowed(f"the policy lets a run ask {allowed.max_per_run} times" if allowed else "", ".max_per_run"),
         most=allowed.max_per_run if allowed else 0,
         ticket_id=new_id(),
         ticket_seconds=demand.timeout_seconds,
@@ -126,6 +143,8 @@ async def _refusal(
     """Why this agent may ask nothing now."""
     if policy.approval.input is None:
         return _not_allowed("the policy lets no agent ask humans for an input")
+    if request.escalates is not None and not policy.approval.asks_on_failure:
+        return _not_allowed("the policy has runs fail without asking humans first", ".failures")
     agent = agents.get(request.agent) if agents is not None else None
     if agents is not None and (agent is None or agent.inactive):
         problem = (

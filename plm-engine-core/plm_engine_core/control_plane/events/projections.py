@@ -34,6 +34,7 @@ CHANGES_NOTHING = frozenset(
         EventKind.RUN_REFUSED,
         EventKind.STEP_STEERED,
         EventKind.STEP_STARTED,
+        EventKind.ESCALATION_RAISED,
         EventKind.APPROVAL_VOTED,
         EventKind.APPROVAL_COMMENTED,
         EventKind.APPROVAL_SCOPE_REVOKED,

@@ -53,13 +53,15 @@ class InputRule(_Frozen):
     """How agents may ask humans for an input, and who gives it: one answer, which allows, spends and reserves nothing.
 
     Without a scope or a time of its own an ask has those of an approval. Who a run works for may answer what it asks,
-    as nobody's consent is asked for; `by_requester: false` has somebody else answer.
+    as nobody's consent is asked for; `by_requester: false` has somebody else answer. With `failures` a human is also
+    asked before a run fails because a step is exhausted or its agent's autonomy is too low.
     """
 
     required_scope: OAuthScope | None = None
     timeout_seconds: Seconds | None = None
     by_requester: Flag = True
     max_per_run: Whole = Field(default=10, ge=1, le=1000)
+    failures: Flag = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,13 @@ class ApprovalRule(_Frozen):
         """How long the wider circle has; None where a ticket is not handed on."""
         return self.escalation.timeout_seconds if self.escalation is not None else None
 
+    @property
+    def asks_on_failure(self) -> bool:
+        """Whether a human is asked before a run fails because a step is exhausted or autonomy is too low."""
+        return self.input is not None and self.input.failures
+
     def unsaid(self) -> Mapping[str, Any]:
         """The members that the first form did not have and that say nothing here."""
         silent = ApprovalRule()
-        return {name: True for name in ADDED if getattr(self, name) == getattr(silent, name)}
+        unsaid: dict[str, Any] = {name: True for name in ADDED if getattr(self, name) == getattr(silent, name)}
+        return {"input": {"failures": True}, **unsaid} if self.asks_on_failure else unsaid

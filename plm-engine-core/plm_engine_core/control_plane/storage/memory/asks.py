@@ -47,6 +47,9 @@ def book_ask(books: Books, c: Mapping[str, Any]) -> dict[str, Any]:
     payload = {name: c[name] for name in ("step_id", "attempt", "capability", "resource", "digest", "policy_digest")}
     payload |= {"step": c["step_index"], "decision": verdict, "answer": answer, "ticket_kind": "input"}
     payload |= {name: c["arguments"][name] for name in ("question", "schema")}
+    if parked and "escalates" in verdict:
+        raised = {**verdict["escalates"], "ticket_id": c["ticket"]["id"]}
+        books.append(tenant_id, run_stream(run_id), "escalation_raised", c["actor"], raised)
     kind = "approval_requested" if parked else "step_denied"
     books.append(tenant_id, run_stream(run_id), kind, c["actor"], payload)
     return {**answer, "replayed": False}
