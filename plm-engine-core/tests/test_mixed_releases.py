@@ -17,6 +17,7 @@ from itertools import product
 import pytest
 from plm_engine_core import migrations
 from plm_engine_core.control_plane import ControlPlane, Denied, Granted, InputRequest
+from plm_engine_core.control_plane.admission.ask import Failure
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.events import BEGINNING, rebuild, verify_tenant
 from plm_engine_core.control_plane.hitl import ApprovalTicket
@@ -375,6 +376,37 @@ class TestAsk:
             sweep = "SELECT engine_time_out_tickets_v2(%s, %s, 'recovery')"
             await connection.execute(sweep, [bench.tenant, run.id])
         assert await self.standing(bench, run) == (RunState.QUEUED, StepState.DENIED, "input_expired", None)
+        await assert_whole(bench)
+
+    @pytest.mark.parametrize("revision", ["0051", "head"])
+    async def test_where_its_function_is_back_an_escalation_is_asked_all_the_same(self, ask, revision):
+        bench, run, _ = ask
+        if revision != "head":
+            migrations.downgrade(bench.database.owner, revision)
+        lease = await bench.lease()
+        pending = await bench.control_plane.ask(
+            InputRequest(
+                tenant_id=bench.tenant,
+                run_id=lease.run.id,
+                fencing_token=lease.fencing_token,
+                step_index=0,
+                attempt=2,
+                step_id="s/escalation",
+                question="Again?",
+                principal=lease.run.principal,
+                escalates=Failure(step=0, attempt=1, reason="attempts_exhausted", message="nothing came of it"),
+            )
+        )
+        assert await self.standing(bench, lease.run) == (
+            RunState.AWAITING_APPROVAL,
+            StepState.AWAITING_APPROVAL,
+            None,
+            None,
+        )
+        said = ["escalation_raised"] if revision == "head" else []
+        assert (await bench.kinds(lease.run))[2:] == [*said, "approval_requested"]
+        assert (await bench.kinds(run))[2:] == ["approval_requested"], "an ask that says nothing of a failure is none"
+        await bench.control_plane.provide_input(bench.tenant, pending.ticket_id, "again", approver=bench.approver)
         await assert_whole(bench)
 
     async def test_its_list_shows_one_as_it_shows_any_ticket(self, ask):

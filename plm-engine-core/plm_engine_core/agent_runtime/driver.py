@@ -163,8 +163,9 @@ class Driver:
         if last is not None and is_open(last):
             return _as_recorded(history, last)
         move = self._turn(history)
-        if isinstance(move, Finish) and not move.succeeded and move.reason != _AGENT_FAILED and self._escalates():
-            return of_denied(history.steps) or move
+        if isinstance(move, Finish) and not move.succeeded and move.reason != _AGENT_FAILED:
+            raised = of_denied(history.steps)
+            return raised if raised is not None and self._escalates() else move
         return move
 
     def _turn(self, history: History) -> Propose | AskInput | Finish:
