@@ -178,6 +178,9 @@ class Cases:
     def plugin_exits_idempotent(self) -> Left:
         return self._run("die", says="6 times; the last time: the worker ended with status 9")
 
+    def plugin_exits_where_a_human_is_asked_first(self) -> Left:
+        return self._under(self._altered_policy(approval={"input": {}}), "die", "as attempts_exhausted", '"again"')
+
     def plugin_is_killed_idempotent(self) -> Left:
         return self._run("misbehave", how="be killed", says="6 times; the last time: the worker was ended by SIGKILL")
 
