@@ -86,11 +86,6 @@ def _raised(last: Step, reason: str, problem: str) -> Escalation | None:
 
 def _shown(text: str) -> str:
     """Words of agents and plugins on one line that can be stored, shown and read to its end."""
-    plain = "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode() for each in text[:_LONGEST_MESSAGE]
-    )
-    return (
-        plain
-        if len(plain) <= _LONGEST_MESSAGE and len(text) <= _LONGEST_MESSAGE
-        else f"{plain[: _LONGEST_MESSAGE - 1]}…"
-    )
+    bounded = text[: _LONGEST_MESSAGE + 1]
+    plain = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in bounded)
+    return plain if len(plain) <= _LONGEST_MESSAGE else f"{plain[: _LONGEST_MESSAGE - 1]}…"
