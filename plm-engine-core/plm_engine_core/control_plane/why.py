@@ -3,6 +3,8 @@
 A budget is named by whose it is, as people name that, and by what it counts: `agent/reviewer/EUR/day`.
 
 What the record says of itself (the rule, the limit, what would unblock it) counts; `UNBLOCKED_BY` says the rest.
+
+One module although it is long: a run is explained by its attempt, and that by its ticket or budget, in the same words.
 """
 
 from __future__ import annotations
