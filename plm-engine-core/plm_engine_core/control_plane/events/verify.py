@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import TYPE_CHECKING, TypeVar
 from uuid import UUID
 
@@ -91,16 +93,12 @@ def verify_streams(
     }
     known = {**(since or {}), **(exported or {})}
     headless: dict[str, Verification] = {}
-    walk: _Walk | None = None
-    name: str | None = None
-    for link in links:
-        if link[0] != name:
-            name = link[0]
-            walk = walks.get(name)
-            if walk is None and name not in known:
-                headless[name] = _headless(name, link[1])
+    for name, following in groupby(links, key=itemgetter(0)):
+        walk = walks.get(name)
         if walk is not None:
-            walk.step(link)
+            walk.along(following)
+        elif name not in known:
+            headless[name] = _headless(name, next(following)[1])
     missing = [_removed(head) for stream, head in known.items() if stream not in walks]
     return [walk.result() for walk in walks.values()] + missing + list(headless.values())
 
@@ -129,14 +127,17 @@ class _Walk:
         elif copy is not None and copy.seq == stub.seq and copy.hash != stub.hash:
             self._fail(stub.seq, "everything up to here was pruned, and it was not what was exported")
 
-    def step(self, link: Link) -> None:
-        if self._bad is not None or not self._start < link[1] <= self._head.last_seq:
-            return
-        problem = self._chain.problem(link)
-        if problem:
-            self._fail(self._chain.seq + 1, problem)
-        elif self._exported is not None and link[1] == self._exported.seq and link[3] != self._exported.hash:
-            self._fail(link[1], "the stream was rewritten up to here since it was exported")
+    def along(self, links: Iterable[Link]) -> None:
+        start, last, problem_of = self._start, self._head.last_seq, self._chain.problem
+        copy = self._exported
+        for link in links:
+            if self._bad is not None or not start < link[1] <= last:
+                continue
+            problem = problem_of(link)
+            if problem:
+                self._fail(self._chain.seq + 1, problem)
+            elif copy is not None and link[1] == copy.seq and link[3] != copy.hash:
+                self._fail(link[1], "the stream was rewritten up to here since it was exported")
 
     def result(self) -> Verification:
         if self._bad is not None:

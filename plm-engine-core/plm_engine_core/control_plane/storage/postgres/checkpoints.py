@@ -236,26 +236,27 @@ def parse_rows(blocks: Iterable[bytes | bytearray | memoryview]) -> Iterator[Lin
     Raises:
         ValueError: it is not what the query asked for.
     """
+    row, integer, size = _ROW.unpack_from, _INT.unpack_from, _ROW.size
     last_stream, name = b"", ""
     for block in blocks:
         data = bytes(block)
         at = len(_COPY_HEADER) if data.startswith(_COPY_HEADER) else 0
         while at < len(data) and not data.startswith(_COPY_TRAILER, at):
-            fields, seq_length, seq, time_length, time, length = _ROW.unpack_from(data, at)
+            fields, seq_length, seq, time_length, time, length = row(data, at)
             if (fields, seq_length, time_length) != _LENGTHS:
                 raise ValueError("a row has other fields than were asked for")
-            start = at + _ROW.size
+            start = at + size
             end = start + length
             claimed = data[start:end]
             start = end + 4
-            end = start + _INT.unpack_from(data, end)[0]
+            end = start + integer(data, end)[0]
             prev_hash = data[start:end]
             start = end + 4
-            end = start + _INT.unpack_from(data, end)[0]
+            end = start + integer(data, end)[0]
             stream = data[start:end]
             if stream != last_stream:
                 last_stream, name = stream, stream.decode()
-            actor = end + 4 + _INT.unpack_from(data, end)[0]
-            payload = actor + 4 + _INT.unpack_from(data, actor)[0]
-            at = payload + 4 + _INT.unpack_from(data, payload)[0]
+            actor = end + 4 + integer(data, end)[0]
+            payload = actor + 4 + integer(data, actor)[0]
+            at = payload + 4 + integer(data, payload)[0]
             yield name, seq, prev_hash, claimed, data[end:payload], time + _MICROS_TO_2000, data[payload:at]
