@@ -6,6 +6,7 @@ A pair is what a governed function books around its call, which is made at once:
 and the settlement. Nothing is booked between them; a call that waits for a slot has its begin there, a third booking.
 Rates are those of runs that have all been at work for a while, and still are: pairs are counted between two moments.
 The server's log is that of a server that has run for a while, which has no new segments of it filled with zeros.
+Idle processors are kept from being halted, as on a host that is set up for a database, where this may ask for it.
 BENCH_PAIRS sets the pairs of a run alone, BENCH_SECONDS how long pairs are counted.
 """
 
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import psycopg
+from awake import processors_awake
 from figures import Figure, command_line, percentile, report
 from governance_events import recording
 from plm_backend.database import upgrade_all
@@ -432,7 +434,7 @@ async def booking(folder: Path) -> dict[str, Figure]:
 
 def main() -> dict[str, Figure]:
     figures = {**decisions(), **replay(), **asyncio.run(evaluators())}
-    with tempfile.TemporaryDirectory(prefix="plm-bench-") as name:
+    with tempfile.TemporaryDirectory(prefix="plm-bench-") as name, processors_awake():
         folder = Path(name)
         folder.chmod(0o711)  # the database's account must pass through it when this runs as root
         return {**figures, **asyncio.run(booking(folder)), **asyncio.run(recording(folder))}

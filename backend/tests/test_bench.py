@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCH = Path(__file__).parents[2] / "bench"
-PARTS = {"figures.py", "governance_events.py", "server_log.py"}  # what the others import
+PARTS = {"awake.py", "figures.py", "governance_events.py", "server_log.py"}  # what the others import
 SCRIPTS = sorted(path.name for path in BENCH.glob("*.py") if path.name not in PARTS)
 
 
