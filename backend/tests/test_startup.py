@@ -48,6 +48,7 @@ def settings(platform: Any) -> dict[str, str]:
         ({"PLM_IDENTITY_HS256_SECRET_ACTIVE": "changeme" * 5}, ("PLM_IDENTITY_HS256_SECRET_ACTIVE", "placeholder")),
         ({"ENVIRONMENT": "production"}, ("ENVIRONMENT=production", "hs256")),
         ({"ENVIRONMENT": "prod"}, ("ENVIRONMENT=prod", "hs256")),
+        ({"ENVIRONMENT": "prod-eu"}, ("ENVIRONMENT=prod-eu", "hs256", "staging", "IDENTITY_PROVIDER_MODE=oidc")),
         ({"ENVIRONMENT": " PROD ", "PG_DSN": ""}, ("ENVIRONMENT=PROD", "hs256")),
         ({"IDENTITY_PROVIDER_MODE": "off"}, ("IDENTITY_PROVIDER_MODE", "off")),
         ({"ENVIRONMENT": "production", "PLM_OIDC_ISSUER": "https://id.example"}, ("PLM_OIDC_AUDIENCE",)),

@@ -103,7 +103,13 @@ def test_a_system_token_needs_its_own_flag() -> None:
 
 @pytest.mark.parametrize(
     "environment",
-    [{ACTIVE: ""}, {ACTIVE: "short"}, {"ENVIRONMENT": "production"}, {"IDENTITY_PROVIDER_MODE": "oidc"}],
+    [
+        {ACTIVE: ""},
+        {ACTIVE: "short"},
+        {"ENVIRONMENT": "production"},
+        {"ENVIRONMENT": "live"},
+        {"IDENTITY_PROVIDER_MODE": "oidc"},
+    ],
     ids=str,
 )
 def test_without_a_usable_provider_it_ends_with_3(environment: dict[str, str]) -> None:

@@ -234,10 +234,32 @@ def test_the_clocks_may_be_apart_by_the_leeway_and_no_more() -> None:
         exact.validate(late)
 
 
-@pytest.mark.parametrize("environment", ["production", "prod", " Production ", "PROD\n"])
-def test_production_refuses_shared_secrets(environment: str) -> None:
-    with pytest.raises(IdentityProviderConfigError, match="ENVIRONMENT"):
+@pytest.mark.parametrize(
+    "environment",
+    [
+        "production",
+        "prod",
+        " Production ",
+        "PROD\n",
+        "live",
+        "prd",
+        "prod-eu",
+        "production.staging",
+        "développement",
+        "",
+    ],
+)
+def test_production_by_whatever_name_refuses_shared_secrets(environment: str) -> None:
+    with pytest.raises(
+        IdentityProviderConfigError, match=r"ENVIRONMENT=.*production: .*staging.*IDENTITY_PROVIDER_MODE"
+    ):
         Hs256JwtIdentityProvider(active_secret=SECRET, environment=environment)
+
+
+@pytest.mark.parametrize("environment", ["development", "dev", "local", "test", "ci", "staging", " Staging\n", "TEST"])
+def test_an_environment_that_is_none_of_production_takes_shared_secrets(environment: str) -> None:
+    provider = Hs256JwtIdentityProvider(active_secret=SECRET, environment=environment)
+    assert provider.validate(sign(claims())).user_id == USER
 
 
 def test_a_short_secret_is_refused_without_repeating_it() -> None:

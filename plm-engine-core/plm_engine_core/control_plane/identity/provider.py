@@ -25,6 +25,9 @@ from plm_engine_core.control_plane.identity.tokens import (
     signed_payload,
 )
 
+SHARED_SECRET_ENVIRONMENTS: Final = ("development", "dev", "local", "test", "ci", "staging")
+"""Where `ENVIRONMENT` lets shared secrets be used, compared without case and blanks; every other name is production."""
+
 _ALGORITHM: Final = "HS256"
 _SECRET: Final = "PLM_IDENTITY_HS256_SECRET"  # noqa: S105 - a variable's name
 
@@ -62,8 +65,8 @@ class Hs256JwtIdentityProvider:
 
     Raises:
         IdentityProviderConfigError: the leeway is out of bounds, a secret is shorter than 32 bytes or plainly not
-            random (RFC 8725, section 3.5), the mode is not ``hs256``, or the environment is production: whoever may
-            validate a shared secret may also forge.
+            random (RFC 8725, section 3.5), the mode is not ``hs256``, or the environment is none of
+            `SHARED_SECRET_ENVIRONMENTS`: whoever may validate a shared secret may also forge.
     """
 
     name = "hs256"
@@ -83,10 +86,11 @@ class Hs256JwtIdentityProvider:
             raise IdentityProviderConfigError(
                 f"IDENTITY_PROVIDER_MODE is {identity_provider_mode!r}; the providers are 'hs256' and 'oidc'"
             )
-        if environment.strip().casefold() in {"production", "prod"}:
+        if environment.strip().casefold() not in SHARED_SECRET_ENVIRONMENTS:
             raise IdentityProviderConfigError(
-                f"the hs256 provider does not start with ENVIRONMENT={environment.strip()}: shared secrets are not "
-                "for production; configure another identity provider"
+                f"the hs256 provider does not start with ENVIRONMENT={environment.strip()[:100]}, which counts as "
+                f"production: shared secrets are for {', '.join(SHARED_SECRET_ENVIRONMENTS)}; connect an "
+                "OpenID Connect issuer with IDENTITY_PROVIDER_MODE=oidc"
             )
         self._secrets = [_checked(active_secret, "ACTIVE")]
         if previous_secret is not None:
