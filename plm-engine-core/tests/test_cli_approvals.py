@@ -5,6 +5,8 @@ from __future__ import annotations
 import uuid
 from functools import partial
 
+import jwt
+import psycopg
 import pytest
 from plm_engine_core.control_plane import InputRequest
 from plm_engine_core.control_plane.vocabulary import TicketState
@@ -92,6 +94,27 @@ async def test_a_token_of_a_tenant_that_does_not_exist_is_refused_as_by_the_api(
     assert (said["refused"], said["reason"]) == ("IDENTITY_MALFORMED", "unknown_tenant")
     run = ("run", "reconcile", uuid.uuid4(), "--tenant-id", uuid.uuid4(), "--happened")
     assert (await terminal.json(*run, status=1))["reason"] == "not_found"
+
+
+async def test_a_refused_token_is_in_the_audit_log_of_whom_it_names_and_never_itself(terminal, bench):
+    secret = terminal.environment["PLM_IDENTITY_HS256_SECRET_ACTIVE"]
+    claims = jwt.decode(terminal.token(), secret, ["HS256"])
+    over = jwt.encode({**claims, "iat": 1, "exp": 2}, secret)
+    forged = terminal.token()[:-4] + "AAAA"
+    for token, reason in ((over, "expired"), (forged, "bad_signature"), ("garbage", "malformed_token")):
+        said = await terminal.json("approvals", "list", status=3, token=token)
+        assert said["reason"] == reason
+    (row,) = bench.sql(
+        "SELECT tenant_id, user_id, payload FROM audit_log WHERE tenant_id = %s AND event_type = 'identity.reject'",
+        bench.tenant,
+    )
+    assert row[:2] == (bench.tenant, None)
+    assert row[2]["reason"] == "expired"
+    with psycopg.connect(bench.database.owner) as owner:
+        told = owner.execute("SELECT payload FROM audit_log_system WHERE event_type = 'identity.reject'").fetchall()
+    ours = [payload for (payload,) in told if payload["client"] == "plm-cli"]
+    assert {"bad_signature", "malformed_token"} <= {payload["reason"] for payload in ours}
+    assert not any(token in str(payload) for token in (over, forged) for payload in [row[2], *ours])
 
 
 async def test_who_acts_is_in_the_audit_log(terminal, bench):

@@ -1,17 +1,16 @@
 """The person at the terminal: commands that decide something act as the bearer of a token, never as the platform.
 
 The token stands in ``PLM_TOKEN``, where other users cannot read it as they can an argument; it is checked like one of a
-request, and the audit record is written first.
+request, and the audit record is written first, of one that is refused too.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NoReturn, TypeVar
+from typing import Annotated, Final, TypeVar
 from uuid import UUID
 
 import typer
@@ -23,6 +22,7 @@ from plm_engine_core.cli.tokens import bare, configured_provider
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.errors import InvalidRequest, PolicyMissing
 from plm_engine_core.control_plane.identity import (
+    AuditSink,
     AuditTenantUnknown,
     IdentityContext,
     IdentityMalformedError,
@@ -33,12 +33,15 @@ from plm_engine_core.control_plane.identity import (
     identity_bound,
 )
 from plm_engine_core.control_plane.identity.audit import bind_record
+from plm_engine_core.control_plane.identity.refusals import Refusals
 from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy, read_policy
 
 PolicyFile = Annotated[
     Path,
     typer.Option("--policy", help="The policy file; counts until one is activated.", envvar="PLM_POLICY"),
 ]
+
+_CLIENT: Final = "plm-cli"  # where a refused token came from, as the audit log has it
 
 Answer = TypeVar("Answer")
 
@@ -53,25 +56,54 @@ class Caller:
 
 def as_caller(work: Callable[[Books, Caller], Awaitable[Answer]], *, as_json: bool) -> Answer:
     """Run `work` as the bearer of the token; a refusal ends the command as `with_books` does."""
+    token = bare(os.environ.get("PLM_TOKEN", ""))
+    if not token:
+        fail(
+            ExitCode.NOT_CONFIGURED, "set PLM_TOKEN to your token; `plm-cli auth issue-token` makes one for development"
+        )
     provider = configured_provider()
-    identity = _identity(provider, as_json=as_json)
 
     async def acting(books: Books) -> Answer:
         try:
-            await books.audit.write(bind_record(identity, provider=provider.name))
-        except AuditTenantUnknown:
-            unknown = IdentityMalformedError("the token's tenant does not exist", reason=RejectReason.UNKNOWN_TENANT)
-            _refused(unknown, as_json=as_json)
+            identity = await _bound(token, provider, books.audit)
+        except IdentityValidationError as error:
+            show_refusal(error.code, error.reason, str(error), as_json=as_json)
+            fail(ExitCode.NOT_CONFIGURED, f"PLM_TOKEN is refused: {error} [{error.code}]")
+        except IdentityProviderUnavailable as error:
+            show_refusal(error.code, error.code, str(error), as_json=as_json)
+            fail(ExitCode.FAILED, f"PLM_TOKEN cannot be checked: {error} [{error.code}]")
+        caller = Caller(
+            tenant_id=identity.tenant_id,
+            principal=Principal(
+                user_id=identity.user_id, actor_kind=str(identity.actor_kind), scopes=frozenset(identity.scopes)
+            ),
+        )
         with identity_bound(identity):
             return await work(books, caller)
 
-    caller = Caller(
-        tenant_id=identity.tenant_id,
-        principal=Principal(
-            user_id=identity.user_id, actor_kind=str(identity.actor_kind), scopes=frozenset(identity.scopes)
-        ),
-    )
     return with_books(acting, as_json=as_json)
+
+
+async def _bound(token: str, provider: IdentityProvider, audit: AuditSink) -> IdentityContext:
+    """The bearer, who is in the audit log by now; so is a token that is refused.
+
+    Raises:
+        IdentityValidationError: the token is refused.
+        IdentityProviderUnavailable: it cannot be checked.
+        AuditUnavailable: the record is not written.
+    """
+    try:
+        identity = await provider.identify(token)
+        try:
+            await audit.write(bind_record(identity, provider=provider.name))
+        except AuditTenantUnknown:
+            raise IdentityMalformedError(
+                "the token's tenant does not exist", reason=RejectReason.UNKNOWN_TENANT
+            ) from None
+    except IdentityValidationError as error:
+        await Refusals(audit, provider=provider.name).record(error, client=_CLIENT)
+        raise
+    return identity
 
 
 def policy_of(path: Path) -> PolicySnapshot:
@@ -95,23 +127,3 @@ async def policy_in_force(books: Books, file: PolicySnapshot) -> PolicySnapshot:
     if policy.digest != active:
         raise PolicyMissing(f"policy {active[:12]} reads as policy {policy.digest[:12]} in this release")
     return policy
-
-
-def _identity(provider: IdentityProvider, *, as_json: bool) -> IdentityContext:
-    token = bare(os.environ.get("PLM_TOKEN", ""))
-    if not token:
-        fail(
-            ExitCode.NOT_CONFIGURED, "set PLM_TOKEN to your token; `plm-cli auth issue-token` makes one for development"
-        )
-    try:
-        return asyncio.run(provider.identify(token))
-    except IdentityValidationError as error:
-        _refused(error, as_json=as_json)
-    except IdentityProviderUnavailable as error:
-        show_refusal(error.code, error.code, str(error), as_json=as_json)
-        fail(ExitCode.FAILED, f"PLM_TOKEN cannot be checked: {error} [{error.code}]")
-
-
-def _refused(error: IdentityValidationError, *, as_json: bool) -> NoReturn:
-    show_refusal(error.code, error.reason, str(error), as_json=as_json)
-    fail(ExitCode.NOT_CONFIGURED, f"PLM_TOKEN is refused: {error} [{error.code}]")
