@@ -6,6 +6,7 @@ import asyncio
 import json
 import uuid
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -367,7 +368,8 @@ def test_replayed_under_the_policy_it_was_recorded_with_nothing_changes(amounts)
     report = Replay(policy=policy)
     report.feed(recorded(policy, stored_facts(), arguments={"amount": amount}) for amount in amounts)
     assert (report.attempts, report.changed) == (len(amounts), 0)
-    assert all(each.before == each.after for each in report.reserved.values())
+    assert report.terms == {}
+    assert all(each.before == each.after for each in report.costs.reserved.values())
 
 
 def test_a_replay_counts_what_would_change_and_what_it_would_reserve():
@@ -430,6 +432,7 @@ DAMAGES = {
     "an evaluation of no kind": lambda decision: decision["facts"].update(evaluations=[{"name": "a", "status": "x"}]),
     "no time": lambda decision: decision["facts"].update(at="x"),
     "no amount": lambda decision: decision.update(reserve={"EUR": "x"}),
+    "no amounts": lambda decision: decision.update(reserve=["EUR"]),
     "nothing": lambda decision: decision.clear(),
 }
 
@@ -484,6 +487,56 @@ async def test_recorded_proposals_are_replayed_from_the_database(bench, files):
     )
     assert "2 recorded proposals, 1 decided otherwise\n  1 x thing.read: allow -> ask" in text.stdout
     assert "would reserve\n  1 EUR instead of 1\n  2 calls instead of 2\n" in text.stdout
+    assert "never made\n  0 EUR, 0; at most 0.5\n  0 calls, 0; at most 1\n" in text.stdout
+
+
+def test_what_calls_spent_stays_with_those_that_would_still_be_made_and_bounds_stand_for_those_that_never_were():
+    old = PolicySnapshot.model_validate(
+        {**POLICY, "rules": [{**POLICY["rules"][0], "capabilities": ["*"], "then": "deny"}]}
+    )
+    small = {"type": "field", "path": "arguments.amount", "operator": "le", "value": 1}
+    new = PolicySnapshot.model_validate({**POLICY, "rules": [{"id": "small", "when": small, "then": "deny"}]})
+    facts, cost = stored_facts(), {"EUR": "0.01", "calls": "1", "tokens": "12"}
+    calls = [
+        recorded(old, facts, arguments={"amount": 1}, spent=cost),
+        recorded(old, facts, arguments={"amount": 2}, spent={**cost, "EUR": "0.02"}),
+        recorded(old, facts, arguments={"amount": 101}),  # denied then, and allowed now: its bound is 0.25 EUR
+        recorded(old, facts, arguments={"amount": 3}),  # allowed both times, and never made
+    ]
+    same, other = Replay(policy=old), Replay(policy=new)
+    same.feed(calls)
+    other.feed(calls)
+    assert same.to_json()["spent"]["EUR"] == {"before": "0.03", "after": "0.03", "at_most": "0.03"}
+    assert other.to_json()["spent"] == {
+        "EUR": {"before": "0.03", "after": "0.02", "at_most": "0.27"},
+        "calls": {"before": "2", "after": "1", "at_most": "2"},
+        "tokens": {"before": "24", "after": "12", "at_most": "12"},
+    }
+
+
+def test_what_is_asked_of_more_people_is_counted_by_what_an_approval_needs():
+    asking = {**POLICY, "rules": [{"id": "all", "then": "ask"}]}
+    old, new = (PolicySnapshot.model_validate({**asking, "approval": {"quorum": quorum}}) for quorum in (1, 2))
+    report = Replay(policy=new)
+    report.feed([recorded(old, stored_facts())] * 3)
+    answer = report.to_json()
+    assert (answer["changed"], answer["on_other_terms"]) == (0, 3)
+    (terms,) = answer["terms"]
+    assert terms["attempts"] == 3
+    assert terms["before"].startswith("approval by a person with")
+    assert terms["after"].startswith("approval by 2 people with")
+
+
+@pytest.mark.every_storage
+async def test_what_settled_calls_spent_is_read_with_them(bench):
+    lease = await bench.lease()
+    made = await bench.begun(lease)
+    settled = await bench.settle(made, lease, usage={"thing": Decimal(3)})
+    await bench.begun(lease, step_index=1)
+    seen = [batch async for batch in bench.storage.runs.attempts(bench.tenant, since=lease.run.created_at)]
+    first, second = [each for batch in seen for each in batch]
+    assert first.spent == settled.spent == {"EUR": "0.03", "calls": "1"}
+    assert second.spent is None
 
 
 async def test_a_tenant_or_shadow_that_does_not_exist_is_no_good_news(bench, files):

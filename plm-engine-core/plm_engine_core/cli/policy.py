@@ -284,9 +284,8 @@ def replay(
 
     Evaluators of the phases input and output are not asked, as proposals say nothing to them; the report names them.
 
-    Nothing is written. Budgets, halts and rates are as they were. How many people approve what is asked, and who, is
-    not compared: `policy diff` shows it. Status 0: done; 1: the policy cannot be read, there is no such tenant, or the
-    database refused; 2: wrong arguments; 3: no address.
+    Nothing is written. Budgets, halts and rates are as they were. Status 0: done; 1: the policy cannot be read, there
+    is no such tenant, or the database refused; 2: wrong arguments; 3: no address.
     """
     with _refusals(as_json=as_json):
         report = Replay(policy=load_policy(policy))
@@ -301,15 +300,27 @@ async def _replay(books: Books, report: Replay, tenant_id: UUID, since: datetime
 
 
 def _reported(report: Replay) -> str:
-    lines = [f"{report.attempts} recorded proposals, {report.changed} decided otherwise"]
+    others = f", {report.on_other_terms} asked for on other terms" if report.on_other_terms else ""
+    lines = [f"{report.attempts} recorded proposals, {report.changed} decided otherwise{others}"]
     lines += [
         f"  {count} x {capability}: {before} -> {after}"
         for (capability, before, after), count in sorted(report.by_capability.items())
     ]
+    lines += [
+        f"  {count} x {after} instead of {before or 'nothing said'}"
+        for (before, after), count in sorted(report.terms.items())
+    ]
     if report.not_asked:
         lines.append(f"not asked, as they are not about proposals: {', '.join(report.not_asked)}")
     lines.append("allowed, asked and undecided calls would reserve")
-    lines += [f"  {plain(each.after)} {unit} instead of {plain(each.before)}" for unit, each in report.reserved.items()]
+    lines += [
+        f"  {plain(each.after)} {unit} instead of {plain(each.before)}" for unit, each in report.costs.reserved.items()
+    ]
+    lines.append("settled calls spent, of which would have been spent; at most, with calls that were never made")
+    lines += [
+        f"  {plain(each.before)} {unit}, {plain(each.after)}; at most {plain(each.at_most)}"
+        for unit, each in report.costs.spent.items()
+    ]
     lines += [
         f"  run {each.attempt.run_id} step {each.attempt.step_index} ({each.before} -> {each.after}): "
         f"{each.rule}: {each.message or 'allowed'}"

@@ -209,7 +209,7 @@ def _ordered(compare: Callable[[Any, Any], bool], bound: Any) -> _Judge:
     def judge(value: Any) -> Holds:
         if type(value) is int:
             return compare(value, bound)
-        number = _number(value)
+        number = _number(value) if value is not MISSING else None
         return None if number is None else compare(number, exact)
 
     return judge

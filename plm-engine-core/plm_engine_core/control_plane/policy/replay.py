@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from plm_engine_core.control_plane.amounts import plain
 from plm_engine_core.control_plane.policy.decide import decide
 from plm_engine_core.control_plane.policy.decision import Decision, Needs, Verdict
 from plm_engine_core.control_plane.policy.facts import Facts, Proposed
+from plm_engine_core.control_plane.policy.replay_costs import Costs, recorded_cost
 from plm_engine_core.control_plane.policy.snapshot import PolicySnapshot
 from plm_engine_core.control_plane.registry.capabilities import CapabilityDescriptor
-from plm_engine_core.control_plane.vocabulary import BudgetUnit, EvaluationPhase
+from plm_engine_core.control_plane.vocabulary import EvaluationPhase
 
 MOST_EXAMPLES = 20
 UNDECIDED = "undecided"
@@ -23,7 +23,6 @@ UNREADABLE = "unreadable"
 """Instead of a verdict: what was recorded is no decision with its facts."""
 
 _LONGEST_ERROR = 300
-_RESERVING = (Verdict.ALLOW.value, Verdict.ASK.value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +36,8 @@ class Attempt:
     resource: str
     arguments: Mapping[str, Any]
     decision: Mapping[str, Any]
+    spent: Mapping[str, str] | None = None
+    """Per unit, what its call cost; None where none was settled."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,42 +64,24 @@ class Change:
         }
 
 
-_Reserve = tuple[tuple[str, str | Decimal], ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Reserved:
-    """How much of one unit is set aside, as it was decided and as it would be."""
-
-    before: Decimal
-    after: Decimal
-
-
-def _sums(reserves: Counter[_Reserve]) -> dict[str, Decimal]:
-    """By unit, over all calls."""
-    sums: dict[str, Decimal] = {}
-    for reserve, calls in reserves.items():
-        for unit, amount in reserve:
-            sums[str(unit)] = sums.get(str(unit), Decimal(0)) + calls * Decimal(amount)
-    return sums
-
-
 @dataclass(kw_only=True)
 class Replay:
     """What a policy makes of recorded attempts; feed it any number of times.
 
-    `outcomes` counts pairs of outcomes, before and after; `examples` holds some changes of each pair.
+    `outcomes` counts pairs of outcomes, before and after; `examples` holds some changes of each pair. `terms` counts
+    what has to be asked for both times, and on other terms: pairs of what an approval needs. `costs` says what all of
+    it set aside and spent, and would.
     """
 
     policy: PolicySnapshot
     attempts: int = 0
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
     by_capability: Counter[tuple[str, str, str]] = field(default_factory=Counter)
+    terms: Counter[tuple[str, str]] = field(default_factory=Counter)
+    costs: Costs = field(default_factory=Costs)
     examples: list[Change] = field(default_factory=list)
     _capabilities: dict[str, tuple[Mapping[str, Any], CapabilityDescriptor]] = field(default_factory=dict)
     _shown: Counter[tuple[str, str]] = field(default_factory=Counter)
-    _reserved_before: Counter[_Reserve] = field(default_factory=Counter)
-    _reserved_after: Counter[_Reserve] = field(default_factory=Counter)
 
     @property
     def not_asked(self) -> tuple[str, ...]:
@@ -119,40 +102,34 @@ class Replay:
         return sum(count for (before, after), count in self.outcomes.items() if before != after)
 
     @property
-    def reserved(self) -> dict[str, Reserved]:
-        """By unit, what calls set aside that are allowed or asked for: an upper bound of what they cost and use.
-
-        One that is undecided may be allowed, and counts as if it were. A capability that does not bound a unit sets
-        nothing of it aside, and is not in its sums.
-        """
-        before, after = _sums(self._reserved_before), _sums(self._reserved_after)
-        units = sorted({*before, *after} - set(BudgetUnit))
-        return {
-            unit: Reserved(before=before.get(unit, Decimal(0)), after=after.get(unit, Decimal(0)))
-            for unit in (*(each.value for each in BudgetUnit), *units)
-        }
+    def on_other_terms(self) -> int:
+        """How many are asked for as they were, and need something else of who approves them."""
+        return self.terms.total()
 
     def _one(self, attempt: Attempt) -> None:
         facts = self._facts(attempt.decision["facts"])
         before = str(attempt.decision["outcome"])
-        reserve = tuple(attempt.decision.get("reserve", {}).items())
-        if reserve not in self._reserved_before:
-            _sums(Counter([reserve]))  # so that what is no amount is found before anything is counted
+        recorded = recorded_cost(attempt.decision.get("reserve", {}), attempt.spent)
         answer = decided_again(attempt, self.policy, facts)
         after = UNDECIDED if isinstance(answer, Needs) else answer.outcome.value
         self.attempts += 1
         self.outcomes[before, after] += 1
-        if before in _RESERVING:
-            self._reserved_before[reserve] += 1
-        if isinstance(answer, Needs) and facts.capability is not None:
-            self._reserved_after[tuple(self.policy.plans.of(facts.capability).reserve.items())] += 1
-        elif isinstance(answer, Decision) and after in _RESERVING:
-            self._reserved_after[tuple(answer.reserve.items())] += 1
+        self.costs.add(recorded, before=before, after=after, bound=self._bound(answer, facts))
         if before != after:
             rule, message = "evaluators", "its evaluators were not asked when this was recorded"
             if isinstance(answer, Decision):
                 rule, message = answer.rule, answer.message
             self._note(attempt, before, after, rule=rule, message=message)
+        elif isinstance(answer, Decision) and answer.outcome is Verdict.ASK:
+            terms = str(attempt.decision.get("unblock", ""))
+            if terms != answer.unblock:
+                self.terms[terms, answer.unblock] += 1
+
+    def _bound(self, answer: Decision | Needs, facts: Facts) -> Mapping[str, Decimal]:
+        """What would be set aside; what is undecided may be allowed, and counts as if it were."""
+        if isinstance(answer, Decision):
+            return answer.reserve
+        return self.policy.plans.of(facts.capability).reserve if facts.capability is not None else {}
 
     def _unreadable(self, attempt: Attempt, error: Exception) -> None:
         """Count a record that is none; the others are decided all the same."""
@@ -187,6 +164,7 @@ class Replay:
             "policy_digest": self.policy.digest,
             "attempts": self.attempts,
             "changed": self.changed,
+            "on_other_terms": self.on_other_terms,
             "outcomes": [
                 {"before": before, "after": after, "attempts": count}
                 for (before, after), count in sorted(self.outcomes.items())
@@ -195,10 +173,11 @@ class Replay:
                 {"capability": capability, "before": before, "after": after, "attempts": count}
                 for (capability, before, after), count in sorted(self.by_capability.items())
             ],
-            "reserved": {
-                unit: {"before": str(plain(each.before)), "after": str(plain(each.after))}
-                for unit, each in self.reserved.items()
-            },
+            "terms": [
+                {"before": before, "after": after, "attempts": count}
+                for (before, after), count in sorted(self.terms.items())
+            ],
+            **self.costs.to_json(),
             "examples": [each.to_json() for each in self.examples],
             "not_asked": list(self.not_asked),
         }

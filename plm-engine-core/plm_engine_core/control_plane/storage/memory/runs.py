@@ -18,7 +18,7 @@ from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Ste
 from plm_engine_core.control_plane.runs.states import sources_of
 from plm_engine_core.control_plane.storage.commands import creation_json, refusal_json
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
-from plm_engine_core.control_plane.storage.memory.budgets import open_budget, runs
+from plm_engine_core.control_plane.storage.memory.budgets import open_budget, runs, spent
 from plm_engine_core.control_plane.storage.memory.leases import MemoryLeases, close_books
 from plm_engine_core.control_plane.storage.memory.settlement import already_exists, write_artifact
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, storable_text
@@ -106,7 +106,11 @@ class MemoryRuns(MemoryLeases):
             steps = [row for run in runs for row in sorted(books.run_steps.rows((tenant_id, run)), key=_attempt)]
             names = ("step_index", "attempt", "capability", "resource", "arguments", "decision")
             batch = [
-                Attempt(run_id=str(row["run_id"]), **fresh({name: row[name] for name in names}))
+                Attempt(
+                    run_id=str(row["run_id"]),
+                    spent=_spent(books, row),
+                    **fresh({name: row[name] for name in names}),
+                )
                 for row in steps
                 if row["created_at"] >= since and row["capability"] != PROVIDE_INPUT
             ]
@@ -338,6 +342,12 @@ def _attempt(row: Row) -> tuple[int, int]:
 
 def _read(row: Row) -> Run:
     return run_row(fresh(row))
+
+
+def _spent(books: Books, step: Row) -> dict[str, str] | None:
+    grant = books.grants.get(step["tenant_id"], step["grant_id"])
+    settled = grant is not None and grant["state"] == "settled"
+    return spent(books, step["tenant_id"], step["grant_id"]) if settled else None
 
 
 def _read_step(books: Books, row: Row) -> Step:

@@ -16,7 +16,7 @@ from plm_engine_core.control_plane.runs.run import ArtifactRow, NewRun, Run, Ste
 from plm_engine_core.control_plane.runs.states import sources_of
 from plm_engine_core.control_plane.storage.commands import creation_json, refusal_json
 from plm_engine_core.control_plane.storage.ports import MarkCommand
-from plm_engine_core.control_plane.storage.postgres.gateway import Session, jsonb
+from plm_engine_core.control_plane.storage.postgres.gateway import LONGEST_WALK_SECONDS, Session, jsonb
 from plm_engine_core.control_plane.storage.postgres.leases import PostgresLeases, close_books, queue_again
 from plm_engine_core.control_plane.storage.postgres.markers import earlier_marker, put_marker
 from plm_engine_core.control_plane.storage.rows import budget_row, run_row, step_row
@@ -199,21 +199,22 @@ class PostgresRuns(PostgresLeases):
             return [step_row(row) for row in await cursor.fetchall()]
 
     async def attempts(self, tenant_id: UUID, *, since: datetime) -> AsyncIterator[Sequence[Attempt]]:
-        """Every proposal of the tenant that was decided since then, a batch at a time, oldest run first."""
-        after = (UUID(int=0), -1, -1)
-        while True:
-            async with self._gateway.transaction(tenant_id) as connection:
-                cursor = await connection.execute(
-                    "SELECT run_id::text, step_index, attempt, capability, resource, arguments, decision "
-                    "FROM run_steps WHERE tenant_id = %s AND (run_id, step_index, attempt) > (%s, %s, %s) "
-                    "AND created_at >= %s AND capability <> %s ORDER BY run_id, step_index, attempt LIMIT %s",
-                    [tenant_id, *after, since, PROVIDE_INPUT, _ATTEMPTS],
-                )
-                batch = [Attempt(**row) for row in await cursor.fetchall()]
-            if not batch:
-                return
-            yield batch
-            after = (UUID(batch[-1].run_id), batch[-1].step_index, batch[-1].attempt)
+        """Every proposal of the tenant that was decided since then, as of one instant, in batches, oldest run first."""
+        async with (
+            self._gateway.transaction(tenant_id, longest=LONGEST_WALK_SECONDS) as connection,
+            connection.cursor(name="every_attempt") as cursor,
+        ):
+            await cursor.execute(
+                "SELECT s.run_id::text, s.step_index, s.attempt, s.capability, s.resource, s.arguments, s.decision, "
+                "CASE WHEN g.state <> 'settled' THEN NULL WHEN g.reserved IS NULL "
+                "THEN engine_spent_v2(g.tenant_id, g.id) ELSE engine_spent_v4(g.reserved, g.charged) END AS spent "
+                "FROM run_steps AS s LEFT JOIN grants AS g ON g.tenant_id = s.tenant_id AND g.id = s.grant_id "
+                "WHERE s.tenant_id = %s AND s.created_at >= %s AND s.capability <> %s "
+                "ORDER BY s.run_id, s.step_index, s.attempt",
+                [tenant_id, since, PROVIDE_INPUT],
+            )
+            while rows := await cursor.fetchmany(_ATTEMPTS):
+                yield [Attempt(**row) for row in rows]
 
     async def budgets(self, tenant_id: UUID, run_id: UUID) -> Sequence[Budget]:
         """The budgets a call of this run draws on."""
