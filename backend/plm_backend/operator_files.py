@@ -31,6 +31,6 @@ def read_files(settings: Settings) -> OperatorFiles:
     """
     registry = load_capabilities(settings.capabilities)
     policy = load_policy(settings.policy)
-    require_known_names(policy, registry, source=str(settings.policy))
+    require_known_names(policy, registry, source=settings.policy)
     EvaluatorRegistry.installed().build(policy, file=settings.policy)
     return OperatorFiles(registry=registry, policy=policy, agents=load_catalog(settings.agents, registry))

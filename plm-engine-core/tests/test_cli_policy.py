@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import uuid
 from dataclasses import replace
 from decimal import Decimal
@@ -17,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plm_engine_core.cli import build_app
 from plm_engine_core.cli.policy import policy_schema
+from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import Evaluation, Facts, PolicySnapshot, decide, load_policy
-from plm_engine_core.control_plane.policy.lint import Severity, lint
+from plm_engine_core.control_plane.policy.lint import Severity, lint, require_known_names
 from plm_engine_core.control_plane.policy.replay import UNDECIDED, Attempt, Replay
 from plm_engine_core.control_plane.registry import CostBound, load_capabilities
 from plm_engine_core.control_plane.vocabulary import EvaluationStatus
@@ -127,6 +129,53 @@ def test_lint_names_what_is_probably_not_meant(files, changes, check, at, severi
     assert files.run("lint", files.policy(**{"rules": [], **changes}), "--strict").exit_code == 1
 
 
+WRITTEN = """version: "1"
+tier_by_mode: {read: auto_approve, plan-write: auto_approve, execute-write: always_approve}
+risk_by_mode: {read: low, plan-write: low, execute-write: high}
+budgets: {run: {EUR: 1, calls: 1}, tenant: {EUR: 1, calls: 1}}
+max_eur_per_call: 2
+risk_by_capability:
+  thing.raed: low
+tiers:
+  steer: [thing.read]
+  blocked:
+    - thing.write
+    - thing.wirte
+guidance: {thing.read: look elsewhere}
+rules:
+  - id: nights.only
+    capabilities: ["thing.*"]
+    then: ask
+    when: {type: time_of_day, weekdays: []}
+  - then: deny
+    id: none
+    capabilities: ["no.*"]
+"""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_each_remark_leads_to_line_and_column_of_its_entry(files, as_json):
+    file = files.folder / ("policy.json" if as_json else "policy.yaml")
+    document = yaml.safe_load(WRITTEN)
+    file.write_text(json.dumps(document, indent=1) if as_json else WRITTEN, encoding="utf-8")
+    said = files.run("lint", str(file), "--json")
+    lines = file.read_text(encoding="utf-8").splitlines()
+    there = {}
+    for remark in json.loads(said.stdout)["remarks"]:
+        path, line, column = remark["place"].rsplit(":", 2)
+        assert path == str(file)
+        there[remark["at"]] = lines[int(line) - 1][int(column) - 1 :]
+        assert f"{remark['severity']}: {remark['place']}: {remark['at']}: " in files.run("lint", str(file)).stdout
+    assert {at: text.replace('"', "").rstrip(",") for at, text in there.items() if at != "rules.none"} == {
+        "risk_by_capability.thing.raed": "thing.raed: low",
+        "tiers.thing.wirte": "thing.wirte",
+        "rules.nights.only.when": "when: {" if as_json else "when: {type: time_of_day, weekdays: []}",
+    }
+    assert there["rules.none"] == ("{" if as_json else "then: deny")
+    with pytest.raises(InvalidRequest, match=rf"^{re.escape(str(file))}:\d+:\d+: risk_by_capability\.thing\.raed: "):
+        require_known_names(load_policy(file), load_capabilities(Path(files.capabilities)), source=file)
+
+
 def test_lint_has_nothing_to_say_of_a_sound_policy(files):
     result = files.run("lint", files.policy())
     assert (result.exit_code, result.stdout) == (0, "nothing to remark\n")
@@ -135,7 +184,8 @@ def test_lint_has_nothing_to_say_of_a_sound_policy(files):
 def test_a_price_without_a_bound_is_remarked(files):
     priced = {**CAPABILITIES["capabilities"][0], "cost": {"eur_per_unit": {"page": "0.01"}}}
     files.write("capabilities", {"capabilities": [priced]})
-    assert "capabilities.thing.read.cost" in files.run("lint", files.policy()).stdout
+    said = files.run("lint", files.policy()).stdout
+    assert f"warning: {files.capabilities}:2:3: capabilities.thing.read.cost: " in said
 
 
 def test_the_policy_of_the_demo_has_no_errors():

@@ -20,6 +20,7 @@ from plm_engine_core.cli.storage import Books, refused, with_books
 from plm_engine_core.control_plane.admission.admit import decided
 from plm_engine_core.control_plane.admission.evaluators import EvaluatorRegistry, Examined, ParallelPolicyEvaluator
 from plm_engine_core.control_plane.amounts import plain
+from plm_engine_core.control_plane.document_places import entries_in
 from plm_engine_core.control_plane.documents import differences, load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import Decision, EvaluatorSpec, PolicySnapshot, load_policy
@@ -98,14 +99,20 @@ def lint_command(
 ) -> None:
     """Say what is legal in a policy and probably not meant.
 
+    Each remark has the file, line and column of its entry, or of what is around it, and the entry's name.
+
     Status 0: nothing, or only warnings; 1: errors, or the policy cannot be read; 2: wrong arguments.
     """
     with _refusals(as_json=as_json):
         bench = Bench(policy, load_capabilities(capabilities))
-    remarks = lint(bench.policy, bench.registry)
-    bad = [each for each in remarks if strict or each.severity is Severity.ERROR]
-    answer = {"digest": bench.policy.digest, "remarks": [vars(each) for each in remarks]}
-    lines = [f"{each.severity.value}: {each.at}: {each.message} [{each.check}]" for each in remarks]
+    of_policy, of_capabilities = entries_in(policy), entries_in(capabilities)
+    remarks = [
+        (each, (of_capabilities if each.at.startswith("capabilities.") else of_policy)(each.at))
+        for each in lint(bench.policy, bench.registry)
+    ]
+    bad = [each for each, _ in remarks if strict or each.severity is Severity.ERROR]
+    answer = {"digest": bench.policy.digest, "remarks": [{**vars(each), "place": place} for each, place in remarks]}
+    lines = [f"{each.severity.value}: {place}: {each.at}: {each.message} [{each.check}]" for each, place in remarks]
     show(answer, "\n".join(lines) or "nothing to remark", as_json=as_json)
     if bad:
         raise typer.Exit(int(ExitCode.FAILED))

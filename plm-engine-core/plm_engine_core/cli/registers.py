@@ -73,7 +73,7 @@ def check_capabilities(
     try:
         registry = load_capabilities(file)
         if policy is not None:
-            require_known_names(load_policy(policy), registry, source=str(policy))
+            require_known_names(load_policy(policy), registry, source=policy)
         made = changes(load_capabilities(capabilities), registry) if capabilities is not None else None
     except InvalidRequest as error:
         refused(error, as_json=as_json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -12,6 +12,7 @@ import yaml
 from plm_shared.canonical_json import encodable
 from pydantic import BaseModel, Strict, ValidationError
 
+from plm_engine_core.control_plane.document_places import place_of
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.yaml_values import JsonValues, RefusedValue
 
@@ -70,7 +71,7 @@ def parse_document(
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or what
         if in_file:
-            place = _place(text, first["loc"])
+            place = place_of(text, first["loc"])
             words = f"{source}{place}: {where}: {problem_of(first)}; correct it in that file"
         else:
             words = ": ".join([source, *([where] if first["loc"] else []), problem_of(first)]) + "; correct it there"
@@ -94,14 +95,6 @@ def problem_of(error: Mapping[str, Any]) -> str:
     """What one of pydantic's errors says, with the value where it is a short one, in the words of files."""
     words = _WORDS.get(error["type"]) or str(error["msg"]).removeprefix("Value error, ")
     return f"{words} (given: {_shortened(repr(error['input']))})" if isinstance(error["input"], _SCALARS) else words
-
-
-def place_in(path: Path, location: Sequence[int | str]) -> str:
-    """`path:line:column` of an entry of a file that was read; the path alone where it cannot be read any more."""
-    try:
-        return f"{path}{_place(path.read_text(encoding='utf-8'), location)}"
-    except (OSError, UnicodeDecodeError):
-        return str(path)
 
 
 def differences(old: Any, new: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -131,29 +124,6 @@ def _by_name(value: Any) -> Mapping[str, Any] | None:
         return None
     names = [each.get("id", each.get("name")) for each in value]
     return dict(zip(names, value, strict=True)) if all(names) and len(set(names)) == len(names) else None
-
-
-def _place(text: str, location: Sequence[int | str]) -> str:
-    """`:line:column` of the entry, or of the nearest thing around it that the text has."""
-    try:
-        # JSON may be indented with tabs, which YAML refuses; a blank in their place keeps every column.
-        node = yaml.compose(text.replace("\t", " "), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, RecursionError):
-        return ""
-    if node is None:
-        return ""
-    mark = node.start_mark
-    for part in location:
-        if isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            node = node.value[part]
-            mark = node.start_mark
-        elif isinstance(node, yaml.MappingNode):
-            # A union adds the name of its kind to the location, which stands nowhere in the text.
-            for key, value in node.value:
-                if key.value == str(part):
-                    node, mark = value, key.start_mark
-                    break
-    return f":{mark.line + 1}:{mark.column + 1}"
 
 
 def _where(error: yaml.YAMLError | ValueError) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 
+from plm_engine_core.control_plane.document_places import entries_in
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.matching import Match, any_of
 from plm_engine_core.control_plane.oauth_scopes import FORM_IN_WORDS, is_oauth_scope
@@ -54,15 +56,18 @@ def lint(policy: PolicySnapshot, capabilities: Iterable[CapabilityDescriptor]) -
     return tuple(sorted(remarks, key=lambda remark: remark.severity is not Severity.ERROR))
 
 
-def require_known_names(policy: PolicySnapshot, capabilities: Iterable[CapabilityDescriptor], *, source: str) -> None:
+def require_known_names(
+    policy: PolicySnapshot, capabilities: Iterable[CapabilityDescriptor], *, source: str | Path
+) -> None:
     """Refuse a policy that names what does not exist: it would not do what it says.
 
     Raises:
-        InvalidRequest: naming `source` and the entry.
+        InvalidRequest: naming `source` and the entry; where `source` is the file of the policy, with line and column.
     """
     first = next(iter(lint(policy, capabilities)), None)
     if first is not None and first.severity is Severity.ERROR:
-        raise InvalidRequest(f"{source}: {first.at}: {first.message}", field=first.at)
+        place = entries_in(source)(first.at) if isinstance(source, Path) else source
+        raise InvalidRequest(f"{place}: {first.at}: {first.message}", field=first.at)
 
 
 def _error(check: str, at: str, message: str) -> Remark:

@@ -21,7 +21,8 @@ from pydantic import (
 )
 
 from plm_engine_core.control_plane.amounts import Amount
-from plm_engine_core.control_plane.documents import Flag, Number, load_document, place_in
+from plm_engine_core.control_plane.document_places import place_in
+from plm_engine_core.control_plane.documents import Flag, Number, load_document
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.limits.budgets import Unit
 from plm_engine_core.control_plane.oauth_scopes import OAuthScope

@@ -16,7 +16,8 @@ from plm_engine_core.control_plane.admission.evaluators.lists import ListEvaluat
 from plm_engine_core.control_plane.admission.evaluators.parallel import Configured, ParallelPolicyEvaluator
 from plm_engine_core.control_plane.admission.evaluators.regex import RegexEvaluator
 from plm_engine_core.control_plane.admission.evaluators.values import PHASE
-from plm_engine_core.control_plane.documents import place_in, problem_of
+from plm_engine_core.control_plane.document_places import place_in
+from plm_engine_core.control_plane.documents import problem_of
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.policy import EvaluatorSpec, PolicySnapshot
 from plm_engine_core.control_plane.policy.frozen import thawed
