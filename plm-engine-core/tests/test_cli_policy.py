@@ -172,7 +172,7 @@ def test_each_remark_leads_to_line_and_column_of_its_entry(files, as_json):
         "rules.nights.only.when": "when: {" if as_json else "when: {type: time_of_day, weekdays: []}",
     }
     assert there["rules.none"] == ("{" if as_json else "then: deny")
-    with pytest.raises(InvalidRequest, match=rf"^{re.escape(str(file))}:\d+:\d+: risk_by_capability\.thing\.raed: "):
+    with pytest.raises(InvalidRequest, match=rf"^{re.escape(str(file))}:\d+:\d+: tiers\.thing\.wirte: "):
         require_known_names(load_policy(file), load_capabilities(Path(files.capabilities)), source=file)
 
 
