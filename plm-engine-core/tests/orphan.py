@@ -18,6 +18,7 @@ from uuid import UUID
 
 from conftest import REGISTRY, TableDelivery, policy
 from plm_engine_core import Governor, SyncControlPlane, governed
+from plm_engine_core.agent_runtime.governed_calls import GovernedCalls
 from plm_engine_core.control_plane import ControlPlane, Principal
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
@@ -55,7 +56,7 @@ async def opened(dsn: str, moment: str) -> AsyncIterator[ControlPlane]:
 async def host(dsn: str, moment: str, tenant: UUID) -> None:
     async with opened(dsn, moment) as plane:
         governor = Governor(SyncControlPlane(plane), tenant_id=tenant, principal=WHO, lease_seconds=LEASE_SECONDS)
-        opening = await governor.open_call(plane, "thing.read", "thing/1", {})
+        opening = await GovernedCalls(governor).open_call(plane, "thing.read", "thing/1", {})
         await opening.keeping.aclose()  # nobody renews the lease
         stay()
 

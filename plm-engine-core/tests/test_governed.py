@@ -26,6 +26,7 @@ from plm_engine_core import (
     governed,
 )
 from plm_engine_core.agent_runtime import hold
+from plm_engine_core.agent_runtime.governed_calls import GovernedCalls
 from plm_engine_core.control_plane import ControlPlane, Principal
 from plm_engine_core.control_plane.errors import InputRefused, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.policy.starter import policy_of
@@ -520,7 +521,7 @@ class TestOutcomes:
     @pytest.mark.parametrize("told", [False, True])
     async def test_who_is_cancelled_before_the_call_is_made_leaves_nothing_open(self, memory, monkeypatch, told):
         """Whether the cancel comes while it is decided, or when the answer is on its way."""
-        open_call, asked, go_on, opened = memory.open_call, asyncio.Event(), threading.Event(), threading.Event()
+        open_call, asked, go_on, opened = GovernedCalls.open_call, asyncio.Event(), threading.Event(), threading.Event()
         loop = asyncio.get_running_loop()
 
         async def slow(*args):
@@ -530,7 +531,7 @@ class TestOutcomes:
             opened.set()
             return answer
 
-        monkeypatch.setattr(memory, "open_call", slow)
+        monkeypatch.setattr(GovernedCalls, "open_call", slow)
 
         @governed("shop.pay", by=memory)
         async def pay():
@@ -555,14 +556,14 @@ class TestOutcomes:
         assert (await asyncio.to_thread(only_step, memory, run)).state is StepState.NOT_STARTED
 
     def test_who_is_interrupted_before_the_call_is_made_leaves_nothing_open(self, memory, monkeypatch):
-        open_call, main = memory.open_call, threading.get_ident()
+        open_call, main = GovernedCalls.open_call, threading.get_ident()
 
         async def slow(*args):
             signal.pthread_kill(main, signal.SIGINT)
             await asyncio.to_thread(interrupted.wait, 60)
             return await open_call(*args)
 
-        monkeypatch.setattr(memory, "open_call", slow)
+        monkeypatch.setattr(GovernedCalls, "open_call", slow)
         interrupted = threading.Event()
         with pytest.raises(KeyboardInterrupt):
             governed("shop.pay", by=memory)(lambda: pytest.fail("it ran"))()
@@ -574,14 +575,14 @@ class TestOutcomes:
         assert only_step(memory, run).state is StepState.NOT_STARTED
 
     def test_who_is_interrupted_while_an_outcome_is_recorded_finds_it_recorded(self, memory, monkeypatch):
-        close_call, main = memory.close_call, threading.get_ident()
+        close_call, main = GovernedCalls.close_call, threading.get_ident()
 
         async def slow(*args, **keywords):
             signal.pthread_kill(main, signal.SIGINT)
             await asyncio.to_thread(interrupted.wait, 60)
             await close_call(*args, **keywords)
 
-        monkeypatch.setattr(memory, "close_call", slow)
+        monkeypatch.setattr(GovernedCalls, "close_call", slow)
         interrupted = threading.Event()
         with pytest.raises(KeyboardInterrupt):
             governed("shop.pay", by=memory)(lambda: 7)()

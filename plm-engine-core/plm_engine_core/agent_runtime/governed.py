@@ -14,7 +14,8 @@ from typing import Any, ParamSpec, TypeVar, cast
 from plm_shared.canonical_json import storable_json
 
 from plm_engine_core.agent_runtime.current_call import CallStopped, calling, stoppable
-from plm_engine_core.agent_runtime.governor import Governor, Opened
+from plm_engine_core.agent_runtime.governed_calls import GovernedCalls, Opened
+from plm_engine_core.agent_runtime.governor import Governor
 from plm_engine_core.agent_runtime.refusals import CallPending, OutputWithheld
 from plm_engine_core.control_plane.admission.proposal import content_hash
 from plm_engine_core.control_plane.admission.settle import Outcome
@@ -60,7 +61,8 @@ def governed(
         StorageUnavailable: from a call; what became of it could not be recorded.
         RuntimeError: from a call of a synchronous function, where an event loop runs, which it would block.
     """
-    by.require(capability)
+    calls = GovernedCalls(by)
+    calls.require(capability)
 
     def decorate(function: Callable[P, T]) -> Callable[P, T]:
         name = getattr(function, "__qualname__", type(function).__qualname__)
@@ -69,8 +71,8 @@ def governed(
         signature = _signature(function, name, leave_out)
         shape = _Shape(signature, capability, resource or f"function/{name}", leave_out)
         if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-            return cast("Callable[P, T]", _asynchronous(by, shape, function))
-        return _synchronous(by, shape, function)
+            return cast("Callable[P, T]", _asynchronous(calls, shape, function))
+        return _synchronous(calls, shape, function)
 
     return decorate
 
@@ -137,15 +139,15 @@ def _apart(arguments: dict[str, Any]) -> dict[str, Any]:
         return arguments
 
 
-def _synchronous(by: Governor, shape: _Shape, function: Callable[P, T]) -> Callable[P, T]:
+def _synchronous(calls: GovernedCalls, shape: _Shape, function: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         resource, arguments = shape.call(args, kwargs)
 
         def make(ticket: CallPending | None) -> T:
             try:
-                opening = _opening(by, shape.capability, resource, arguments, ticket)
-                opened = by.wait(opening, unheard=by.never_made)
+                opening = _opening(calls, shape.capability, resource, arguments, ticket)
+                opened = calls.wait(opening, unheard=calls.never_made)
             except CallPending as pending:
                 raise pending.resumed_by(make) from None
             try:
@@ -154,12 +156,12 @@ def _synchronous(by: Governor, shape: _Shape, function: Callable[P, T]) -> Calla
                     result = _finished(shape, function(*args, **kwargs))
             except BaseException as error:
                 outcome = failed(error)
-                withheld = by.wait(_closing(by, opened, outcome, opaque=_is_cut(error)))
+                withheld = calls.wait(_closing(calls, opened, outcome, opaque=_is_cut(error)))
                 if withheld is None or not _may_be_replaced(error):
                     raise
             else:
                 outcome = reported(result)
-                withheld = by.wait(_closing(by, opened, outcome, opaque=_is_no_json(result, outcome)))
+                withheld = calls.wait(_closing(calls, opened, outcome, opaque=_is_no_json(result, outcome)))
                 if withheld is None:
                     return result
                 del result
@@ -173,15 +175,15 @@ def _synchronous(by: Governor, shape: _Shape, function: Callable[P, T]) -> Calla
     return call
 
 
-def _asynchronous(by: Governor, shape: _Shape, function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
+def _asynchronous(calls: GovernedCalls, shape: _Shape, function: Callable[..., Any]) -> Callable[..., Awaitable[Any]]:
     @functools.wraps(function)
     async def call(*args: Any, **kwargs: Any) -> Any:
         resource, arguments = shape.call(args, kwargs)
 
         async def make(ticket: CallPending | None) -> Any:
             try:
-                opening = _opening(by, shape.capability, resource, arguments, ticket)
-                opened = await by.away(opening, unheard=by.never_made)
+                opening = _opening(calls, shape.capability, resource, arguments, ticket)
+                opened = await calls.away(opening, unheard=calls.never_made)
             except CallPending as pending:
                 raise pending.resumed_by(make) from None
             try:
@@ -190,12 +192,12 @@ def _asynchronous(by: Governor, shape: _Shape, function: Callable[..., Any]) -> 
                     result = _finished(shape, await function(*args, **kwargs))
             except BaseException as error:
                 outcome = failed(error)
-                withheld = await by.away(_closing(by, opened, outcome, opaque=_is_cut(error)))
+                withheld = await calls.away(_closing(calls, opened, outcome, opaque=_is_cut(error)))
                 if withheld is None or not _may_be_replaced(error):
                     raise
             else:
                 outcome = reported(result)
-                withheld = await by.away(_closing(by, opened, outcome, opaque=_is_no_json(result, outcome)))
+                withheld = await calls.away(_closing(calls, opened, outcome, opaque=_is_no_json(result, outcome)))
                 if withheld is None:
                     return result
                 del result
@@ -222,15 +224,15 @@ def _unfinished(name: str) -> InvalidRequest:
 
 
 def _opening(
-    by: Governor, capability: str, resource: str, arguments: dict[str, Any], ticket: CallPending | None
+    calls: GovernedCalls, capability: str, resource: str, arguments: dict[str, Any], ticket: CallPending | None
 ) -> Callable[[ControlPlane], Any]:
     if ticket is None:
-        return lambda core: by.open_call(core, capability, resource, arguments)
-    return lambda core: by.propose(core, ticket.run, capability, resource, arguments, ticket_id=ticket.ticket_id)
+        return lambda core: calls.open_call(core, capability, resource, arguments)
+    return lambda core: calls.propose(core, ticket.run, capability, resource, arguments, ticket_id=ticket.ticket_id)
 
 
-def _closing(by: Governor, opened: Opened, outcome: Outcome, *, opaque: bool) -> Callable[[ControlPlane], Any]:
-    return lambda core: by.close_call(core, opened, outcome, opaque=opaque)
+def _closing(calls: GovernedCalls, opened: Opened, outcome: Outcome, *, opaque: bool) -> Callable[[ControlPlane], Any]:
+    return lambda core: calls.close_call(core, opened, outcome, opaque=opaque)
 
 
 def _is_no_json(result: Any, outcome: Outcome) -> bool:
