@@ -249,7 +249,7 @@ def settings_of(
 
     def settings(database: DatabaseUrls, **more: str) -> dict[str, str]:
         return clean_environment(
-            ENVIRONMENT="staging",
+            ENVIRONMENT="test",
             PG_DSN=database.app,
             PG_ADMIN_DSN=database.owner,
             PLM_IDENTITY_HS256_SECRET_ACTIVE=SECRET,

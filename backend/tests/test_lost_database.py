@@ -93,7 +93,7 @@ def test_an_embedded_server_that_is_killed_is_started_again_and_no_run_is_lost(
         assert "the embedded database runs again" in log
         assert "Traceback" not in log
 
-        strict = {**server.environment, **addresses, "ENVIRONMENT": "staging"}
+        strict = {**server.environment, **addresses, "ENVIRONMENT": "test"}
         refused = cli("serve", environment=strict)
         assert (refused.returncode, len(refused.stderr.splitlines())) == (3, 1), refused.stderr
         assert "PG_DSN names an embedded database" in refused.stderr

@@ -38,7 +38,7 @@ def settings(platform: Any) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"PG_DSN": ""}, ("PG_DSN", "staging")),
+        ({"PG_DSN": ""}, ("PG_DSN", "test")),
         ({"PG_DSN": f"postgresql://plm_app:{SECRET}@127.0.0.1:1/plm"}, ("PG_DSN", "refused")),
         ({"PG_DSN": f"mysql://plm_app:{SECRET}@localhost/plm"}, ("PG_DSN", "postgresql://")),
         ({"PG_DSN": f"postgresql://plm_app:{SECRET}@[::1/plm"}, ("PG_DSN", "percent-encode")),
@@ -48,7 +48,8 @@ def settings(platform: Any) -> dict[str, str]:
         ({"PLM_IDENTITY_HS256_SECRET_ACTIVE": "changeme" * 5}, ("PLM_IDENTITY_HS256_SECRET_ACTIVE", "placeholder")),
         ({"ENVIRONMENT": "production"}, ("ENVIRONMENT=production", "hs256")),
         ({"ENVIRONMENT": "prod"}, ("ENVIRONMENT=prod", "hs256")),
-        ({"ENVIRONMENT": "prod-eu"}, ("ENVIRONMENT=prod-eu", "hs256", "staging", "IDENTITY_PROVIDER_MODE=oidc")),
+        ({"ENVIRONMENT": "prod-eu"}, ("ENVIRONMENT=prod-eu", "hs256", "local", "IDENTITY_PROVIDER_MODE=oidc")),
+        ({"ENVIRONMENT": "staging"}, ("ENVIRONMENT=staging", "hs256", "local", "IDENTITY_PROVIDER_MODE=oidc")),
         ({"ENVIRONMENT": " PROD ", "PG_DSN": ""}, ("ENVIRONMENT=PROD", "hs256")),
         ({"IDENTITY_PROVIDER_MODE": "off"}, ("IDENTITY_PROVIDER_MODE", "off")),
         ({"ENVIRONMENT": "production", "PLM_OIDC_ISSUER": "https://id.example"}, ("PLM_OIDC_AUDIENCE",)),

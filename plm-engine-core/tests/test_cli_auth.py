@@ -108,6 +108,7 @@ def test_a_system_token_needs_its_own_flag() -> None:
         {ACTIVE: "short"},
         {"ENVIRONMENT": "production"},
         {"ENVIRONMENT": "live"},
+        {"ENVIRONMENT": " Staging "},
         {"IDENTITY_PROVIDER_MODE": "oidc"},
     ],
     ids=str,

@@ -25,7 +25,7 @@ from plm_engine_core.control_plane.identity.tokens import (
     signed_payload,
 )
 
-SHARED_SECRET_ENVIRONMENTS: Final = ("development", "dev", "local", "test", "ci", "staging")
+SHARED_SECRET_ENVIRONMENTS: Final = ("development", "dev", "local", "test", "ci")
 """Where `ENVIRONMENT` lets shared secrets be used, compared without case and blanks; every other name is production."""
 
 _ALGORITHM: Final = "HS256"
