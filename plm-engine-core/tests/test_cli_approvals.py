@@ -96,10 +96,14 @@ async def test_a_token_of_a_tenant_that_does_not_exist_is_refused_as_by_the_api(
     assert (await terminal.json(*run, status=1))["reason"] == "not_found"
 
 
-async def test_a_refused_token_is_in_the_audit_log_of_whom_it_names_and_never_itself(terminal, bench):
+def expired(terminal):
     secret = terminal.environment["PLM_IDENTITY_HS256_SECRET_ACTIVE"]
     claims = jwt.decode(terminal.token(), secret, ["HS256"])
-    over = jwt.encode({**claims, "iat": 1, "exp": 2}, secret)
+    return jwt.encode({**claims, "iat": 1, "exp": 2}, secret)
+
+
+async def test_a_refused_token_is_in_the_audit_log_of_whom_it_names_and_never_itself(terminal, bench):
+    over = expired(terminal)
     forged = terminal.token()[:-4] + "AAAA"
     for token, reason in ((over, "expired"), (forged, "bad_signature"), ("garbage", "malformed_token")):
         said = await terminal.json("approvals", "list", status=3, token=token)
@@ -109,7 +113,8 @@ async def test_a_refused_token_is_in_the_audit_log_of_whom_it_names_and_never_it
         bench.tenant,
     )
     assert row[:2] == (bench.tenant, None)
-    assert row[2]["reason"] == "expired"
+    facts = {"reason": "expired", "code": "IDENTITY_EXPIRED", "provider": "hs256"}
+    assert row[2] == {**facts, "surface": "plm-cli"}
     with psycopg.connect(bench.database.owner) as owner:
         told = owner.execute("SELECT payload FROM audit_log_system WHERE event_type = 'identity.reject'").fetchall()
     ours = [payload for (payload,) in told if payload["client"] == "plm-cli"]
@@ -120,7 +125,32 @@ async def test_a_refused_token_is_in_the_audit_log_of_whom_it_names_and_never_it
 async def test_who_acts_is_in_the_audit_log(terminal, bench):
     user = uuid.uuid4()
     await terminal.run("approvals", "list", token=terminal.token(user))
-    assert bench.sql("SELECT event_type FROM audit_log WHERE user_id = %s", user) == [("identity.bind",)]
+    told = "SELECT event_type, payload ->> 'surface' FROM audit_log WHERE user_id = %s"
+    assert bench.sql(told, user) == [("identity.bind", "plm-cli")]
+
+
+async def test_without_its_audit_record_a_command_does_nothing_unless_the_operator_says_so(terminal, bench):
+    user = uuid.uuid4()
+    bench.sql("REVOKE INSERT ON audit_log, audit_log_system FROM plm_engine_writer")
+    refused = await terminal.json("approvals", "list", status=1, token=terminal.token(user))
+    assert refused["reason"] == "AUDIT_UNAVAILABLE"
+    told = await terminal.run("approvals", "list", token=terminal.token(user), PLM_AUDIT_REQUIRED="false")
+    assert f"identity.bind of tenant {bench.tenant} is not in the audit log" in told.stderr
+    for required in ("true", "false"):  # a refused token is refused whatever becomes of its record
+        said = await terminal.json("approvals", "list", status=3, token=expired(terminal), PLM_AUDIT_REQUIRED=required)
+        assert said["reason"] == "expired"
+    unclear = await terminal.run("approvals", "list", status=3, PLM_AUDIT_REQUIRED="perhaps")
+    assert "PLM_AUDIT_REQUIRED is 'perhaps'; set it to true or false" in unclear.stderr
+    assert bench.sql("SELECT count(*) FROM audit_log WHERE user_id = %s", user) == [(0,)]
+
+
+@pytest.mark.parametrize("required", ["true", "false"])
+async def test_a_refused_token_is_refused_where_the_database_is_away(terminal, required):
+    away = {"PG_DSN": "postgresql://plm_app:x@127.0.0.1:9/none", "PLM_AUDIT_REQUIRED": required}
+    said = await terminal.run("approvals", "list", status=3, token="garbage", **away)
+    assert "PLM_TOKEN is refused" in said.stderr
+    assert "identity.reject of the installation is not in the audit log" in said.stderr
+    assert "Traceback" not in said.stderr
 
 
 async def test_an_approval_scope_is_offered_listed_and_revoked(terminal, bench):

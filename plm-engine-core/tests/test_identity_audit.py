@@ -18,7 +18,7 @@ from plm_engine_core.control_plane.identity import (
     PostgresAuditSink,
     make_test_identity,
 )
-from plm_engine_core.control_plane.identity.audit import anonymous_record, bind_record, reject_record
+from plm_engine_core.control_plane.identity.audit import Surface, anonymous_record, bind_record, reject_record
 from plm_shared.addresses import DatabaseUrls
 from plm_shared.testing.databases import create_tenants
 from psycopg_pool import AsyncConnectionPool
@@ -45,14 +45,14 @@ async def test_records_of_several_tenants_go_through_one_connection(engine_datab
     sink = PostgresAuditSink(pool)
     identity = make_test_identity(tenant_id=first, scopes=["b", "a"], session_id="s-1")
     bound = bind_record(identity, provider="hs256")
-    refused = reject_record(second, IdentityExpiredError(), provider="hs256")
+    refused = reject_record(second, IdentityExpiredError(), provider="hs256", surface=Surface.HTTP)
     await sink.write(bound)
     await sink.write(refused)
     assert rows(engine_database) == [
         (first, bound.id, identity.user_id, "human", "identity.bind",
          {"provider": "hs256", "scopes": ["a", "b"], "session_id": "s-1"}),
         (second, refused.id, None, "system", "identity.reject",
-         {"provider": "hs256", "reason": "expired", "code": "IDENTITY_EXPIRED"}),
+         {"provider": "hs256", "reason": "expired", "code": "IDENTITY_EXPIRED", "surface": "http"}),
     ]  # fmt: skip
     async with pool.connection() as connection:
         cursor = await connection.execute("SELECT count(*) FROM audit_log")
@@ -62,7 +62,9 @@ async def test_records_of_several_tenants_go_through_one_connection(engine_datab
 async def test_what_proves_no_tenant_is_kept_for_the_installation_and_nobody_changes_it(
     engine_database: DatabaseUrls, pool: Pool
 ) -> None:
-    record = anonymous_record(IdentityInvalidSignatureError(), provider="hs256", client="192.0.2.1", omitted=3)
+    record = anonymous_record(
+        IdentityInvalidSignatureError(), provider="hs256", surface=Surface.HTTP, client="192.0.2.1", omitted=3
+    )
     await PostgresAuditSink(pool).write(record)
     kept = "SELECT id, event_type, payload->>'reason', payload->'omitted' FROM audit_log_system"
     for login in ("admin", "owner"):

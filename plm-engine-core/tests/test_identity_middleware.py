@@ -97,7 +97,7 @@ async def test_a_good_token_binds_the_identity_and_writes_one_record(scheme: str
     assert (identity.user_id, identity.tenant_id) == (USER, TENANT)
     (record,) = door.audit.records
     assert (record.tenant_id, record.user_id, record.event_type) == (TENANT, USER, "identity.bind")
-    assert record.payload == {"provider": "hs256", "scopes": ["a", "b"], "session_id": "s-1"}
+    assert record.payload == {"provider": "hs256", "scopes": ["a", "b"], "session_id": "s-1", "surface": "http"}
     assert get_current_identity() is None
 
 
@@ -138,7 +138,8 @@ async def test_an_expired_token_of_ours_is_recorded_for_its_tenant() -> None:
     (record,) = door.audit.records
     assert (record.tenant_id, record.user_id, record.actor_kind) == (TENANT, None, "system")
     assert record.event_type == "identity.reject"
-    assert record.payload == {"provider": "hs256", "reason": "expired", "code": "IDENTITY_EXPIRED"}
+    facts = {"provider": "hs256", "reason": "expired", "code": "IDENTITY_EXPIRED"}
+    assert record.payload == {**facts, "surface": "http"}
 
 
 async def test_a_forged_token_is_recorded_for_the_installation_and_not_in_the_tenant_it_claims() -> None:
@@ -282,6 +283,7 @@ async def test_a_websocket_with_a_token_carries_its_identity() -> None:
     door = Door()
     await door.call(f"Bearer {token()}", kind="websocket")
     assert [identity and identity.user_id for identity in door.app.seen] == [USER]
+    assert [record.payload["surface"] for record in door.audit.records] == ["websocket"]
 
 
 async def test_lifespan_passes_through() -> None:

@@ -7,21 +7,24 @@ request, and the audit record is written first, of one that is refused too.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, TypeVar
 from uuid import UUID
 
 import typer
 
 from plm_engine_core.cli.exits import ExitCode, fail, loaded
 from plm_engine_core.cli.output import show_refusal
-from plm_engine_core.cli.storage import Books, with_books
+from plm_engine_core.cli.storage import Books, recording, with_books
 from plm_engine_core.cli.tokens import bare, configured_provider
 from plm_engine_core.control_plane.admission.proposal import Principal
 from plm_engine_core.control_plane.errors import InvalidRequest, PolicyMissing
 from plm_engine_core.control_plane.identity import (
+    AuditError,
     AuditSink,
     AuditTenantUnknown,
     IdentityContext,
@@ -32,7 +35,7 @@ from plm_engine_core.control_plane.identity import (
     RejectReason,
     identity_bound,
 )
-from plm_engine_core.control_plane.identity.audit import bind_record
+from plm_engine_core.control_plane.identity.audit import Surface, bind_record
 from plm_engine_core.control_plane.identity.refusals import Refusals
 from plm_engine_core.control_plane.policy import PolicySnapshot, load_policy, read_policy
 
@@ -40,8 +43,6 @@ PolicyFile = Annotated[
     Path,
     typer.Option("--policy", help="The policy file; counts until one is activated.", envvar="PLM_POLICY"),
 ]
-
-_CLIENT: Final = "plm-cli"  # where a refused token came from, as the audit log has it
 
 Answer = TypeVar("Answer")
 
@@ -61,11 +62,11 @@ def as_caller(work: Callable[[Books, Caller], Awaitable[Answer]], *, as_json: bo
         fail(
             ExitCode.NOT_CONFIGURED, "set PLM_TOKEN to your token; `plm-cli auth issue-token` makes one for development"
         )
-    provider = configured_provider()
+    provider, required = configured_provider(), recording()
 
     async def acting(books: Books) -> Answer:
         try:
-            identity = await _bound(token, provider, books.audit)
+            identity = await _bound(token, provider, books.audit, required=required)
         except IdentityValidationError as error:
             show_refusal(error.code, error.reason, str(error), as_json=as_json)
             fail(ExitCode.NOT_CONFIGURED, f"PLM_TOKEN is refused: {error} [{error.code}]")
@@ -84,26 +85,36 @@ def as_caller(work: Callable[[Books, Caller], Awaitable[Answer]], *, as_json: bo
     return with_books(acting, as_json=as_json)
 
 
-async def _bound(token: str, provider: IdentityProvider, audit: AuditSink) -> IdentityContext:
+async def _bound(token: str, provider: IdentityProvider, audit: AuditSink, *, required: bool) -> IdentityContext:
     """The bearer, who is in the audit log by now; so is a token that is refused.
 
     Raises:
         IdentityValidationError: the token is refused.
         IdentityProviderUnavailable: it cannot be checked.
-        AuditUnavailable: the record is not written.
+        AuditUnavailable: the record is `required` and not written.
     """
+    refusals = Refusals(audit, provider=provider.name, unrecorded=partial(_unrecorded, "identity.reject"))
     try:
         identity = await provider.identify(token)
         try:
-            await audit.write(bind_record(identity, provider=provider.name))
+            await audit.write(bind_record(identity, provider=provider.name, surface=Surface.CLI))
         except AuditTenantUnknown:
             raise IdentityMalformedError(
                 "the token's tenant does not exist", reason=RejectReason.UNKNOWN_TENANT
             ) from None
+        except AuditError as error:
+            if required:
+                raise
+            _unrecorded("identity.bind", identity.tenant_id, error)
     except IdentityValidationError as error:
-        await Refusals(audit, provider=provider.name).record(error, client=_CLIENT)
+        await refusals.record(error, client=Surface.CLI.value, surface=Surface.CLI)
         raise
     return identity
+
+
+def _unrecorded(event: str, tenant_id: UUID | None, error: AuditError) -> None:
+    whose = f"tenant {tenant_id}" if tenant_id is not None else "the installation"
+    print(f"{event} of {whose} is not in the audit log: {error}", file=sys.stderr)
 
 
 def policy_of(path: Path) -> PolicySnapshot:

@@ -19,7 +19,7 @@ from plm_engine_core.cli.db import driver_words
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import show_refusal
 from plm_engine_core.control_plane.errors import ControlPlaneError, FeedPruned, Forbidden, NotFound, StorageUnavailable
-from plm_engine_core.control_plane.identity import AuditError, AuditTenantUnknown, PostgresAuditSink
+from plm_engine_core.control_plane.identity import AuditError, AuditTenantUnknown, PostgresAuditSink, audit_required
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.storage.postgres.signals import PostgresSignals
@@ -91,6 +91,14 @@ async def _run(work: Callable[[Books], Awaitable[Answer]], of: UUID | None) -> A
                 f"the database of PG_DSN is not one of this release, or its login not plm_app: {driver_words(error)}; "
                 "`plm-cli db current` shows its revisions, `plm-cli db upgrade` prepares it"
             ) from error
+
+
+def recording() -> bool:
+    """Whether a command goes no further without its audit record; a setting that says neither ends it."""
+    try:
+        return audit_required()
+    except ValueError as error:
+        fail(ExitCode.NOT_CONFIGURED, str(error))
 
 
 @asynccontextmanager

@@ -11,6 +11,7 @@ from plm_engine_core.control_plane.identity.audit import (
     AuditUnavailable,
     InMemoryAuditSink,
     PostgresAuditSink,
+    audit_required,
 )
 from plm_engine_core.control_plane.identity.choice import identity_mode, provider_from_environment
 from plm_engine_core.control_plane.identity.context import (
@@ -64,6 +65,7 @@ __all__ = [
     "OidcIdentityProvider",
     "PostgresAuditSink",
     "RejectReason",
+    "audit_required",
     "get_current_identity",
     "identity_bound",
     "identity_mode",

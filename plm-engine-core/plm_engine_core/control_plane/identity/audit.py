@@ -8,20 +8,24 @@ AuditError
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 from uuid import UUID
 
 import psycopg
 from plm_shared.cancellation import kept_cancel
 from psycopg.types.json import Jsonb
 from psycopg_pool import AsyncConnectionPool
+from pydantic import TypeAdapter, ValidationError
 
 from plm_engine_core.control_plane.identity.context import ActorKind, IdentityContext
 from plm_engine_core.control_plane.identity.errors import IdentityValidationError
 from plm_engine_core.control_plane.ids import new_id
+
+_REQUIRED: Final = "PLM_AUDIT_REQUIRED"
 
 
 class AuditEvent(StrEnum):
@@ -30,6 +34,27 @@ class AuditEvent(StrEnum):
     IDENTITY_BIND = "identity.bind"  # an identity was established
     IDENTITY_REJECT = "identity.reject"  # a token was refused
     CAPABILITIES_RELOAD = "capabilities.reload"  # a node was asked to read its capability file anew
+
+
+class Surface(StrEnum):
+    """Where a token was shown."""
+
+    HTTP = "http"
+    WEBSOCKET = "websocket"
+    CLI = "plm-cli"
+
+
+def audit_required(environ: Mapping[str, str] = os.environ) -> bool:
+    """``PLM_AUDIT_REQUIRED``: whether nothing goes on whose audit record cannot be written; yes where it is not set.
+
+    Raises:
+        ValueError: the setting is neither true nor false.
+    """
+    given = environ.get(_REQUIRED, "")
+    try:
+        return TypeAdapter(bool).validate_python(given) if given else True
+    except ValidationError:
+        raise ValueError(f"{_REQUIRED} is {given[:100]!r}; set it to true or false") from None
 
 
 class AuditError(Exception):
@@ -74,23 +99,26 @@ class AuditSink(Protocol):
         """
 
 
-def bind_record(identity: IdentityContext, *, provider: str) -> AuditRecord:
-    """The record of an identity that was established."""
+def bind_record(identity: IdentityContext, *, provider: str, surface: Surface | None = None) -> AuditRecord:
+    """The record of an identity that was established, by a token that was shown at `surface`, if by one."""
+    facts = {"provider": provider, "scopes": sorted(identity.scopes), "session_id": identity.session_id}
     return AuditRecord(
         tenant_id=identity.tenant_id,
         user_id=identity.user_id,
         actor_kind=identity.actor_kind,
         event_type=AuditEvent.IDENTITY_BIND,
-        payload={"provider": provider, "scopes": sorted(identity.scopes), "session_id": identity.session_id},
+        payload=facts | ({"surface": surface.value} if surface is not None else {}),
     )
 
 
-def reject_record(tenant_id: UUID, error: IdentityValidationError, *, provider: str, omitted: int = 0) -> AuditRecord:
+def reject_record(
+    tenant_id: UUID, error: IdentityValidationError, *, provider: str, surface: Surface, omitted: int = 0
+) -> AuditRecord:
     """The record of a refusal; the tenant must come from a verified signature, never from an unverified claim.
 
     Before it, `omitted` others were not recorded.
     """
-    facts = {"provider": provider, "reason": error.reason.value, "code": error.code}
+    facts = _refused(error, provider, surface)
     return AuditRecord(
         tenant_id=tenant_id,
         user_id=None,
@@ -100,9 +128,11 @@ def reject_record(tenant_id: UUID, error: IdentityValidationError, *, provider: 
     )
 
 
-def anonymous_record(error: IdentityValidationError, *, provider: str, client: str, omitted: int) -> AuditRecord:
+def anonymous_record(
+    error: IdentityValidationError, *, provider: str, surface: Surface, client: str, omitted: int
+) -> AuditRecord:
     """The record of a refusal that proves no tenant; before it, `omitted` others were not recorded."""
-    facts = {"provider": provider, "reason": error.reason.value, "code": error.code, "client": client}
+    facts = {**_refused(error, provider, surface), "client": client}
     return AuditRecord(
         tenant_id=None,
         user_id=None,
@@ -110,6 +140,11 @@ def anonymous_record(error: IdentityValidationError, *, provider: str, client: s
         event_type=AuditEvent.IDENTITY_REJECT,
         payload={**facts, "omitted": omitted},
     )
+
+
+def _refused(error: IdentityValidationError, provider: str, surface: Surface) -> dict[str, Any]:
+    """What is told of a refused token; never the token, nor the sentence, which may quote from it."""
+    return {"provider": provider, "reason": error.reason.value, "code": error.code, "surface": surface.value}
 
 
 def reload_record(facts: Mapping[str, Any]) -> AuditRecord:

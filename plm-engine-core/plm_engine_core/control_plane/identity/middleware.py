@@ -11,6 +11,7 @@ from plm_engine_core.control_plane.identity.audit import (
     AuditError,
     AuditSink,
     AuditTenantUnknown,
+    Surface,
     bind_record,
 )
 from plm_engine_core.control_plane.identity.context import IdentityContext, identity_bound
@@ -84,7 +85,7 @@ class IdentityMiddleware:
             self._metrics.refused(None)
             return Problem.provider_unavailable(error)
         try:
-            await self._audit.write(bind_record(identity, provider=self._provider.name))
+            await self._audit.write(bind_record(identity, provider=self._provider.name, surface=Surface(scope["type"])))
         except AuditTenantUnknown:
             return await self._refused(
                 IdentityMalformedError("the token's tenant does not exist", reason=RejectReason.UNKNOWN_TENANT), scope
@@ -108,7 +109,8 @@ class IdentityMiddleware:
         """The refusal, recorded with the tenant that a signature proved: a forger must not write into anybody's log."""
         self._metrics.refused(error)
         if not isinstance(error, IdentityMissingError):
-            await self._refusals.record(error, client=str((scope.get("client") or ("",))[0]))
+            client = str((scope.get("client") or ("",))[0])
+            await self._refusals.record(error, surface=Surface(scope["type"]), client=client)
         return Problem.unauthenticated(error)
 
 

@@ -11,6 +11,7 @@ from plm_engine_core.control_plane.identity.audit import (
     AuditError,
     AuditSink,
     AuditTenantUnknown,
+    Surface,
     anonymous_record,
     reject_record,
 )
@@ -22,6 +23,10 @@ _MOST_ALLOWANCES = 1_000
 _LONGEST_CLIENT = 64  # an address has fewer; what a proxy hands on as one may be anything
 
 _log = logging.getLogger(__name__)
+
+
+def _log_unrecorded(tenant_id: UUID | None, failure: AuditError) -> None:
+    _log.error("identity.reject of %s is not in the audit log", tenant_id or "the installation", exc_info=failure)
 
 
 class _Allowance:
@@ -48,35 +53,45 @@ class Refusals:
     Whoever has a token that was good once can cause the first kind for ever, and anybody the second. So they are
     bounded: 60 at once and then one a second, for each tenant and for the installation, in each process. What is left
     out is counted, and the next record says how many there were; for a tenant that does not exist, or was forgotten for
-    others, the installation's next one.
+    others, the installation's next one. What cannot be written goes to `unrecorded`, by default the log.
     """
 
-    def __init__(self, audit: AuditSink, *, provider: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        audit: AuditSink,
+        *,
+        provider: str,
+        clock: Callable[[], float] = time.monotonic,
+        unrecorded: Callable[[UUID | None, AuditError], None] = _log_unrecorded,
+    ) -> None:
         self._audit = audit
         self._provider = provider
         self._clock = clock
+        self._unrecorded = unrecorded
         self._installation = _Allowance(clock())
         self._allowances: dict[UUID, _Allowance] = {}  # the last that was asked for is the last
 
-    async def record(self, error: IdentityValidationError, *, client: str) -> None:
-        """Record one, or count it; a failure is logged, for the request is refused all the same."""
+    async def record(self, error: IdentityValidationError, *, client: str, surface: Surface = Surface.HTTP) -> None:
+        """Record one, or count it; a failure is told, for the request is refused all the same."""
         tenant_id = error.tenant_id
         try:
-            await self._write(error, tenant_id, client)
+            await self._write(error, tenant_id, surface, client)
         except AuditTenantUnknown:  # a signature named it, and it does not exist
-            await self._write(error, None, client)
+            await self._write(error, None, surface, client)
 
-    async def _write(self, error: IdentityValidationError, tenant_id: UUID | None, client: str) -> None:
+    async def _write(
+        self, error: IdentityValidationError, tenant_id: UUID | None, surface: Surface, client: str
+    ) -> None:
         allowance = self._installation if tenant_id is None else self._allowance(tenant_id)
         if not allowance.take(self._clock()):
             (self._installation if allowance.of_nobody else allowance).omitted += 1
             return
         omitted, allowance.omitted = allowance.omitted, 0
         if tenant_id is not None:
-            record = reject_record(tenant_id, error, provider=self._provider, omitted=omitted)
+            record = reject_record(tenant_id, error, provider=self._provider, surface=surface, omitted=omitted)
         else:
             shown = client[:_LONGEST_CLIENT]
-            record = anonymous_record(error, provider=self._provider, client=shown, omitted=omitted)
+            record = anonymous_record(error, provider=self._provider, surface=surface, client=shown, omitted=omitted)
         try:
             await self._audit.write(record)
         except AuditError as failure:
@@ -85,7 +100,7 @@ class Refusals:
                 allowance.omitted, allowance.of_nobody = 0, True
                 raise
             allowance.omitted += omitted + 1
-            _log.exception("identity.reject of %s is not in the audit log", tenant_id or "the installation")
+            self._unrecorded(tenant_id, failure)
         else:
             allowance.of_nobody = False
 
