@@ -31,6 +31,8 @@ Lapse = Callable[[str, str, uuid.UUID], None]
 
 Machine = Callable[[SyncControlPlane, uuid.UUID], RuleBasedStateMachine]
 LapsingMachine = Callable[[SyncControlPlane, uuid.UUID, Lapse], RuleBasedStateMachine]
+NeighbourlyMachine = Callable[[SyncControlPlane, uuid.UUID, uuid.UUID, Lapse], RuleBasedStateMachine]
+"""One that has a second tenant beside its own."""
 
 
 class NoDelivery:
@@ -52,25 +54,31 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def against_oracle(
     storage: str, request: pytest.FixtureRequest, make_policy: Callable[..., Any], registry: CapabilityRegistry
 ) -> Callable[..., None]:
-    """Plays a machine, under a policy whose limits are wide unless the machine is about them."""
+    """Plays a machine, under a policy whose limits are wide unless the machine is about them.
+
+    One that is played in several `variants` has as many tries in all of them together.
+    """
 
     def play(
-        machine: Machine | LapsingMachine,
+        machine: Machine | LapsingMachine | NeighbourlyMachine,
         *,
         steps: int,
         budgets: dict[str, Any] | None = None,
         lapsing: bool = False,
+        neighbourly: bool = False,
+        variants: int = 1,
         **policy: Any,
     ) -> None:
         policy = make_policy(
             budgets=budgets or {"run": WIDE, "tenant": WIDE}, rate_limit={"per_second": 1e6, "burst": 1e6}, **policy
         )
         with opened(storage, request, policy, registry) as (plane, new_tenant, lapse):
-            more = (lapse,) if lapsing else ()
+            neighbour = (new_tenant(),) if neighbourly else ()
+            more = (*neighbour, *((lapse,) if lapsing else ()))
             run_state_machine_as_test(
                 lambda: machine(plane, new_tenant(), *more),
                 settings=settings(
-                    max_examples=max(25, int(100 * SOAK)),
+                    max_examples=max(26, int(100 * SOAK)) // variants,
                     stateful_step_count=steps,
                     deadline=None,
                     suppress_health_check=list(HealthCheck),
