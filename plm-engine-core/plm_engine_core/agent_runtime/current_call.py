@@ -37,9 +37,7 @@ class CurrentCall:
 
     def __init__(self, run_id: UUID) -> None:
         self.run_id = run_id
-        self._lock = threading.Lock()
         self._stopping = ""
-        self._listener: Callable[[], object] | None = None
 
     @property
     def stopping(self) -> str:
@@ -55,6 +53,15 @@ class CurrentCall:
         """
         if self._stopping:
             raise CallStopped(self._stopping, run_id=self.run_id)
+
+
+class CallInProgress(CurrentCall):
+    """The same for who makes the call and has to stop it."""
+
+    def __init__(self, run_id: UUID) -> None:
+        super().__init__(run_id)
+        self._lock = threading.Lock()
+        self._listener: Callable[[], object] | None = None
 
     def stop(self, why: str) -> None:
         """Have the call stop; the first reason counts."""
@@ -97,7 +104,7 @@ def calling(call: CurrentCall) -> Iterator[None]:
 
 
 @contextmanager
-def stoppable(call: CurrentCall) -> Iterator[None]:
+def stoppable(call: CallInProgress) -> Iterator[None]:
     """Cancel the task that runs the block once the call is to stop, and raise `CallStopped` where that ended it.
 
     Done as `asyncio.timeout` does it, so that a cancel of the caller's own stays one.
@@ -127,7 +134,7 @@ def stoppable(call: CurrentCall) -> Iterator[None]:
         running = False
 
 
-async def pass_on(hold: Hold, call: CurrentCall) -> None:
+async def pass_on(hold: Hold, call: CallInProgress) -> None:
     """Stop the call when what holds its lease hears of a reason."""
     await hold.stop.wait()
     if hold.halt is not None:

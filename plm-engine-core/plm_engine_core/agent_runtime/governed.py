@@ -16,7 +16,7 @@ from plm_shared.canonical_json import storable_json
 from plm_engine_core.agent_runtime.current_call import CallStopped, calling, stoppable
 from plm_engine_core.agent_runtime.governed_calls import GovernedCalls, Opened
 from plm_engine_core.agent_runtime.governor import Governor
-from plm_engine_core.agent_runtime.refusals import CallPending, OutputWithheld
+from plm_engine_core.agent_runtime.refusals import CallPending, OutputWithheld, resumable
 from plm_engine_core.control_plane.admission.proposal import content_hash
 from plm_engine_core.control_plane.admission.settle import Outcome
 from plm_engine_core.control_plane.errors import InvalidRequest
@@ -149,7 +149,7 @@ def _synchronous(calls: GovernedCalls, shape: _Shape, function: Callable[P, T]) 
                 opening = _opening(calls, shape.capability, resource, arguments, ticket)
                 opened = calls.wait(opening, unheard=calls.never_made)
             except CallPending as pending:
-                raise pending.resumed_by(make) from None
+                raise resumable(pending, make) from None
             try:
                 shape.require_unchanged(args, kwargs, arguments)
                 with calling(opened.call):
@@ -185,7 +185,7 @@ def _asynchronous(calls: GovernedCalls, shape: _Shape, function: Callable[..., A
                 opening = _opening(calls, shape.capability, resource, arguments, ticket)
                 opened = await calls.away(opening, unheard=calls.never_made)
             except CallPending as pending:
-                raise pending.resumed_by(make) from None
+                raise resumable(pending, make) from None
             try:
                 shape.require_unchanged(args, kwargs, arguments)
                 with stoppable(opened.call):

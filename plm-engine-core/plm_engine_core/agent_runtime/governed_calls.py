@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import UUID
 
-from plm_engine_core.agent_runtime.current_call import CurrentCall, pass_on
+from plm_engine_core.agent_runtime.current_call import CallInProgress, pass_on
 from plm_engine_core.agent_runtime.governor import Governor
 from plm_engine_core.agent_runtime.hold import Hold, held, moment
 from plm_engine_core.agent_runtime.refusals import CallDenied, CallPending, CallSteered
@@ -45,7 +45,7 @@ class Opened:
     lease: Lease
     grant: Grant
     capability: CapabilityDescriptor
-    call: CurrentCall
+    call: CallInProgress
     keeping: AsyncExitStack
 
 
@@ -160,7 +160,7 @@ class GovernedCalls:
             )
             admission = await self._admitted(core, lease, proposal)
             if isinstance(admission, Granted):
-                call = CurrentCall(run.id)
+                call = CallInProgress(run.id)
                 await keeping.enter_async_context(_passed_on(hold, call))
                 opened = Opened(
                     run=lease.run,
@@ -282,7 +282,7 @@ class GovernedCalls:
 
 
 @asynccontextmanager
-async def _passed_on(hold: Hold, call: CurrentCall) -> AsyncIterator[None]:
+async def _passed_on(hold: Hold, call: CallInProgress) -> AsyncIterator[None]:
     task = asyncio.create_task(pass_on(hold, call))
     try:
         yield

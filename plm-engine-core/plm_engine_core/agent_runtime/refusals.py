@@ -116,7 +116,8 @@ class CallPending(CallRefused):
             raise TypeError("only a governed function's own CallPending can be resumed")
         return self._resume(self)
 
-    def resumed_by(self, resume: Callable[[CallPending], Any]) -> CallPending:
-        """The same, with what resumes it."""
-        self._resume = resume
-        return self
+
+def resumable(pending: CallPending, resume: Callable[[CallPending], Any]) -> CallPending:
+    """The same, with what resumes it."""
+    pending._resume = resume  # noqa: SLF001  # only a governed function can say how it is called
+    return pending
