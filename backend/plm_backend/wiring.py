@@ -19,7 +19,12 @@ from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events import Signer, load_signer
 from plm_engine_core.control_plane.events.archive import Archive, Archivist, open_archive
 from plm_engine_core.control_plane.events.checkpointer import Checkpointer
-from plm_engine_core.control_plane.identity import IdentityProvider, PostgresAuditSink, provider_from_environment
+from plm_engine_core.control_plane.identity import (
+    IdentityProvider,
+    PostgresAuditSink,
+    SystemIdentities,
+    provider_from_environment,
+)
 from plm_engine_core.control_plane.policy import PolicySnapshot
 from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.registry import load_agents
@@ -175,6 +180,7 @@ async def run_worker(platform: Platform) -> AsyncIterator[PluginManager | None]:
             lease_seconds=settings.lease_seconds,
             interrupts=platform.hub,
         )
+        identities = SystemIdentities(platform.audit, required=settings.audit_required)
         recovery = Recovery(
             platform.control_plane.storage,
             every_seconds=settings.recovery_seconds,
@@ -182,6 +188,7 @@ async def run_worker(platform: Platform) -> AsyncIterator[PluginManager | None]:
             artifacts=platform.artifact_store,
             artifact_grace_seconds=settings.artifact_grace_seconds,
             idempotency_seconds=settings.idempotency_seconds,
+            identities=identities,
         )
         delivery = partial(deliver, platform.dsn, driver.drive, concurrency=settings.run_concurrency)
         await stack.enter_async_context(background(delivery, "delivery"))
@@ -192,10 +199,12 @@ async def run_worker(platform: Platform) -> AsyncIterator[PluginManager | None]:
             )
         else:
             store = platform.control_plane.storage.checkpoints
-            checkpointer = Checkpointer(store, signer, every_seconds=settings.checkpoint_seconds)
+            checkpointer = Checkpointer(store, signer, every_seconds=settings.checkpoint_seconds, identities=identities)
             await stack.enter_async_context(background(checkpointer.run, "checkpoints"))
         if archive is not None:
-            archivist = Archivist(platform.control_plane.storage, archive, every_seconds=settings.archive_seconds)
+            archivist = Archivist(
+                platform.control_plane.storage, archive, every_seconds=settings.archive_seconds, identities=identities
+            )
             await stack.enter_async_context(background(archivist.run, "archive"))
         yield manager
 

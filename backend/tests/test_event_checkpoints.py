@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import psycopg
+
 
 def test_what_a_server_did_is_signed_exported_and_found_unforged(
     launch: Any, platform: Any, until: Any, cli: Any, tmp_path: Path
@@ -54,6 +56,12 @@ def test_what_a_server_signs_is_archived_continuously_and_the_archive_shows_that
             until(archived, "a piece of the archive holds the run")
         alone = json.loads(server.cli("events", "archive", "verify", *about).stdout)
         answer = json.loads(server.cli("events", "verify", *about).stdout)
+        with psycopg.connect(server.environment["PG_ADMIN_DSN"]) as owner:
+            owner.execute("SELECT set_config('app.tenant_id', %s, false)", [str(server.tenant)])
+            told = "SELECT payload ->> 'actor', count(*) FROM audit_log WHERE actor_kind = 'system' GROUP BY 1"
+            acted = dict(owner.execute(told).fetchall())
+    # Once each, of hundreds of passes: who worked in the tenant with nobody's token.
+    assert acted == {f"system:{each}": 1 for each in ("recovery", "checkpoints", "archive")}
     assert alone["unforged"]
     assert answer["unforged_up_to_checkpoint"] >= 2
     assert {f"run/{run_id}" for run_id in finished} <= {stream["stream"] for stream in answer["streams"]}

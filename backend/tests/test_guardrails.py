@@ -89,6 +89,8 @@ def test_bl5_is_not_fooled_by_a_namesake_of_the_emitter(tmp_path: Path) -> None:
         "import plm_engine_core.control_plane.identity as i; i.with_system_identity(tenant_id=1)\n",
         "from plm_engine_core.control_plane.identity import system; act = system.with_system_identity\n",
         'import x; act = getattr(x, "with_system_identity")\n',
+        "from plm_engine_core.control_plane.identity import SystemIdentities\n",
+        "import plm_engine_core.control_plane.identity as i; i.SystemIdentities(None)\n",
         f"def late():\n    {IMPORT}",
         f"if TYPE_CHECKING:\n    {IMPORT}",
     ],
@@ -107,6 +109,8 @@ def test_bl6_sees_every_way_to_the_system_identity(tmp_path: Path, use: str) -> 
         "plm-engine-core/plm_engine_core/control_plane/identity/system.py",
         "plm-engine-core/plm_engine_core/control_plane/identity/__init__.py",
         "plm-engine-core/plm_engine_core/cli/run.py",
+        "plm-engine-core/plm_engine_core/control_plane/recovery.py",
+        "backend/plm_backend/wiring.py",
         "backend/tests/test_jobs.py",
     ],
 )

@@ -230,6 +230,9 @@ def test_an_archive_is_written_verified_and_lets_the_database_forget(terminal: T
     terminal.forge("ALTER TABLE event_checkpoints DISABLE TRIGGER ALL")
     terminal.forge("UPDATE event_checkpoints SET taken_at = taken_at - interval '31 days'")
     assert "1 events of 1 streams up to checkpoint 1 are gone" in terminal.run("archive", "prune", *ours).stdout
+    told = "SELECT payload ->> 'actor', count(*) FROM audit_log WHERE tenant_id = %s GROUP BY 1"
+    with psycopg.connect(terminal.database.admin) as connection:  # a checkpoint, two writings, three prunings
+        assert connection.execute(told, [terminal.tenant]).fetchall() == [("system:cli", 6)]
     terminal.forge("UPDATE event_checkpoints SET taken_at = taken_at + interval '31 days'")
     assert terminal.json("verify", *ours, *archive, *believed)["consistent"]
     assert "for ever" in terminal.run("archive", "keep", *ours, "--forever").stdout

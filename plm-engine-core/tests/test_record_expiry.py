@@ -11,7 +11,7 @@ import pytest
 from plm_engine_core.control_plane import Granted, Principal
 from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, StorageUnavailable
 from plm_engine_core.control_plane.limits import BudgetKey
-from plm_engine_core.control_plane.record_expiry import KEEP_SECONDS, RecordExpiry
+from plm_engine_core.control_plane.record_expiry import KEEP_SECONDS
 from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.vocabulary import BudgetScope, BudgetUnit, RunState, TicketDecision
 
@@ -194,7 +194,7 @@ async def test_a_key_that_is_sent_again_while_it_expires_makes_one_run_at_most(b
         lease = await worked(bench, **KEYED)
         await end(bench, lease, days_ago=31)
         before = len(bench.behind.rows("runs"))
-        expiries = (RecordExpiry(bench.storage, keep_seconds=KEEP_SECONDS).sweep() for _ in range(3))
+        expiries = (Recovery(bench.storage, idempotency_seconds=KEEP_SECONDS).sweep_records() for _ in range(3))
         answers = await asyncio.gather(
             *(created(bench) for _ in range(4)), *expiries, *(created(bench) for _ in range(4))
         )

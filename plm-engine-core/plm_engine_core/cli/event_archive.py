@@ -14,7 +14,7 @@ from plm_shared.addresses import driver_dsn
 from plm_engine_core.cli.db import database_errors, owner_dsn
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
-from plm_engine_core.cli.storage import Books, with_books
+from plm_engine_core.cli.storage import Books, as_platform
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events import (
     Archive,
@@ -26,6 +26,7 @@ from plm_engine_core.control_plane.events import (
     open_archive,
     prune_events,
 )
+from plm_engine_core.control_plane.vocabulary import SystemActor
 
 app = typer.Typer(help="Keep exports in an artifact store, and prune what they hold.", no_args_is_help=True)
 
@@ -52,7 +53,7 @@ def write(tenant_id: TenantId, archive: Place, as_json: AsJson = False) -> None:
         except (OSError, ValueError) as error:
             fail(ExitCode.FAILED, f"the archive could not be written: {error}")
 
-    pieces = with_books(stored, of=tenant_id, as_json=as_json)
+    pieces = as_platform(stored, of=tenant_id, as_json=as_json)
     newest = pieces[-1].number if pieces else None
     answer = {"tenant_id": tenant_id, "pieces": [piece.uri for piece in pieces], "checkpoint": newest}
     text = f"stored up to checkpoint {newest}" if pieces else "the archive holds everything that is signed"
@@ -119,8 +120,8 @@ def prune(tenant_id: TenantId, as_json: AsJson = False) -> None:
 
     Status 0: done, or there was nothing to remove; 1: the database refused; 3: no address.
     """
-    pruned = with_books(
-        lambda books: prune_events(books.storage.checkpoints, tenant_id, actor="system:cli"),
+    pruned = as_platform(
+        lambda books: prune_events(books.storage.checkpoints, tenant_id, actor=SystemActor.CLI.value),
         of=tenant_id,
         as_json=as_json,
     )

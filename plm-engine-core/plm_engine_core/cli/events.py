@@ -18,7 +18,7 @@ from plm_engine_core.cli.event_archive import app as archive_app
 from plm_engine_core.cli.event_archive import read_archive
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, one_line, show
-from plm_engine_core.cli.storage import Books, with_books
+from plm_engine_core.cli.storage import Books, as_platform, with_books
 from plm_engine_core.control_plane.errors import InvalidRequest
 from plm_engine_core.control_plane.events import (
     BEGINNING,
@@ -246,7 +246,7 @@ def checkpoint(tenant_id: TenantId, key: Key, as_json: AsJson = False) -> None:
     Status 0: done, or nothing had changed; 1: not; 2: wrong arguments; 3: no address, or the key cannot be used.
     """
     signer = _signer(key)
-    taken = with_books(
+    taken = as_platform(
         lambda books: Checkpointer(books.storage.checkpoints, signer).take(tenant_id), of=tenant_id, as_json=as_json
     )
     answer: dict[str, Any] = {"tenant_id": tenant_id, "checkpoint": taken.number if taken else None}

@@ -11,8 +11,8 @@ import typer
 
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import AsJson, show
-from plm_engine_core.cli.storage import Books, with_books
-from plm_engine_core.control_plane.identity import with_system_identity
+from plm_engine_core.cli.storage import Books, as_platform
+from plm_engine_core.control_plane.identity import require_identity
 from plm_engine_core.control_plane.runs import Run
 
 app = typer.Typer(help="Look after single runs.", no_args_is_help=True)
@@ -41,7 +41,7 @@ def reconcile(
     if output is not None and not happened:
         fail(ExitCode.USAGE, "--output goes with --happened")
     document = _read(output) if output is not None else None
-    run = with_books(
+    run = as_platform(
         lambda books: _reconcile(books, tenant_id, run_id, happened=happened, output=document),
         of=tenant_id,
         as_json=as_json,
@@ -50,10 +50,8 @@ def reconcile(
 
 
 async def _reconcile(books: Books, tenant_id: UUID, run_id: UUID, *, happened: bool, output: Any) -> Run:
-    async with with_system_identity(tenant_id=tenant_id, audit=books.audit) as identity:
-        return await books.storage.runs.reconcile(
-            tenant_id, run_id, happened=happened, output=output, actor=f"system:{identity.user_id}"
-        )
+    actor = f"system:{require_identity().user_id}"  # as the audit record has it, which tells who that is
+    return await books.storage.runs.reconcile(tenant_id, run_id, happened=happened, output=output, actor=actor)
 
 
 def _read(path: Path) -> Any:

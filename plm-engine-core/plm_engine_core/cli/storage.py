@@ -19,10 +19,17 @@ from plm_engine_core.cli.db import driver_words
 from plm_engine_core.cli.exits import ExitCode, fail
 from plm_engine_core.cli.output import show_refusal
 from plm_engine_core.control_plane.errors import ControlPlaneError, FeedPruned, Forbidden, NotFound, StorageUnavailable
-from plm_engine_core.control_plane.identity import AuditError, AuditTenantUnknown, PostgresAuditSink, audit_required
+from plm_engine_core.control_plane.identity import (
+    AuditError,
+    AuditTenantUnknown,
+    PostgresAuditSink,
+    SystemIdentities,
+    audit_required,
+)
 from plm_engine_core.control_plane.storage.ports import Delivery
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
 from plm_engine_core.control_plane.storage.postgres.signals import PostgresSignals
+from plm_engine_core.control_plane.vocabulary import SystemActor
 
 DELIVERY_GROUP = "plm.delivery"
 """Entry points of this group make the `Delivery` of the installed application, called without arguments."""
@@ -64,6 +71,17 @@ def with_books(work: Callable[[Books], Awaitable[Answer]], *, of: UUID | None = 
         return asyncio.run(_run(work, of))
     except (ControlPlaneError, AuditError) as error:
         refused(error, as_json=as_json)
+
+
+def as_platform(work: Callable[[Books], Awaitable[Answer]], *, of: UUID, as_json: bool = False) -> Answer:
+    """Run `work` in one tenant as `system:cli`: what an operator does with nobody's token; see `with_books`."""
+    required = recording()
+
+    async def acting(books: Books) -> Answer:
+        async with SystemIdentities(books.audit, required=required).acting(SystemActor.CLI, of):
+            return await work(books)
+
+    return with_books(acting, of=of, as_json=as_json)
 
 
 def refused(error: ControlPlaneError | AuditError, *, as_json: bool) -> NoReturn:

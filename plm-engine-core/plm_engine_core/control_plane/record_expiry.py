@@ -11,7 +11,7 @@ import logging
 from typing import TYPE_CHECKING, Final
 from uuid import UUID
 
-from plm_engine_core.control_plane.sweeping import ExpiredBatch, remove_in_batches
+from plm_engine_core.control_plane.sweeping import ExpiredBatch, InTenant, remove_in_batches
 
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.storage.ports import Storage
@@ -30,13 +30,16 @@ class RecordExpiry:
     its key answers the run that there is; later it makes a new one.
     """
 
-    def __init__(self, storage: Storage, *, keep_seconds: float) -> None:
+    def __init__(self, storage: Storage, in_tenant: InTenant, *, keep_seconds: float) -> None:
         self._storage = storage
+        self._in_tenant = in_tenant
         self._keep = keep_seconds
 
     async def sweep(self) -> int:
         """Go on until nothing is due; answers how many records went. What fails is left to the next pass."""
-        return await remove_in_batches(self._storage, self._expire, name="idempotency records", logger=logger)
+        return await remove_in_batches(
+            self._storage, self._expire, self._in_tenant, name="idempotency records", logger=logger
+        )
 
     async def _expire(self, tenant_id: UUID) -> ExpiredBatch:
         return await self._storage.idempotency.expire(tenant_id, keep_seconds=self._keep, limit=_BATCH)

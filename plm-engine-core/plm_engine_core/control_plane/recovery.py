@@ -12,14 +12,15 @@ from plm_shared.artifact_store import ArtifactStorageBackend
 from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
 from plm_engine_core.control_plane.admission.settle import settle
 from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, StorageUnavailable
+from plm_engine_core.control_plane.identity import SystemIdentities
 from plm_engine_core.control_plane.record_expiry import KEEP_SECONDS, SHORTEST_SECONDS, RecordExpiry
 from plm_engine_core.control_plane.runs.run import Lease, Orphan, Step
 from plm_engine_core.control_plane.storage.leasing import RECOVERY
 from plm_engine_core.control_plane.storage.ports import Storage
 from plm_engine_core.control_plane.stray_artifacts import GRACE_SECONDS, StrayArtifacts
-from plm_engine_core.control_plane.sweeping import ExpiredBatch, remove_in_batches, sweep_until_cancelled
+from plm_engine_core.control_plane.sweeping import ExpiredBatch, InTenant, remove_in_batches, sweep_until_cancelled
 from plm_engine_core.control_plane.turns import Turns
-from plm_engine_core.control_plane.vocabulary import OutcomeStatus, RunKind, RunState, StepState
+from plm_engine_core.control_plane.vocabulary import OutcomeStatus, RunKind, RunState, StepState, SystemActor
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,10 @@ class Recovery:
     `RecordExpiry` for what becomes of their commands then. With them go the records of locks whose call is over, which
     hold nobody up.
 
+    In each tenant it acts as `system:recovery` of `identities`, whose record is in the audit log before anything is
+    done there; without any, it acts so and nothing is recorded. To find what is due over all tenants takes no identity:
+    that answers ids only.
+
     Raises:
         InvalidRequest: a number of seconds is none from 0 to a hundred years; nothing would ever be found by it. Or
             `idempotency_seconds` is less than a day.
@@ -74,6 +79,7 @@ class Recovery:
         artifact_grace_seconds: float = GRACE_SECONDS,
         idempotency_seconds: float = KEEP_SECONDS,
         records_every_seconds: float = 3600.0,
+        identities: SystemIdentities | None = None,
     ) -> None:
         _check_seconds(every_seconds, "every_seconds")
         _check_seconds(patience_seconds, "patience_seconds")
@@ -83,14 +89,18 @@ class Recovery:
         self._storage = storage
         self._every_seconds = every_seconds
         self._patience = patience_seconds
-        self._orphans = _Orphans(storage, forsaken_seconds=forsaken_seconds)
+        acting = (identities or SystemIdentities(None)).acting
+        self._in_tenant = partial(acting, SystemActor.RECOVERY)
+        self._orphans = _Orphans(storage, self._in_tenant, forsaken_seconds=forsaken_seconds)
         self._turns = Turns(_BATCH)
         self._ahead = Turns(_BATCH)
         self._strays = (
-            None if artifacts is None else StrayArtifacts(storage, artifacts, grace_seconds=artifact_grace_seconds)
+            None
+            if artifacts is None
+            else StrayArtifacts(storage, artifacts, self._in_tenant, grace_seconds=artifact_grace_seconds)
         )
         self._artifacts_every_seconds = artifacts_every_seconds
-        self._records = RecordExpiry(storage, keep_seconds=idempotency_seconds)
+        self._records = RecordExpiry(storage, self._in_tenant, keep_seconds=idempotency_seconds)
         self._records_every_seconds = records_every_seconds
 
     async def sweep(self) -> int:
@@ -107,7 +117,8 @@ class Recovery:
         due = await runs.abandoned(_LOOK, patience_seconds=self._patience)
         for tenant_id, run_id in self._turns.choose(due):
             try:
-                revived += await runs.revive(tenant_id, run_id, patience_seconds=self._patience)
+                async with self._in_tenant(tenant_id):
+                    revived += await runs.revive(tenant_id, run_id, patience_seconds=self._patience)
             except Exception:
                 self._turns.failed(run_id)
                 logger.warning("a run could not be brought back yet", extra={"run_id": str(run_id)}, exc_info=True)
@@ -118,7 +129,8 @@ class Recovery:
         halts = self._storage.halts
         for tenant_id in await halts.unfinished(_BATCH):
             try:
-                await halts.end_halted(tenant_id)
+                async with self._in_tenant(tenant_id):
+                    await halts.end_halted(tenant_id)
             except Exception:
                 logger.warning("a halt is not finished yet", extra={"tenant_id": str(tenant_id)}, exc_info=True)
 
@@ -128,7 +140,9 @@ class Recovery:
         found = await runs.ahead(_LOOK, patience_seconds=self._patience)
         for tenant_id, run_id in self._ahead.choose(found):
             try:
-                if await runs.set_back(tenant_id, run_id, patience_seconds=self._patience):
+                async with self._in_tenant(tenant_id):
+                    was_ahead = await runs.set_back(tenant_id, run_id, patience_seconds=self._patience)
+                if was_ahead:
                     logger.warning(
                         "a run has times that lie ahead: the database's clock was set back, and they count from now on",
                         extra={"run_id": str(run_id)},
@@ -145,7 +159,7 @@ class Recovery:
         """One pass over idempotency records and records of locks; answers how many were removed."""
         removed = await self._records.sweep()
         return removed + await remove_in_batches(
-            self._storage, self._locks_over, name="records of locks", logger=logger
+            self._storage, self._locks_over, self._in_tenant, name="records of locks", logger=logger
         )
 
     async def _locks_over(self, tenant_id: UUID) -> ExpiredBatch:
@@ -168,8 +182,9 @@ class Recovery:
 class _Orphans:
     """Runs of kind `external` that their holder left, with whatever is open in them."""
 
-    def __init__(self, storage: Storage, *, forsaken_seconds: float) -> None:
+    def __init__(self, storage: Storage, in_tenant: InTenant, *, forsaken_seconds: float) -> None:
         self._storage = storage
+        self._in_tenant = in_tenant
         self._forsaken = forsaken_seconds
         self._turns = Turns(_BATCH)
 
@@ -180,7 +195,8 @@ class _Orphans:
         for _, run_id in self._turns.choose((orphan.tenant_id, orphan.run_id) for orphan in found):
             orphan = orphans[run_id]
             try:
-                await self._close(orphan)
+                async with self._in_tenant(orphan.tenant_id):
+                    await self._close(orphan)
             except FencingLost:
                 continue
             except Exception:  # a record of another release, or a damaged one

@@ -13,6 +13,7 @@ from plm_shared.artifact_store import ArtifactRef, ArtifactStorageBackend, Liste
 
 from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.storage.ports import Storage
+from plm_engine_core.control_plane.sweeping import InTenant
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +32,11 @@ class StrayArtifacts:
     clock: where that is ahead of the database's, each file counts as so much younger.
     """
 
-    def __init__(self, storage: Storage, store: ArtifactStorageBackend, *, grace_seconds: float) -> None:
+    def __init__(
+        self, storage: Storage, store: ArtifactStorageBackend, in_tenant: InTenant, *, grace_seconds: float
+    ) -> None:
         self._storage = storage
+        self._in_tenant = in_tenant
         self._store = store
         self._grace = grace_seconds
 
@@ -46,7 +50,8 @@ class StrayArtifacts:
         oldest = self._grace + max(0.0, ahead)
         for tenant_id in tenants:
             try:
-                removed += await self._sweep(tenant_id, oldest)
+                async with self._in_tenant(tenant_id):
+                    removed += await self._sweep(tenant_id, oldest)
             except ControlPlaneError:
                 raise  # without the records nothing can be told
             except Exception:  # whatever the store's client raises

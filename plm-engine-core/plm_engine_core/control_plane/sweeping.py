@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from logging import Logger
 from typing import TYPE_CHECKING
@@ -43,8 +44,17 @@ class ExpiredBatch:
     more: bool
 
 
+InTenant = Callable[[UUID], AbstractAsyncContextManager[object]]
+"""Acts in one tenant for the length of a block, as the one whose pass it is."""
+
+
 async def remove_in_batches(
-    storage: Storage, remove: Callable[[UUID], Awaitable[ExpiredBatch]], *, name: str, logger: Logger
+    storage: Storage,
+    remove: Callable[[UUID], Awaitable[ExpiredBatch]],
+    in_tenant: InTenant,
+    *,
+    name: str,
+    logger: Logger,
 ) -> int:
     """Remove of every tenant what is due, each a batch in its turn, and answer how much that was.
 
@@ -56,7 +66,8 @@ async def remove_in_batches(
         again = []
         for tenant_id in due:
             try:
-                batch = await remove(tenant_id)
+                async with in_tenant(tenant_id):
+                    batch = await remove(tenant_id)
             except StorageUnavailable:
                 raise
             except Exception:  # a function of another release, or a damaged row

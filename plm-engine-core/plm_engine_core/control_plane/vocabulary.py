@@ -236,6 +236,15 @@ class TicketDecision(StrEnum):
     DENY = "deny"
 
 
+class SystemActor(StrEnum):
+    """Who acts with nobody's token, as events and the audit log name it; there are no others."""
+
+    RECOVERY = "system:recovery"  # does what is due because time has passed, or a process died
+    CHECKPOINTS = "system:checkpoints"  # signs what happened
+    ARCHIVE = "system:archive"  # stores what is signed, and prunes what is stored
+    CLI = "system:cli"  # a command of an operator that asks for no token
+
+
 class HaltScope(StrEnum):
     """What a halt stops."""
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, BinaryIO
 from uuid import UUID
@@ -28,7 +29,9 @@ from plm_engine_core.control_plane.events.export import (
 )
 from plm_engine_core.control_plane.events.pruning import prune_events
 from plm_engine_core.control_plane.events.signing import PublicKeys
+from plm_engine_core.control_plane.identity import SystemIdentities
 from plm_engine_core.control_plane.sweeping import sweep_until_cancelled
+from plm_engine_core.control_plane.vocabulary import SystemActor
 
 if TYPE_CHECKING:
     from plm_engine_core.control_plane.storage.ports import CheckpointStore, Storage
@@ -37,8 +40,6 @@ logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 32 << 20
 """A piece ends with the checkpoint that makes it longer than this."""
-
-_ACTOR = "system:archive"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,12 +120,23 @@ class Archive:
 
 
 class Archivist:
-    """Keeps every tenant's archive up to its newest checkpoint, and prunes what its retention no longer asks for."""
+    """Keeps every tenant's archive up to its newest checkpoint, and prunes what its retention no longer asks for.
 
-    def __init__(self, storage: Storage, archive: Archive, *, every_seconds: float = 3600.0) -> None:
+    A pass acts in each tenant as `system:archive` of `identities`; without any, nothing of that is recorded.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        archive: Archive,
+        *,
+        every_seconds: float = 3600.0,
+        identities: SystemIdentities | None = None,
+    ) -> None:
         self._checkpoints = storage.checkpoints
         self._archive = archive
         self._every_seconds = every_seconds
+        self._in_tenant = partial((identities or SystemIdentities(None)).acting, SystemActor.ARCHIVE)
 
     async def archive(self, tenant_id: UUID) -> list[Piece]:
         """Store what is signed and not stored yet, and record it."""
@@ -144,11 +156,13 @@ class Archivist:
         stored, archived = 0, []
         for tenant_id in await self._checkpoints.tenants():
             with _others_go_on(tenant_id, "archive"):
-                stored += len(await self.archive(tenant_id))
+                async with self._in_tenant(tenant_id):
+                    stored += len(await self.archive(tenant_id))
                 archived.append(tenant_id)
         for tenant_id in archived:
             with _others_go_on(tenant_id, "retention"):
-                await prune_events(self._checkpoints, tenant_id, actor=_ACTOR)
+                async with self._in_tenant(tenant_id):
+                    await prune_events(self._checkpoints, tenant_id, actor=SystemActor.ARCHIVE.value)
         return stored
 
     async def run(self) -> None:

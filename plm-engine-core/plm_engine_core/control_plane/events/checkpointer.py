@@ -10,19 +10,32 @@ from uuid import UUID
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.events.checkpoint import Checkpoint, Head, next_checkpoint
 from plm_engine_core.control_plane.events.signing import Signer
+from plm_engine_core.control_plane.identity import SystemIdentities
 from plm_engine_core.control_plane.storage.ports import CheckpointStore
 from plm_engine_core.control_plane.sweeping import sweep_until_cancelled
+from plm_engine_core.control_plane.vocabulary import SystemActor
 
 logger = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Signs the heads of every tenant in which something has happened."""
+    """Signs the heads of every tenant in which something has happened.
 
-    def __init__(self, store: CheckpointStore, signer: Signer, *, every_seconds: float = 60.0) -> None:
+    A pass acts in each tenant as `system:checkpoints` of `identities`; without any, nothing of that is recorded.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        signer: Signer,
+        *,
+        every_seconds: float = 60.0,
+        identities: SystemIdentities | None = None,
+    ) -> None:
         self._store = store
         self._signer = signer
         self._every_seconds = every_seconds
+        self._identities = identities or SystemIdentities(None)
 
     async def take(self, tenant_id: UUID) -> Checkpoint | None:
         """Take a checkpoint of one tenant now; None when nothing has happened since the one before."""
@@ -39,7 +52,8 @@ class Checkpointer:
         taken = 0
         for tenant_id in await self._store.tenants():
             try:
-                taken += await self.take(tenant_id) is not None
+                async with self._identities.acting(SystemActor.CHECKPOINTS, tenant_id):
+                    taken += await self.take(tenant_id) is not None
             except StorageUnavailable as error:
                 logger.warning("the checkpoint of tenant %s has to wait: %s", tenant_id, error)
             except Exception:

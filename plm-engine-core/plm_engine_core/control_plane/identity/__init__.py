@@ -37,7 +37,7 @@ from plm_engine_core.control_plane.identity.metrics import IdentityMetrics
 from plm_engine_core.control_plane.identity.middleware import IdentityMiddleware
 from plm_engine_core.control_plane.identity.oidc import ClaimNames, OidcIdentityProvider
 from plm_engine_core.control_plane.identity.provider import Hs256JwtIdentityProvider, IdentityProvider
-from plm_engine_core.control_plane.identity.system import with_system_identity
+from plm_engine_core.control_plane.identity.system import SystemIdentities, with_system_identity
 
 __all__ = [
     "ActorKind",
@@ -65,6 +65,7 @@ __all__ = [
     "OidcIdentityProvider",
     "PostgresAuditSink",
     "RejectReason",
+    "SystemIdentities",
     "audit_required",
     "get_current_identity",
     "identity_bound",

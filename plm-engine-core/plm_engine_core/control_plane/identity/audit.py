@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from plm_engine_core.control_plane.identity.context import ActorKind, IdentityContext
 from plm_engine_core.control_plane.identity.errors import IdentityValidationError
 from plm_engine_core.control_plane.ids import new_id
+from plm_engine_core.control_plane.vocabulary import SystemActor
 
 _REQUIRED: Final = "PLM_AUDIT_REQUIRED"
 
@@ -99,15 +100,22 @@ class AuditSink(Protocol):
         """
 
 
-def bind_record(identity: IdentityContext, *, provider: str, surface: Surface | None = None) -> AuditRecord:
-    """The record of an identity that was established, by a token that was shown at `surface`, if by one."""
-    facts = {"provider": provider, "scopes": sorted(identity.scopes), "session_id": identity.session_id}
+def bind_record(
+    identity: IdentityContext, *, provider: str, surface: Surface | None = None, actor: SystemActor | None = None
+) -> AuditRecord:
+    """The record of an identity that was established: by a token shown at `surface`, or of the platform as `actor`."""
+    facts: dict[str, Any] = {
+        "provider": provider,
+        "scopes": sorted(identity.scopes),
+        "session_id": identity.session_id,
+    }
+    named = {"surface": surface, "actor": actor}
     return AuditRecord(
         tenant_id=identity.tenant_id,
         user_id=identity.user_id,
         actor_kind=identity.actor_kind,
         event_type=AuditEvent.IDENTITY_BIND,
-        payload=facts | ({"surface": surface.value} if surface is not None else {}),
+        payload=facts | {key: each.value for key, each in named.items() if each is not None},
     )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from uuid import UUID
 
 from plm_engine_core.control_plane.errors import Conflict
-from plm_engine_core.control_plane.vocabulary import EventKind, RunState
+from plm_engine_core.control_plane.vocabulary import EventKind, RunState, SystemActor
 
-RECOVERY = "system:recovery"
+RECOVERY = SystemActor.RECOVERY.value
 """The actor of what happens because time has passed."""
 
 FINISH_KINDS = {
