@@ -656,12 +656,16 @@ class TestAnotherCall:
 async def test_of_thirty_racing_pairs_each_has_one_winner_and_the_loser_is_told(bench):
     asked = [await bench.ask() for _ in range(30)]
     people = (somebody(bench), somebody(bench))
-    for lease, pending in asked:
-        answers = await asyncio.gather(
+
+    async def race(pending):
+        return await asyncio.gather(
             bench.decide(pending, APPROVE, approver=people[0]),
             bench.decide(pending, DENY, approver=people[1]),
             return_exceptions=True,
         )
+
+    races = await asyncio.gather(*(race(pending) for _, pending in asked))  # all sixty at once
+    for (lease, pending), answers in zip(asked, races, strict=True):
         lost = [each for each in answers if isinstance(each, BaseException)]
         assert [(type(each), each.reason) for each in lost] == [(Conflict, "already_decided")]
         won = next(each for each in answers if not isinstance(each, BaseException))

@@ -410,57 +410,150 @@ async def test_no_grant_and_no_begin_is_committed_after_a_committed_halt(bench):
     assert max(grant["begun_at"] for grant in grants if grant["begun_at"]) < halt["triggered_at"]
 
 
+# What was committed while a halt stood, by the database's own times.
+_LATE_GRANTS = """
+SELECT count(*) FROM halts AS h JOIN grants AS g
+    ON (g.issued_at > h.triggered_at AND g.issued_at < COALESCE(h.lifted_at, 'infinity'))
+    OR (g.begun_at > h.triggered_at AND g.begun_at < COALESCE(h.lifted_at, 'infinity'))
+"""
+_LATE_TAKES = """
+SELECT count(*) FROM halts AS h JOIN events AS e ON e.kind = 'run_taken'
+    AND e.occurred_at > h.triggered_at AND e.occurred_at < COALESCE(h.lifted_at, 'infinity')
+"""
+_STATES = "SELECT state, count(*) FROM run_states GROUP BY state"
+
+
+class Crowd:
+    """Everybody who could bring a run back, each without pause, over the runs of one tenant."""
+
+    def __init__(self, bench):
+        self.bench = bench
+        self.resumed = 0
+        self.warm, self.halted, self.over = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self.moved = asyncio.Event()
+
+    async def call(self, lease, index):
+        """One call to its end; whether it was let through."""
+        admission = await self.bench.control_plane.admit(
+            self.bench.proposal(lease, step_index=index, step_id=f"s{index}")
+        )
+        if not isinstance(admission, Granted):
+            assert admission.reason is Reason.HALTED
+            return False
+        begun = await self.bench.begin(admission.grant, lease)
+        await self.bench.settle(admission.grant, lease, OutcomeStatus.SUCCEEDED if begun.accepted else NOT_STARTED)
+        self.moved.set()
+        return True
+
+    async def give_back(self, lease, state):
+        await self.bench.control_plane.finish(lease.run, fencing_token=lease.fencing_token, state=state, actor="worker")
+
+    async def admit(self, lease):
+        """Call after call, through every short halt, until the halt that stays is known."""
+        index = 0
+        while await self.call(lease, index) or not self.halted.is_set():
+            index += 1
+        await self.give_back(lease, RunState.HALTED)
+
+    async def resume(self, runs, owner):
+        """Take whatever can be taken, until a whole round came after the halt."""
+        after = False
+        while not after:
+            after = self.halted.is_set()
+            for run in runs:
+                lease = await self.bench.storage.runs.take(self.bench.tenant, run.id, owner=owner, seconds=60)
+                if lease is not None:
+                    self.resumed += 1
+                    if self.resumed == 8:
+                        self.warm.set()
+                    through = await self.call(lease, 10 + lease.fencing_token)
+                    await self.give_back(lease, RunState.QUEUED if through else RunState.HALTED)
+
+    async def sweep(self):
+        recovery = Recovery(self.bench.storage, patience_seconds=0)
+        while not self.over.is_set():
+            await recovery.sweep()
+
+    async def halt_and_lift(self):
+        """A second halt over the same runs, again and again; until the one that stays, something happens between."""
+        while not self.over.is_set():
+            await lift(self.bench, await self.bench.halt(HaltScope.AGENT, subject="test"))
+            if not self.halted.is_set():
+                self.moved.clear()
+                await self.moved.wait()
+
+    def stay_halted(self):
+        self.halted.set()
+        self.moved.set()
+
+    async def race(self, *racers):
+        """Have them all at it until the racers are through; answers what the first one does."""
+
+        async def racing():
+            first, *_ = await asyncio.gather(*racers)
+            self.over.set()
+            return first
+
+        first, *_ = await asyncio.gather(racing(), self.sweep(), self.halt_and_lift())
+        return first
+
+
 @pytest.mark.postgres_only
 async def test_many_runs_halted_in_one_call_while_others_admit_and_decide(bench):
-    """Runs are queued, wait for approval and work; eight clients admit meanwhile, and approvals come in."""
+    """Runs are queued, wait for approval and work.
+
+    Meanwhile eight clients admit, approvals come in, two workers resume what waits, recovery sweeps, and a second halt
+    is triggered and lifted. At the end the halt is lifted while that second one is triggered once more.
+    """
     wide = {"EUR": 99_999, "calls": 99_999}
     bench = bench.with_policy(budgets={"run": wide, "tenant": wide}, rate_limit={"per_second": 1e6, "burst": 1e6})
     number = max(48, int(1000 * float(os.environ.get("SOAK", "0.05"))))
     queued = [await bench.run() for _ in range(number // 2)]
     asked = [await bench.ask() for _ in range(number - len(queued) - 8)]
     leases = [await bench.lease() for _ in range(8)]
-    warm, halted = asyncio.Event(), asyncio.Event()
-
-    async def admit(lease):
-        for index in range(100_000):
-            if index == 3:
-                warm.set()
-            admission = await bench.control_plane.admit(bench.proposal(lease, step_index=index, step_id=f"s{index}"))
-            if not isinstance(admission, Granted):
-                assert admission.reason is Reason.HALTED
-                return
-            begun = await bench.begin(admission.grant, lease)
-            await bench.settle(admission.grant, lease, OutcomeStatus.SUCCEEDED if begun.accepted else NOT_STARTED)
+    waiting = [*queued, *(lease.run for lease, _ in asked)]
+    everybody = [*waiting, *(lease.run for lease in leases)]
+    crowd = Crowd(bench)
 
     async def decide():
         for _, pending in asked:
             await bench.decide(pending, TicketDecision.APPROVE)
 
-    async def resume():
-        for run in [*queued, *(lease.run for lease, _ in asked)]:
-            await halted.wait()
-            assert await bench.storage.runs.take(bench.tenant, run.id, owner="w", seconds=60) is None
-
     async def halt():
-        await warm.wait()
+        await crowd.warm.wait()
         made = await bench.halt(HaltScope.TENANT)
-        halted.set()
+        crowd.stay_halted()
         return made
 
-    made, *_ = await asyncio.gather(halt(), decide(), resume(), *(admit(lease) for lease in leases))
-    late = "SELECT count(*) FROM grants WHERE issued_at > %s OR begun_at > %s"
-    assert bench.sql(late, made.triggered_at, made.triggered_at) == [(0,)]
-    taken = "SELECT count(*) FROM events WHERE kind = 'run_taken' AND occurred_at > %s"
-    assert bench.sql(taken, made.triggered_at) == [(0,)]
-    for run in (lease.run for lease, _ in asked):
-        await bench.storage.runs.take(bench.tenant, run.id, owner="w", seconds=60)
-    states = dict(bench.sql("SELECT state, count(*) FROM run_states GROUP BY state"))
-    assert states == {"halted": number - 8, "running": 8}
-    await lift(bench, made)
-    assert dict(bench.sql("SELECT state, count(*) FROM run_states GROUP BY state")) == {
-        "queued": number - 8,
-        "running": 8,
-    }
+    made = await crowd.race(
+        halt(),
+        decide(),
+        crowd.resume(waiting, "one"),
+        crowd.resume(waiting[::-1], "two"),
+        *(crowd.admit(lease) for lease in leases),
+    )
+    assert bench.sql(_LATE_GRANTS) == bench.sql(_LATE_TAKES) == [(0,)]
+    for run in everybody:
+        await park(bench, run)
+    assert dict(bench.sql(_STATES)) == {"halted": number}
+
+    crowd.halted.clear()
+
+    async def halt_again():
+        again = await bench.halt(HaltScope.AGENT, subject="test")
+        crowd.stay_halted()
+        return again
+
+    again, *_ = await asyncio.gather(
+        halt_again(), lift(bench, made), crowd.resume(everybody, "one"), crowd.resume(everybody[::-1], "two")
+    )
+    assert bench.sql(_LATE_GRANTS) == bench.sql(_LATE_TAKES) == [(0,)]
+    for run in everybody:
+        await park(bench, run)
+    assert dict(bench.sql(_STATES)) == {"halted": number}
+    await lift(bench, again)
+    assert dict(bench.sql(_STATES)) == {"queued": number}
+    assert bench.sql("SELECT count(*) FROM budgets WHERE reserved <> 0") == [(0,)]
 
 
 @pytest.mark.postgres_only
