@@ -16,7 +16,7 @@ from plm_shared.sqlalchemy_kernel_emitter import ledger_function, quick_ledger_f
 from plm_shared.testing.databases import TemplateDatabases, create_tenants
 
 pytestmark = pytest.mark.every_postgres
-REVISIONS = tuple(f"{number:04}" for number in range(13, 53))
+REVISIONS = tuple(f"{number:04}" for number in range(13, 54))
 
 SHAPE = """
     SELECT 'column', c.relname || '.' || a.attname, format_type(a.atttypid, a.atttypmod) || ' ' || a.attnotnull::text
@@ -109,6 +109,7 @@ def test_only_the_look_for_abandoned_runs_goes_across_tenants_and_only_what_forg
             "engine_expire_records_v1(uuid,double precision,integer)",
             "plm_owner",
         ),  # under row-level security, like everyone
+        ("engine_expired_grants_v1(integer)", "plm_migrator"),
         ("engine_orphaned_runs_v1(integer,double precision)", "plm_migrator"),
         ("engine_prune_events_v1(uuid,text)", "plm_owner"),
         ("engine_prune_events_v2(uuid,text)", "plm_owner"),

@@ -21,6 +21,7 @@ from plm_engine_core.control_plane.admission.ask import Failure
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.events import BEGINNING, rebuild, verify_tenant
 from plm_engine_core.control_plane.hitl import ApprovalTicket
+from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json, vote_json
 from plm_engine_core.control_plane.storage.ports import VoteCommand
 from plm_engine_core.control_plane.storage.postgres import PostgresStorage, open_pool
@@ -41,6 +42,7 @@ from plm_engine_core.control_plane.vocabulary import (
 SOAK = float(os.environ.get("SOAK", "0.05"))
 TAKEN_BACK = [("0032", 4), ("0033", 5), ("0036", 7)]  # a revision, and the release whose functions came after it
 OLDEST = 2  # what version 1 wrote into was changed by the migration that brought version 2
+LONG_GONE = 3  # the last release that asked functions of its own what was settled before
 LIMIT = 60
 RATE = {"per_second": 1e6, "burst": 1e6}
 
@@ -216,6 +218,24 @@ async def test_a_grant_that_began_with_its_admission_has_begun_for_every_release
         assert (await mixed.begin(granted.grant, lease)).reason is Reason.GRANT_USED
         await mixed.settle(granted.grant, lease)
     assert standing(bench) == (len(releases), 0)
+    await assert_whole(bench)
+
+
+async def test_what_a_sweep_gave_back_has_expired_for_every_release(bench, nodes, releases):
+    now = {}
+    mixed = nodes(now.get)
+    for admits, then in product(releases, repeat=2):
+        now.update(admit=admits, begin=then, settle=then)
+        lease = await mixed.lease()
+        grant = await mixed.grant(lease)
+        bench.behind.set_time("grants", "expires_at", -1, {"id": grant.id})
+        await Recovery(bench.storage).sweep()
+        assert standing(bench) == (0, 0)
+        refused = await mixed.begin(grant, lease)
+        assert (refused.accepted, refused.reason) == (False, Reason.GRANT_EXPIRED), (admits, then)
+        if then > LONG_GONE:
+            settled = await mixed.settle(grant, lease, OutcomeStatus.NOT_STARTED)
+            assert settled.spent["calls"] == "0"
     await assert_whole(bench)
 
 

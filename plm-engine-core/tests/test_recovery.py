@@ -183,7 +183,9 @@ async def test_one_cancel_ends_the_loop_even_where_the_database_was_just_given_u
     assert task.cancelled()
 
 
-@pytest.mark.parametrize(("port", "look"), [("halts", "unfinished"), ("runs", "ahead"), ("runs", "orphaned")])
+@pytest.mark.parametrize(
+    ("port", "look"), [("halts", "unfinished"), ("runs", "ahead"), ("runs", "orphaned"), ("runs", "expired")]
+)
 async def test_a_look_that_cannot_be_had_does_not_hold_up_what_the_others_find(bench, monkeypatch, caplog, port, look):
     async def failing(*_, **__):
         raise RuntimeError("no such look")

@@ -19,6 +19,7 @@ from plm_engine_core.control_plane.errors import ControlPlaneError
 from plm_engine_core.control_plane.events import run_stream
 from plm_engine_core.control_plane.hitl import ScopeTerms
 from plm_engine_core.control_plane.limits import BudgetKey
+from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.storage.postgres import open_pool
 from plm_engine_core.control_plane.vocabulary import (
     BudgetScope,
@@ -134,6 +135,7 @@ operations = st.one_of(
     st.tuples(st.just("lease_ends"), run_at),
     st.tuples(st.just("grant_ends"), run_at),
     st.tuples(st.just("sweep_locks"), st.sampled_from([1, 9])),
+    st.tuples(st.just("sweep_grants")),
     st.tuples(st.just("deadline_passes"), run_at),
 )
 started = [("create", 0, None, "d", {}), ("create", 1, None, "d", {}), ("take", 0), ("take", 1)]
@@ -369,6 +371,9 @@ class World:
     async def sweep_locks(self, limit):
         return await self.bench.storage.locks.sweep(self.bench.tenant, limit=limit)
 
+    async def sweep_grants(self):
+        await Recovery(self.bench.storage)._expired.close()
+
     async def deadline_passes(self, at):
         self.bench.let_deadline_pass(self.tickets[at])
 
@@ -456,6 +461,20 @@ def _without_times(row):
         ("admit", 1, 0, 1, "thing.write", "x", True),
         ("finish", 1, RunState.FAILED, [1.0]),
         ("cancel", 1),
+    ]
+)
+@example(
+    [
+        ("admit", 0, 0, 1, "thing.fire", "x", False),
+        ("grant_ends", 0),
+        ("sweep_grants",),
+        ("begin", 0),
+        ("settle", 0, OutcomeStatus.NOT_STARTED, None, {"category": "x", "message": "late"}, None),
+        ("settle", 0, OutcomeStatus.SUCCEEDED, None, None, None),
+        ("admit", 0, 0, 2, "thing.fire", "x", False),
+        ("begin", 0),
+        ("grant_ends", 1),
+        ("sweep_grants",),
     ]
 )
 @example(

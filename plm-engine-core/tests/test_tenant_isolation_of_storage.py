@@ -107,6 +107,7 @@ SPANS_TENANTS = {
     "runs.abandoned",
     "runs.ahead",
     "runs.now",
+    "runs.expired",
     "runs.orphaned",
     "checkpoints.tenants",
     "halts.unfinished",

@@ -181,7 +181,26 @@ def a_clock_set_back(cluster: Any, journal: Any, trap: Any) -> None:
     assert journal.effects() == EFFECTS
 
 
+def an_unused_grant(cluster: Any, journal: Any, trap: Any) -> None:
+    """A worker waits with a grant until that is over, and renews its run; a sweep gives back what the grant holds."""
+    waiting = cluster.points.hold("executor.execute.before")
+    run_id = cluster.create("repeatable", key=str(journal.folder), journal=str(journal.folder))
+    waiting.reached()
+    cluster.query(
+        "UPDATE grants SET expires_at = clock_timestamp() WHERE run_id = %s AND state = 'issued' RETURNING id", run_id
+    )
+    closed = "SELECT 1 FROM run_steps WHERE run_id = %s AND error ->> 'category' = 'grant_expired'"
+    cluster.until(lambda: cluster.query(closed, run_id), "what the grant holds comes back")
+    waiting.release()
+    run, _ = cluster.finish(run_id, journal)
+    assert run["state"] == "succeeded", run
+    assert journal.effects() == EFFECTS
+    ((held,),) = cluster.query("SELECT count(*) FROM grants WHERE run_id = %s AND state <> 'settled'", run_id)
+    assert held == 0
+
+
 STORIES: dict[str, Story] = {
+    "admission.expire": an_unused_grant,
     "approvals.ask": an_ask,
     "approvals.provide_input": an_ask,
     "approvals.comment": a_standing_approval,

@@ -12,6 +12,7 @@ from plm_shared.artifact_store import ArtifactStorageBackend
 from plm_engine_core.control_plane.admission.abandoned import OPEN, capability_of, grant_of, outcome_of
 from plm_engine_core.control_plane.admission.settle import settle
 from plm_engine_core.control_plane.errors import FencingLost, InvalidRequest, StorageUnavailable
+from plm_engine_core.control_plane.expired_grants import ExpiredGrants
 from plm_engine_core.control_plane.identity import SystemIdentities
 from plm_engine_core.control_plane.record_expiry import KEEP_SECONDS, SHORTEST_SECONDS, RecordExpiry
 from plm_engine_core.control_plane.runs.run import Lease, Orphan, Step
@@ -44,6 +45,9 @@ class Recovery:
     itself: a call that did not begin gives back what it had reserved, one that did is parked as `outcome_unknown`, and
     otherwise the run is queued for whoever made it. Queued and left alone for `forsaken_seconds`, it fails as
     `abandoned`.
+
+    A grant that expired before its call began gives back what it holds, also while somebody holds its run: no renewal
+    of a lease makes a grant last longer. See `ExpiredGrants`.
 
     Times of a run that the database's clock wrote while it was ahead count from when they are found, so that nobody
     waits until then. Whoever holds such a run keeps it by renewing its lease.
@@ -92,6 +96,7 @@ class Recovery:
         acting = (identities or SystemIdentities(None)).acting
         self._in_tenant = partial(acting, SystemActor.RECOVERY)
         self._orphans = _Orphans(storage, self._in_tenant, forsaken_seconds=forsaken_seconds)
+        self._expired = ExpiredGrants(storage, self._in_tenant)
         self._turns = Turns(_BATCH)
         self._ahead = Turns(_BATCH)
         self._strays = (
@@ -105,7 +110,7 @@ class Recovery:
 
     async def sweep(self) -> int:
         """One pass; answers how many runs were enqueued. What fails for one row or tenant is left to the next pass."""
-        for part in (self._end_halted, self._set_back, self._orphans.close):
+        for part in (self._end_halted, self._set_back, self._orphans.close, self._expired.close):
             try:
                 await part()
             except StorageUnavailable:

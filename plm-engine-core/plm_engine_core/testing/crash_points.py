@@ -49,7 +49,7 @@ PORTS: Mapping[str, type] = {
 """What is wrapped, under the names that the points carry."""
 
 READS = frozenset({
-    "abandoned", "ahead", "artifact", "budgets", "comments", "decided_on", "fetch", "get", "history",
+    "abandoned", "ahead", "artifact", "budgets", "comments", "decided_on", "expired", "fetch", "get", "history",
     "list", "mcrc", "met", "now", "orphaned", "scopes", "steps", "unfinished", "unrecorded", "votes",
 })  # fmt: skip
 """Operations that change nothing and hand nothing over: no point stands there."""

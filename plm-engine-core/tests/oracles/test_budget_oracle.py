@@ -26,6 +26,7 @@ from plm_engine_core.control_plane import (
 from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, InvalidRequest
 from plm_engine_core.control_plane.ids import new_id
 from plm_engine_core.control_plane.limits import BudgetKey
+from plm_engine_core.control_plane.recovery import Recovery
 from plm_engine_core.control_plane.vocabulary import BudgetScope, HaltScope, OutcomeStatus, Reason
 
 SCOPES = frozenset({"plm.runs.create", "things.read", "plm.budgets", "plm.halt"})
@@ -55,6 +56,8 @@ class Spending(RuleBasedStateMachine):
         self.grants: list[Grant] = []
         self.states: list[str] = []
         self.outcomes: dict[int, OutcomeStatus] = {}
+        self.over: set[int] = set()  # whose time ran out before they were used
+        self.swept: set[int] = set()
         self.halted: uuid.UUID | None = None
 
     @property
@@ -99,17 +102,30 @@ class Spending(RuleBasedStateMachine):
         assert begun.accepted == (self.states[which] == "issued")
         if begun.accepted:
             self.states[which] = "begun"
-        elif self.states[which] == "expired":
+        elif self.states[which] == "expired" or (which in self.swept and self.halted is None):
             assert begun.reason is Reason.GRANT_EXPIRED
 
     @precondition(lambda self: "issued" in self.states)
     @rule(which=st.integers(0, 99))
     def expire(self, which: int) -> None:
-        """It is never made, and what it holds stays held until whoever has the run says so."""
+        """It is never made, and what it holds stays held until whoever has the run says so, or a sweep finds it."""
         issued = [number for number, state in enumerate(self.states) if state == "issued"]
         which = issued[which % len(issued)]
         self.lapse("grants", "expires_at", self.grants[which].id)
         self.states[which] = "expired"
+        self.over.add(which)
+
+    @precondition(lambda self: self.over)
+    @rule(times=st.integers(1, 2))
+    def sweep(self, times: int) -> None:
+        """What was not used in time comes back, once; nothing else changes."""
+        for _ in range(times):
+            self.plane.call(swept)
+        for which, state in enumerate(self.states):
+            if which in self.over and state in ("expired", "revoked"):
+                self.states[which], self.outcomes[which] = "settled", OutcomeStatus.NOT_STARTED
+                self.swept.add(which)
+                self.reserved -= 1
 
     @precondition(lambda self: self.grants)
     @rule(which=st.integers(0, 99), status=st.sampled_from(STATUSES))
@@ -184,6 +200,10 @@ class Spending(RuleBasedStateMachine):
         )
         (calls,) = [each for each in budgets if each.unit == "calls"]
         assert (calls.limit, calls.spent, calls.reserved) == (self.limit, self.spent, self.reserved)
+
+
+async def swept(core: ControlPlane) -> None:
+    await Recovery(core.storage).sweep()
 
 
 async def capability(core: ControlPlane) -> Any:

@@ -167,37 +167,79 @@ async def settle(
         IdempotencyConflict: the grant was already settled with another outcome.
         StorageUnavailable: nothing was written; settling again is safe.
     """
-    charges = _charges(outcome, capability)
-    digest = outcome.digest
-    if withheld is not None:
-        outcome = replace(outcome, output=None, error=withheld.in_place_of(outcome.error), artifacts=())
-    answer = await storage.settle(
-        SettleCommand(
-            tenant_id=grant.tenant_id,
-            run_id=grant.run_id,
-            step_index=grant.step_index,
-            attempt=grant.attempt,
-            grant_id=grant.id,
-            fencing_token=fencing_token,
-            status=outcome.status,
-            outcome_digest=digest,
-            evidence=outcome.evidence,
-            output=outcome.output,
-            error=dict(outcome.error) if outcome.error is not None else None,
-            usage=outcome.usage_json(),
-            charges=charges,
-            artifacts=[artifact.to_json() for artifact in outcome.artifacts],
-            trace_id=trace_id,
-            actor=actor,
-            ledger=_ledger(grant, outcome, capability, trace_id, charges, evaluations),
-        ),
-        connection=connection,
+    command = _command(
+        grant,
+        outcome,
+        fencing_token=fencing_token,
+        capability=capability,
+        trace_id=trace_id,
+        actor=actor,
+        withheld=withheld,
+        evaluations=evaluations,
     )
+    answer = await storage.settle(command, connection=connection)
     return Settlement(
         status=OutcomeStatus(answer["status"]),
         spent=answer.get("spent") or {},
         withheld=withheld,
         replayed=bool(answer.get("replayed")),
+    )
+
+
+async def expire(
+    grant: Grant,
+    outcome: Outcome,
+    *,
+    fencing_token: int,
+    capability: CapabilityDescriptor,
+    trace_id: str,
+    actor: str,
+    storage: AdmissionStore,
+) -> bool:
+    """Close a grant that ran out before its call began, whoever holds its run; says whether it was so.
+
+    Raises:
+        StorageUnavailable: nothing was written; doing it again is safe.
+    """
+    return await storage.expire(
+        _command(grant, outcome, fencing_token=fencing_token, capability=capability, trace_id=trace_id, actor=actor)
+    )
+
+
+def _command(
+    grant: Grant,
+    outcome: Outcome,
+    *,
+    fencing_token: int,
+    capability: CapabilityDescriptor,
+    trace_id: str,
+    actor: str,
+    withheld: Withheld | None = None,
+    evaluations: Sequence[Evaluation] = (),
+) -> SettleCommand:
+    """An outcome as it is booked."""
+    charges = _charges(outcome, capability)
+    digest = outcome.digest
+    if withheld is not None:
+        outcome = replace(outcome, output=None, error=withheld.in_place_of(outcome.error), artifacts=())
+    return SettleCommand(
+        tenant_id=grant.tenant_id,
+        run_id=grant.run_id,
+        step_index=grant.step_index,
+        attempt=grant.attempt,
+        grant_id=grant.id,
+        fencing_token=fencing_token,
+        status=outcome.status,
+        outcome_digest=digest,
+        evidence=outcome.evidence,
+        output=outcome.output,
+        error=dict(outcome.error) if outcome.error is not None else None,
+        usage=outcome.usage_json(),
+        charges=charges,
+        artifacts=[artifact.to_json() for artifact in outcome.artifacts],
+        trace_id=trace_id,
+        actor=actor,
+        ledger=_ledger(grant, outcome, capability, trace_id, charges, evaluations),
     )
 
 

@@ -233,6 +233,14 @@ class AdmissionStore(Protocol):
         """Book an outcome with its ledger rows."""
         ...
 
+    async def expire(self, command: SettleCommand) -> bool:
+        """Book that a call never started because its grant ran out, for whoever holds the run; says whether it was so.
+
+        False, and nothing is written, where it began, was settled, has time left, or the run is not running. The
+        fencing token of the command is not looked at.
+        """
+        ...
+
 
 class RunStore(Protocol):
     """Runs, their steps and their leases."""
@@ -344,6 +352,10 @@ class RunStore(Protocol):
         Their lease ran out; or they are queued, and something of them is open or nobody took them for
         `forsaken_seconds`.
         """
+        ...
+
+    async def expired(self, limit: int) -> Sequence[tuple[UUID, UUID]]:
+        """Tenant and id of running runs, over all tenants, with a grant that ran out before its call began."""
         ...
 
     async def revive(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:

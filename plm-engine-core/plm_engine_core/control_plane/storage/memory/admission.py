@@ -13,7 +13,7 @@ from plm_engine_core.control_plane.storage.commands import admit_json
 from plm_engine_core.control_plane.storage.memory.admit import AdmitBooking, start
 from plm_engine_core.control_plane.storage.memory.books import Books, Row, halted, refuse_connection
 from plm_engine_core.control_plane.storage.memory.rates import take_tokens
-from plm_engine_core.control_plane.storage.memory.settlement import MemorySettlement
+from plm_engine_core.control_plane.storage.memory.settlement import MemorySettlement, ran_out
 from plm_engine_core.control_plane.storage.memory.tickets import described_by
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, text_time
 from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection
@@ -114,7 +114,7 @@ class MemoryAdmission(MemorySettlement):
             _compare_holder(kept, fencing_token)
             if kept["state"] == "revoked":
                 return _refused("halted", f"grant {grant.id} was revoked by a halt; its call has to be admitted anew")
-            if kept["state"] != "issued":
+            if kept["state"] != "issued" and not ran_out(kept):
                 return _used(kept)
             if kept["expires_at"] <= books.now():
                 expired = text_time(kept["expires_at"])

@@ -16,6 +16,7 @@ from plm_engine_core.control_plane.limits.leases import LONGEST_LEASE_SECONDS, c
 from plm_engine_core.control_plane.runs.run import Heartbeat, Lease, Orphan
 from plm_engine_core.control_plane.storage.leasing import FINISH_KINDS, RECOVERY, open_call
 from plm_engine_core.control_plane.storage.memory.books import Books, Row
+from plm_engine_core.control_plane.storage.memory.settlement import runs_out
 from plm_engine_core.control_plane.storage.memory.tickets import tickets_of, time_out_tickets
 from plm_engine_core.control_plane.storage.memory.values import fresh, kept_json, storable_text
 from plm_engine_core.control_plane.storage.rows import run_row
@@ -127,6 +128,16 @@ class MemoryLeases:
                 )
                 for run in found[:limit]
             ]
+
+    async def expired(self, limit: int) -> Sequence[tuple[UUID, UUID]]:
+        """Running runs, over all tenants, with a grant that ran out before its call began."""
+        async with self._books.turn() as books:
+            now = books.now()
+            out = {(each["tenant_id"], each["run_id"]) for each in books.grants.everything() if runs_out(each, now)}
+            runs = (each for each in books.run_states.everything() if each["state"] == "running")
+            found = [each for each in runs if (each["tenant_id"], each["run_id"]) in out]
+            found.sort(key=lambda run: run["updated_at"])
+            return [(run["tenant_id"], run["run_id"]) for run in found[:limit]]
 
     async def revive(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:
         """Enqueue a drive job if the run is still abandoned; taking its lease settles everything else."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -41,13 +42,42 @@ class MemorySettlement:
                     f"grant {grant['id']} was never begun, so its call cannot have ended as {outcome['status']}",
                     reason="state",
                 )
-            for record in command.ledger:
-                _write_ledger(books, command.tenant_id, record)
-            overrun = charge(books, *name, outcome["charges"])
-            _write_outcome(books, grant, outcome)
-            cost = spent(books, *name)
-            _append(books, grant, outcome, cost, overrun=overrun)
+            cost = _book(books, grant, command, outcome)
             return {"status": outcome["status"], "spent": cost, "replayed": False}
+
+    async def expire(self, command: SettleCommand) -> bool:
+        """Book that a call never started because its grant ran out."""
+        outcome = kept_json(settle_json(command), root="outcome") | {"status": "not_started"}
+        async with self._books.turn() as books:
+            run = books.run_states.get(command.tenant_id, command.run_id)
+            grant = books.grants.get(command.tenant_id, command.grant_id)
+            if run is None or run["state"] != "running" or grant is None or not runs_out(grant, books.now()):
+                return False
+            _book(books, grant, command, outcome)
+            return True
+
+
+def runs_out(grant: Row, now: datetime) -> bool:
+    """Whether the time of a grant is over before its call began, and it still holds what it was given."""
+    return grant["state"] in ("issued", "revoked") and bool(grant["expires_at"] <= now)
+
+
+def ran_out(grant: Row) -> bool:
+    """Whether a grant was closed because of that: there is no other outcome, whoever says so first."""
+    unused = grant["state"] == "settled" and grant["outcome"] == "not_started" and grant["begun_at"] is None
+    return unused and bool(grant["settled_at"] >= grant["expires_at"])
+
+
+def _book(books: Books, grant: Row, command: SettleCommand, outcome: Mapping[str, Any]) -> dict[str, str]:
+    """What a settlement writes; answers what it cost."""
+    for record in command.ledger:
+        _write_ledger(books, command.tenant_id, record)
+    name = (command.tenant_id, command.grant_id)
+    overrun = charge(books, *name, outcome["charges"])
+    _write_outcome(books, grant, outcome)
+    cost = spent(books, *name)
+    _append(books, grant, outcome, cost, overrun=overrun)
+    return cost
 
 
 def _hold_grant(books: Books, command: SettleCommand) -> Row:
@@ -57,6 +87,8 @@ def _hold_grant(books: Books, command: SettleCommand) -> Row:
     if grant["state"] == "settled" and grant["outcome_digest"] == command.outcome_digest:
         return grant
     books.hold_run(command.tenant_id, command.run_id, command.fencing_token, live=False)
+    if str(command.status) == "not_started" and ran_out(grant):
+        return grant
     if grant["state"] == "settled":
         raise IdempotencyConflict(f"grant {command.grant_id} was already settled as {grant['outcome']}")
     return grant

@@ -119,6 +119,14 @@ class PostgresAdmission:
         document = f'{{"kind":"settle","command":{booking},"ledger":{_ledger_json(command)}}}'
         return await self._booked(document, connection)
 
+    async def expire(self, command: SettleCommand) -> bool:
+        """Book that a call never started because its grant ran out."""
+        values = [json_parameter(settle_json(command), root="outcome"), _ledger_json(command)]
+        async with self._gateway.transaction(command.tenant_id) as connection:
+            cursor = await connection.execute("SELECT engine_expire_v1(%s, %s) AS done", values)
+            row = await cursor.fetchone()
+            return row is not None and bool(row["done"])
+
     async def _booked(self, document: str, connection: Connection | None = None) -> Mapping[str, Any]:
         """What a booking answers, in a transaction of its own or in the caller's."""
         with translated():

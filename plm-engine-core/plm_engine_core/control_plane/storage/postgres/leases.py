@@ -177,6 +177,12 @@ class PostgresLeases:
             )
             return [Orphan(**row) for row in await cursor.fetchall()]
 
+    async def expired(self, limit: int) -> Sequence[tuple[UUID, UUID]]:
+        """Running runs, over all tenants, with a grant that ran out before its call began."""
+        async with self._gateway.connection() as connection:
+            cursor = await connection.execute("SELECT tenant_id, run_id FROM engine_expired_grants_v1(%s)", [limit])
+            return [(row["tenant_id"], row["run_id"]) for row in await cursor.fetchall()]
+
     async def revive(self, tenant_id: UUID, run_id: UUID, *, patience_seconds: float) -> bool:
         """Enqueue a drive job if the run is still abandoned; taking its lease settles everything else."""
         async with self._gateway.transaction(tenant_id) as connection:
