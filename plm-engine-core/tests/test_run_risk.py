@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import uuid
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -12,12 +13,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plm_engine_core.control_plane import Pending
+from plm_engine_core.control_plane import Denied, Pending
+from plm_engine_core.control_plane.admission import prepare
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot, Verdict, classify, decide
 from plm_engine_core.control_plane.policy.run_risk import RiskPattern, RunRisk, RunSoFar
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
-from plm_engine_core.control_plane.vocabulary import AutonomyLevel, CapabilityMode, RiskLevel
+from plm_engine_core.control_plane.vocabulary import AutonomyLevel, CapabilityMode, OutcomeStatus, RiskLevel
 from pydantic import ValidationError
+
+pytestmark = pytest.mark.every_storage
 
 READ = CapabilityDescriptor(id="mail.read", description="x", mode=CapabilityMode.READ, plugin="mail")
 
@@ -132,3 +136,61 @@ async def test_a_run_is_rated_from_its_record_and_refused_steps_do_not_count(ben
     assert step.decision["facts"]["run"] == {"points": 2, "recent": ["thing.read", "thing.fire"]}
     fresh = await strict.lease()
     assert await strict.grant(fresh, step_index=0)
+
+
+@given(st.lists(st.sampled_from(list(RiskLevel)), max_size=30), st.integers(0, 30), st.tuples(*[st.integers(0, 9)] * 3))
+def test_a_run_that_is_too_long_to_be_looked_at_whole_is_never_rated_lower_than_it_is(steps, looked_at, points):
+    points = dict(zip(RiskLevel, points, strict=True))
+    rating = RunRisk(points=points, raises={"high": 1})
+    newest = [level.value for level in steps[max(0, len(steps) - looked_at) :]]
+    kept = rating.project(newest, RiskLevel, unseen=len(steps) - len(newest))
+    assert kept.points >= sum(points[level] for level in steps)
+    if len(newest) == len(steps):
+        assert kept.points == sum(points[level] for level in steps)
+
+
+async def test_what_is_too_long_ago_to_be_looked_at_still_counts(bench, monkeypatch):
+    monkeypatch.setattr(prepare, "MOST_STEPS", 2)
+    strict = bench.with_policy(run_risk={"points": {"low": 1, "medium": 1, "high": 1}, "raises": {"medium": 5}})
+    lease = await strict.lease()
+    for step in range(4):
+        await strict.grant(lease, step_index=step)
+    assert isinstance(await strict.control_plane.admit(strict.proposal(lease, step_index=4)), Pending)
+
+
+def granted_by(events):
+    """The capability of every step that was granted and not given back unused, folded from a run's events alone."""
+    granted, last = {}, {}
+    for event in events:
+        told = json.loads(event.payload)
+        if event.kind == "step_granted":
+            granted[told["step"], told["attempt"]] = told["capability"]
+        elif event.kind == "step_settled" and told["status"] == "not_started":
+            granted.pop((told["step"], told["attempt"]), None)
+    for step, attempt in sorted(granted):
+        last[step] = granted[step, attempt]
+    return [last[step] for step in sorted(last)]
+
+
+async def test_the_record_of_a_run_s_steps_is_what_its_events_say(bench):
+    """Denied, unused, repeated and failed ones among them, in many orders."""
+    dice = random.Random(11)  # a test that can be repeated
+    for _ in range(6):
+        lease = await bench.lease()
+        for step in range(8):
+            for attempt in (1, 2):
+                how = dice.choice(["denied", "unused", "failed", "superseded", "held"])
+                if how == "denied":
+                    gone = bench.proposal(lease, step_index=step, attempt=attempt, capability="thing.gone")
+                    assert isinstance(await bench.control_plane.admit(gone), Denied)
+                    continue
+                name = dice.choice(["thing.read", "thing.fire"])
+                grant = await bench.grant(lease, step_index=step, attempt=attempt, capability=name)
+                if how == "unused":
+                    await bench.settle(grant, lease, OutcomeStatus.NOT_STARTED)
+                elif how != "held":
+                    await bench.control_plane.begin(grant, fencing_token=lease.fencing_token, actor="worker:w")
+                    await bench.settle(grant, lease, OutcomeStatus(how))
+                events = await bench.storage.events.read(bench.tenant, f"run/{lease.run.id}")
+                told = await bench.storage.admission.history(bench.tenant, lease.run.id, before_step=99, limit=99)
+                assert list(told) == granted_by(events)

@@ -88,4 +88,6 @@ async def _run_so_far(
         capability = registry.get(capability_id)
         return policy.plans.of(capability).risk if capability is not None else RiskLevel.HIGH
 
-    return run_risk.project(earlier, risk_of)
+    # Of each index one attempt counts, so there are no more older steps than there are indexes left.
+    unseen = proposal.step_index - len(earlier) if len(earlier) >= MOST_STEPS else 0
+    return run_risk.project(earlier, risk_of, unseen=unseen)

@@ -18,7 +18,7 @@ from plm_engine_core.control_plane.policy.rules import Name
 from plm_engine_core.control_plane.vocabulary import RiskLevel
 
 MOST_STEPS = 1000
-"""How many earlier steps of a run count, the newest."""
+"""How many earlier steps of a run are looked at, the newest; each older one counts the most that a step can."""
 
 _Points = Annotated[Whole, Field(ge=0, le=1_000_000)]
 _DEFAULT = MappingProxyType({RiskLevel.LOW: 1, RiskLevel.MEDIUM: 3, RiskLevel.HIGH: 5})
@@ -84,12 +84,17 @@ class RunRisk(BaseModel):
             raise ValueError(f"patterns has {doubled[0]} twice; names are what records refer to")
         return self
 
-    def project(self, capabilities: Sequence[str], risk_of: Callable[[str], RiskLevel]) -> RunSoFar:
-        """What is kept of the capabilities of a run's earlier steps, oldest first; `risk_of` rates one by itself."""
+    def project(self, capabilities: Sequence[str], risk_of: Callable[[str], RiskLevel], *, unseen: int = 0) -> RunSoFar:
+        """What is kept of the capabilities of a run's earlier steps, oldest first; `risk_of` rates one by itself.
+
+        Before them there were at most `unseen` other steps. Each counts the most that a step can, so that no run is
+        rated lower than it is for being long.
+        """
         reach = max((each.reach for each in self.patterns), default=0)
         counts = Counter(capabilities)
         return RunSoFar(
-            points=sum(count * self.points[risk_of(each)] for each, count in counts.items()),
+            points=sum(count * self.points[risk_of(each)] for each, count in counts.items())
+            + unseen * max(self.points.values()),
             recent=tuple(capabilities[-reach:]) if reach else (),
         )
 
