@@ -27,7 +27,7 @@ class Journal(PluginInterface):
         return self.run_action(action, **arguments)
 
     @plugin_action("journal.write")
-    def write(self, journal: str, label: str, seconds: float = 0) -> Any:
+    def write(self, journal: str, label: str, seconds: float = 0, note: Any = None) -> Any:
         """Have the effect unless this step had it; then wait while the file `<label>.closed` is there."""
         folder = Path(journal)
         (folder / f"{label}.effect.{self.call.step_key.replace('/', '.')}").touch()
