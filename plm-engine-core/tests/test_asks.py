@@ -544,8 +544,8 @@ class TestRecord:
         await asking.grant(await asking.lease(lease.run), step_index=1)
         found = [each async for batch in asking.storage.runs.attempts(asking.tenant, since=since) for each in batch]
         assert [each.capability for each in found] == ["thing.read"]
-        earlier = await asking.storage.admission.history(asking.tenant, lease.run.id, before_step=9, limit=9)
-        assert list(earlier) == ["thing.read"], "an ask is no risk of the run"
+        earlier = await asking.storage.admission.history(asking.tenant, lease.run.id, before=(9, 1), limit=9)
+        assert earlier == ([(1, "thing.read")], 0), "an ask is no risk of the run"
 
 
 def test_a_policy_that_lets_nobody_ask_is_written_as_before_there_were_asks(make_policy):

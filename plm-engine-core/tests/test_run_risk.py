@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from plm_engine_core.control_plane import Denied, Pending
 from plm_engine_core.control_plane.admission import prepare
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot, Verdict, classify, decide
-from plm_engine_core.control_plane.policy.run_risk import RiskPattern, RunRisk, RunSoFar
+from plm_engine_core.control_plane.policy.run_risk import GrantedAttempt, RiskPattern, RunRisk, RunSoFar
 from plm_engine_core.control_plane.registry import CapabilityDescriptor
 from plm_engine_core.control_plane.vocabulary import AutonomyLevel, CapabilityMode, OutcomeStatus, RiskLevel
 from pydantic import ValidationError
@@ -70,6 +70,11 @@ def test_the_decision_names_what_raised_the_risk(make_policy):
     assert again == decision
 
 
+def steps_of(names):
+    """Granted attempts, each of a step of its own."""
+    return [GrantedAttempt(step, name) for step, name in enumerate(names)]
+
+
 NAMES = st.lists(st.sampled_from(["a.a", "a.b", "b.a", "b.b"]), min_size=1, max_size=10)
 SEQUENCES = st.lists(st.sampled_from(["a.*", "*.a", "b.b", "*"]), min_size=2, max_size=4)
 
@@ -94,7 +99,7 @@ def test_a_sequence_is_found_exactly_where_trying_everything_finds_it(sequence, 
 def test_what_is_kept_of_a_run_is_enough_for_its_patterns(sequence, gap, names):
     rating = RunRisk(patterns=[{"id": "p", "sequence": sequence, "gap": gap, "risk": "high"}])
     *earlier, last = names
-    kept = rating.project(earlier, lambda _: RiskLevel.LOW)
+    kept = rating.project(steps_of(earlier), lambda _: RiskLevel.LOW)
     assert len(kept.recent) <= (len(sequence) - 1) * (gap + 1)
     assert bool([*rating.raised(kept, last, RiskLevel.LOW)]) is slow(sequence, gap, names)
 
@@ -143,14 +148,14 @@ def test_a_run_that_is_too_long_to_be_looked_at_whole_is_never_rated_lower_than_
     points = dict(zip(RiskLevel, points, strict=True))
     rating = RunRisk(points=points, raises={"high": 1})
     newest = [level.value for level in steps[max(0, len(steps) - looked_at) :]]
-    kept = rating.project(newest, RiskLevel, unseen=len(steps) - len(newest))
+    kept = rating.project(steps_of(newest), RiskLevel, unseen=len(steps) - len(newest))
     assert kept.points >= sum(points[level] for level in steps)
     if len(newest) == len(steps):
         assert kept.points == sum(points[level] for level in steps)
 
 
 async def test_what_is_too_long_ago_to_be_looked_at_still_counts(bench, monkeypatch):
-    monkeypatch.setattr(prepare, "MOST_STEPS", 2)
+    monkeypatch.setattr(prepare, "MOST_ATTEMPTS", 2)
     strict = bench.with_policy(run_risk={"points": {"low": 1, "medium": 1, "high": 1}, "raises": {"medium": 5}})
     lease = await strict.lease()
     for step in range(4):
@@ -158,18 +163,35 @@ async def test_what_is_too_long_ago_to_be_looked_at_still_counts(bench, monkeypa
     assert isinstance(await strict.control_plane.admit(strict.proposal(lease, step_index=4)), Pending)
 
 
+async def test_a_step_that_is_tried_again_counts_each_time(bench):
+    strict = bench.with_policy(run_risk={"points": {"low": 1, "medium": 1, "high": 1}, "raises": {"medium": 4}})
+    lease = await strict.lease()
+    for attempt in (1, 2, 3):
+        grant = await strict.begun(lease, attempt=attempt)
+        await strict.settle(grant, lease, OutcomeStatus.FAILED)
+    assert isinstance(await strict.control_plane.admit(strict.proposal(lease, attempt=4)), Pending)
+
+
+def test_in_a_sequence_retries_fill_no_gap():
+    rating = RunRisk(patterns=[PATTERN])
+    tried = [(0, "crm.find"), (1, "x.y"), (1, "x.y"), (1, "x.y")]
+    kept = rating.project([GrantedAttempt(*each) for each in tried], lambda _: RiskLevel.LOW)
+    assert kept == RunSoFar(points=4, recent=("crm.find", "x.y"))
+    assert [place for _, place in rating.raised(kept, "mail.read", RiskLevel.LOW)] == [
+        "run_risk.patterns.look-then-read"
+    ]
+
+
 def granted_by(events):
-    """The capability of every step that was granted and not given back unused, folded from a run's events alone."""
-    granted, last = {}, {}
+    """Every attempt that was granted and not given back unused, folded from a run's events alone."""
+    granted = {}
     for event in events:
         told = json.loads(event.payload)
         if event.kind == "step_granted":
             granted[told["step"], told["attempt"]] = told["capability"]
         elif event.kind == "step_settled" and told["status"] == "not_started":
             granted.pop((told["step"], told["attempt"]), None)
-    for step, attempt in sorted(granted):
-        last[step] = granted[step, attempt]
-    return [last[step] for step in sorted(last)]
+    return granted
 
 
 async def test_the_record_of_a_run_s_steps_is_what_its_events_say(bench):
@@ -192,5 +214,10 @@ async def test_the_record_of_a_run_s_steps_is_what_its_events_say(bench):
                     await bench.control_plane.begin(grant, fencing_token=lease.fencing_token, actor="worker:w")
                     await bench.settle(grant, lease, OutcomeStatus(how))
                 events = await bench.storage.events.read(bench.tenant, f"run/{lease.run.id}")
-                told = await bench.storage.admission.history(bench.tenant, lease.run.id, before_step=99, limit=99)
-                assert list(told) == granted_by(events)
+                granted = sorted(granted_by(events).items())
+                for before, limit in (((99, 1), 99), ((step, attempt), 3)):
+                    said = [GrantedAttempt(place[0], name) for place, name in granted if place < before]
+                    older = max(0, len(said) - limit)
+                    history = bench.storage.admission.history
+                    found = await history(bench.tenant, lease.run.id, before=before, limit=limit)
+                    assert found == (said[older:], older)

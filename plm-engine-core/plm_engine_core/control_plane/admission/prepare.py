@@ -5,7 +5,7 @@ from __future__ import annotations
 from plm_engine_core.control_plane.admission.proposal import Proposal
 from plm_engine_core.control_plane.limits import Prepared
 from plm_engine_core.control_plane.policy import Facts, PolicySnapshot
-from plm_engine_core.control_plane.policy.run_risk import MOST_STEPS, RunRisk, RunSoFar
+from plm_engine_core.control_plane.policy.run_risk import MOST_ATTEMPTS, RunRisk, RunSoFar
 from plm_engine_core.control_plane.registry import AgentRegistry, CapabilityRegistry
 from plm_engine_core.control_plane.storage.ports import AdmissionStore
 from plm_engine_core.control_plane.vocabulary import AutonomyLevel, RiskLevel
@@ -79,15 +79,13 @@ async def _run_so_far(
     registry: CapabilityRegistry,
     storage: AdmissionStore,
 ) -> RunSoFar:
-    """The run's earlier steps, for a policy that rates runs; read anew each time, so that it survives any restart."""
-    earlier = await storage.history(
-        proposal.tenant_id, proposal.run_id, before_step=proposal.step_index, limit=MOST_STEPS
+    """The run's earlier attempts, for a policy that rates runs; read each time, so that it survives any restart."""
+    earlier, older = await storage.history(
+        proposal.tenant_id, proposal.run_id, before=(proposal.step_index, proposal.attempt), limit=MOST_ATTEMPTS
     )
 
     def risk_of(capability_id: str) -> RiskLevel:
         capability = registry.get(capability_id)
         return policy.plans.of(capability).risk if capability is not None else RiskLevel.HIGH
 
-    # Of each index one attempt counts, so there are no more older steps than there are indexes left.
-    unseen = proposal.step_index - len(earlier) if len(earlier) >= MOST_STEPS else 0
-    return run_risk.project(earlier, risk_of, unseen=unseen)
+    return run_risk.project(earlier, risk_of, unseen=older)

@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from types import MappingProxyType
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -17,8 +18,8 @@ from plm_engine_core.control_plane.policy.frozen import Table
 from plm_engine_core.control_plane.policy.rules import Name
 from plm_engine_core.control_plane.vocabulary import RiskLevel
 
-MOST_STEPS = 1000
-"""How many earlier steps of a run are looked at, the newest; each older one counts the most that a step can."""
+MOST_ATTEMPTS = 1000
+"""How many earlier attempts of a run are looked at, the newest; each older one counts the most that one can."""
 
 _Points = Annotated[Whole, Field(ge=0, le=1_000_000)]
 _DEFAULT = MappingProxyType({RiskLevel.LOW: 1, RiskLevel.MEDIUM: 3, RiskLevel.HIGH: 5})
@@ -58,8 +59,15 @@ class RiskPattern(BaseModel):
         return len(capabilities) - 1 in at
 
 
+class GrantedAttempt(NamedTuple):
+    """An attempt of a step that was granted, and not given back unused."""
+
+    step_index: int
+    capability: str
+
+
 class RunRisk(BaseModel):
-    """Each step counts the `points` of its risk; from as many as `raises` says, a proposal has at least that risk."""
+    """Each attempt counts the `points` of its risk; from as many as `raises` says a proposal has that risk at least."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -84,14 +92,17 @@ class RunRisk(BaseModel):
             raise ValueError(f"patterns has {doubled[0]} twice; names are what records refer to")
         return self
 
-    def project(self, capabilities: Sequence[str], risk_of: Callable[[str], RiskLevel], *, unseen: int = 0) -> RunSoFar:
-        """What is kept of the capabilities of a run's earlier steps, oldest first; `risk_of` rates one by itself.
+    def project(
+        self, earlier: Sequence[GrantedAttempt], risk_of: Callable[[str], RiskLevel], *, unseen: int = 0
+    ) -> RunSoFar:
+        """What is kept of a run's earlier attempts, oldest first; `risk_of` rates a capability by itself.
 
-        Before them there were at most `unseen` other steps. Each counts the most that a step can, so that no run is
-        rated lower than it is for being long.
+        Before them there were `unseen` others. Each counts the most that one can, so that no run is rated lower than it
+        is for being long. In a sequence a capability that a step tries again stands once: retries fill no gap.
         """
         reach = max((each.reach for each in self.patterns), default=0)
-        counts = Counter(capabilities)
+        counts = Counter(each.capability for each in earlier)
+        capabilities = [each.capability for each, _ in groupby(earlier)]  # equal ones are of one step
         return RunSoFar(
             points=sum(count * self.points[risk_of(each)] for each, count in counts.items())
             + unseen * max(self.points.values()),
@@ -111,7 +122,7 @@ class RunRisk(BaseModel):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSoFar:
-    """A projection of a run's earlier steps, made anew for each proposal and stored with its facts."""
+    """A projection of a run's earlier attempts, made anew for each proposal and stored with its facts."""
 
     points: int = 0
     recent: tuple[str, ...] = ()

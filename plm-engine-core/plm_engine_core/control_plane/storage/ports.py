@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from plm_engine_core.control_plane.policy import PolicySnapshot
     from plm_engine_core.control_plane.policy.gates import GateRefusal
     from plm_engine_core.control_plane.policy.replay import Attempt
+    from plm_engine_core.control_plane.policy.run_risk import GrantedAttempt
     from plm_engine_core.control_plane.runs.run import ArtifactRow, Heartbeat, Lease, NewRun, Orphan, Run, Step
     from plm_engine_core.control_plane.sweeping import ExpiredBatch
 
@@ -199,8 +200,13 @@ class AdmissionStore(Protocol):
         """Take one token of every bucket or of none, and read for whom the run works."""
         ...
 
-    async def history(self, tenant_id: UUID, run_id: UUID, *, before_step: int, limit: int) -> Sequence[str]:
-        """The capabilities of the run's earlier steps that were granted, the newest `limit` of them, oldest first."""
+    async def history(
+        self, tenant_id: UUID, run_id: UUID, *, before: tuple[int, int], limit: int
+    ) -> tuple[Sequence[GrantedAttempt], int]:
+        """The run's attempts before this step and attempt that were granted and not given back unused.
+
+        The newest `limit` of them, oldest first, and how many there are before those.
+        """
         ...
 
     async def decided_on(

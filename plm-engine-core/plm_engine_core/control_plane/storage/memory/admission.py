@@ -9,6 +9,7 @@ from uuid import UUID
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.errors import FencingLost, IdempotencyConflict
 from plm_engine_core.control_plane.limits import Assumed, Bucket, Prepared
+from plm_engine_core.control_plane.policy.run_risk import GrantedAttempt
 from plm_engine_core.control_plane.storage.commands import admit_json
 from plm_engine_core.control_plane.storage.memory.admit import AdmitBooking, start
 from plm_engine_core.control_plane.storage.memory.books import Books, Row, halted, refuse_connection
@@ -39,22 +40,20 @@ class MemoryAdmission(MemorySettlement):
             rate = take_tokens(books, tenant_id, run_id, run, buckets)
             return Prepared(rate=rate, at=books.now(), subjects=subjects_row(run) if run is not None else None)
 
-    async def history(self, tenant_id: UUID, run_id: UUID, *, before_step: int, limit: int) -> Sequence[str]:
-        """The capabilities of the run's earlier steps that were granted, the newest `limit` of them, oldest first."""
+    async def history(
+        self, tenant_id: UUID, run_id: UUID, *, before: tuple[int, int], limit: int
+    ) -> tuple[Sequence[GrantedAttempt], int]:
+        """The newest `limit` granted attempts before this one, oldest first, and how many are before those."""
         async with self._books.turn() as books:
-            newest: dict[int, Row] = {}
-            for step in books.run_steps.rows((tenant_id, run_id)):
-                index = step["step_index"]
-                known = newest.get(index)
-                if (
-                    index < before_step
-                    and step["state"] not in _NEVER_GRANTED
-                    and step["grant_id"] is not None
-                    and (known is None or known["attempt"] < step["attempt"])
-                ):
-                    newest[index] = step
-            indexes = sorted(newest, reverse=True)[:limit]
-            return [newest[index]["capability"] for index in reversed(indexes)]
+            found = sorted(
+                ((row["step_index"], row["attempt"]), row["capability"])
+                for row in books.run_steps.rows((tenant_id, run_id))
+                if (row["step_index"], row["attempt"]) < before
+                and row["state"] not in _NEVER_GRANTED
+                and row["grant_id"] is not None
+            )
+            older = max(0, len(found) - limit)
+            return [GrantedAttempt(step, capability) for (step, _), capability in found[older:]], older
 
     async def decided_on(
         self, tenant_id: UUID, run_id: UUID, step_index: int, attempt: int, *, connection: Connection | None = None

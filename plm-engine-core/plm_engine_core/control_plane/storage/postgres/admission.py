@@ -14,6 +14,7 @@ from plm_shared.ledger import uuid_text
 from plm_engine_core.control_plane.admission.grants import Grant
 from plm_engine_core.control_plane.errors import StorageUnavailable
 from plm_engine_core.control_plane.limits import Assumed, Bucket, Dimension, Prepared, RateReading, Subjects
+from plm_engine_core.control_plane.policy.run_risk import GrantedAttempt
 from plm_engine_core.control_plane.storage.commands import admit_json, settle_json
 from plm_engine_core.control_plane.storage.ports import CLOCK_TOLERANCE, AdmitCommand, Connection, SettleCommand
 from plm_engine_core.control_plane.storage.postgres.bookings import Bookings
@@ -26,6 +27,10 @@ _NOT_AS_ASSUMED = "PLA01"
 _DECIDED_ON = (
     "SELECT decision #> '{facts,capability}' AS capability FROM run_steps "
     "WHERE tenant_id = %s AND run_id = %s AND step_index = %s AND attempt = %s"
+)
+_GRANTED_BEFORE = (
+    "run_steps WHERE tenant_id = %s AND run_id = %s AND (step_index, attempt) < (%s, %s) "
+    "AND state NOT IN ('denied', 'steered', 'awaiting_approval', 'not_started') AND grant_id IS NOT NULL"
 )
 
 
@@ -52,17 +57,25 @@ class PostgresAdmission:
             subjects=Subjects.from_json(answer["run"]) if answer["run"] else None,
         )
 
-    async def history(self, tenant_id: UUID, run_id: UUID, *, before_step: int, limit: int) -> Sequence[str]:
-        """The capabilities of the run's earlier steps that were granted, the newest `limit` of them, oldest first."""
+    async def history(
+        self, tenant_id: UUID, run_id: UUID, *, before: tuple[int, int], limit: int
+    ) -> tuple[Sequence[GrantedAttempt], int]:
+        """The newest `limit` granted attempts before this one, oldest first, and how many are before those."""
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
-                "SELECT DISTINCT ON (step_index) capability FROM run_steps WHERE tenant_id = %s AND run_id = %s "
-                "AND step_index < %s AND state NOT IN ('denied', 'steered', 'awaiting_approval', 'not_started') "
-                "AND grant_id IS NOT NULL "
-                "ORDER BY step_index DESC, attempt DESC LIMIT %s",
-                [tenant_id, run_id, before_step, limit],
+                f"SELECT step_index, capability FROM {_GRANTED_BEFORE} ORDER BY step_index DESC, attempt DESC "  # noqa: S608  # literal
+                "LIMIT %s".encode(),
+                [tenant_id, run_id, *before, limit],
             )
-            return [row["capability"] for row in await cursor.fetchall()][::-1]
+            newest = [GrantedAttempt(**row) for row in await cursor.fetchall()]
+            if len(newest) < limit:
+                return newest[::-1], 0
+            cursor = await connection.execute(
+                f"SELECT count(*) AS attempts FROM {_GRANTED_BEFORE}".encode(),  # noqa: S608  # literal
+                [tenant_id, run_id, *before],
+            )
+            row: Any = await cursor.fetchone()
+            return newest[::-1], row["attempts"] - len(newest)
 
     async def decided_on(
         self, tenant_id: UUID, run_id: UUID, step_index: int, attempt: int, *, connection: Connection | None = None
