@@ -544,7 +544,7 @@ class TestRecord:
         await asking.grant(await asking.lease(lease.run), step_index=1)
         found = [each async for batch in asking.storage.runs.attempts(asking.tenant, since=since) for each in batch]
         assert [each.capability for each in found] == ["thing.read"]
-        earlier = await asking.storage.admission.history(asking.tenant, lease.run.id, before=(9, 1), limit=9)
+        earlier = await asking.storage.admission.history(asking.tenant, lease.run.id, beside=(9, 1), limit=9)
         assert earlier == ([(1, "thing.read")], 0), "an ask is no risk of the run"
 
 

@@ -81,7 +81,7 @@ async def _run_so_far(
 ) -> RunSoFar:
     """The run's earlier attempts, for a policy that rates runs; read each time, so that it survives any restart."""
     earlier, older = await storage.history(
-        proposal.tenant_id, proposal.run_id, before=(proposal.step_index, proposal.attempt), limit=MOST_ATTEMPTS
+        proposal.tenant_id, proposal.run_id, beside=(proposal.step_index, proposal.attempt), limit=MOST_ATTEMPTS
     )
 
     def risk_of(capability_id: str) -> RiskLevel:

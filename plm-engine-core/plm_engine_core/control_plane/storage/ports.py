@@ -201,11 +201,12 @@ class AdmissionStore(Protocol):
         ...
 
     async def history(
-        self, tenant_id: UUID, run_id: UUID, *, before: tuple[int, int], limit: int
+        self, tenant_id: UUID, run_id: UUID, *, beside: tuple[int, int], limit: int
     ) -> tuple[Sequence[GrantedAttempt], int]:
-        """The run's attempts before this step and attempt that were granted and not given back unused.
+        """The run's attempts beside this step and attempt that were granted and not given back unused.
 
-        The newest `limit` of them, oldest first, and how many there are before those.
+        The newest `limit` of them by when they were proposed, oldest first, and how many are older: whoever makes a
+        run's calls numbers its steps, in whichever order.
         """
         ...
 

@@ -41,19 +41,20 @@ class MemoryAdmission(MemorySettlement):
             return Prepared(rate=rate, at=books.now(), subjects=subjects_row(run) if run is not None else None)
 
     async def history(
-        self, tenant_id: UUID, run_id: UUID, *, before: tuple[int, int], limit: int
+        self, tenant_id: UUID, run_id: UUID, *, beside: tuple[int, int], limit: int
     ) -> tuple[Sequence[GrantedAttempt], int]:
-        """The newest `limit` granted attempts before this one, oldest first, and how many are before those."""
+        """The newest `limit` granted attempts beside this one, oldest first, and how many are older."""
         async with self._books.turn() as books:
-            found = sorted(
-                ((row["step_index"], row["attempt"]), row["capability"])
+            found = [
+                row
                 for row in books.run_steps.rows((tenant_id, run_id))
-                if (row["step_index"], row["attempt"]) < before
+                if (row["step_index"], row["attempt"]) != beside
                 and row["state"] not in _NEVER_GRANTED
                 and row["grant_id"] is not None
-            )
+            ]
+            found.sort(key=lambda row: (row["created_at"], row["step_index"], row["attempt"]))
             older = max(0, len(found) - limit)
-            return [GrantedAttempt(step, capability) for (step, _), capability in found[older:]], older
+            return [GrantedAttempt(row["step_index"], row["capability"]) for row in found[older:]], older
 
     async def decided_on(
         self, tenant_id: UUID, run_id: UUID, step_index: int, attempt: int, *, connection: Connection | None = None

@@ -28,8 +28,8 @@ _DECIDED_ON = (
     "SELECT decision #> '{facts,capability}' AS capability FROM run_steps "
     "WHERE tenant_id = %s AND run_id = %s AND step_index = %s AND attempt = %s"
 )
-_GRANTED_BEFORE = (
-    "run_steps WHERE tenant_id = %s AND run_id = %s AND (step_index, attempt) < (%s, %s) "
+_GRANTED_BESIDE = (
+    "run_steps WHERE tenant_id = %s AND run_id = %s AND (step_index, attempt) <> (%s, %s) "
     "AND state NOT IN ('denied', 'steered', 'awaiting_approval', 'not_started') AND grant_id IS NOT NULL"
 )
 
@@ -58,21 +58,21 @@ class PostgresAdmission:
         )
 
     async def history(
-        self, tenant_id: UUID, run_id: UUID, *, before: tuple[int, int], limit: int
+        self, tenant_id: UUID, run_id: UUID, *, beside: tuple[int, int], limit: int
     ) -> tuple[Sequence[GrantedAttempt], int]:
-        """The newest `limit` granted attempts before this one, oldest first, and how many are before those."""
+        """The newest `limit` granted attempts beside this one, oldest first, and how many are older."""
         async with self._gateway.transaction(tenant_id) as connection:
             cursor = await connection.execute(
-                f"SELECT step_index, capability FROM {_GRANTED_BEFORE} ORDER BY step_index DESC, attempt DESC "  # noqa: S608  # literal
-                "LIMIT %s".encode(),
-                [tenant_id, run_id, *before, limit],
+                f"SELECT step_index, capability FROM {_GRANTED_BESIDE} ORDER BY created_at DESC, step_index DESC, "  # noqa: S608  # literal
+                "attempt DESC LIMIT %s".encode(),
+                [tenant_id, run_id, *beside, limit],
             )
             newest = [GrantedAttempt(**row) for row in await cursor.fetchall()]
             if len(newest) < limit:
                 return newest[::-1], 0
             cursor = await connection.execute(
-                f"SELECT count(*) AS attempts FROM {_GRANTED_BEFORE}".encode(),  # noqa: S608  # literal
-                [tenant_id, run_id, *before],
+                f"SELECT count(*) AS attempts FROM {_GRANTED_BESIDE}".encode(),  # noqa: S608  # literal
+                [tenant_id, run_id, *beside],
             )
             row: Any = await cursor.fetchone()
             return newest[::-1], row["attempts"] - len(newest)
