@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any
 from uuid import UUID
+
+from psycopg import AsyncServerCursor
 
 from plm_engine_core.control_plane.errors import Conflict, IdempotencyConflict, NotFound, StorageUnavailable
 from plm_engine_core.control_plane.events.event import TENANT_STREAM, run_stream
@@ -29,7 +33,7 @@ from plm_engine_core.control_plane.vocabulary import (
     StepState,
 )
 
-_ATTEMPTS = 1000  # in one batch
+_ATTEMPTS = 100  # in one batch: about as many as a socket holds, so that the server need not wait to be read
 _CREATE_OPERATION = "runs.create"
 # The tenant's row is what all its admissions wait for: it is locked only where its limit is not that of the policy, and
 # left alone by a node that has not heard of the active one.
@@ -213,7 +217,7 @@ class PostgresRuns(PostgresLeases):
                 "ORDER BY s.run_id, s.step_index, s.attempt",
                 [tenant_id, since, PROVIDE_INPUT],
             )
-            while rows := await cursor.fetchmany(_ATTEMPTS):
+            async for rows in _read_ahead(cursor, _ATTEMPTS):
                 yield [Attempt(**row) for row in rows]
 
     async def budgets(self, tenant_id: UUID, run_id: UUID) -> Sequence[Budget]:
@@ -377,3 +381,17 @@ async def _get(connection: Session, tenant_id: UUID, run_id: UUID, *, lock: bool
     if row is None:
         raise NotFound("run", run_id)
     return run_row(row)
+
+
+async def _read_ahead(cursor: AsyncServerCursor[Any], size: int) -> AsyncIterator[Sequence[Any]]:
+    """All rows of an open cursor in batches; the server is at the next while one is worked on."""
+    ahead = asyncio.ensure_future(cursor.fetchmany(size))
+    try:
+        while rows := await ahead:
+            ahead = asyncio.ensure_future(cursor.fetchmany(size))
+            await asyncio.sleep(0)  # it is asked for before this goes on
+            yield rows
+    finally:
+        ahead.cancel()
+        with suppress(asyncio.CancelledError):
+            await ahead
