@@ -163,7 +163,7 @@ BAD: dict[str, tuple[Callable[[Files], None], tuple[str, ...]]] = {
     ),
     "the policy names what is gone": (
         lambda files: files.without("probe.blocked"),
-        ("policy.yaml: tiers.probe.blocked", "is not registered"),
+        ("policy.yaml:4:38: tiers.probe.blocked", "is not registered"),
     ),
     "a plan names what is gone": (
         lambda files: files.without("probe.fail"),
