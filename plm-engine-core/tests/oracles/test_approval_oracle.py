@@ -311,7 +311,7 @@ class Governed(RuleBasedStateMachine):
             self.attempt, self.state = self.attempt + 1, RunState.QUEUED
 
     @rule()
-    def admit_in_another_tenant(self) -> None:
+    def take_in_another_tenant(self) -> None:
         """A run of somebody else is held up by a system halt and by no other."""
         request = RunRequest(
             tenant_id=self.neighbour, run_id=new_id(), agent={"name": "a"}, input={}, trace_id=uuid.uuid4().hex
