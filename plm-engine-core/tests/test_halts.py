@@ -180,6 +180,8 @@ class TestWhatItEnds:
         assert [each["state"] for each in bench.behind.rows("grants") if each["id"] == grant.id] == ["revoked"]
         assert (await bench.storage.halts.get(neighbour.tenant, halt.id)).calls.revoked == 1
         assert (await bench.storage.halts.get(bench.tenant, halt.id)).calls.revoked == 0
+        refused = await neighbour.control_plane.admit(neighbour.proposal(lease, step_index=1))
+        assert refused.reason is Reason.HALTED
 
     async def test_a_system_halt_ends_the_grants_of_the_other_tenants_where_one_is_damaged(self, bench, monkeypatch):
         neighbour = bench.other()
